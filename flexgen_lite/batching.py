@@ -1,0 +1,189 @@
+"""What rides on the next pass: running sequences, the prompts that take the place of finished ones, and how they are
+packed into micro-batches. Pure logic.
+
+Prefill and decode are properties of a sequence, not phases of the engine: a pass carries one token of every sequence
+whose prompt is stored, and prompts (or the next chunk of a long one) as far as tokens, pages and places allow.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from flexgen_lite.messages import KvBatch, KvSpan, Sample, TokenBatch, TokenSpan, WireParams
+from flexgen_lite.page_table import PageTable
+
+
+@dataclass(slots=True, eq=False)
+class RunningRequest:
+    """A request as the passes see it: `tokens` is the prompt and what was generated; the first `stored` of them have
+    their K and V in `pages` of attention worker `worker`."""
+
+    id: int
+    tokens: list[int]
+    num_prompt_tokens: int
+    params: WireParams
+    seed: int
+    end_ids: frozenset[int]
+    stored: int = 0
+    worker: int = -1
+    pages: tuple[int, ...] = ()
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def most_stored(self) -> int:
+        """Tokens whose K and V are stored when it ends: all but the last."""
+        return self.num_prompt_tokens + self.params.max_tokens - 1
+
+    @property
+    def finish_reason(self) -> str | None:
+        """ "stop" or "length" once the request is complete."""
+        generated = self.num_generated
+        if generated == 0:
+            return None
+        if generated >= self.params.min_tokens and self.tokens[-1] in self.end_ids:
+            return "stop"
+        return "length" if generated >= self.params.max_tokens else None
+
+    def next_sample(self) -> Sample:
+        params = self.params
+        banned = tuple(sorted(self.end_ids)) if self.num_generated < params.min_tokens else ()
+        return Sample(params.temperature, params.top_k, params.top_p, self.seed, self.num_generated, banned)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The next `num_rows` tokens of a request, from its first token without stored K and V."""
+
+    request: RunningRequest
+    num_rows: int
+
+    @property
+    def prefill(self) -> bool:
+        """No earlier token: the rows attend to each other on the compute device."""
+        return self.request.stored == 0
+
+    @property
+    def completes(self) -> bool:
+        """The last known token is among them, so the next one can be sampled."""
+        return self.request.stored + self.num_rows == len(self.request.tokens)
+
+
+@dataclass(slots=True)
+class MicroBatch:
+    """Pieces that go through a layer together; the rows that attention workers attend to come first."""
+
+    pieces: list[Piece] = field(default_factory=list)
+    num_rows: int = 0
+
+    def add(self, piece: Piece) -> None:
+        self.pieces.append(piece)
+        self.num_rows += piece.num_rows
+
+    def workers(self) -> tuple[int, ...]:
+        return tuple(sorted({piece.request.worker for piece in self.pieces}))
+
+    def in_rows(self) -> list[tuple[int, Piece]]:
+        """(first row, piece) in the order of the rows."""
+        row, placed = 0, []
+        for piece in sorted(self.pieces, key=lambda piece: piece.prefill):
+            placed.append((row, piece))
+            row += piece.num_rows
+        return placed
+
+    def token_batch(self, index: int) -> TokenBatch:
+        """For the compute worker; micro-batch k uses exchange region k."""
+        token_ids: list[int] = []
+        spans = []
+        for row, piece in self.in_rows():
+            request = piece.request
+            token_ids.extend(request.tokens[request.stored : request.stored + piece.num_rows])
+            sample = request.next_sample() if piece.completes else None
+            spans.append(TokenSpan(row, piece.num_rows, request.stored, piece.prefill, sample))
+        return TokenBatch(index, index, tuple(token_ids), tuple(spans))
+
+    def kv_batch(self, index: int, worker: int) -> KvBatch:
+        """For one attention worker: its requests only."""
+        spans = tuple(
+            KvSpan(row, piece.num_rows, piece.request.stored, not piece.prefill, piece.request.pages)
+            for row, piece in self.in_rows()
+            if piece.request.worker == worker
+        )
+        return KvBatch(index, index, spans)
+
+
+class Batcher:
+    """Composes passes and commits their results.
+
+    Args:
+        pages: the KV pages; a request gets all that it can ever need when it is admitted.
+        max_sequences: most requests running at once.
+        micro_batches: most micro-batches of a pass.
+        micro_batch_tokens: most rows of a micro-batch.
+        spread: use as many micro-batches as there are, evenly filled (so that lanes overlap); otherwise as few as will do.
+    """
+
+    def __init__(
+        self, pages: PageTable, max_sequences: int, micro_batches: int, micro_batch_tokens: int, spread: bool
+    ) -> None:
+        if max_sequences > micro_batches * micro_batch_tokens:
+            raise ValueError(
+                f"max_sequences {max_sequences} exceeds the {micro_batches} x {micro_batch_tokens} rows of a pass"
+            )
+        self._pages = pages
+        self._max_sequences = max_sequences
+        self._micro_batches = micro_batches
+        self._micro_batch_tokens = micro_batch_tokens
+        self._spread = spread
+        self.running: dict[int, RunningRequest] = {}
+
+    def compose(self, waiting: deque[RunningRequest]) -> list[MicroBatch]:
+        """The micro-batches of the next pass, taking requests from the left of `waiting`; empty if there is no work."""
+        bins = [MicroBatch() for _ in range(self._micro_batches)]
+        pieces = [Piece(r, min(len(r.tokens) - r.stored, self._micro_batch_tokens)) for r in self.running.values()]
+        for piece in sorted(pieces, key=lambda piece: piece.num_rows):  # every decode token first, then chunks
+            target = self._room(bins, piece.num_rows)
+            if target is not None:
+                target.add(piece)
+        while waiting and len(self.running) < self._max_sequences:
+            request = waiting[0]
+            rows = min(len(request.tokens), self._micro_batch_tokens)
+            target = self._room(bins, rows)
+            owned = self._pages.allocate(request.id, request.most_stored) if target is not None else None
+            if target is None or owned is None:
+                break
+            request.worker, request.pages = owned
+            self.running[request.id] = waiting.popleft()
+            target.add(Piece(request, rows))
+        return [micro_batch for micro_batch in bins if micro_batch.pieces]
+
+    def commit(self, micro_batches: list[MicroBatch], token_ids: list[tuple[int, ...]]) -> list[RunningRequest]:
+        """The pass is over: take its tokens, `token_ids[k]` in the order of micro-batch k's rows; the requests that it
+        completed, their pages freed."""
+        finished = []
+        for micro_batch, tokens in zip(micro_batches, token_ids, strict=True):
+            sampled = iter(tokens)
+            for _, piece in micro_batch.in_rows():
+                request, completes = piece.request, piece.completes
+                if completes:
+                    request.tokens.append(next(sampled))
+                request.stored += piece.num_rows
+                if request.finish_reason is not None:
+                    finished.append(request)
+        for request in finished:
+            self.release(request)
+        return finished
+
+    def release(self, request: RunningRequest) -> None:
+        """The request runs no more."""
+        del self.running[request.id]
+        self._pages.release(request.id)
+
+    def _room(self, bins: list[MicroBatch], rows: int) -> MicroBatch | None:
+        fitting = [b for b in bins if b.num_rows + rows <= self._micro_batch_tokens]
+        if not fitting:
+            return None
+        return min(fitting, key=lambda b: b.num_rows) if self._spread else fitting[0]

@@ -1,0 +1,235 @@
+"""A Hugging Face model directory: which tensor lies in which safetensors file, at which bytes.
+
+Only headers are read. Offsets and shapes are checked against the files, so that what comes after can trust them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flexgen_lite.model_spec import ITEM_BYTES
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+MAX_JSON_BYTES = 500_000_000
+
+_DTYPES = {
+    "F32": "float32",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "I64": "int64",
+    "I32": "int32",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+_SAVE_AGAIN = "load it with Transformers and save_pretrained it into a new directory"
+_OTHER_FORMATS = (
+    ("pytorch_model*.bin", "PyTorch pickle files", f"to convert it, {_SAVE_AGAIN}"),
+    ("*.gguf", "GGUF files", "get the model's safetensors repository instead"),
+    (
+        "adapter_model.safetensors",
+        "a PEFT adapter",
+        "merge it into its base model (merge_and_unload) and save that",
+    ),
+    ("tf_model*.h5", "TensorFlow weights", "get the model's safetensors repository instead"),
+    ("flax_model*.msgpack", "Flax weights", "get the model's safetensors repository instead"),
+    ("consolidated*.pth", "original PyTorch weights", "get the repository converted for Transformers"),
+    ("consolidated*.safetensors", "consolidated weights", "get the repository converted for Transformers"),
+)
+
+
+class CheckpointError(ValueError):
+    """The model directory cannot be used; the message names the file or tensor and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor as it lies in a file: row-major, `num_bytes` at `offset` from the start of `files[file]`."""
+
+    name: str
+    file: int
+    offset: int
+    num_bytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    files: tuple[str, ...]
+    tensors: dict[str, StoredTensor]
+
+
+def open_checkpoint(directory: str | Path) -> Checkpoint:
+    """Read the headers of the model in `directory`. Raises CheckpointError."""
+    directory = Path(directory).absolute()
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"{directory} is not a directory: give the directory that holds the model's config.json"
+        )
+    _check_config(directory)
+    # Transformers prefers the single file too, where both are there.
+    if (directory / WEIGHTS_NAME).exists():
+        return _collect((directory / WEIGHTS_NAME,), {})
+    if (directory / INDEX_NAME).exists():
+        return _open_shards(directory)
+    raise CheckpointError(_no_safetensors(directory))
+
+
+def _check_config(directory: Path) -> None:
+    path = directory / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{directory} has no config.json: it is not a Hugging Face model directory")
+    config = _read_json(path)
+    nested = config.get("text_config")
+    for part in (config, nested if isinstance(nested, dict) else {}):
+        quantization = part.get("quantization_config") or part.get("compression_config")
+        if quantization:
+            method = (
+                quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+            )
+            raise CheckpointError(
+                f"{path}: the checkpoint is quantised ({method}), which is not supported: use the unquantised model, or "
+                f"dequantise it: {_SAVE_AGAIN}"
+            )
+
+
+def _no_safetensors(directory: Path) -> str:
+    for pattern, what, remedy in _OTHER_FORMATS:
+        found = sorted(path.name for path in directory.glob(pattern))
+        if found:
+            return f"{directory} holds {what} ({found[0]}) but no {WEIGHTS_NAME}: only safetensors is read; {remedy}"
+    shards = sorted(directory.glob("*.safetensors"))
+    if shards:
+        return f"{directory} holds {shards[0].name} but neither {WEIGHTS_NAME} nor {INDEX_NAME}: download the missing file"
+    return f"{directory} holds no weights ({WEIGHTS_NAME} or {INDEX_NAME}): download them, or use --load-format dummy"
+
+
+def _open_shards(directory: Path) -> Checkpoint:
+    index_path = directory / INDEX_NAME
+    weight_map = _read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index_path} has no weight_map: download the index again")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or shard != Path(shard).name or not shard.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{index_path}: tensor {name} is in {shard!r}, which is no safetensors file beside it"
+            )
+    shards = sorted(set(weight_map.values()))
+    missing = [shard for shard in shards if not (directory / shard).exists()]
+    if missing:
+        raise CheckpointError(
+            f"{directory}: {len(missing)} of {len(shards)} shards are missing ({', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}): download the model again to complete it"
+        )
+    checkpoint = _collect(tuple(directory / shard for shard in shards), weight_map)
+    for name, shard in weight_map.items():
+        stored = checkpoint.tensors.get(name)
+        if stored is None or Path(checkpoint.files[stored.file]).name != shard:
+            raise CheckpointError(
+                f"{directory / shard} lacks tensor {name}, which {INDEX_NAME} says it has: download both files again"
+            )
+    return checkpoint
+
+
+def _collect(paths: tuple[Path, ...], weight_map: dict[str, str]) -> Checkpoint:
+    tensors: dict[str, StoredTensor] = {}
+    for file, path in enumerate(paths):
+        for stored in _read_header(path, file):
+            other = tensors.get(stored.name)
+            if other is None or weight_map.get(stored.name) == path.name:
+                tensors[stored.name] = stored
+            elif weight_map.get(stored.name) != paths[other.file].name:
+                raise CheckpointError(
+                    f"tensor {stored.name} is both in {paths[other.file]} and in {path}, and {INDEX_NAME} names neither: "
+                    "download the model again"
+                )
+    return Checkpoint(tuple(str(path) for path in paths), tensors)
+
+
+def _read_header(path: Path, file: int) -> list[StoredTensor]:
+    """The tensors of one safetensors file: 8 bytes of header length, the JSON header, then the data."""
+    again = "download it again"
+    with path.open("rb") as stream:
+        size = path.stat().st_size
+        start = stream.read(8)
+        length = int.from_bytes(start, "little")
+        if start == b"version ":
+            raise CheckpointError(
+                f"{path} is a Git LFS pointer, not the weights: fetch them with git lfs pull"
+            )
+        if size < 8 or 8 + length > size:
+            raise CheckpointError(f"{path} is cut off: {size} bytes do not even hold its header; {again}")
+        if length > MAX_HEADER_BYTES:
+            raise CheckpointError(f"{path}: a header of {length} bytes, {MAX_HEADER_BYTES} allowed; {again}")
+        header = _parse_object(path, stream.read(length))
+    base = 8 + length
+    tensors = [
+        _stored(path, file, base, name, entry) for name, entry in header.items() if name != "__metadata__"
+    ]
+    tensors.sort(key=lambda stored: (stored.offset, stored.num_bytes))
+    end = base
+    for stored in tensors:
+        if stored.offset + stored.num_bytes > size:
+            raise CheckpointError(
+                f"{path} is cut off: tensor {stored.name} ends at byte {stored.offset + stored.num_bytes} of {size}; {again}"
+            )
+        if stored.num_bytes and stored.offset < end:
+            raise CheckpointError(f"{path}: tensor {stored.name} overlaps the tensor before it; {again}")
+        end = max(end, stored.offset + stored.num_bytes)
+    return tensors
+
+
+def _stored(path: Path, file: int, base: int, name: str, entry: Any) -> StoredTensor:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        integers = [*shape, begin, end]
+        supported = dtype in _DTYPES
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(
+            f"{path}: tensor {name} has a malformed header entry; download it again"
+        ) from None
+    if not all(type(number) is int and number >= 0 for number in integers) or end < begin:
+        raise CheckpointError(f"{path}: tensor {name} has impossible offsets or shape; download it again")
+    if not supported:
+        raise CheckpointError(
+            f"{path}: tensor {name} is stored as {dtype}, and only {', '.join(_DTYPES)} are supported: "
+            f"use the unquantised model, or {_SAVE_AGAIN}"
+        )
+    needed = math.prod(shape) * ITEM_BYTES[_DTYPES[dtype]]
+    if needed != end - begin:
+        raise CheckpointError(
+            f"{path}: tensor {name} of shape {list(shape)} and dtype {dtype} needs {needed} bytes but has {end - begin}; "
+            "download it again"
+        )
+    return StoredTensor(name, file, base + begin, end - begin, _DTYPES[dtype], tuple(shape))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} has {size} bytes, {MAX_JSON_BYTES} allowed: download it again")
+    return _parse_object(path, path.read_bytes())
+
+
+def _parse_object(path: Path, text: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise ValueError("the same key twice")
+        return result
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its JSON cannot be read ({error}); download it again") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{path}: a JSON object is expected, not {type(value).__name__}; download it again"
+        )
+    return value

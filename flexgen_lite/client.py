@@ -1,0 +1,129 @@
+"""The client of a running engine."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count, repeat
+from types import TracebackType
+from typing import Self
+
+from flexgen_lite.completion import Prompt
+from flexgen_lite.connection import PROTOCOL, Connection
+from flexgen_lite.job import Job
+from flexgen_lite.messages import Status, Welcome
+from flexgen_lite.sampling_params import GREEDY, SamplingParams
+
+__all__ = ["PROTOCOL", "Client", "is_one_prompt"]
+
+
+class Client:
+    """Submits requests to the engine at an endpoint. May be used by several threads, for several jobs at once.
+
+    Args:
+        endpoint: as `flexgen-lite launch` prints it, "ipc:///...".
+        connect_timeout: seconds within which the engine must answer.
+        heartbeat: after so many seconds of silence the engine is asked whether it is there.
+        answer_timeout: after so many seconds without an answer to that the engine is given up.
+        epitaph: for the process that started the engine: waits up to so many seconds for it to end and returns its
+            last words, or None while it lives.
+
+    Raises:
+        EngineError: no engine answers there, or it speaks another protocol.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        connect_timeout: float = 10.0,
+        heartbeat: float = 15.0,
+        answer_timeout: float = 300.0,
+        epitaph: Callable[[float], str | None] | None = None,
+    ) -> None:
+        self._connection = Connection(
+            endpoint,
+            connect_timeout=connect_timeout,
+            heartbeat=heartbeat,
+            answer_timeout=answer_timeout,
+            epitaph=epitaph,
+        )
+        self._welcome = self._connection.open()
+        self._job_prefix = f"{os.getpid()}-{os.urandom(6).hex()}"
+        self._job_numbers = count()
+        self._finalizer = weakref.finalize(self, self._connection.close)
+
+    @property
+    def welcome(self) -> Welcome:
+        """What the engine said of itself: model, longest sequence, window, plan."""
+        return self._welcome
+
+    def submit(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        params: SamplingParams | Iterable[SamplingParams] | None = None,
+    ) -> Job:
+        """Submit prompts and return at once.
+
+        The prompts may come from a generator of any length: it is read as the engine takes them, in a thread of its
+        own, and no further than `welcome.window` requests ahead of what was read from the job.
+
+        Args:
+            prompts: texts or lists of token ids; a single one is a job of one request.
+            params: for all prompts, or one for each; None is greedy, 16 tokens.
+
+        Raises:
+            ValueError: there are not as many params as prompts.
+            EngineError: the engine is gone, or the client is closed.
+        """
+        each: Iterable[Prompt] = [prompts] if is_one_prompt(prompts) else prompts  # type: ignore[assignment,list-item]
+        length = len(each) if isinstance(each, list | tuple) else None
+        if isinstance(params, list | tuple) and length is not None and len(params) != length:
+            raise ValueError(f"{len(params)} params for {length} prompts: give one, or one for each prompt")
+        job = Job(
+            f"{self._job_prefix}-{next(self._job_numbers)}",
+            _pair(each, GREEDY if params is None else params),
+            length,
+            max(1, self._welcome.window),
+            self._connection.wake,
+            self._connection.cancel,
+        )
+        self._connection.add(job)
+        return job
+
+    def status(self, timeout: float = 60.0) -> Status:
+        """What the engine is doing.
+
+        Raises:
+            EngineError: the engine is gone, or does not answer within `timeout` seconds.
+        """
+        return self._connection.status(timeout)
+
+    def close(self) -> None:
+        """Cancel what is open and disconnect; the engine goes on for others."""
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def is_one_prompt(prompts: object) -> bool:
+    """Whether this is a text or a list of token ids, rather than several of them."""
+    if isinstance(prompts, str):
+        return True
+    return isinstance(prompts, list | tuple) and len(prompts) > 0 and type(prompts[0]) is int
+
+
+def _pair(
+    prompts: Iterable[Prompt], params: SamplingParams | Iterable[SamplingParams]
+) -> Iterator[tuple[Prompt, SamplingParams]]:
+    if isinstance(params, SamplingParams):
+        yield from zip(prompts, repeat(params), strict=False)
+    else:
+        yield from zip(prompts, params, strict=True)

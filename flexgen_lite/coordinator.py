@@ -1,0 +1,505 @@
+"""The coordinator process: owns the queue, the schedule, the KV page table and the arenas; starts and watches the
+workers; serves clients. No tensor math, no CUDA, no blocking file reads.
+
+Started by EngineProcess: one JSON line on standard input (`config`, `run_dir`), then the pipe is held open and its end
+is this process's end. Events go to standard output, one JSON object a line: log, plan, ready, failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import zmq
+
+from flexgen_lite import messages, plan
+from flexgen_lite.arena import Arena
+from flexgen_lite.batching import Batcher, MicroBatch
+from flexgen_lite.codec import Codec, MessageError
+from flexgen_lite.config import ConfigError, EngineConfig
+from flexgen_lite.kv_layout import kv_spec
+from flexgen_lite.lanes import Lanes
+from flexgen_lite.machine import inspect_machine
+from flexgen_lite.memory_use import MemoryUse
+from flexgen_lite.model_spec import ModelSpec
+from flexgen_lite.page_table import PageTable
+from flexgen_lite.requests import Answer, Limits, Requests
+from flexgen_lite.schedule import LoadUnit, Order, RunAttention, RunSegment, Schedule, UploadUnit
+from flexgen_lite.slot_ring import SlotRing
+from flexgen_lite.supervisor import WorkerDied, WorkerProcess, stop_all
+from flexgen_lite.tokenizer import TextTokenizer
+
+PROTOCOL = 1
+WINDOW = 4096  # requests that a client may have submitted and not got back
+COMPUTE_ENVIRONMENT = {
+    # Temporaries of a layer are reused instead of faulting in fresh pages each time.
+    "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296:"
+    "glibc.malloc.top_pad=268435456",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
+
+
+class Stopping(Exception):
+    """The coordinator was told to stop."""
+
+
+def emit(event: str, **values: object) -> None:
+    """One event for the process that started this one."""
+    with contextlib.suppress(BrokenPipeError, OSError):
+        sys.stdout.write(json.dumps({"event": event, **values}) + "\n")
+        sys.stdout.flush()
+
+
+class Coordinator:
+    """`with Coordinator(config, run_dir) as coordinator: coordinator.run()`. On the way out no process is left."""
+
+    def __init__(self, config: EngineConfig, run_dir: Path) -> None:
+        self._config = config
+        self._run_dir = run_dir
+        self._machine = inspect_machine()
+        self._arenas = {name: Arena(name) for name in ("weights", "kv", "exchange")}
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._poller = zmq.Poller()
+        self._sources: dict[Any, Callable[[], None]] = {}  # socket or descriptor -> what to do when it is readable
+        self._workers: dict[str, WorkerProcess] = {}
+        self._clients: zmq.Socket[bytes] | None = None
+        self._codecs = (Codec(messages.ToEngine, max_bytes=256 << 20), Codec(messages.ToClient))
+        self._lanes = Lanes(config.trace)
+        self._memory = MemoryUse(self._arenas.values())
+        self._loads_open = 0
+        self._not_ready: set[str] = set()
+        self._opened: messages.ModelOpened | None = None
+        self._plan: plan.Plan | None = None
+        self._schedule: Schedule | None = None
+        self._requests: Requests | None = None
+        self._pass_id = 0
+        self._pass: list[MicroBatch] = []
+        self._pass_tokens: list[tuple[int, ...]] = []
+        self._pass_start_ns = 0
+        self._busy_ns = 0
+        self._lane_history: list[tuple[int, dict[str, int]]] = []
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    # ------------------------------------------------------------------------------------------------ life
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(self._wake_write)
+        self._watch(self._wake_read, self._stop)
+        self._watch(sys.stdin.fileno(), self._stop)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._tell_clients(error)
+        stop_all(self._workers.values())
+        self._lanes.close()
+        if self._clients is not None:
+            self._clients.close(linger=500)
+        self._context.term()
+        for arena in self._arenas.values():
+            arena.close()
+
+    def run(self) -> None:
+        """Start everything and serve until told to stop. Raises WorkerDied, PlanError or Stopping."""
+        self._start_workers()
+        deadline = time.monotonic() + self._config.start_timeout
+        while self._not_ready or self._loads_open or self._schedule is None:
+            if time.monotonic() > deadline:
+                raise WorkerDied(f"not ready after {self._config.start_timeout:g} s: {self._standing()}")
+            self._step(deadline)
+        self._open_endpoint()
+        while True:
+            self._step(None)
+
+    def _step(self, deadline: float | None) -> None:
+        limits = [w.waiting_since + self._config.worker_timeout for w in self._workers.values() if w.outstanding]
+        if deadline is not None:
+            limits = [deadline]  # at start, importing and opening take what they take
+        timeout = None if not limits else max(0, int((min(limits) - time.monotonic()) * 1000) + 1)
+        ready = [source for source, _ in self._poller.poll(timeout)]
+        if not ready and deadline is None:
+            self._check_deadlines()
+        for source in ready:
+            if source in self._sources:
+                self._sources[source]()
+
+    def _stop(self) -> None:
+        raise Stopping
+
+    def _check_deadlines(self) -> None:
+        now = time.monotonic()
+        for worker in self._workers.values():
+            if worker.outstanding and now - worker.waiting_since > self._config.worker_timeout:
+                raise WorkerDied(
+                    f"{worker.name} (process {worker.pid}) has not answered for {self._config.worker_timeout:g} s: "
+                    f"{self._standing()}; raise worker_timeout if it was only slow"
+                )
+
+    def _standing(self) -> str:
+        if self._schedule is None or self._not_ready:
+            waiting = sorted(self._not_ready) or ["the model"]
+            return f"waiting for {', '.join(waiting)}"
+        return f"pass {self._pass_id}, {self._schedule.waiting_for()}"
+
+    def _watch(self, source: Any, callback: Callable[[], None]) -> None:
+        self._poller.register(source, zmq.POLLIN)
+        self._sources[source] = callback
+
+    # ------------------------------------------------------------------------------------------------ start
+
+    def _start_workers(self) -> None:
+        config, count = self._config, plan.num_attention_workers(self._config, self._machine)
+        kinds = [("compute", "compute worker"), ("loader", "disk loader")]
+        kinds += [("attention", f"attention worker {i}") for i in range(count)]
+        wanted = {"compute": ("weights", "exchange"), "loader": ("weights",), "attention": ("kv", "exchange")}
+        for kind, name in kinds:
+            arenas = {arena: self._arenas[arena].fd for arena in wanted[kind]}
+            environment = WORKER_ENVIRONMENT | (COMPUTE_ENVIRONMENT if kind == "compute" else {})
+            worker = WorkerProcess(kind, name, self._context, self._run_dir, arenas, environment)
+            self._workers[name] = worker
+            self._not_ready.add(name)
+            self._memory.watch(worker.pid)
+            self._watch(worker.socket, lambda worker=worker: self._receive(worker))
+            self._watch(worker.output, lambda worker=worker: self._forward_output(worker))
+            self._watch(worker.pidfd, lambda worker=worker: self._died(worker))
+        self._compute.send(
+            messages.OpenModel(
+                model=config.model,
+                load_format=config.load_format,
+                dtype=config.dtype,
+                device=config.device,
+                trust_probe=False,
+                max_model_len=config.max_model_len,
+            )
+        )
+
+    @property
+    def _compute(self) -> WorkerProcess:
+        return self._workers["compute worker"]
+
+    @property
+    def _loader(self) -> WorkerProcess:
+        return self._workers["disk loader"]
+
+    def _attention(self, index: int) -> WorkerProcess:
+        return self._workers[f"attention worker {index}"]
+
+    def _model_opened(self, message: messages.ModelOpened) -> None:
+        spec = message.spec
+        made = plan.make_plan(
+            self._config,
+            spec,
+            self._machine,
+            message.resident_bytes,
+            message.device_total_bytes > 0,
+            message.device_total_bytes,
+        )
+        self._opened, self._plan = message, made
+        emit("plan", text=plan.describe(made, spec))
+        for warning in spec.warnings:
+            emit("log", message=f"warning: {warning}")
+        kv = kv_spec(spec.attention, made.num_pages, made.page_tokens, spec.dtype)
+        exchange = messages.ExchangeSpec(made.micro_batches, made.region_bytes, made.micro_batch_tokens, spec.dtype)
+        self._arenas["weights"].resize(made.weights_bytes)
+        self._arenas["kv"].resize(kv.arena_bytes)
+        self._arenas["exchange"].resize(exchange.num_regions * exchange.region_bytes)
+        self._attach(spec, made, kv, exchange)
+        self._schedule = _make_schedule(spec, made)
+        pages = PageTable(made.num_pages, made.page_tokens, made.attention_workers)
+        batcher = Batcher(
+            pages, made.max_sequences, made.micro_batches, made.micro_batch_tokens, made.spread
+        )
+        eos = tuple(token for token in spec.eos_token_ids if 0 <= token < spec.vocab_size)
+        limits = Limits(spec.max_length, pages.max_tokens, spec.vocab_size, eos)
+        tokenizer = TextTokenizer(message.tokenizer_file) if message.tokenizer_file else None
+        self._requests = Requests(batcher, limits, tokenizer)
+
+    def _attach(
+        self, spec: ModelSpec, made: plan.Plan, kv: messages.KvSpec, exchange: messages.ExchangeSpec
+    ) -> None:
+        self._loader.send(
+            messages.AttachLoader(
+                spec.files,
+                spec.units,
+                made.slot_offsets,
+                made.weights_bytes,
+                self._config.load_format,
+                made.loader_threads,
+                made.loader_cpus,
+            )
+        )
+        for index in range(made.attention_workers):
+            self._attention(index).send(
+                messages.AttachAttention(
+                    spec.attention, exchange, kv, made.attention_threads, made.attention_cpus[index]
+                )
+            )
+        self._compute.send(
+            messages.AttachCompute(
+                made.slot_offsets,
+                made.weights_bytes,
+                exchange,
+                made.device_slots,
+                made.layer_slot_bytes,
+                made.compute_threads,
+                made.compute_cpus,
+            )
+        )
+
+    def _open_endpoint(self) -> None:
+        """From here on clients can connect."""
+        endpoint = self._config.endpoint or f"ipc://{self._run_dir}/engine.sock"
+        clients = self._context.socket(zmq.ROUTER)
+        clients.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        clients.setsockopt(zmq.SNDHWM, 0)  # bounded by what clients may have open
+        clients.linger = 0
+        try:
+            clients.bind(endpoint)
+        except zmq.ZMQError as error:
+            clients.close()
+            raise plan.PlanError(f"cannot listen on {endpoint}: {error.strerror}: choose another endpoint") from error
+        os.chmod(endpoint.removeprefix("ipc://"), 0o600)
+        self._clients = clients
+        self._watch(clients, self._from_client)
+        emit("ready", endpoint=endpoint)
+
+    # ------------------------------------------------------------------------------------------------ workers
+
+    def _receive(self, worker: WorkerProcess) -> None:
+        while worker.socket.poll(0):
+            self._handle(worker, worker.receive())
+
+    def _handle(self, worker: WorkerProcess, message: Any) -> None:
+        match message:
+            case messages.SegmentDone():
+                self._segment_done(message)
+            case messages.Attended():
+                name = f"layer {message.layer} micro-batch {message.micro_batch}"
+                self._lanes.add("attention", worker.name, name, message.start_ns, message.end_ns)
+                self._run_orders(self._scheduler.attended(message.layer, message.micro_batch))
+            case messages.Loaded():
+                self._loads_open -= 1
+                self._lanes.add("disk", "disk", f"load {message.unit}", message.start_ns, message.end_ns)
+                self._run_orders(self._scheduler.loaded(message.unit))
+            case messages.Uploaded():
+                self._lanes.add(
+                    "host-to-device", "host-to-device", f"upload {message.unit}", message.start_ns, message.end_ns
+                )
+                self._run_orders(self._scheduler.uploaded(message.unit))
+            case messages.ModelOpened():
+                self._model_opened(message)
+            case messages.Ready():
+                self._not_ready.discard(worker.name)
+                if worker is self._loader:
+                    self._run_orders(self._scheduler.start())
+
+    @property
+    def _scheduler(self) -> Schedule:
+        assert self._schedule is not None, "work before the model was opened"
+        return self._schedule
+
+    def _run_orders(self, orders: Iterable[Order]) -> None:
+        for order in orders:
+            match order:
+                case RunSegment():
+                    self._compute.send(
+                        messages.Segment(self._pass_id, order.layer, order.micro_batch, order.slot)
+                    )
+                case RunAttention():
+                    for index in order.workers:
+                        self._attention(index).send(messages.Attend(self._pass_id, order.layer, order.micro_batch))
+                case LoadUnit():
+                    self._loads_open += 1
+                    self._loader.send(messages.Load(order.unit, order.slot))
+                case UploadUnit():
+                    self._compute.send(messages.Upload(order.unit, order.slot, order.device_slot))
+
+    def _segment_done(self, message: messages.SegmentDone) -> None:
+        name = f"layer {message.layer} micro-batch {message.micro_batch}"
+        self._lanes.add("compute", "compute", name, message.start_ns, message.end_ns)
+        scheduler = self._scheduler
+        if message.layer == scheduler.num_layers:
+            self._pass_tokens[message.micro_batch] = message.token_ids
+        self._run_orders(scheduler.segment_done(message.layer, message.micro_batch))
+        if scheduler.pass_done:
+            self._end_pass()
+
+    def _died(self, worker: WorkerProcess) -> None:
+        raise worker.death()
+
+    def _forward_output(self, worker: WorkerProcess) -> None:
+        data = worker.read_output()
+        if not data:  # its end: the pidfd tells the rest
+            self._poller.unregister(worker.output)
+            del self._sources[worker.output]
+            return
+        for line in data.decode(errors="replace").splitlines():
+            if line.strip():
+                emit("log", message=f"{worker.name}: {line}")
+
+    # ------------------------------------------------------------------------------------------------ passes
+
+    def _begin_pass(self) -> None:
+        """Compose and start the next pass, if there is work and none is running."""
+        assert self._requests is not None and self._plan is not None
+        if self._pass:
+            return
+        self._pass = self._requests.next_pass()
+        if not self._pass:
+            return
+        self._pass_id += 1
+        self._pass_start_ns = time.monotonic_ns()
+        self._pass_tokens = [()] * len(self._pass)
+        token_batches = tuple(m.token_batch(k) for k, m in enumerate(self._pass))
+        self._compute.send(
+            messages.BeginCompute(self._pass_id, self._plan.compute_threads, token_batches), expects_answer=False
+        )
+        for index in range(self._plan.attention_workers):
+            batches = tuple(m.kv_batch(k, index) for k, m in enumerate(self._pass) if index in m.workers())
+            self._attention(index).send(
+                messages.BeginAttention(self._pass_id, self._plan.attention_threads, batches), expects_answer=False
+            )
+        self._run_orders(self._scheduler.begin_pass([m.workers() for m in self._pass]))
+
+    def _end_pass(self) -> None:
+        assert self._requests is not None
+        now = time.monotonic_ns()
+        self._busy_ns += now - self._pass_start_ns
+        self._lanes.span("pass", f"pass {self._pass_id}", self._pass_start_ns, now)
+        done, self._pass = self._pass, []
+        answers = self._requests.end_pass(done, self._pass_tokens)
+        self._requests.totals["passes"] += 1
+        self._begin_pass()  # first, so that the workers are busy while the answers go out
+        self._answer(answers)
+        self._memory.sample()
+        self._remember_lanes(now)
+
+    def _remember_lanes(self, now: int) -> None:
+        self._lane_history.append((now, dict(self._lanes.busy_ns)))
+        while len(self._lane_history) > 2 and now - self._lane_history[1][0] > 5e9:
+            self._lane_history.pop(0)
+
+    # ------------------------------------------------------------------------------------------------ clients
+
+    def _from_client(self) -> None:
+        assert self._clients is not None
+        while self._clients.poll(0):
+            frames = self._clients.recv_multipart()
+            if len(frames) != 2:
+                continue
+            try:
+                message = self._codecs[0].decode(frames[1])
+            except MessageError as error:
+                emit("log", message=f"a client sent what is not a message: {error}")
+                continue
+            self._handle_client(frames[0], message)
+
+    def _handle_client(self, client: bytes, message: Any) -> None:
+        assert self._requests is not None
+        match message:
+            case messages.Connect():
+                self._send_client(client, self._welcome())
+            case messages.Submit():
+                self._answer(self._requests.submit(client, message))
+                self._begin_pass()
+            case messages.Cancel():
+                self._answer(self._requests.cancel(client, message.job_id))
+            case messages.GetStatus():
+                self._send_client(client, self._status())
+            case messages.Shutdown():
+                emit("log", message="a client asked to shut down: only the process that started the engine can")
+
+    def _welcome(self) -> messages.Welcome:
+        assert self._opened is not None and self._plan is not None
+        text = plan.describe(self._plan, self._opened.spec)
+        return messages.Welcome(PROTOCOL, self._config.model, self._opened.spec.max_length, WINDOW, text)
+
+    def _status(self) -> messages.Status:
+        assert self._requests is not None and self._plan is not None
+        now = time.monotonic_ns()
+        since, busy = self._lane_history[0] if self._lane_history else (now - 1, {})
+        lanes = {
+            lane: min(1.0, (total - busy.get(lane, 0)) / (now - since)) for lane, total in self._lanes.busy_ns.items()
+        }
+        running_ns = now - self._pass_start_ns if self._pass else 0
+        totals = {key: float(value) for key, value in self._requests.totals.items()}
+        totals["busy_seconds"] = (self._busy_ns + running_ns) / 1e9
+        for lane, total in self._lanes.busy_ns.items():
+            totals[f"{lane}_seconds"] = total / 1e9
+        used = self._memory.sample()
+        return messages.Status(
+            running=self._requests.num_running,
+            waiting=self._requests.num_waiting,
+            done=self._requests.totals["requests_done"],
+            lanes=lanes,
+            totals=totals,
+            memory={"budget": self._plan.ram, "used": used, "peak": self._memory.peak},
+        )
+
+    def _answer(self, answers: Iterable[Answer]) -> None:
+        for client, message in answers:
+            self._send_client(client, message)
+
+    def _send_client(self, client: bytes, message: Any) -> None:
+        assert self._clients is not None and self._requests is not None
+        try:
+            self._clients.send_multipart([client, self._codecs[1].encode(message)], zmq.NOBLOCK)
+        except zmq.ZMQError:  # it is gone: nobody waits for its requests
+            self._requests.forget(client)
+
+    def _tell_clients(self, error: BaseException | None) -> None:
+        if self._clients is None or self._requests is None:
+            return
+        text = "the engine was stopped" if error is None or isinstance(error, Stopping) else str(error)
+        for client in self._requests.clients():
+            with contextlib.suppress(zmq.ZMQError):
+                frames = [client, self._codecs[1].encode(messages.EngineFailed(text))]
+                self._clients.send_multipart(frames, zmq.NOBLOCK)
+
+
+def _make_schedule(spec: ModelSpec, made: plan.Plan) -> Schedule:
+    """Slot numbers: resident layers in order, then the ring, then everything outside the layers."""
+    last = len(made.slot_offsets) - 1
+    pinned = {spec.num_layers: last} | {layer: slot for slot, layer in enumerate(made.resident_layers)}
+    ring = range(len(made.resident_layers), last)
+    host = SlotRing(pinned, made.streamed_layers(spec.num_layers), tuple(ring))
+    if not made.staged:
+        return Schedule(spec.num_layers, host)
+    device = SlotRing({spec.num_layers: made.device_slots}, range(spec.num_layers), range(made.device_slots))
+    return Schedule(spec.num_layers, host, device)
+
+
+def main() -> int:
+    order = json.loads(sys.stdin.buffer.raw.readline())  # type: ignore[attr-defined]  # unbuffered: the rest is watched
+    try:
+        config = EngineConfig.from_json(json.dumps(order["config"]))
+        with Coordinator(config, Path(order["run_dir"])) as coordinator:
+            coordinator.run()
+    except Stopping:
+        return 0
+    except (ConfigError, plan.PlanError) as error:
+        emit("failed", message=str(error), user_error=True, details="")
+        return 2
+    except WorkerDied as error:
+        emit("failed", message=str(error), user_error=error.user_error, details=error.details)
+        return 2 if error.user_error else 1
+    except Exception as error:  # the one crash boundary: report, then end
+        details = "".join(traceback.format_exception(error))
+        emit("failed", message=f"the coordinator failed: {error!r}", user_error=False, details=details)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,209 @@
+"""The coordinator as a child process: started, listened to, stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import IO, Any, Self
+
+from flexgen_lite.config import EngineConfig
+from flexgen_lite.errors import EngineError
+from flexgen_lite.runtime_dir import RuntimeDir
+
+COMMAND = (sys.executable, "-m", "flexgen_lite.coordinator")
+
+_STOP_SECONDS = 10.0
+_START_GRACE = 15.0  # the coordinator's own deadline comes first: it knows what it waits for
+
+
+class EngineProcess:
+    """Starts the coordinator and waits until it is ready.
+
+    The coordinator gets one JSON object in one line on its standard input, {"config": ..., "run_directory": ...},
+    and exits when that input ends, so it never outlives this process. On its standard output it writes one JSON
+    object a line: events "log", "plan", "ready" and "failed". Its standard error is this process's own.
+
+    Args:
+        config: of the engine.
+        command: what to start.
+        on_log: is given each log message, on another thread.
+        on_plan: is given the plan, for people, on another thread.
+
+    Raises:
+        EngineError: it did not become ready.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        command: Sequence[str] = COMMAND,
+        on_log: Callable[[str], None] | None = None,
+        on_plan: Callable[[str], None] | None = None,
+    ) -> None:
+        run_directory = RuntimeDir()
+        try:
+            child = _spawn(command)
+        except OSError as error:
+            run_directory.remove()
+            raise EngineError(f"the engine cannot be started: {error}") from None
+        self._child = child
+        self._news = _News(on_log, on_plan)
+        self._finalizer = weakref.finalize(self, _stop, child, run_directory, os.getpid())
+        reader = threading.Thread(
+            target=self._news.read, args=(child,), name="flexgen-lite engine events", daemon=True
+        )
+        reader.start()
+        try:
+            _tell(child, {"config": json.loads(config.to_json()), "run_directory": str(run_directory.path)})
+            self._news.wait_until_ready(config.start_timeout + _START_GRACE)
+        except BaseException:
+            self.stop()
+            raise
+
+    @property
+    def endpoint(self) -> str:
+        """Where clients connect."""
+        return self._news.endpoint or ""
+
+    @property
+    def plan(self) -> str:
+        return self._news.plan
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    def last_words(self, patience: float = 0.0) -> str | None:
+        """Wait up to `patience` seconds for the engine to end; what it died of, or None while it lives."""
+        return self._news.last_words(patience)
+
+    def stop(self) -> None:
+        """Let the engine finish in order, kill it if it does not within 10 s. Safe to call twice."""
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+class _News:
+    """What the child has told so far. Its thread drains the child's output to the end."""
+
+    def __init__(self, on_log: Callable[[str], None] | None, on_plan: Callable[[str], None] | None) -> None:
+        self._on_log, self._on_plan = on_log, on_plan
+        self._changed = threading.Condition()
+        self.endpoint: str | None = None
+        self.plan = ""
+        self._failure: EngineError | None = None
+        self._ended = False
+
+    def read(self, child: subprocess.Popen[bytes]) -> None:
+        output: IO[bytes] = child.stdout  # type: ignore[assignment]
+        with output:
+            for line in output:
+                self._take_in(line)
+        code = child.wait()
+        with self._changed:
+            if self._failure is None:
+                self._failure = EngineError(f"the engine ended unexpectedly, {_cause(code)}")
+            self._ended = True
+            self._changed.notify_all()
+
+    def _take_in(self, line: bytes) -> None:
+        event = _parse(line)
+        kind = event.get("event")
+        if kind == "log" and self._on_log is not None:
+            self._on_log(str(event.get("message")))
+        elif kind == "plan":
+            self.plan = str(event.get("text"))
+            if self._on_plan is not None:
+                self._on_plan(self.plan)
+        elif kind == "ready":
+            with self._changed:
+                self.endpoint = str(event.get("endpoint"))
+                self._changed.notify_all()
+        elif kind == "failed":
+            with self._changed:
+                self._failure = EngineError(
+                    str(event.get("message")),
+                    user_error=event.get("user_error") is True,
+                    details=str(event.get("details") or ""),
+                )
+                self._changed.notify_all()
+
+    def wait_until_ready(self, timeout: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self.endpoint is not None or self._failure is not None, timeout)
+            if self._failure is not None:
+                raise self._failure
+            if self.endpoint is None:
+                raise EngineError(f"the engine was not ready within {timeout:.0f} s: raise start_timeout")
+
+    def last_words(self, patience: float) -> str | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended or self._failure is not None, patience)
+            return None if self._failure is None else str(self._failure)
+
+
+def _spawn(command: Sequence[str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(  # noqa: S603 - the command is ours
+        list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    )
+
+
+def _tell(child: subprocess.Popen[bytes], order: dict[str, Any]) -> None:
+    """Write the order and leave the pipe open: its end is the child's sign to exit."""
+    stdin: IO[bytes] = child.stdin  # type: ignore[assignment]
+    with contextlib.suppress(BrokenPipeError):  # it died at once: its output tells why
+        stdin.write(json.dumps(order).encode() + b"\n")
+        stdin.flush()
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    """An event; a line that is none (a library's print) is passed on to standard error."""
+    with contextlib.suppress(ValueError):
+        event = json.loads(line)
+        if isinstance(event, dict):
+            return event
+    sys.stderr.write(line.decode(errors="replace"))
+    return {}
+
+
+def _cause(code: int) -> str:
+    if code >= 0:
+        return f"with exit code {code}"
+    try:
+        return f"killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"killed by signal {-code}"
+
+
+def _stop(child: subprocess.Popen[bytes], run_directory: RuntimeDir, owner: int) -> None:
+    if os.getpid() != owner:  # a fork of the process that started it
+        return
+    try:
+        if child.poll() is None:
+            child.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(_STOP_SECONDS)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # the child, if it still lives, and whatever it left behind
+        child.wait()
+        if child.stdin is not None:
+            with contextlib.suppress(OSError):
+                child.stdin.close()
+    finally:
+        run_directory.remove()

@@ -1,0 +1,245 @@
+"""Requests that were submitted together, and their completions."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+
+from flexgen_lite.completion import Completion, Prompt
+from flexgen_lite.errors import EngineError
+from flexgen_lite.messages import RequestDone, WireRequest
+from flexgen_lite.sampling_params import MAX_TOKEN_ID, SamplingParams
+
+PART_REQUESTS = 256
+PART_PROMPT_UNITS = 1 << 20  # characters or token ids in one part
+
+
+class Job:
+    """Completions of the requests that one `submit` sent; iterate over it to get them as they finish.
+
+    A request goes through these places, at most `window` of them between source and reader:
+
+        source --feeder thread--> outbox --take()--> in flight --complete()--> finished --next()--> reader
+
+    All of it may be read and cancelled from any thread. Requests that were not sent before `cancel()` have no
+    completion. If the engine fails, iteration raises EngineError after the completions that had arrived; if the
+    source of prompts raises, iteration raises that.
+    """
+
+    def __init__(
+        self,
+        job_id: str,
+        source: Iterable[tuple[Prompt, SamplingParams]],
+        length: int | None,
+        window: int,
+        wake: Callable[[], None],
+        cancel: Callable[[str], None],
+    ) -> None:
+        self.id = job_id
+        self._source = source
+        self._length = length
+        self._window = window
+        self._wake = wake
+        self._send_cancel = cancel
+        self._changed = threading.Condition()
+        self._outbox: deque[tuple[WireRequest, Prompt]] = deque()
+        self._in_flight: dict[int, Prompt] = {}
+        self._finished: deque[Completion] = deque()
+        self._accepted = self._done = self._failed = self._taken = 0
+        self._prompt_tokens = self._generated_tokens = 0
+        self._exhausted = self._cancelled = False
+        self._error: Exception | None = None
+        self._feeder = threading.Thread(target=self._feed, name=f"flexgen-lite feeder {job_id}", daemon=True)
+
+    # ------------------------------------------------------------------ the reader's side
+
+    def __iter__(self) -> Iterator[Completion]:
+        return self
+
+    def __next__(self) -> Completion:
+        with self._changed:
+            while not self._finished:
+                if self._error is not None:
+                    raise _fresh(self._error)
+                if self._is_over():
+                    raise StopIteration
+                self._changed.wait()
+            self._taken += 1
+            self._changed.notify_all()
+            return self._finished.popleft()
+
+    def results(self) -> list[Completion]:
+        """Wait for all requests; the completions not yet taken by iteration, in the order of the prompts."""
+        return sorted(self, key=lambda completion: completion.index)
+
+    def cancel(self) -> None:
+        """Send no further request and ask the engine to drop those it has; they end as "cancelled"."""
+        with self._changed:
+            if self._is_over() or self._cancelled:
+                return
+            self._drop_rest()
+        self._send_cancel(self.id)
+
+    def __len__(self) -> int:
+        """Number of requests; where the prompts come from a generator, of those taken from it so far."""
+        with self._changed:
+            return self._accepted if self._length is None or self._exhausted else self._length
+
+    @property
+    def done(self) -> int:
+        """Requests that came back, the failed ones among them."""
+        return self._done
+
+    @property
+    def failed(self) -> int:
+        return self._failed
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Prompt tokens of the requests that came back."""
+        return self._prompt_tokens
+
+    @property
+    def generated_tokens(self) -> int:
+        return self._generated_tokens
+
+    # ------------------------------------------------------------------ the connection's side
+
+    def start(self) -> None:
+        self._feeder.start()
+
+    @property
+    def is_settled(self) -> bool:
+        """Nothing is left to be sent or to come back."""
+        with self._changed:
+            return self._is_settled()
+
+    def take(self, limit: int) -> tuple[WireRequest, ...]:
+        """Up to `limit` requests to be sent now, as one part."""
+        part: list[WireRequest] = []
+        units = 0
+        with self._changed:
+            while self._outbox and len(part) < min(limit, PART_REQUESTS) and units < PART_PROMPT_UNITS:
+                request, prompt = self._outbox.popleft()
+                self._in_flight[request.index] = prompt
+                part.append(request)
+                units += len(request.prompt)
+            if part:
+                self._changed.notify_all()
+        return tuple(part)
+
+    def complete(self, message: RequestDone) -> bool:
+        """Take in a result; False if it is not one that was waited for."""
+        with self._changed:
+            if message.index not in self._in_flight:
+                return False
+            prompt = self._in_flight.pop(message.index)
+            if self._error is not None:
+                return True
+            self._finished.append(_completion(message, prompt))
+            self._done += 1
+            self._failed += message.error is not None
+            self._prompt_tokens += message.num_prompt_tokens
+            self._generated_tokens += len(message.token_ids)
+            self._changed.notify_all()
+            return True
+
+    def fail(self, error: Exception) -> None:
+        """End the job: nothing more will come."""
+        with self._changed:
+            if not self._is_over():
+                self._error = error
+                self._drop_rest()
+
+    # ------------------------------------------------------------------ the feeder thread
+
+    def _feed(self) -> None:
+        failure: Exception | None = None
+        try:
+            self._feed_all()
+        except Exception as error:  # noqa: BLE001 - raised by the user's source, and handed to the reader
+            failure = error
+        with self._changed:
+            self._exhausted = True
+            if failure is not None and not self._cancelled:
+                self._error = failure
+                self._drop_rest()
+            self._changed.notify_all()
+        if failure is not None:
+            self._send_cancel(self.id)
+        self._wake()
+
+    def _feed_all(self) -> None:
+        source = iter(self._source)
+        for index in range(1 << 62):
+            with self._changed:
+                self._changed.wait_for(self._has_room)
+                if self._cancelled:
+                    return
+            item = next(source, None)
+            if item is None:
+                return
+            prompt, params = item
+            request = WireRequest(index, _wire_prompt(index, prompt), params.to_wire())
+            with self._changed:
+                if self._cancelled:
+                    return
+                self._outbox.append((request, prompt))
+                self._accepted += 1
+                is_first = len(self._outbox) == 1
+            if is_first:
+                self._wake()
+
+    def _has_room(self) -> bool:
+        room = self._accepted - self._taken < self._window and len(self._outbox) < PART_REQUESTS
+        return room or self._cancelled
+
+    def _drop_rest(self) -> None:
+        self._cancelled = True
+        self._accepted -= len(self._outbox)
+        self._length = None
+        self._outbox.clear()
+        self._changed.notify_all()
+
+    def _is_over(self) -> bool:
+        return self._error is not None or self._is_settled()
+
+    def _is_settled(self) -> bool:
+        return (self._exhausted or self._cancelled) and not self._outbox and not self._in_flight
+
+
+def _fresh(error: Exception) -> Exception:
+    """EngineErrors reach many readers: each gets its own, for an exception carries the traceback of one."""
+    if isinstance(error, EngineError):
+        return EngineError(str(error), user_error=error.user_error, details=error.details)
+    return error
+
+
+def _completion(message: RequestDone, prompt: Prompt) -> Completion:
+    return Completion(
+        index=message.index,
+        prompt=prompt,
+        text="" if message.error is not None else message.text,
+        token_ids=list(message.token_ids),
+        num_prompt_tokens=message.num_prompt_tokens,
+        finish_reason="error" if message.error is not None else message.finish_reason,
+        error=message.error,
+    )
+
+
+def _wire_prompt(index: int, prompt: object) -> str | tuple[int, ...]:
+    if isinstance(prompt, str):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"prompt {index} has characters that are not Unicode text") from None
+        return prompt
+    if isinstance(prompt, list | tuple):
+        for token_id in prompt:
+            if type(token_id) is not int or not 0 <= token_id <= MAX_TOKEN_ID:
+                raise ValueError(
+                    f"prompt {index} has {token_id!r} among its token ids: give whole numbers from 0 up"
+                )
+        return tuple(prompt)
+    raise TypeError(f"prompt {index} is a {type(prompt).__name__}: give a string or a list of token ids")

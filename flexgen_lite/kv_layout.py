@@ -1,0 +1,39 @@
+"""Where each layer's keys and values lie in the KV arena: pure arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flexgen_lite.messages import KvSpec
+from flexgen_lite.model_spec import ITEM_BYTES, AttentionSpec
+
+ALIGNMENT = 4096  # bytes
+
+
+def kv_spec(layers: Sequence[AttentionSpec], num_pages: int, page_tokens: int, dtype: str) -> KvSpec:
+    """The arena for `num_pages` pages of `page_tokens` tokens in every layer; all offsets are multiples of 4096."""
+    if num_pages < 1 or page_tokens < 1:
+        raise ValueError(f"{num_pages} KV pages of {page_tokens} tokens: both must be positive")
+    slots = num_pages * page_tokens * _item_bytes(dtype)
+    key_offsets, value_offsets, end = [], [], 0
+    for spec in layers:
+        key_offsets.append(end)
+        end = _round_up(end + slots * spec.num_kv_heads * spec.head_dim)
+        value_offsets.append(end)
+        end = _round_up(end + slots * spec.num_kv_heads * spec.value_dim)
+    return KvSpec(num_pages, page_tokens, dtype, tuple(key_offsets), tuple(value_offsets), end)
+
+
+def page_bytes(layers: Sequence[AttentionSpec], page_tokens: int, dtype: str) -> int:
+    """Bytes that one page takes over all layers; the arena adds less than 8 KiB per layer for alignment."""
+    return page_tokens * _item_bytes(dtype) * sum(spec.kv_width for spec in layers)
+
+
+def _item_bytes(dtype: str) -> int:
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"KV cache of dtype {dtype!r}: float32, bfloat16 or float16 expected")
+    return ITEM_BYTES[dtype]
+
+
+def _round_up(value: int) -> int:
+    return -(-value // ALIGNMENT) * ALIGNMENT

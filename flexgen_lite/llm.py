@@ -1,0 +1,126 @@
+"""The engine and its client in one object."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, overload
+
+from flexgen_lite.client import Client, is_one_prompt
+from flexgen_lite.completion import Completion, Prompt
+from flexgen_lite.config import EngineConfig
+from flexgen_lite.engine_process import EngineProcess
+from flexgen_lite.job import Job
+from flexgen_lite.messages import Status
+from flexgen_lite.sampling_params import SamplingParams
+
+
+class FlexGenLite:
+    """Starts an engine for a model; it ends with the `with` block, with `close()`, or when this object goes.
+
+    Args:
+        model: Hugging Face model directory or hub id.
+        config: an EngineConfig, or the path of a YAML file.
+        options: any key of EngineConfig; they win over `config`.
+
+    Raises:
+        ConfigError: the configuration cannot be used.
+        EngineError: the engine could not be started.
+    """
+
+    def __init__(
+        self, model: str | Path, *, config: EngineConfig | str | Path | None = None, **options: Any
+    ) -> None:
+        if isinstance(config, EngineConfig):
+            given = config.model_dump(exclude_unset=True)
+            self.config = EngineConfig(**{**given, **options, "model": str(model)})
+        else:
+            self.config = EngineConfig.load(config, {**options, "model": str(model)})
+        self._engine = EngineProcess(self.config)
+        try:
+            self._client = Client(self._engine.endpoint, epitaph=self._engine.last_words)
+        except BaseException:
+            self._engine.stop()
+            raise
+
+    @property
+    def endpoint(self) -> str:
+        """Where further clients may connect."""
+        return self._engine.endpoint
+
+    @property
+    def plan(self) -> str:
+        """What is placed where, memory per part, worker and thread counts; for people."""
+        return self._engine.plan
+
+    @overload
+    def generate(
+        self, prompts: str | list[int], params: SamplingParams | None = None, *, progress: bool = False
+    ) -> Completion: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: Iterable[Prompt],
+        params: SamplingParams | Iterable[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[Completion]: ...
+
+    def generate(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        params: SamplingParams | Iterable[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+    ) -> Completion | list[Completion]:
+        """Generate for one prompt, or for many.
+
+        Args:
+            prompts: a text or a list of token ids for one Completion; several of them for a list of Completions in
+                the order of the prompts. A request that fails has its `error` set and no text.
+            params: for all prompts, or one for each. None is greedy, 16 tokens.
+            progress: show a progress bar.
+
+        Raises:
+            EngineError: the engine failed.
+        """
+        job = self.submit(prompts, params)
+        try:
+            completions = _with_progress(job) if progress else job.results()
+        except BaseException:
+            job.cancel()
+            raise
+        return completions[0] if is_one_prompt(prompts) else completions
+
+    def submit(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        params: SamplingParams | Iterable[SamplingParams] | None = None,
+    ) -> Job:
+        """Submit prompts and return at once, as Client.submit does."""
+        return self._client.submit(prompts, params)
+
+    def status(self) -> Status:
+        return self._client.status()
+
+    def close(self) -> None:
+        """Stop the engine. Safe to call twice."""
+        self._client.close()
+        self._engine.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _with_progress(job: Job) -> list[Completion]:
+    from rich.progress import track
+
+    completions = list(track(job, description="generating", total=len(job)))
+    return sorted(completions, key=lambda completion: completion.index)

@@ -1,0 +1,400 @@
+"""Every control message, grouped by receiver. Indices, slots and offsets; never tensor bytes.
+
+Times are `time.monotonic_ns()` (CLOCK_MONOTONIC, the same in all processes of a machine).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flexgen_lite.model_spec import AttentionSpec, ModelSpec, UnitSpec
+
+# ---------------------------------------------------------------------------------------------- any worker
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Finish and exit with code 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """First message of a started worker."""
+
+    name: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The worker holds its resources and takes orders; `resident_bytes` is its private memory at this moment."""
+
+    resident_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The worker's last message before it exits with a code other than 0."""
+
+    kind: str  # exception type
+    message: str
+    details: str  # traceback, for the log
+    user_error: bool  # True: `message` says it all and the user can act on it
+
+
+# ---------------------------------------------------------------------------------------------- loader
+
+
+@dataclass(frozen=True, slots=True)
+class AttachLoader:
+    """`slot_offsets[s]` is where slot s begins in the weights arena of `arena_bytes`."""
+
+    files: tuple[str, ...]
+    units: tuple[UnitSpec, ...]
+    slot_offsets: tuple[int, ...]
+    arena_bytes: int
+    load_format: str  # "auto" or "dummy"
+    threads: int
+    cpus: tuple[int, ...]  # empty: no affinity
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    unit: int
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    unit: int
+    slot: int
+    num_bytes: int  # read from files
+    start_ns: int
+    end_ns: int
+
+
+ToLoader = AttachLoader | Load | Stop
+FromLoader = Hello | Ready | Loaded | Failed
+
+
+# ---------------------------------------------------------------------------------------------- attention
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangeSpec:
+    """The exchange arena: `num_regions` regions of `region_bytes`, each for up to `max_tokens` rows."""
+
+    num_regions: int
+    region_bytes: int
+    max_tokens: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class KvSpec:
+    """The KV arena: `num_pages` pages of `page_tokens` tokens in every layer.
+
+    Layer l's keys are `[num_pages, num_kv_heads, page_tokens, head_dim]` at byte `key_offsets[l]`, its values
+    `[num_pages, num_kv_heads, page_tokens, value_dim]` at byte `value_offsets[l]`.
+    """
+
+    num_pages: int
+    page_tokens: int
+    dtype: str
+    key_offsets: tuple[int, ...]
+    value_offsets: tuple[int, ...]
+    arena_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttachAttention:
+    layers: tuple[AttentionSpec, ...]
+    exchange: ExchangeSpec
+    kv: KvSpec
+    threads: int
+    cpus: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KvSpan:
+    """Rows `row .. row + num_rows` of a region are tokens `position ..` of the sequence that owns `pages`.
+
+    Their K and V are stored. If `attend`, each row's query attends to the sequence's tokens up to its own position.
+    """
+
+    row: int
+    num_rows: int
+    position: int
+    attend: bool
+    pages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KvBatch:
+    micro_batch: int
+    region: int
+    spans: tuple[KvSpan, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BeginAttention:
+    """A pass's work for this worker; replaces whatever was known of an earlier pass."""
+
+    pass_id: int
+    threads: int
+    batches: tuple[KvBatch, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Attend:
+    pass_id: int
+    layer: int
+    micro_batch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Attended:
+    pass_id: int
+    layer: int
+    micro_batch: int
+    start_ns: int
+    end_ns: int
+
+
+ToAttention = AttachAttention | BeginAttention | Attend | Stop
+FromAttention = Hello | Ready | Attended | Failed
+
+
+# ---------------------------------------------------------------------------------------------- compute
+
+
+@dataclass(frozen=True, slots=True)
+class OpenModel:
+    """First order to the compute worker: build the class on the meta device and describe it."""
+
+    model: str  # directory or hub id
+    load_format: str
+    dtype: str  # "auto" or a dtype
+    device: str
+    trust_probe: bool  # False: run the probe even for tested model types
+    max_model_len: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOpened:
+    spec: ModelSpec
+    tokenizer_file: str | None  # a tokenizer.json; converted into the run directory where the model has none
+    device_name: str
+    device_total_bytes: int  # 0 for the CPU
+    resident_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttachCompute:
+    """`slot_offsets`: host slots in the weights arena. `device_slots`: 0 means layers are used where they lie."""
+
+    slot_offsets: tuple[int, ...]
+    arena_bytes: int
+    exchange: ExchangeSpec
+    device_slots: int
+    device_slot_bytes: int
+    threads: int
+    cpus: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """How to draw one sequence's next token. `seed` and `step` alone decide the random number."""
+
+    temperature: float  # 0: greedy
+    top_k: int  # 0: all
+    top_p: float
+    seed: int
+    step: int  # tokens generated so far
+    banned: tuple[int, ...]  # token ids that may not come (end of sequence before min_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSpan:
+    """Rows `row .. row + num_rows` of a micro-batch are tokens `position ..` of one sequence.
+
+    If `prefill`, they are the sequence's first tokens and attend to each other here; otherwise the attention worker
+    computes their attention. `sample` is None where no token is wanted after them.
+    """
+
+    row: int
+    num_rows: int
+    position: int
+    prefill: bool
+    sample: Sample | None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    micro_batch: int
+    region: int
+    token_ids: tuple[int, ...]
+    spans: tuple[TokenSpan, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BeginCompute:
+    """A pass's work; replaces whatever was left of an earlier pass."""
+
+    pass_id: int
+    threads: int
+    batches: tuple[TokenBatch, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """Copy layer `unit` from host slot `slot` to device slot `device_slot`."""
+
+    unit: int
+    slot: int
+    device_slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Uploaded:
+    unit: int
+    device_slot: int
+    num_bytes: int
+    start_ns: int
+    end_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Finish layer `layer - 1` of a micro-batch behind its attention and run layer `layer` up to its attention call.
+
+    `layer == num_layers` finishes the forward and samples. `slot` holds the layer's weights (a device slot where
+    there are any, else a host slot); -1 for the last segment.
+    """
+
+    pass_id: int
+    layer: int
+    micro_batch: int
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentDone:
+    """`token_ids`: the sampled tokens in the order of the spans that asked for one, after the last segment."""
+
+    pass_id: int
+    layer: int
+    micro_batch: int
+    start_ns: int
+    end_ns: int
+    token_ids: tuple[int, ...]
+
+
+ToCompute = OpenModel | AttachCompute | BeginCompute | Upload | Segment | Stop
+FromCompute = Hello | ModelOpened | Ready | Uploaded | SegmentDone | Failed
+
+
+# ---------------------------------------------------------------------------------------------- clients
+
+
+@dataclass(frozen=True, slots=True)
+class WireParams:
+    """SamplingParams on the wire."""
+
+    max_tokens: int
+    min_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int | None
+    stop_token_ids: tuple[int, ...]
+    ignore_eos: bool
+    skip_special_tokens: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WireRequest:
+    """`prompt`: text, or token ids."""
+
+    index: int  # unique within its job
+    prompt: str | tuple[int, ...]
+    params: WireParams
+
+
+@dataclass(frozen=True, slots=True)
+class Connect:
+    """A client's first message."""
+
+    protocol: int
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Requests of a job; a job may be submitted in several parts. A request index seen before is ignored."""
+
+    job_id: str
+    requests: tuple[WireRequest, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    job_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class GetStatus:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """Stop the engine once the current pass ends; only heeded from the process that started it."""
+
+    token: str
+
+
+ToEngine = Connect | Submit | Cancel | GetStatus | Shutdown
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    protocol: int
+    model: str
+    max_length: int
+    window: int  # requests a client may have submitted and not got back
+    plan: str  # for people
+
+
+@dataclass(frozen=True, slots=True)
+class RequestDone:
+    """`error` is None for a finished request. finish_reason: "stop", "length" or "cancelled"."""
+
+    job_id: str
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    num_prompt_tokens: int
+    finish_reason: str
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """`lanes`: busy share since the last status per lane; `totals`: counters since the engine became ready."""
+
+    running: int
+    waiting: int
+    done: int
+    lanes: dict[str, float]
+    totals: dict[str, float]
+    memory: dict[str, int]  # bytes: "budget", "used", "peak"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFailed:
+    """The engine is going down; every open request ends with this error."""
+
+    message: str
+
+
+ToClient = Welcome | RequestDone | Status | EngineFailed

@@ -1,0 +1,116 @@
+"""What the coordinator knows of a model: sizes, tensors and attention shapes; no tensor library.
+
+The compute worker, which has Transformers, describes the model in these terms; the plan, the loader and the attention
+workers work from the description alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One source tensor of a checkpoint, and the part of a parameter that it fills.
+
+    The source is read as `source_shape`, taken through the `views` in order, and assigned to `parameter[region]`.
+    A view is a tuple whose first item is its name: ("transpose", dim0, dim1), ("reshape", *shape) or
+    ("slice", dim, start, stop). An empty region means the whole parameter.
+    """
+
+    file: int  # index into ModelSpec.files
+    offset: int  # of the first byte, from the start of the file
+    num_bytes: int
+    source_name: str
+    source_dtype: str
+    source_shape: tuple[int, ...]
+    views: tuple[tuple[str | int, ...], ...] = ()
+    region: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One parameter as the model uses it, and where it lies in its unit's slot (`offset`, in bytes)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    num_bytes: int
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A run of file bytes that is read straight into the slot: offsets and length are multiples of 4096."""
+
+    file: int
+    file_offset: int
+    num_bytes: int
+    slot_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class UnitSpec:
+    """The tensors that are loaded together: one decoder layer, or everything outside the layers.
+
+    `extents` are read straight into the slot. The tensors named in `converted` (indices into `tensors`) are not
+    covered by them: they go through a bounce buffer and are cast or rearranged on the way.
+    """
+
+    name: str
+    tensors: tuple[TensorSpec, ...]
+    extents: tuple[Extent, ...]
+    converted: tuple[int, ...]
+    num_bytes: int  # of the slot, a multiple of 4096
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """The attention call of one decoder layer, as Transformers makes it."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int  # of queries and keys
+    value_dim: int  # of values
+    scaling: float
+    sliding_window: int | None
+    softcap: float | None
+    sinks: bool
+
+    @property
+    def exchange_width(self) -> int:
+        """Elements that one token takes in an exchange region: q, k, v and the output."""
+        return (self.num_heads + self.num_kv_heads) * (self.head_dim + self.value_dim)
+
+    @property
+    def kv_width(self) -> int:
+        """Elements that one token takes in the KV cache."""
+        return self.num_kv_heads * (self.head_dim + self.value_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """`units[:num_layers]` are the decoder layers in order, `units[num_layers]` is everything else."""
+
+    model_type: str
+    class_name: str
+    dtype: str
+    num_layers: int
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    max_length: int  # positions: prompt and generated tokens of one sequence
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    num_parameters: int
+    files: tuple[str, ...]
+    units: tuple[UnitSpec, ...]
+    attention: tuple[AttentionSpec, ...]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(unit.num_bytes for unit in self.units)

@@ -1,0 +1,191 @@
+"""The requests of all clients: accepted or refused, queued, running, answered. Pure logic but for the tokenizer."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from flexgen_lite.batching import Batcher, MicroBatch, RunningRequest
+from flexgen_lite.messages import RequestDone, Submit, WireRequest
+
+MAX_SEED = 2**63
+
+
+class Tokenizer(Protocol):
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str: ...
+
+
+class RequestError(ValueError):
+    """A request that cannot be served; the message is for the one who sent it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a request has to fit in. `kv_tokens`: what one attention worker's pages hold."""
+
+    max_length: int
+    kv_tokens: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    client: bytes
+    job_id: str
+    index: int
+
+
+Answer = tuple[bytes, RequestDone]
+
+
+class Requests:
+    """Args:
+    tokenizer: None where the model has none; prompts are then token ids and answers have no text.
+    """
+
+    def __init__(self, batcher: Batcher, limits: Limits, tokenizer: Tokenizer | None) -> None:
+        self._batcher = batcher
+        self._limits = limits
+        self._tokenizer = tokenizer
+        self._waiting: deque[RunningRequest] = deque()
+        self._origins: dict[int, Origin] = {}  # of every request that waits or runs
+        self._next_index: dict[tuple[bytes, str], int] = {}
+        self._cancelled: set[int] = set()
+        self._next_id = 0
+        self.totals: Counter[str] = Counter()
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._batcher.running)
+
+    # ------------------------------------------------------------------------------------------------ from clients
+
+    def submit(self, client: bytes, message: Submit) -> list[Answer]:
+        """Queue the requests; answers at once for those that cannot be served. Repeated ones are ignored."""
+        answers = []
+        key = (client, message.job_id)
+        for request in message.requests:
+            if request.index < self._next_index.get(key, 0):
+                continue
+            self._next_index[key] = request.index + 1
+            origin = Origin(client, message.job_id, request.index)
+            try:
+                running = self._accept(request)
+            except RequestError as error:
+                self.totals["requests_failed"] += 1
+                answers.append(_answer(origin, error=str(error)))
+                continue
+            self._origins[running.id] = origin
+            self._waiting.append(running)
+        return answers
+
+    def cancel(self, client: bytes, job_id: str | None) -> list[Answer]:
+        """Drop a client's job, or all of its jobs: waiting requests now, running ones at the end of the pass."""
+        ids = {i for i, o in self._origins.items() if o.client == client and job_id in (None, o.job_id)}
+        dropped = [request for request in self._waiting if request.id in ids]
+        self._waiting = deque(request for request in self._waiting if request.id not in ids)
+        self._cancelled |= ids & self._batcher.running.keys()
+        return [self._finish(request, "cancelled") for request in dropped]
+
+    def forget(self, client: bytes) -> None:
+        """The client is gone: nobody is to be told."""
+        self.cancel(client, None)
+        for key in [key for key in self._next_index if key[0] == client]:
+            del self._next_index[key]
+
+    # ------------------------------------------------------------------------------------------------ passes
+
+    def next_pass(self) -> list[MicroBatch]:
+        return self._batcher.compose(self._waiting)
+
+    def end_pass(self, micro_batches: list[MicroBatch], token_ids: list[tuple[int, ...]]) -> list[Answer]:
+        """Commit a pass's tokens; answers for the requests that it completed, or that were cancelled meanwhile."""
+        self.totals["generated_tokens"] += sum(len(tokens) for tokens in token_ids)
+        self.totals["prompt_tokens"] += sum(p.num_rows for m in micro_batches for p in m.pieces if _in_prompt(p.request))
+        finished = self._batcher.commit(micro_batches, token_ids)
+        answers = [self._finish(request, request.finish_reason or "") for request in finished]
+        for request in [r for r in self._batcher.running.values() if r.id in self._cancelled]:
+            self._batcher.release(request)
+            answers.append(self._finish(request, "cancelled"))
+        self._cancelled.clear()
+        return answers
+
+    def clients(self) -> set[bytes]:
+        """Those that have ever submitted a job and are not known to be gone."""
+        return {client for client, _ in self._next_index}
+
+    # ------------------------------------------------------------------------------------------------ inside
+
+    def _accept(self, request: WireRequest) -> RunningRequest:
+        tokens = self._tokenize(request.prompt)
+        limits, params = self._limits, request.params
+        if not tokens:
+            raise RequestError("the prompt is empty: give at least one token")
+        for token in (*tokens, *params.stop_token_ids):
+            if not 0 <= token < limits.vocab_size:
+                raise RequestError(f"token id {token} is outside the vocabulary of {limits.vocab_size}")
+        room = limits.max_length - len(tokens)
+        if room < 1:
+            raise RequestError(
+                f"the prompt has {len(tokens)} tokens, the model takes {limits.max_length} with what it generates: "
+                "shorten the prompt"
+            )
+        if params.max_tokens > room:
+            params = replace(params, max_tokens=room, min_tokens=min(params.min_tokens, room))
+        end_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else limits.eos_token_ids)
+        seed = random.randrange(MAX_SEED) if params.seed is None else params.seed
+        self._next_id += 1
+        running = RunningRequest(self._next_id, tokens, len(tokens), params, seed, end_ids)
+        if running.most_stored > limits.kv_tokens:
+            raise RequestError(
+                f"the request needs {running.most_stored} tokens of KV cache ({len(tokens)} in the prompt, up to "
+                f"{params.max_tokens} generated), an attention worker holds {limits.kv_tokens}: "
+                "lower max_tokens or raise the RAM budget"
+            )
+        return running
+
+    def _tokenize(self, prompt: str | tuple[int, ...]) -> list[int]:
+        if isinstance(prompt, tuple):
+            return list(prompt)
+        if self._tokenizer is None:
+            raise RequestError("the model has no tokenizer: give the prompt as token ids")
+        return self._tokenizer.encode(prompt)
+
+    def _finish(self, request: RunningRequest, reason: str) -> Answer:
+        self.totals["requests_cancelled" if reason == "cancelled" else "requests_done"] += 1
+        token_ids = request.tokens[request.num_prompt_tokens :]
+        shown = token_ids[:-1] if reason == "stop" else token_ids
+        decode: Callable[[list[int], bool], str] = self._tokenizer.decode if self._tokenizer else lambda *_: ""
+        return _answer(
+            self._origins.pop(request.id),
+            text=decode(shown, request.params.skip_special_tokens),
+            token_ids=tuple(token_ids),
+            num_prompt_tokens=request.num_prompt_tokens,
+            finish_reason=reason,
+        )
+
+
+def _in_prompt(request: RunningRequest) -> bool:
+    return request.stored < request.num_prompt_tokens
+
+
+def _answer(
+    origin: Origin,
+    text: str = "",
+    token_ids: tuple[int, ...] = (),
+    num_prompt_tokens: int = 0,
+    finish_reason: str = "error",
+    error: str | None = None,
+) -> Answer:
+    done = RequestDone(origin.job_id, origin.index, text, token_ids, num_prompt_tokens, finish_reason, error)
+    return origin.client, done

@@ -1,0 +1,150 @@
+"""Starts the worker processes, watches them, and sees that they are gone at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from flexgen_lite import messages
+from flexgen_lite.codec import Codec
+
+LAST_WORDS_BYTES = 4096
+STOP_SECONDS = 3.0
+CODECS = {
+    "loader": (Codec(messages.ToLoader), Codec(messages.FromLoader)),
+    "attention": (Codec(messages.ToAttention), Codec(messages.FromAttention)),
+    "compute": (Codec(messages.ToCompute), Codec(messages.FromCompute)),
+}
+
+
+class WorkerDied(Exception):
+    """A worker process ended, or failed, or did not answer; the message says which and gives its last words."""
+
+    def __init__(self, message: str, details: str = "", user_error: bool = False) -> None:
+        super().__init__(message)
+        self.details = details
+        self.user_error = user_error
+
+
+class WorkerProcess:
+    """One worker: a fresh interpreter, its socket, its standard error and a descriptor that tells of its death.
+
+    Args:
+        kind: "loader", "attention" or "compute": the module in flexgen_lite.workers.
+        name: for people: "attention worker 1".
+        arenas: name -> file descriptor, inherited.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        name: str,
+        context: zmq.Context[zmq.Socket[bytes]],
+        run_dir: Path,
+        arenas: Mapping[str, int],
+        environment: Mapping[str, str],
+    ) -> None:
+        self.kind = kind
+        self.name = name
+        self.outstanding = 0  # orders without an answer
+        self.waiting_since = 0.0
+        self._encoder, self._decoder = CODECS[kind]
+        self._last_words = b""
+        address = f"ipc://{run_dir}/{name.replace(' ', '-')}.sock"
+        self.socket = context.socket(zmq.PAIR)
+        self.socket.linger = 0
+        self.socket.bind(address)
+        lifeline, self._lifeline = os.pipe()
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", f"flexgen_lite.workers.{kind}", "--name", name, "--endpoint", address),
+                *("--parent", str(os.getpid()), "--lifeline", str(lifeline), "--run-dir", str(run_dir)),
+                *(argument for item in arenas.items() for argument in ("--arena", "{}={}".format(*item))),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            pass_fds=(lifeline, *arenas.values()),
+            env={**os.environ, **environment},
+        )
+        os.close(lifeline)
+        self.pid = self.process.pid
+        assert self.process.stdout is not None
+        self.output = self.process.stdout.fileno()
+        os.set_blocking(self.output, False)
+        self.pidfd = os.pidfd_open(self.pid)
+
+    def send(self, message: Any, expects_answer: bool = True) -> None:
+        if expects_answer:
+            if self.outstanding == 0:
+                self.waiting_since = time.monotonic()
+            self.outstanding += 1
+        self.socket.send(self._encoder.encode(message))
+
+    def receive(self) -> Any:
+        """The next message. Raises WorkerDied for a worker's own report of failure."""
+        message = self._decoder.decode(self.socket.recv())
+        if isinstance(message, messages.Failed):
+            text = message.message if message.user_error else f"{self.name} failed: {message.kind}: {message.message}"
+            raise WorkerDied(text, message.details, message.user_error)
+        if not isinstance(message, messages.Hello):
+            self.outstanding = max(0, self.outstanding - 1)
+            self.waiting_since = time.monotonic()
+        return message
+
+    def read_output(self) -> bytes:
+        """What the worker printed since the last call; its end is kept as its last words."""
+        with contextlib.suppress(BlockingIOError):
+            data = os.read(self.output, 65536)
+            self._last_words = (self._last_words + data)[-LAST_WORDS_BYTES:]
+            return data
+        return b""
+
+    def death(self) -> WorkerDied:
+        """Why the process, whose pidfd has spoken, ended."""
+        while self.socket.poll(0):
+            try:
+                self.receive()
+            except WorkerDied as failure:
+                return failure
+        code = self.process.wait()
+        while self.read_output():
+            pass
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        words = self._last_words.decode(errors="replace").strip()
+        ending = f"; its last words: {words.splitlines()[-1]}" if words else ""
+        return WorkerDied(f"{self.name} (process {self.pid}) {how}{ending}", words)
+
+    def close(self) -> None:
+        """The process must have ended."""
+        self.socket.close()
+        for descriptor in (self.pidfd, self._lifeline):
+            os.close(descriptor)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+def stop_all(workers: Iterable[WorkerProcess], seconds: float = STOP_SECONDS) -> None:
+    """Ask every worker to stop, wait, and kill those that do not; afterwards none is left."""
+    alive = [worker for worker in workers if worker.process.poll() is None]
+    for worker in alive:
+        with contextlib.suppress(zmq.ZMQError):
+            worker.socket.send(worker._encoder.encode(messages.Stop()), zmq.NOBLOCK)
+    deadline = time.monotonic() + seconds
+    for worker in alive:
+        try:
+            worker.process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            worker.process.kill()
+            worker.process.wait()
+    for worker in workers:
+        worker.close()

@@ -1,0 +1,157 @@
+"""A worker's attention on random tensors, beside the same in float64 numpy.
+
+Shapes: T tokens, R rows of a region, H query heads, G key/value heads, D head size of q and k, E head size of v.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from flexgen_lite import exchange, kv_layout
+from flexgen_lite.messages import AttachAttention, Attend, BeginAttention, ExchangeSpec, KvBatch, KvSpan
+from flexgen_lite.model_spec import ITEM_BYTES, AttentionSpec
+from flexgen_lite.workers.attention_state import STORAGE, AttentionState
+
+Floats = npt.NDArray[np.float64]
+
+# The relative step of each dtype: the output is rounded to it once, everything else is float32.
+EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+
+
+def decode(items: npt.NDArray[np.generic], dtype: str) -> Floats:
+    if dtype == "bfloat16":
+        return (items.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return items.view(np.float16 if dtype == "float16" else np.float32).astype(np.float64)
+
+
+def encode(values: Floats, dtype: str) -> npt.NDArray[np.generic]:
+    """Rounds to nearest, ties to even; values are finite."""
+    if dtype != "bfloat16":
+        return values.astype(np.float16 if dtype == "float16" else np.float32).view(STORAGE[dtype])
+    bits = values.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def reference(spec: AttentionSpec, q_HD: Floats, k_TGD: Floats, v_TGE: Floats, sinks_H: Floats) -> Floats:
+    """The attention `[H, E]` of the last token of T."""
+    begin = max(0, len(k_TGD) - spec.sliding_window) if spec.sliding_window else 0
+    k_TGD, v_TGE = k_TGD[begin:], v_TGE[begin:]
+    group = spec.num_heads // spec.num_kv_heads
+    scores_HT = np.einsum("hd,thd->ht", q_HD, np.repeat(k_TGD, group, axis=1)) * spec.scaling
+    if spec.softcap:
+        scores_HT = spec.softcap * np.tanh(scores_HT / spec.softcap)
+    if spec.sinks:
+        scores_HT = np.concatenate([scores_HT, sinks_H[:, None]], axis=1)
+    weights_HT = np.exp(scores_HT - scores_HT.max(axis=1, keepdims=True))
+    weights_HT /= weights_HT.sum(axis=1, keepdims=True)
+    result: Floats = np.einsum("ht,the->he", weights_HT[:, : len(v_TGE)], np.repeat(v_TGE, group, axis=1))
+    return result
+
+
+@dataclass
+class Sequence:
+    """`past` tokens are in the cache when the pass begins, `rows` more come with it."""
+
+    past: int
+    rows: int
+    attend: bool = True
+
+
+class Case:
+    """One layer's worker with a cache of random sequences; `pages` of unused ones hold a pattern."""
+
+    def __init__(
+        self, spec: AttentionSpec, sequences: list[Sequence], dtype: str, page_tokens: int, seed: int = 0, threads: int = 2
+    ) -> None:
+        self.spec, self.sequences, self.dtype = spec, sequences, dtype
+        self.random = np.random.default_rng(seed)
+        self.num_rows = sum(s.rows for s in sequences) + 2  # rows of nobody, before and behind
+        itemsize = ITEM_BYTES[dtype]
+        counts = [-(-(s.past + s.rows) // page_tokens) for s in sequences]
+        num_pages = sum(counts) + 3
+        order = self.random.permutation(num_pages)
+        self.pages = [tuple(int(p) for p in part) for part in np.split(order, np.cumsum(counts))]
+        self.kv_spec = kv_layout.kv_spec([spec], num_pages, page_tokens, dtype)
+        region_bytes = exchange.region_bytes([spec], self.num_rows, itemsize)
+        self.kv = bytearray(b"\xff" * self.kv_spec.arena_bytes)  # NaN in every dtype: unwritten tokens must not be read
+        self.exchange = bytearray(b"\xff" * (2 * region_bytes))
+        attach = AttachAttention(
+            (spec,), ExchangeSpec(2, region_bytes, self.num_rows, dtype), self.kv_spec, threads, ()
+        )
+        self.state = AttentionState(attach, memoryview(self.kv), memoryview(self.exchange))
+        self._region = np.frombuffer(self.exchange, np.uint8)[region_bytes:]
+        self._fill()
+
+    def _part(self, offset: int, *shape: int) -> npt.NDArray[np.generic]:
+        size = int(np.prod(shape)) * ITEM_BYTES[self.dtype]
+        return self._region[offset : offset + size].view(STORAGE[self.dtype]).reshape(shape)
+
+    def _rounded(self, *shape: int) -> Floats:
+        return decode(encode(self.random.standard_normal(shape), self.dtype), self.dtype)
+
+    def _fill(self) -> None:
+        spec, rows = self.spec, self.num_rows
+        at = exchange.layout(spec, rows, ITEM_BYTES[self.dtype])
+        self.q = self._part(at.q, rows, spec.num_heads, spec.head_dim)
+        self.k = self._part(at.k, rows, spec.num_kv_heads, spec.head_dim)
+        self.v = self._part(at.v, rows, spec.num_kv_heads, spec.value_dim)
+        self.out = self._part(at.out, rows, spec.num_heads, spec.value_dim)
+        self.sinks_H = self.random.standard_normal(spec.num_heads).astype(np.float32)
+        self._region[at.sinks : at.sinks + 4 * spec.num_heads].view(np.float32)[:] = self.sinks_H
+        self.q_RHD = self._rounded(*self.q.shape)
+        self.q[:] = encode(self.q_RHD, self.dtype)
+        self.keys = [self._rounded(s.past + s.rows, *self.k.shape[1:]) for s in self.sequences]
+        self.values = [self._rounded(s.past + s.rows, *self.v.shape[1:]) for s in self.sequences]
+        row, self.spans = 1, []
+        for sequence, pages, k_TGD, v_TGE in zip(
+            self.sequences, self.pages[:-1], self.keys, self.values, strict=True
+        ):
+            for t in range(sequence.past):
+                self.slot("key", pages, t)[:] = encode(k_TGD[t], self.dtype)
+                self.slot("value", pages, t)[:] = encode(v_TGE[t], self.dtype)
+            self.k[row : row + sequence.rows] = encode(k_TGD[sequence.past :], self.dtype)
+            self.v[row : row + sequence.rows] = encode(v_TGE[sequence.past :], self.dtype)
+            self.spans.append(KvSpan(row, sequence.rows, sequence.past, sequence.attend, pages))
+            row += sequence.rows
+
+    def cache(self, part: str) -> npt.NDArray[np.generic]:
+        """`[pages, G, page_tokens, D or E]`."""
+        kv, spec = self.kv_spec, self.spec
+        width = spec.head_dim if part == "key" else spec.value_dim
+        offset = kv.key_offsets[0] if part == "key" else kv.value_offsets[0]
+        shape = (kv.num_pages, spec.num_kv_heads, kv.page_tokens, width)
+        size = int(np.prod(shape)) * ITEM_BYTES[self.dtype]
+        items = np.frombuffer(self.kv, np.uint8)[offset : offset + size]
+        return items.view(STORAGE[self.dtype]).reshape(shape)
+
+    def slot(self, part: str, pages: tuple[int, ...], token: int) -> npt.NDArray[np.generic]:
+        page_tokens = self.kv_spec.page_tokens
+        return self.cache(part)[pages[token // page_tokens], :, token % page_tokens]
+
+    def begin(self, threads: int = 2) -> None:
+        """Begins pass 1, in which the sequences are micro-batch 3."""
+        self.state.begin(BeginAttention(1, threads, (KvBatch(3, 1, tuple(self.spans)),)))
+
+    def run(self, threads: int = 2) -> npt.NDArray[np.generic]:
+        """A pass: returns a copy of the output, `[R, H, E]` as stored."""
+        self.begin(threads)
+        self.state.attend(Attend(1, 0, 3))
+        return self.out.copy()
+
+    def check(self) -> None:
+        """Asserts the output of every row that attends, and that K and V of every row are in their pages."""
+        for sequence, span, k_TGD, v_TGE in zip(self.sequences, self.spans, self.keys, self.values, strict=True):
+            for i in range(sequence.rows):
+                stop = sequence.past + i + 1
+                assert (decode(self.slot("key", span.pages, stop - 1), self.dtype) == k_TGD[stop - 1]).all()
+                assert (decode(self.slot("value", span.pages, stop - 1), self.dtype) == v_TGE[stop - 1]).all()
+                if not sequence.attend:
+                    continue
+                q_HD = self.q_RHD[span.row + i]
+                expected = reference(self.spec, q_HD, k_TGD[:stop], v_TGE[:stop], self.sinks_H.astype(np.float64))
+                actual = decode(self.out[span.row + i], self.dtype)
+                step = EPSILON[self.dtype] * np.abs(expected) + 2e-5 * (1 + np.abs(v_TGE[:stop]).max())
+                np.testing.assert_array_less(np.abs(actual - expected), step, err_msg=f"{span} row {i}")

@@ -1,0 +1,145 @@
+"""Where the products are computed, and the copies between it and host memory.
+
+The two classes have one interface. On CUDA every copy has its own stream and is ordered by events; `when_done` calls
+back from a thread that waits for an event, so the worker's loop never waits for the device. On the CPU copies are
+plain and everything is done at once.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from flexgen_lite.workers.serve import UserError
+
+REGISTER_CHUNK = 1 << 30
+
+
+class CpuDevice:
+    torch_device = torch.device("cpu")
+    name = "cpu"
+    total_bytes = 0
+
+    def page_lock(self, arena: torch.Tensor) -> str | None:
+        """Nothing to lock."""
+        return None
+
+    def to_host(self, host: torch.Tensor, value: torch.Tensor) -> None:
+        """Copy a result into host memory; done when the next `when_done` calls back."""
+        host.copy_(value)
+
+    def from_host(self, host: torch.Tensor) -> torch.Tensor:
+        """A tensor on the device with the host tensor's content."""
+        return host
+
+    def when_done(self, callback: Callable[[], None]) -> None:
+        """Calls back once everything that was enqueued so far is done."""
+        callback()
+
+    def upload(self, target: torch.Tensor, host: torch.Tensor, done: Callable[[], None]) -> None:
+        """Copy a layer into its device slot beside everything else, then call back."""
+        target.copy_(host)
+        done()
+
+    def compute(self) -> Any:
+        """Context in which the model's operations are enqueued."""
+        return torch.no_grad()
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class CudaDevice:
+    """Not exercised where no GPU is at hand; see docs/architecture.md."""
+
+    def __init__(self, name: str) -> None:
+        if not torch.cuda.is_available():
+            raise UserError(f"device {name} was asked for, but torch {torch.__version__} sees no CUDA GPU: use device cpu")
+        self.torch_device = torch.device(name)
+        torch.cuda.set_device(self.torch_device)
+        self.name = torch.cuda.get_device_name(self.torch_device)
+        self.total_bytes = torch.cuda.get_device_properties(self.torch_device).total_memory
+        self._compute = torch.cuda.Stream(self.torch_device)
+        self._small = torch.cuda.Stream(self.torch_device, priority=-1)  # q, k, v and attention output
+        self._layers = torch.cuda.Stream(self.torch_device)  # whole layers
+        self._waiting = _Completions("device-to-host")
+        self._uploads = _Completions("host-to-device")
+
+    def page_lock(self, arena: torch.Tensor) -> str | None:
+        """Page-locks an arena in chunks, so that copies run beside the kernels; a warning where it fails.
+
+        Copies from and to memory that is not locked are still right: the driver stages them, and they overlap less.
+        """
+        runtime = torch.cuda.cudart()
+        for first in range(0, arena.numel(), REGISTER_CHUNK):
+            chunk = arena[first : first + REGISTER_CHUNK]
+            code = int(runtime.cudaHostRegister(chunk.data_ptr(), chunk.numel(), 0))
+            if code != 0:
+                return f"cannot page-lock {arena.numel()} bytes (CUDA error {code}), copies will be slow: raise `ulimit -l`"
+        return None
+
+    def to_host(self, host: torch.Tensor, value: torch.Tensor) -> None:
+        self._small.wait_event(self._compute.record_event())
+        with torch.cuda.stream(self._small):
+            host.copy_(value, non_blocking=True)
+        value.record_stream(self._small)
+
+    def from_host(self, host: torch.Tensor) -> torch.Tensor:
+        with torch.cuda.stream(self._small):
+            value = host.to(self.torch_device, non_blocking=True)
+            arrived = self._small.record_event()
+        self._compute.wait_event(arrived)
+        value.record_stream(self._compute)
+        return value
+
+    def when_done(self, callback: Callable[[], None]) -> None:
+        self._small.wait_event(self._compute.record_event())
+        self._waiting.add(self._small.record_event(), callback)
+
+    def upload(self, target: torch.Tensor, host: torch.Tensor, done: Callable[[], None]) -> None:
+        with torch.cuda.stream(self._layers):
+            target.copy_(host, non_blocking=True)
+            self._uploads.add(self._layers.record_event(), done)
+
+    def compute(self) -> Any:
+        return torch.cuda.stream(self._compute)
+
+    def close(self) -> None:
+        self._waiting.close()
+        self._uploads.close()
+
+
+class _Completions:
+    """A thread that waits for events in the order in which they were recorded, and calls back after each."""
+
+    def __init__(self, name: str) -> None:
+        self._queue: queue.SimpleQueue[tuple[Any, Callable[[], None]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def add(self, event: Any, callback: Callable[[], None]) -> None:
+        self._queue.put((event, callback))
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            event, callback = item
+            event.synchronize()
+            callback()
+
+
+Device = CpuDevice | CudaDevice
+
+
+def open_device(name: str) -> Device:
+    """The device for "auto", "cpu", "cuda" or "cuda:N"."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return CpuDevice()
+    return CudaDevice("cuda:0" if name in ("auto", "cuda") else name)

@@ -1,0 +1,117 @@
+"""One micro-batch on its way through the model: a greenlet that stops at every attention call.
+
+The model is Transformers' own. Its forward runs in the greenlet; at a layer's attention call the new tokens' q, k and v
+go into the exchange region and control returns to the worker, which runs other micro-batches meanwhile. When the
+attention workers have answered, the forward goes on: prompts attend to themselves here, the rest is read back.
+
+Shapes: T tokens of the micro-batch, A of them (the first rows) attended to by the attention workers, N sequences that
+want a token; H, G, D, E as in attention_call.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import greenlet
+import torch
+from transformers import PreTrainedModel
+
+from flexgen_lite.messages import TokenBatch
+from flexgen_lite.model_spec import AttentionSpec
+from flexgen_lite.workers.attention_call import AttentionCall, ModelGreenlet
+from flexgen_lite.workers.device import Device
+from flexgen_lite.workers.exchange_region import ExchangeRegion
+from flexgen_lite.workers.prefill_attention import causal_attention
+from flexgen_lite.workers.sampling import sample
+
+
+class Forward(ModelGreenlet):
+    """Runs `batch` up to each attention call in turn; `token_ids` holds the sampled tokens at the end."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        device: Device,
+        layers: tuple[AttentionSpec, ...],
+        batch: TokenBatch,
+        region: ExchangeRegion,
+    ) -> None:
+        super().__init__(self._forward)
+        self._model = model
+        self._device = device
+        self._layers = layers
+        self._batch = batch
+        self._region = region
+        self._reached = -1  # layer whose attention call the forward stands at
+        self._num_attended = sum(span.num_rows for span in batch.spans if not span.prefill)
+        self.token_ids: torch.Tensor | None = None  # [N], on the host once the device is done
+
+    def advance(self, layer: int) -> None:
+        """Run up to the attention call of `layer`, or to the end if there is no such layer."""
+        assert self._reached == layer - 1, f"layer {layer} asked for, the forward stands at {self._reached}"
+        with self._device.compute():
+            self.switch()
+        reached = layer if layer < len(self._layers) else layer - 1
+        assert self._reached == reached and self.dead == (layer == len(self._layers)), "attention calls out of order"
+
+    def _forward(self) -> None:
+        batch, device = self._batch, self._device.torch_device
+        positions = [span.position + i for span in batch.spans for i in range(span.num_rows)]
+        asking = [span for span in batch.spans if span.sample is not None]
+        last_rows = torch.tensor([span.row + span.num_rows - 1 for span in asking], dtype=torch.long, device=device)
+        inputs = {
+            "input_ids": torch.tensor([batch.token_ids], device=device),
+            "position_ids": torch.tensor([positions], device=device),
+            "use_cache": False,
+        }
+        if keeps_logits(self._model):
+            inputs["logits_to_keep"] = last_rows
+            logits_NV = self._model(**inputs).logits[0]
+        else:
+            logits_NV = self._model(**inputs).logits[0, last_rows]
+        tokens_N = sample(logits_NV.float(), [span.sample for span in asking if span.sample is not None])
+        self.token_ids = torch.empty(tokens_N.shape, dtype=torch.long)
+        self._device.to_host(self.token_ids, tokens_N)
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        """See ModelGreenlet.attend: called by the model, inside the greenlet."""
+        self._reached += 1
+        assert call.spec == self._layers[self._reached], f"layer {self._reached}: {call.spec} is not as described"
+        self._send(call)
+        parent = self.parent
+        assert isinstance(parent, greenlet.greenlet)
+        parent.switch()
+        return self._output(call)[None]
+
+    def _send(self, call: AttentionCall) -> None:
+        views = self._region.views(call.spec)
+        tokens, attended = len(self._batch.token_ids), self._num_attended
+        send = self._device.to_host
+        send(views.key_TGD[:tokens], call.key_BGTD[0].transpose(0, 1))
+        send(views.value_TGE[:tokens], call.value_BGTE[0].transpose(0, 1))
+        if attended:
+            send(views.query_THD[:attended], call.query_BHTD[0, :, :attended].transpose(0, 1))
+        if call.sinks_H is not None:
+            send(views.sinks_H, call.sinks_H)
+
+    def _output(self, call: AttentionCall) -> torch.Tensor:
+        """The attention output, `[T, H, E]`."""
+        attended, dtype = self._num_attended, call.query_BHTD.dtype
+        prompts = [span for span in self._batch.spans if span.prefill]
+        if attended:
+            from_workers = self._device.from_host(self._region.views(call.spec).out_THE[:attended]).to(dtype)
+            if not prompts:
+                return from_workers
+        spec = call.spec
+        out_THE = call.query_BHTD.new_empty((len(self._batch.token_ids), spec.num_heads, spec.value_dim))
+        if attended:
+            out_THE[:attended] = from_workers
+        for span in prompts:
+            rows = slice(span.row, span.row + span.num_rows)
+            out_THE[rows] = causal_attention(call, rows, call.key_BGTD[0, :, rows], call.value_BGTE[0, :, rows])
+        return out_THE
+
+
+def keeps_logits(model: PreTrainedModel) -> bool:
+    """Whether the class can be asked for the logits of some rows only."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters

@@ -1,0 +1,130 @@
+"""Opens a model for serving: class, description of its tensors and attention, tokenizer; reads no weight."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from flexgen_lite.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from flexgen_lite.messages import OpenModel
+from flexgen_lite.model_spec import ModelSpec
+from flexgen_lite.workers import attention_call, model_builder, probe
+from flexgen_lite.workers.device import Device
+from flexgen_lite.workers.serve import UserError
+from flexgen_lite.workers.weight_map import Binding, map_weights
+
+MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
+
+
+@dataclass
+class OpenedModel:
+    model: PreTrainedModel
+    layers: nn.ModuleList
+    binding: Binding
+    spec: ModelSpec
+    tokenizer_file: str | None
+
+
+def open_model(order: OpenModel, device: Device, run_dir: str) -> OpenedModel:
+    """Raises UserError for whatever the user can act on."""
+    directory = _directory(order.model)
+    config = model_builder.load_config(str(directory))
+    dtype = _dtype(order.dtype, config, device)
+    attention_call.register()
+    model_builder.causal_lm_class(config)
+    if order.trust_probe or config.model_type not in probe.TESTED_TYPES:
+        probe.prove(config)
+    model = model_builder.build(config, dtype)
+    layers = model_builder.decoder_layers(model)
+    attention = attention_call.describe(model, layers)
+    checkpoint: Checkpoint | None = None
+    try:
+        if order.load_format != "dummy":
+            checkpoint = open_checkpoint(directory)
+        units, warnings = map_weights(model, layers, checkpoint, dtype)
+    except CheckpointError as error:
+        raise UserError(str(error)) from error
+    limit, warning = model_builder.max_length(config)
+    if order.max_model_len is not None and order.max_model_len > limit:
+        raise UserError(f"max_model_len {order.max_model_len} is over the model's limit of {limit}: lower it")
+    linears = [m.weight.shape[0] for m in layers[0].modules() if isinstance(getattr(m, "weight", None), nn.Parameter)]
+    spec = ModelSpec(
+        model_type=config.model_type,
+        class_name=type(model).__name__,
+        dtype=str(dtype).removeprefix("torch."),
+        num_layers=len(layers),
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=max([config.hidden_size, *linears]),
+        max_length=order.max_model_len or limit,
+        eos_token_ids=model_builder.eos_token_ids(str(directory), config),
+        bos_token_id=config.bos_token_id,
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        files=tuple(str(file) for file in checkpoint.files) if checkpoint else (),
+        units=units,
+        attention=attention,
+        warnings=(*warnings, *([warning] if warning else [])),
+    )
+    return OpenedModel(model, layers, Binding(model, layers, units), spec, _tokenizer_file(directory, run_dir))
+
+
+def _directory(model: str) -> Path:
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.is_absolute() or model.startswith(".") or model.count("/") > 1:
+        raise UserError(f"model directory {model} does not exist")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=MODEL_FILES))
+    except Exception as error:  # the hub client raises many kinds: no network, no such model, no access
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{model} is neither a directory nor a model that the hub gives: {reason}") from error
+
+
+def _dtype(wanted: str, config: PreTrainedConfig, device: Device) -> torch.dtype:
+    """The checkpoint's own dtype where the device computes it well; else the better of bfloat16 and float32."""
+    if wanted != "auto":
+        dtype: torch.dtype = getattr(torch, wanted)
+        return dtype
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    if device.torch_device.type == "cuda" or stored == torch.float32:
+        return stored
+    return torch.bfloat16 if _bfloat16_is_fast() else torch.float32
+
+
+def _bfloat16_is_fast() -> bool:
+    """Measured: processors without bfloat16 instructions compute it several times slower than float32."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.ones((64, 1024), dtype=dtype), torch.ones((1024, 1024), dtype=dtype)
+        torch.matmul(a, b)
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            torch.matmul(a, b)
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times)
+    return seconds[torch.bfloat16] < seconds[torch.float32]
+
+
+def _tokenizer_file(directory: Path, run_dir: str) -> str | None:
+    """The model's tokenizer.json; one converted by Transformers where it has another kind; None where it has none."""
+    if (directory / "tokenizer.json").is_file():
+        return str(directory / "tokenizer.json")
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        path = Path(run_dir) / "tokenizer.json"
+        tokenizer.backend_tokenizer.save(str(path))
+    except Exception as error:  # a slow tokenizer of the model's own: prompts as token ids still work
+        raise UserError(f"the tokenizer in {directory} cannot be converted to tokenizer.json: {error}") from error
+    return str(path)

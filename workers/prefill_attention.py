@@ -1,0 +1,64 @@
+"""Attention of a prompt's own tokens, on whatever device they are.
+
+Shapes: H query heads, G key/value heads, R = H / G, T query tokens, S key tokens, B query rows of a block.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from flexgen_lite.workers.attention_call import AttentionCall
+
+BLOCK_ROWS = 128
+
+
+def causal_attention(call: AttentionCall, rows: slice, keys_GSD: torch.Tensor, values_GSE: torch.Tensor) -> torch.Tensor:
+    """Attention of `call`'s query rows, which are the last of the S tokens whose keys and values are given.
+
+    Returns `[T, H, E]`. Blocks of query rows meet only the keys that they may see, so the causal half that is masked
+    is never computed. Scores are float32.
+    """
+    q_HTD = call.query_BHTD[0, :, rows]
+    heads, tokens, _ = q_HTD.shape
+    groups, total, value_dim = values_GSE.shape
+    ratio = heads // groups
+    q_GRTD = q_HTD.view(groups, ratio, tokens, -1) if q_HTD.is_contiguous() else q_HTD.unflatten(0, (groups, ratio))
+    out_THE = q_HTD.new_empty((tokens, heads, value_dim))
+    past = total - tokens
+    for first in range(0, tokens, BLOCK_ROWS):
+        last = min(first + BLOCK_ROWS, tokens)
+        low = 0 if call.sliding_window is None else max(0, past + first + 1 - call.sliding_window)
+        high = past + last
+        q_GMD = q_GRTD[:, :, first:last].flatten(1, 2) * call.scaling
+        scores_GMS = torch.matmul(q_GMD, keys_GSD[:, low:high].transpose(1, 2)).float()
+        if call.softcap is not None:
+            scores_GMS.div_(call.softcap).tanh_().mul_(call.softcap)
+        scores_GRBS = scores_GMS.unflatten(1, (ratio, last - first))
+        positions_B = torch.arange(past + first, high, device=q_HTD.device)
+        _mask(scores_GRBS, positions_B, low, call.sliding_window)
+        weights_GRBS = _softmax(scores_GRBS, call.sinks_H)
+        out_GME = torch.matmul(weights_GRBS.flatten(1, 2).to(values_GSE.dtype), values_GSE[:, low:high])
+        out_THE[first:last] = out_GME.unflatten(1, (ratio, last - first)).flatten(0, 1).transpose(0, 1)
+    return out_THE
+
+
+def _mask(scores_GRBS: torch.Tensor, positions_B: torch.Tensor, low: int, window: int | None) -> None:
+    """Hides later tokens, and those that have left the window; touches only the columns where that can happen."""
+    size = positions_B.shape[0]
+    width = scores_GRBS.shape[-1]
+    columns_S = torch.arange(low, low + width, device=positions_B.device)
+    diagonal = width - size
+    hidden_BS = columns_S[None, diagonal:] > positions_B[:, None]
+    scores_GRBS[..., diagonal:].masked_fill_(hidden_BS, float("-inf"))
+    if window is not None and width > window - size:
+        hidden_BS = columns_S[None] <= positions_B[:, None] - window
+        scores_GRBS.masked_fill_(hidden_BS, float("-inf"))
+
+
+def _softmax(scores_GRBS: torch.Tensor, sinks_H: torch.Tensor | None) -> torch.Tensor:
+    """Softmax over S; a sink is one more logit per head that takes its share and gives nothing."""
+    if sinks_H is None:
+        return torch.softmax(scores_GRBS, dim=-1)
+    groups, ratio, rows, _ = scores_GRBS.shape
+    sinks_GRB1 = sinks_H.float().view(groups, ratio, 1, 1).expand(groups, ratio, rows, 1)
+    return torch.softmax(torch.cat([scores_GRBS, sinks_GRB1], dim=-1), dim=-1)[..., :-1]

@@ -1,0 +1,140 @@
+"""The shell around a worker: one socket, one crash boundary, and an end that follows the coordinator's.
+
+A worker object never sees the socket: `serve` decodes what arrives, calls `handle(message)`, and sends what the worker
+posts. `post` may be called from any thread; nothing here polls or sleeps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import ctypes
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import zmq
+
+from flexgen_lite import messages
+from flexgen_lite.codec import Codec
+
+PR_SET_PDEATHSIG = 1
+
+
+class UserError(Exception):
+    """Something the user can act on: the message says it all."""
+
+
+class Worker(Protocol):
+    def handle(self, message: Any) -> None: ...
+
+
+class Context:
+    """What a worker is given: its name, the arenas' file descriptors, its private directory, and `post`."""
+
+    def __init__(self, name: str, arenas: dict[str, int], run_dir: str) -> None:
+        self.name = name
+        self.arenas = arenas
+        self.run_dir = run_dir
+        self._outbox: collections.deque[Any] = collections.deque()
+        self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def post(self, message: Any) -> None:
+        """Send a message to the coordinator; from any thread."""
+        self._outbox.append(message)
+        os.eventfd_write(self.wake_fd, 1)
+
+    def drain(self) -> list[Any]:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.wake_fd)
+        messages = []
+        while self._outbox:
+            messages.append(self._outbox.popleft())
+        return messages
+
+
+def serve(receives: Any, sends: Any, make_worker: Callable[[Context], Worker]) -> int:
+    """Runs one worker process until Stop, the coordinator's end, or an error. Returns the exit code."""
+    args = _parse_arguments()
+    faulthandler.enable()
+    threading.excepthook = _die_of_thread
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the coordinator's business
+    _die_with_parent(args.parent)
+    arenas = {name: int(fd) for name, fd in (item.split("=") for item in args.arena)}
+    inbound, outbound = Codec(receives), Codec(sends)
+    with zmq.Context(io_threads=1) as zmq_context, zmq_context.socket(zmq.PAIR) as socket:
+        socket.linger = 1000  # the last words have to arrive
+        socket.connect(args.endpoint)
+        socket.send(outbound.encode(messages.Hello(args.name, os.getpid())))
+        try:
+            context = Context(args.name, arenas, args.run_dir)
+            _loop(socket, args.lifeline, context, make_worker(context), inbound, outbound)
+        except Exception as error:  # the one crash boundary: report, then die
+            socket.send(outbound.encode(_failure(error)))
+            return 1
+    return 0
+
+
+def _loop(
+    socket: zmq.Socket[bytes], lifeline: int, context: Context, worker: Worker, inbound: Codec, outbound: Codec
+) -> None:
+    poller = zmq.Poller()
+    for source in (socket, lifeline, context.wake_fd):
+        poller.register(source, zmq.POLLIN)
+    while True:
+        for message in context.drain():
+            socket.send(outbound.encode(message))
+        ready = dict(poller.poll())
+        if lifeline in ready:
+            return  # the coordinator is gone
+        if socket in ready:
+            message = inbound.decode(socket.recv())
+            if isinstance(message, messages.Stop):
+                return
+            worker.handle(message)
+
+
+def _die_of_thread(args: threading.ExceptHookArgs) -> None:
+    """An exception in any thread ends the process: a worker that lacks a thread would hang."""
+    traceback.print_exception(args.exc_type, args.exc_value, args.exc_traceback)
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def _failure(error: Exception) -> messages.Failed:
+    user_error = isinstance(error, UserError)
+    details = "".join(traceback.format_exception(error))
+    if not user_error:
+        sys.stderr.write(details)
+    return messages.Failed(type(error).__name__, str(error), details, user_error)
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--endpoint", required=True)
+    parser.add_argument("--parent", type=int, required=True, help="process id of the coordinator")
+    parser.add_argument("--lifeline", type=int, required=True, help="read end of a pipe that the coordinator holds open")
+    parser.add_argument("--run-dir", required=True)
+    parser.add_argument("--arena", action="append", default=[], metavar="NAME=FD")
+    return parser.parse_args()
+
+
+def _die_with_parent(parent: int) -> None:
+    """SIGKILL for this process as soon as the coordinator's main thread ends, where the system offers it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        sys.exit("the coordinator was gone before this worker started")
+
+
+def set_affinity(cpus: tuple[int, ...]) -> None:
+    """Bind this process, threads started later included, to `cpus`; nothing where the tuple is empty."""
+    if cpus and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cpus)
