@@ -1,6 +1,7 @@
 """A Hugging Face model directory: which tensor lies in which safetensors file, at which bytes.
 
-Only headers are read. Offsets and shapes are checked against the files, so that what comes after can trust them.
+Only headers are read. Offsets and shapes are checked against the files, so that what comes after can trust
+them.
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ def _check_config(directory: Path) -> None:
                 quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
             )
             raise CheckpointError(
-                f"{path}: the checkpoint is quantised ({method}), which is not supported: use the unquantised model, or "
+                f"{path}: the checkpoint is quantised ({method}), which is not supported: use the "
+                "unquantised model, or "
                 f"dequantise it: {_SAVE_AGAIN}"
             )
 
@@ -103,11 +105,15 @@ def _no_safetensors(directory: Path) -> str:
     for pattern, what, remedy in _OTHER_FORMATS:
         found = sorted(path.name for path in directory.glob(pattern))
         if found:
-            return f"{directory} holds {what} ({found[0]}) but no {WEIGHTS_NAME}: only safetensors is read; {remedy}"
+            return (
+                f"{directory} holds {what} ({found[0]}), only {WEIGHTS_NAME} or its shards are read: {remedy}"
+            )
     shards = sorted(directory.glob("*.safetensors"))
     if shards:
-        return f"{directory} holds {shards[0].name} but neither {WEIGHTS_NAME} nor {INDEX_NAME}: download the missing file"
-    return f"{directory} holds no weights ({WEIGHTS_NAME} or {INDEX_NAME}): download them, or use --load-format dummy"
+        return f"{directory} holds {shards[0].name} but no {INDEX_NAME}: download that too"
+    return (
+        f"{directory} holds no {WEIGHTS_NAME} and no {INDEX_NAME}: download them, or use --load-format dummy"
+    )
 
 
 def _open_shards(directory: Path) -> Checkpoint:
@@ -132,7 +138,8 @@ def _open_shards(directory: Path) -> Checkpoint:
         stored = checkpoint.tensors.get(name)
         if stored is None or Path(checkpoint.files[stored.file]).name != shard:
             raise CheckpointError(
-                f"{directory / shard} lacks tensor {name}, which {INDEX_NAME} says it has: download both files again"
+                f"{directory / shard} lacks tensor {name}, which {INDEX_NAME} says it has: download "
+                "both files again"
             )
     return checkpoint
 
@@ -146,7 +153,8 @@ def _collect(paths: tuple[Path, ...], weight_map: dict[str, str]) -> Checkpoint:
                 tensors[stored.name] = stored
             elif weight_map.get(stored.name) != paths[other.file].name:
                 raise CheckpointError(
-                    f"tensor {stored.name} is both in {paths[other.file]} and in {path}, and {INDEX_NAME} names neither: "
+                    f"tensor {stored.name} is both in {paths[other.file]} and in {path}, and "
+                    f"{INDEX_NAME} names neither: "
                     "download the model again"
                 )
     return Checkpoint(tuple(str(path) for path in paths), tensors)
@@ -177,7 +185,8 @@ def _read_header(path: Path, file: int) -> list[StoredTensor]:
     for stored in tensors:
         if stored.offset + stored.num_bytes > size:
             raise CheckpointError(
-                f"{path} is cut off: tensor {stored.name} ends at byte {stored.offset + stored.num_bytes} of {size}; {again}"
+                f"{path} is cut off: tensor {stored.name} ends at byte "
+                f"{stored.offset + stored.num_bytes} of {size}; {again}"
             )
         if stored.num_bytes and stored.offset < end:
             raise CheckpointError(f"{path}: tensor {stored.name} overlaps the tensor before it; {again}")
@@ -204,7 +213,8 @@ def _stored(path: Path, file: int, base: int, name: str, entry: Any) -> StoredTe
     needed = math.prod(shape) * ITEM_BYTES[_DTYPES[dtype]]
     if needed != end - begin:
         raise CheckpointError(
-            f"{path}: tensor {name} of shape {list(shape)} and dtype {dtype} needs {needed} bytes but has {end - begin}; "
+            f"{path}: tensor {name} of shape {list(shape)} and dtype {dtype} needs {needed} bytes but "
+            f"has {end - begin}; "
             "download it again"
         )
     return StoredTensor(name, file, base + begin, end - begin, _DTYPES[dtype], tuple(shape))

@@ -81,9 +81,13 @@ class Client:
         length = len(each) if isinstance(each, list | tuple) else None
         if isinstance(params, list | tuple) and length is not None and len(params) != length:
             raise ValueError(f"{len(params)} params for {length} prompts: give one, or one for each prompt")
+        return self.submit_pairs(_pair(each, GREEDY if params is None else params), length)
+
+    def submit_pairs(self, pairs: Iterable[tuple[Prompt, SamplingParams]], length: int | None = None) -> Job:
+        """Submit prompts that come with their params; `length` is how many, if that is known."""
         job = Job(
             f"{self._job_prefix}-{next(self._job_numbers)}",
-            _pair(each, GREEDY if params is None else params),
+            pairs,
             length,
             max(1, self._welcome.window),
             self._connection.wake,
@@ -99,6 +103,14 @@ class Client:
             EngineError: the engine is gone, or does not answer within `timeout` seconds.
         """
         return self._connection.status(timeout)
+
+    def wait_for_end(self, timeout: float) -> None:
+        """Wait up to `timeout` seconds.
+
+        Raises:
+            EngineError: the engine failed meanwhile.
+        """
+        self._connection.wait_for_end(timeout)
 
     def close(self) -> None:
         """Cancel what is open and disconnect; the engine goes on for others."""

@@ -82,9 +82,7 @@ class Connection:
         """Connect and wait for the engine's welcome."""
         path = self.endpoint.removeprefix("ipc://")
         if path == self.endpoint or not path:
-            raise EngineError(
-                f"endpoint {self.endpoint!r} is not supported: give ipc:// and a path", user_error=True
-            )
+            raise EngineError(f"endpoint {self.endpoint!r} is not supported: give ipc:// and a path", user_error=True)
         if not path.startswith("@") and not os.path.exists(path):
             raise EngineError(
                 f"no engine at {self.endpoint}: there is no such socket, start one with `flexgen-lite launch`",
@@ -121,6 +119,11 @@ class Connection:
         except TimeoutError:
             raise EngineError(f"the engine at {self.endpoint} gave no status within {timeout:g} s") from None
 
+    def wait_for_end(self, timeout: float) -> None:
+        self._thread.join(timeout)
+        if not self._thread.is_alive():
+            self._check()
+
     def close(self) -> None:
         """End all jobs and the thread. Safe to call twice, and by the garbage collector: it takes no lock."""
         self._closing = True
@@ -156,7 +159,7 @@ class Connection:
             error = failure
         except zmq.ZMQError as failure:
             error = EngineError(f"no connection to the engine at {self.endpoint}: {failure}", user_error=True)
-        except Exception as failure:  # noqa: BLE001 - whatever it is, nobody may wait for this thread in vain
+        except Exception as failure:
             error = EngineError(f"the client failed: {type(failure).__name__}: {failure}")
         finally:
             dealer.disable_monitor()

@@ -27,7 +27,7 @@ _START_GRACE = 15.0  # the coordinator's own deadline comes first: it knows what
 class EngineProcess:
     """Starts the coordinator and waits until it is ready.
 
-    The coordinator gets one JSON object in one line on its standard input, {"config": ..., "run_directory": ...},
+    The coordinator gets one JSON object in one line on its standard input, {"config": ..., "run_dir": ...},
     and exits when that input ends, so it never outlives this process. On its standard output it writes one JSON
     object a line: events "log", "plan", "ready" and "failed". Its standard error is this process's own.
 
@@ -58,12 +58,10 @@ class EngineProcess:
         self._child = child
         self._news = _News(on_log, on_plan)
         self._finalizer = weakref.finalize(self, _stop, child, run_directory, os.getpid())
-        reader = threading.Thread(
-            target=self._news.read, args=(child,), name="flexgen-lite engine events", daemon=True
-        )
+        reader = threading.Thread(target=self._news.read, args=(child,), name="flexgen-lite engine events", daemon=True)
         reader.start()
         try:
-            _tell(child, {"config": json.loads(config.to_json()), "run_directory": str(run_directory.path)})
+            _tell(child, {"config": json.loads(config.to_json()), "run_dir": str(run_directory.path)})
             self._news.wait_until_ready(config.start_timeout + _START_GRACE)
         except BaseException:
             self.stop()
@@ -159,9 +157,7 @@ class _News:
 
 
 def _spawn(command: Sequence[str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(  # noqa: S603 - the command is ours
-        list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-    )
+    return subprocess.Popen(list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
 
 
 def _tell(child: subprocess.Popen[bytes], order: dict[str, Any]) -> None:
@@ -183,7 +179,9 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 
 def _cause(code: int) -> str:
-    if code >= 0:
+    if code == 0:
+        return "without a word"
+    if code > 0:
         return f"with exit code {code}"
     try:
         return f"killed by {signal.Signals(-code).name}"
@@ -197,10 +195,10 @@ def _stop(child: subprocess.Popen[bytes], run_directory: RuntimeDir, owner: int)
     try:
         if child.poll() is None:
             child.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            try:
                 child.wait(_STOP_SECONDS)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)  # the child, if it still lives, and whatever it left behind
+            except subprocess.TimeoutExpired:
+                os.killpg(child.pid, signal.SIGKILL)  # its workers too
         child.wait()
         if child.stdin is not None:
             with contextlib.suppress(OSError):

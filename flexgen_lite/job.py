@@ -158,7 +158,7 @@ class Job:
         failure: Exception | None = None
         try:
             self._feed_all()
-        except Exception as error:  # noqa: BLE001 - raised by the user's source, and handed to the reader
+        except Exception as error:
             failure = error
         with self._changed:
             self._exhausted = True
@@ -238,8 +238,6 @@ def _wire_prompt(index: int, prompt: object) -> str | tuple[int, ...]:
     if isinstance(prompt, list | tuple):
         for token_id in prompt:
             if type(token_id) is not int or not 0 <= token_id <= MAX_TOKEN_ID:
-                raise ValueError(
-                    f"prompt {index} has {token_id!r} among its token ids: give whole numbers from 0 up"
-                )
+                raise ValueError(f"prompt {index} has {token_id!r} among its token ids: give whole numbers from 0 up")
         return tuple(prompt)
     raise TypeError(f"prompt {index} is a {type(prompt).__name__}: give a string or a list of token ids")

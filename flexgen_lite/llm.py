@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -29,20 +31,19 @@ class FlexGenLite:
         EngineError: the engine could not be started.
     """
 
-    def __init__(
-        self, model: str | Path, *, config: EngineConfig | str | Path | None = None, **options: Any
-    ) -> None:
+    def __init__(self, model: str | Path, *, config: EngineConfig | str | Path | None = None, **options: Any) -> None:
         if isinstance(config, EngineConfig):
             given = config.model_dump(exclude_unset=True)
             self.config = EngineConfig(**{**given, **options, "model": str(model)})
         else:
             self.config = EngineConfig.load(config, {**options, "model": str(model)})
-        self._engine = EngineProcess(self.config)
+        self._engine = EngineProcess(self.config, on_log=logging.getLogger("flexgen_lite").info)
         try:
             self._client = Client(self._engine.endpoint, epitaph=self._engine.last_words)
         except BaseException:
             self._engine.stop()
             raise
+        self._finalizer = weakref.finalize(self, _close, self._client, self._engine)
 
     @property
     def endpoint(self) -> str:
@@ -55,7 +56,7 @@ class FlexGenLite:
         return self._engine.plan
 
     @overload
-    def generate(
+    def generate(  # type: ignore[overload-overlap]
         self, prompts: str | list[int], params: SamplingParams | None = None, *, progress: bool = False
     ) -> Completion: ...
 
@@ -107,8 +108,7 @@ class FlexGenLite:
 
     def close(self) -> None:
         """Stop the engine. Safe to call twice."""
-        self._client.close()
-        self._engine.stop()
+        self._finalizer()
 
     def __enter__(self) -> Self:
         return self
@@ -117,6 +117,11 @@ class FlexGenLite:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _close(client: Client, engine: EngineProcess) -> None:
+    client.close()
+    engine.stop()
 
 
 def _with_progress(job: Job) -> list[Completion]:

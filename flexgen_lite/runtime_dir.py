@@ -40,15 +40,13 @@ class RuntimeDir:
 
 
 def _base() -> Path:
-    for candidate in (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"):  # noqa: S108
+    for candidate in (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"):
         if candidate is None or not os.path.isabs(candidate) or not os.access(candidate, os.W_OK | os.X_OK):
             continue
         longest = len(os.fsencode(candidate)) + len("/flexgen-lite-4194304-01234567/") + _LONGEST_FILE_NAME
         if longest <= 107:  # what a unix socket's path may have
             return Path(candidate)
-    raise OSError(
-        "no directory for sockets: set XDG_RUNTIME_DIR or TMPDIR to a writable directory with a short path"
-    )
+    raise OSError("no directory for sockets: set XDG_RUNTIME_DIR or TMPDIR to a writable directory with a short path")
 
 
 def _remove_stale(base: Path) -> None:

@@ -75,9 +75,7 @@ class SamplingParams:
         if self.seed is not None:
             _require_int("seed", self.seed, 0)
         if not isinstance(self.stop_token_ids, list | tuple):
-            raise ValueError(
-                f"stop_token_ids={self.stop_token_ids!r} is not allowed: give a list of token ids"
-            )
+            raise ValueError(f"stop_token_ids={self.stop_token_ids!r} is not allowed: give a list of token ids")
         for token_id in self.stop_token_ids:
             _require_int("stop_token_ids", token_id, 0, MAX_TOKEN_ID)
         _require_bool("ignore_eos", self.ignore_eos)

@@ -32,9 +32,7 @@ def parse_size(value: int | str) -> int:
     else:
         raise ValueError(f'{value!r} is not a size: write it like "8GiB", "500MB" or 1073741824')
     if not 0 <= num_bytes <= _MAX_BYTES:
-        raise ValueError(
-            f"{value!r} is not a size that a machine can have: write a number of bytes from 0 to 2**62"
-        )
+        raise ValueError(f"{value!r} is not a size that a machine can have: write a number of bytes from 0 to 2**62")
     return num_bytes
 
 

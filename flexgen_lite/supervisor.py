@@ -18,7 +18,7 @@ from flexgen_lite import messages
 from flexgen_lite.codec import Codec
 
 LAST_WORDS_BYTES = 4096
-STOP_SECONDS = 3.0
+STOP_SECONDS = 5.0
 CODECS = {
     "loader": (Codec(messages.ToLoader), Codec(messages.FromLoader)),
     "attention": (Codec(messages.ToAttention), Codec(messages.FromAttention)),

@@ -2,10 +2,10 @@
 
 A slot, with F = 4096:
 
-    | extent 0: whole F-blocks of a file, tensors at their natural places | extent 1 | ... | converted, packed by 64 | pad |
+    | extent 0: F-blocks of a file, tensors where they lie in them | extent 1 | ... | converted, by 64 | pad |
 
-An extent starts and ends on multiples of F in the file and in the slot, so it can be read with O_DIRECT. What lies
-between its tensors (the ends of neighbours, small gaps) is read along and ignored.
+An extent starts and ends on multiples of F in the file and in the slot, so it can be read with O_DIRECT. What
+lies between its tensors (the ends of neighbours, small gaps) is read along and ignored.
 """
 
 from __future__ import annotations

@@ -135,11 +135,11 @@ class Case:
         """Begins pass 1, in which the sequences are micro-batch 3."""
         self.state.begin(BeginAttention(1, threads, (KvBatch(3, 1, tuple(self.spans)),)))
 
-    def run(self, threads: int = 2) -> npt.NDArray[np.generic]:
-        """A pass: returns a copy of the output, `[R, H, E]` as stored."""
+    def run(self, threads: int = 2) -> npt.NDArray[np.uint8]:
+        """A pass: returns a copy of the output's bytes."""
         self.begin(threads)
         self.state.attend(Attend(1, 0, 3))
-        return self.out.copy()
+        return self.out.view(np.uint8).copy()
 
     def check(self) -> None:
         """Asserts the output of every row that attends, and that K and V of every row are in their pages."""

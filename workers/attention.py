@@ -43,4 +43,4 @@ class AttentionWorker:
 
 
 if __name__ == "__main__":
-    raise SystemExit(serve.serve(messages.ToAttention, messages.FromAttention, AttentionWorker))
+    serve.run(messages.ToAttention, messages.FromAttention, AttentionWorker)

@@ -34,8 +34,8 @@ _C1, _C2, _C3 = _F(0.6931471824645996), _F(0.24022647738456726), _F(0.0555033236
 _C4, _C5, _C6 = _F(0.00961843691766262), _F(0.0013398875016719103), _F(0.00015353361959569156)
 
 _CAREFUL = {"contract", "reassoc", "nsz", "arcp"}  # fast, and NaN stays NaN
-_kernel: Any = njit(nogil=True, fastmath=_CAREFUL)
-_entry: Any = njit(nogil=True, cache=True, fastmath=_CAREFUL)
+_kernel: Any = njit(nogil=True, fastmath=_CAREFUL, _nrt=False)
+_entry: Any = njit(nogil=True, cache=True, fastmath=_CAREFUL, _nrt=False)
 
 
 class Shape(NamedTuple):
@@ -186,7 +186,7 @@ def _load_queries(exchange, region, unit, shape, head, work, at):  # type: ignor
         work[to + shape.head_dim : to + at.key_stride] = _ZERO
 
 
-@njit(nogil=True, fastmath=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, fastmath=True, _nrt=False)  # type: ignore[untyped-decorator]
 def _largest(scores):  # type: ignore[no-untyped-def]
     largest = _MASKED
     for j in range(BLOCK):
@@ -215,33 +215,15 @@ def _weigh(scores, start, stop, softcap, m):  # type: ignore[no-untyped-def]
 @_kernel
 def _score(work, at, count, start, stop):  # type: ignore[no-untyped-def]
     """Scores of `count` queries with the block's keys start .. stop (and some around them, to be ignored)."""
-    key, query, score, stride = at.block, at.query, at.score, at.key_stride
-    i = 0
-    while i + 2 <= count:
-        for j in range(start // (LANES // 2) * (LANES // 2), stop, LANES // 2):
-            simd.dot_2(
-                work,
-                query + i * stride,
-                stride,
-                key + j * stride,
-                stride,
-                stride,
-                score + i * BLOCK + j,
-                BLOCK,
-            )
-        i += 2
-    if i < count:
-        for j in range(start // LANES * LANES, stop, LANES):
-            simd.dot_1(
-                work,
-                query + i * stride,
-                stride,
-                key + j * stride,
-                stride,
-                stride,
-                score + i * BLOCK + j,
-                BLOCK,
-            )
+    stride = at.key_stride
+    for j in range(start // LANES * LANES, stop, LANES):
+        key, query, score = at.block + j * stride, at.query, at.score + j
+        i = 0
+        while i + 2 <= count:
+            simd.dot_2(work, query, stride, key, stride, stride, score, BLOCK)
+            query, score, i = query + 2 * stride, score + 2 * BLOCK, i + 2
+        if i < count:
+            simd.dot_1(work, query, stride, key, stride, stride, score, BLOCK)
 
 
 @_kernel
@@ -266,32 +248,36 @@ def _add_values(work, at, count, start, stop):  # type: ignore[no-untyped-def]
 
 
 @_kernel
-def _attend_block(kv, pages, unit, shape, head, work, at, block, start, stop):  # type: ignore[no-untyped-def]
-    """Tokens start .. stop of the block that begins at token `block`: joins them to the chunk's m, l and sums."""
+def _attend_block(kv, pages, unit, shape, head, work, at, block, start, stop, end):  # type: ignore[no-untyped-def]
+    """Joins tokens start .. stop of the block that begins at token `block` to the chunk's m, l and sums.
+
+    `end`: of all that the unit will read. The next block is asked for while this one is computed.
+    """
     group, count = shape.num_heads // shape.num_kv_heads, unit.last - unit.first
     key_to, value_to = (
         at.block + (start - block) * at.key_stride,
         at.block + (start - block) * at.value_stride,
     )
-    _prefetch_rows(kv, shape.values, pages, shape, head, shape.value_dim, start, stop)
     _load_rows(kv, shape.keys, pages, shape, head, shape.head_dim, start, stop, work, key_to, at.key_stride)
+    _prefetch_rows(kv, shape.values, pages, shape, head, shape.value_dim, stop, min(end, stop + BLOCK))
     _score(work, at, count, start - block, stop - block)
     for i in range(count):
-        end = unit.position + (unit.first + i) // group + 1
-        begin = max(0, end - shape.window) if shape.window > 0 else 0
+        seen = unit.position + (unit.first + i) // group + 1
+        begin = max(0, seen - shape.window) if shape.window > 0 else 0
         scores = work[at.score + i * BLOCK : at.score + (i + 1) * BLOCK]
-        if end <= start or begin >= stop:
+        if seen <= start or begin >= stop:
             scores[:] = _ZERO
             work[at.keep + i] = _ONE
             continue
         m = work[at.m + i]
-        new_m, total = _weigh(scores, max(start, begin) - block, min(stop, end) - block, shape.softcap, m)
+        new_m, total = _weigh(scores, max(start, begin) - block, min(stop, seen) - block, shape.softcap, m)
         keep = _exp2(m - new_m)
         work[at.m + i], work[at.keep + i] = new_m, keep
         work[at.l + i] = work[at.l + i] * keep + total
     _load_rows(
         kv, shape.values, pages, shape, head, shape.value_dim, start, stop, work, value_to, at.value_stride
     )
+    _prefetch_rows(kv, shape.keys, pages, shape, head, shape.head_dim, stop, min(end, stop + BLOCK))
     _add_values(work, at, count, start - block, stop - block)
 
 
@@ -344,7 +330,7 @@ def _attend_item(kv, exchange, floats, region, all_pages, unit, shape, head, wor
         for block in range(chunk * CHUNK, (chunk + 1) * CHUNK, BLOCK):
             start, stop = max(begin, block), min(end, block + BLOCK)
             if start < stop:
-                _attend_block(kv, pages, unit, shape, head, work, at, block, start, stop)
+                _attend_block(kv, pages, unit, shape, head, work, at, block, start, stop, end)
         if unit.partial >= 0:
             to = (unit.partial * shape.num_kv_heads + head * count) * (stride + 2)
             for i in range(count):

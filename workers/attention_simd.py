@@ -22,7 +22,6 @@ LANES = 16 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 8
 
 _FLOAT = ir.FloatType()
 _VECTOR = ir.VectorType(_FLOAT, LANES)
-_HALF_VECTOR = ir.VectorType(_FLOAT, LANES // 2)
 _I32 = ir.IntType(32)
 _FUSE = ("contract",)
 
@@ -73,32 +72,40 @@ def _sum_lanes(builder: Any, vectors: list[Any]) -> Any:
     return vectors[0]
 
 
-def _dot_tile(queries: int) -> Callable[..., None]:
-    """dot(work, q, q_stride, k, k_stride, size, out, out_stride): scores of a tile of queries x tokens.
+def _dot_sums(builder: Any, data: Any, q_rows: list[Any], k_rows: list[Any], size: Any) -> Any:
+    """The vector of q . k for every query and, within it, every key; there are LANES such pairs."""
+    zero = ir.Constant(_VECTOR, [0.0] * LANES)
+    sums = [[cgutils.alloca_once_value(builder, zero) for _ in k_rows] for _ in q_rows]
+    with cgutils.for_range(builder, builder.udiv(size, size.type(LANES))) as loop:
+        at = builder.mul(loop.index, size.type(LANES))
+        q_parts = [_load(builder, data, builder.add(row, at)) for row in q_rows]
+        for t, row in enumerate(k_rows):
+            k_part = _load(builder, data, builder.add(row, at))
+            for q_part, places in zip(q_parts, sums, strict=True):
+                builder.store(_multiply_add(builder, q_part, k_part, builder.load(places[t])), places[t])
+    return _sum_lanes(builder, [builder.load(place) for places in sums for place in places])
 
-    out[i, t] = q[i] . k[t] for `queries` queries and LANES / queries tokens, all of `size` floats, a multiple of LANES.
+
+def _dot_tile(queries: int) -> Callable[..., None]:
+    """dot(work, q, q_stride, k, k_stride, size, out, out_stride): scores of a tile of queries and LANES tokens.
+
+    out[i, t] = q[i] . k[t] for `queries` (1 or 2) queries and LANES tokens of `size` floats, a multiple of LANES.
     """
-    tokens = LANES // queries
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         work, q, q_stride, k, k_stride, size, out, out_stride = arguments
         data = _data(context, builder, signature.args[0], work)
-        zero = ir.Constant(_VECTOR, [0.0] * LANES)
-        sums = [cgutils.alloca_once_value(builder, zero) for _ in range(LANES)]
         q_rows = [_offset(builder, q, q_stride, i) for i in range(queries)]
-        k_rows = [_offset(builder, k, k_stride, t) for t in range(tokens)]
-        with cgutils.for_range(builder, builder.udiv(size, size.type(LANES))) as loop:
-            at = builder.mul(loop.index, size.type(LANES))
-            q_parts = [_load(builder, data, builder.add(row, at)) for row in q_rows]
-            for t, row in enumerate(k_rows):
-                k_part = _load(builder, data, builder.add(row, at))
-                for i, q_part in enumerate(q_parts):
-                    place = sums[i * tokens + t]
-                    builder.store(_multiply_add(builder, q_part, k_part, builder.load(place)), place)
-        scores = _sum_lanes(builder, [builder.load(place) for place in sums])
-        for i in range(queries):
-            part = _shuffle(builder, scores, scores, list(range(i * tokens, (i + 1) * tokens)))
-            _store(builder, part, data, _offset(builder, out, out_stride, i))
+        k_rows = [_offset(builder, k, k_stride, t) for t in range(LANES)]
+        if queries == 1:
+            _store(builder, _dot_sums(builder, data, q_rows, k_rows, size), data, out)
+            return context.get_dummy_value()
+        half = LANES // 2
+        low, high = (_dot_sums(builder, data, q_rows, k_rows[t : t + half], size) for t in (0, half))
+        for i in range(2):
+            lanes = list(range(i * half, (i + 1) * half))
+            scores = _shuffle(builder, low, high, lanes + [LANES + lane for lane in lanes])
+            _store(builder, scores, data, _offset(builder, out, out_stride, i))
         return context.get_dummy_value()
 
     def dot(typing: Any, work: Any, q: Any, q_stride: Any, k: Any, k_stride: Any, size: Any, out: Any, out_stride: Any) -> Any:  # fmt: skip # noqa: E501

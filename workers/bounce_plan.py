@@ -1,8 +1,8 @@
 """How the pieces of a unit's converted tensors are read in bounded chunks and put in their places.
 
-A piece says how its source becomes a part of a tensor. Turned round, that gives the part of the tensor as a strided view in
-the order of the source, so any run of the source's rows can be put in place by itself. Only where no such view exists (a
-reshape across transposed dimensions) the whole piece must be in memory at once.
+A piece says how its source becomes a part of a tensor. Turned round, that gives the part of the tensor as a
+strided view in the order of the source, so any run of the source's rows can be put in place by itself. Only
+where no such view exists (a reshape across transposed dimensions) the whole piece must be in memory at once.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 import mmap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,10 @@ MAX_GAP_BYTES = 64 * 1024  # chunks closer together than this are read at once
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A run of file bytes and the strided part of a tensor that it fills; `target_offset` is from the slot's start."""
+    """A run of file bytes and the strided part of a tensor that it fills.
+
+    `target_offset` is from the start of the slot.
+    """
 
     file: int
     offset: int
@@ -61,7 +65,10 @@ class Batch:
 
 
 def plan_batches(unit: UnitSpec, max_bytes: int) -> list[Batch]:
-    """Every converted tensor's bytes, in file order. A batch is larger than `max_bytes` only for a piece in one chunk."""
+    """Every converted tensor's bytes, in file order.
+
+    A batch is larger than `max_bytes` only where a piece cannot be cut.
+    """
     limit = max_bytes - 2 * BLOCK_BYTES
     chunks = [
         chunk
@@ -94,7 +101,8 @@ def _chunks(tensor: TensorSpec, piece: Piece, limit: int) -> Iterator[Chunk]:
     )
     base = _address(whole)
     # The ellipsis keeps it a view where the tensor has no dimensions.
-    target = whole[(*(slice(start, stop) for start, stop in piece.region), ...)]
+    region: tuple[Any, ...] = (*(slice(start, stop) for start, stop in piece.region), ...)
+    target = whole[region]
 
     def chunk(
         offset: int, shape: tuple[int, ...], views: tuple[tuple[str | int, ...], ...], part: Bits
@@ -135,7 +143,8 @@ def _chunks(tensor: TensorSpec, piece: Piece, limit: int) -> Iterator[Chunk]:
                 piece.offset + first * strides[k] + sum(i * s for i, s in zip(lead, strides, strict=False))
             )
             place = tuple(index - start for index, (start, _) in zip(lead, box, strict=False))
-            part = target[(*place, slice(first - box[k][0], last - box[k][0]))]
+            where: tuple[Any, ...] = (*place, slice(first - box[k][0], last - box[k][0]))
+            part = target[where]
             yield chunk(offset, (last - first, *shape[k + 1 :]), views, part)
 
 

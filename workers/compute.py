@@ -149,4 +149,4 @@ class ComputeWorker:
 
 
 if __name__ == "__main__":
-    raise SystemExit(serve.serve(messages.ToCompute, messages.FromCompute, ComputeWorker))
+    serve.run(messages.ToCompute, messages.FromCompute, ComputeWorker)

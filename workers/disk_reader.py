@@ -40,7 +40,7 @@ class _OpenFile:
 
 
 class DiskReader:
-    """The checkpoint's files. `read` may be called from several threads at once; the files are opened at first use."""
+    """The checkpoint's files, opened at first use. `read` may be called from several threads at once."""
 
     def __init__(self, files: Sequence[str]) -> None:
         self._paths = tuple(files)
@@ -60,7 +60,8 @@ class DiskReader:
             status = os.fstat(opened.descriptor)
             if (status.st_size, status.st_mtime_ns) != (opened.size, opened.mtime_ns):
                 raise CheckpointError(
-                    f"{opened.path} changed while it was in use ({opened.size} bytes at the start, {status.st_size} now): "
+                    f"{opened.path} changed while it was in use ({opened.size} bytes at the start, "
+                    f"{status.st_size} now): "
                     "leave the model's files alone and start again"
                 )
 
@@ -70,14 +71,16 @@ class DiskReader:
         wanted = min(order.num_bytes, opened.size - order.file_offset)
         if wanted <= 0:
             raise CheckpointError(
-                f"{opened.path} has {opened.size} bytes, but weights are expected at {order.file_offset}: download it again"
+                f"{opened.path} has {opened.size} bytes, but weights are expected at "
+                f"{order.file_offset}: download it again"
             )
         done = 0
         while done < wanted:
             got = self._read_some(opened, order, done)
             if got == 0:
                 raise CheckpointError(
-                    f"{opened.path} ends at byte {order.file_offset + done}, {order.file_offset + wanted} expected: it was "
+                    f"{opened.path} ends at byte {order.file_offset + done}, "
+                    f"{order.file_offset + wanted} expected: it was "
                     "cut off while in use; download it again"
                 )
             before, done = done, done + got
@@ -102,7 +105,8 @@ class DiskReader:
                     self._reopen_buffered(opened)
                     continue
                 raise CheckpointError(
-                    f"{opened.path}: reading {len(target)} bytes at {position} failed: {error.strerror}; check the disk"
+                    f"{opened.path}: reading {len(target)} bytes at {position} failed: "
+                    f"{error.strerror}; check the disk"
                 ) from error
 
     def _file(self, file: int) -> _OpenFile:

@@ -1,7 +1,7 @@
 """Made-up weights at memory speed, for benchmarks of models whose weights are not at hand.
 
-Every tensor is a stretch of one repeated pseudo-random pattern, uniform with standard deviation 0.02, that begins at an
-element chosen by the tensor's name and unit: the same in every run and in every slot.
+Every tensor is a stretch of one repeated pseudo-random pattern, uniform with standard deviation 0.02, that
+begins at an element chosen by the tensor's name and unit: the same in every run and in every slot.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ _FLOATS = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True, slots=True)
 class Fill:
-    """Elements of one tensor: `num_bytes` at `offset` of the slot. `phase` is None where every element is `value`."""
+    """Elements of one tensor: `num_bytes` at `offset` of the slot.
+
+    `phase` is where in the pattern they begin, or None where every element is `value`.
+    """
 
     dtype: str
     offset: int

@@ -31,4 +31,4 @@ class Loader:
 
 
 if __name__ == "__main__":
-    raise SystemExit(serve.serve(messages.ToLoader, messages.FromLoader, Loader))
+    serve.run(messages.ToLoader, messages.FromLoader, Loader)

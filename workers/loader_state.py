@@ -21,8 +21,9 @@ Task = Callable[[], int]
 class LoaderState:
     """Loads units into the slots of `arena`.
 
-    Each of `attach.threads` threads takes a read, and where the bytes need conversion converts them before the next one:
-    while one thread converts, the others read. Peak memory besides the arena: one chunk of at most 4 MiB per thread.
+    Each of `attach.threads` threads takes a read, and where the bytes need conversion converts them before
+    the next one: while one thread converts, the others read. Peak memory besides the arena: one chunk of at
+    most 4 MiB per thread.
     """
 
     def __init__(self, attach: AttachLoader, arena: mmap.mmap) -> None:
@@ -55,7 +56,8 @@ class LoaderState:
         slot_offset = self._attach.slot_offsets[order.slot]
         if slot_offset + unit.num_bytes > len(self._arena):
             raise ValueError(
-                f"unit {order.unit} ({unit.num_bytes} bytes) does not fit the arena at slot {order.slot} ({slot_offset})"
+                f"unit {order.unit} ({unit.num_bytes} bytes) does not fit the arena at slot "
+                f"{order.slot} ({slot_offset})"
             )
         if self._dummy is not None:
             return self._run(self._fill_tasks(self._dummy, order.unit, slot_offset))

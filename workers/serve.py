@@ -17,7 +17,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import zmq
 
@@ -59,8 +59,15 @@ class Context:
         return messages
 
 
-def serve(receives: Any, sends: Any, make_worker: Callable[[Context], Worker]) -> int:
-    """Runs one worker process until Stop, the coordinator's end, or an error. Returns the exit code."""
+def run(receives: Any, sends: Any, make_worker: Callable[[Context], Worker]) -> NoReturn:
+    """Runs one worker process until Stop, the coordinator's end, or an error, and ends the process."""
+    code = _serve(receives, sends, make_worker)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # at once: taking torch down in order takes a second, and there is nothing left to save
+
+
+def _serve(receives: Any, sends: Any, make_worker: Callable[[Context], Worker]) -> int:
     args = _parse_arguments()
     faulthandler.enable()
     threading.excepthook = _die_of_thread

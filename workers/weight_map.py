@@ -1,7 +1,7 @@
-"""From a model on the meta device and a checkpoint to the units that are loaded, and back to the modules' parameters.
+"""From a model on the meta device and a checkpoint to the units that are loaded, and back to its parameters.
 
-A unit is what is loaded together: one decoder layer, or everything outside the layers. `map_weights` says what fills each
-tensor of a unit and where it lies in the unit's slot; `Binding` points the modules at a slot.
+A unit is what is loaded together: one decoder layer, or everything outside the layers. `map_weights` says
+what fills each tensor of a unit and where it lies in the unit's slot; `Binding` points the modules at a slot.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -39,9 +40,9 @@ def map_weights(
 ) -> tuple[tuple[UnitSpec, ...], tuple[str, ...]]:
     """The units of `model`, whose parameters are on the meta device, and warnings for the user.
 
-    `model` must have been built with `dtype` as the default dtype, and its weights tied: a tensor that its class makes in
-    another dtype, or keeps in float32, stays so. Units `0 .. len(layers) - 1` are the layers, the last one is the rest.
-    Without a checkpoint the tensors have no pieces. Raises CheckpointError.
+    `model` must have been built with `dtype` as the default dtype, and its weights tied: a tensor that its
+    class makes in another dtype, or keeps in float32, stays so. Units `0 .. len(layers) - 1` are the layers,
+    the last one is the rest. Without a checkpoint the tensors have no pieces. Raises CheckpointError.
     """
     floats = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     if floats and dtype not in floats:
@@ -139,7 +140,8 @@ def _missing_message(missing: Sequence[str], checkpoint: Checkpoint) -> str:
     names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
     files = ", ".join(checkpoint.files[:3]) + (", ..." if len(checkpoint.files) > 3 else "")
     return (
-        f"the checkpoint lacks {names} (searched {len(checkpoint.files)} files: {files}): its config.json does not belong "
+        f"the checkpoint lacks {names} (searched {len(checkpoint.files)} files: {files}): its "
+        "config.json does not belong "
         "to these weights, or the download is incomplete; download the model again"
     )
 
@@ -149,15 +151,16 @@ def _warnings(found: FoundWeights | None) -> tuple[str, ...]:
         return ()
     names = ", ".join(found.unexpected[:3]) + (", ..." if len(found.unexpected) > 3 else "")
     return (
-        f"{len(found.unexpected)} tensors of the checkpoint have no place in the model and are ignored: {names}",
+        f"{len(found.unexpected)} tensors of the checkpoint have no place in the model and are "
+        f"ignored: {names}",
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _BoundTensor:
-    places: tuple[
-        tuple[dict[str, torch.Tensor | None], str], ...
-    ]  # a module's _parameters or _buffers, and the key
+    """`places` are modules' `_parameters` or `_buffers`, and the key in them."""
+
+    places: tuple[tuple[dict[str, Any], str], ...]
     is_parameter: bool
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -190,13 +193,9 @@ class Binding:
     def _bound(self, tensor: tuple[str, torch.dtype, tuple[int, ...], tuple[int, ...], int]) -> _BoundTensor:
         name, dtype, shape, stride, start = tensor
         places = self.places[name]
-        is_parameter = places[0][1] in places[0][0]._parameters
         return _BoundTensor(
-            tuple(
-                (module._parameters if is_parameter else module._buffers, attribute)
-                for module, attribute in places
-            ),
-            is_parameter,
+            tuple((_tensors_of(*place), place[1]) for place in places),
+            places[0][1] in places[0][0]._parameters,
             dtype,
             shape,
             stride,
@@ -206,7 +205,8 @@ class Binding:
     def bind(self, unit: int, buffer: torch.Tensor) -> None:
         """Use the weights of `unit` that lie in `buffer`: uint8, 1-D, at least as long as the unit's slot.
 
-        `buffer` starts on a multiple of 8 bytes of its storage. Nothing is copied; the buffer must outlive the use.
+        `buffer` starts on a multiple of 8 bytes of its storage. Nothing is copied; the buffer must outlive
+        the use.
         """
         typed: dict[torch.dtype, torch.Tensor] = {}
         buffer = buffer[: buffer.numel() // 8 * 8]
@@ -218,6 +218,10 @@ class Binding:
             value = nn.Parameter(view, requires_grad=False) if bound.is_parameter else view
             for tensors, attribute in bound.places:
                 tensors[attribute] = value
+
+
+def _tensors_of(module: nn.Module, attribute: str) -> dict[str, Any]:
+    return cast(dict[str, Any], module._parameters if attribute in module._parameters else module._buffers)
 
 
 def _strided(unit: UnitSpec) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], tuple[int, ...], int]]:

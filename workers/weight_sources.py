@@ -1,4 +1,4 @@
-"""Which stored tensors fill which parameter: Transformers' own renames and weight conversions, without the data."""
+"""Which stored tensors fill which parameter: Transformers' own renames and conversions, without the data."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -27,7 +28,7 @@ _FLOATS = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True, slots=True)
 class FoundWeights:
-    """`traced[name]` tells what fills the model's tensor `name`; `unexpected` are stored tensors without a use."""
+    """`traced[name]` tells what fills the model's tensor `name`; `unexpected` stored tensors have no use."""
 
     traced: dict[str, TracedTensor]
     unexpected: tuple[str, ...]
@@ -40,7 +41,7 @@ class TargetDtypes:
     """
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
-        self._patterns = [
+        self._patterns: list[tuple[re.Pattern[str], torch.dtype]] = [
             (re.compile(pattern.replace("*", ".*")), kept)
             for pattern, kept in model._get_dtype_plan(dtype).items()
         ]
@@ -82,7 +83,7 @@ def find_weights(model: PreTrainedModel, checkpoint: Checkpoint, dtypes: TargetD
         else:
             if name not in conversions:
                 conversions[name] = deepcopy(by_pattern[pattern])
-            conversions[name].add_tensor(name, key, pattern, stand_in)
+            conversions[name].add_tensor(name, key, pattern, cast(Any, stand_in))
     for name, conversion in conversions.items():
         for target, converted in _convert(model, name, conversion).items():
             if target in state:
@@ -96,18 +97,20 @@ def find_weights(model: PreTrainedModel, checkpoint: Checkpoint, dtypes: TargetD
 
 def _convert(model: PreTrainedModel, name: str, conversion: WeightConverter) -> dict[str, TracedTensor]:
     operations = " + ".join(repr(operation) for operation in conversion.operations)
-    collected = [tensor for tensors in conversion.collected_tensors.values() for tensor in tensors]
+    collected: list[Any] = [tensor for tensors in conversion.collected_tensors.values() for tensor in tensors]
     source = collected[0].parts[0].stored.name
     try:
         results = conversion.convert(name, model=model, config=model.config)
     except UntraceableError as error:
         raise CheckpointError(
-            f"{name}: the weight conversion {operations} of {source} is not supported ({error}): load the model with "
+            f"{name}: the weight conversion {operations} of {source} is not supported ({error}): load "
+            "the model with "
             "Transformers and save_pretrained(..., save_original_format=False) it into a new directory"
         ) from error
     except (RuntimeError, ValueError, IndexError) as error:
         raise CheckpointError(
-            f"{name}: the weight conversion {operations} of {source} and {len(collected) - 1} more tensors failed "
+            f"{name}: the weight conversion {operations} of {source} and {len(collected) - 1} more "
+            "tensors failed "
             f"({error}): the checkpoint does not fit its config.json, download both again"
         ) from error
     found = {}
@@ -125,7 +128,8 @@ def _check(checkpoint: Checkpoint, name: str, found: TracedTensor, wanted: torch
     if found.shape != wanted.shape:
         count = f" ({len(found.parts)} stored tensors joined)" if len(found.parts) > 1 else ""
         raise CheckpointError(
-            f"{where}: {name} has shape {list(found.shape)} in the checkpoint{count} and {list(wanted.shape)} in the "
+            f"{where}: {name} has shape {list(found.shape)} in the checkpoint{count} and "
+            f"{list(wanted.shape)} in the "
             "model: config.json does not belong to these weights, download both again"
         )
     target = dtype_name(found.dtype)
@@ -145,7 +149,7 @@ def _check(checkpoint: Checkpoint, name: str, found: TracedTensor, wanted: torch
 
 
 def _without_known(model: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:
-    """Leave out what the model class declares harmless, and buffers that older versions of Transformers stored."""
+    """Leave out what the model class declares harmless, and buffers that older Transformers stored."""
     patterns = set(model._keys_to_ignore_on_load_unexpected or ()) | {
         r"rotary_emb\.inv_freq",
         r"(^|\.)position_ids$",

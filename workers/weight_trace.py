@@ -1,8 +1,8 @@
 """What Transformers' weight conversions do to a checkpoint's tensors, found by running them on stand-ins.
 
-A conversion (stack the experts, split a fused projection, permute for rotary embeddings ...) only moves elements. A
-TracedTensor has a shape but no data; each operation on it notes which part of the result comes from which stored tensor
-through which views. An operation that does more than move elements is refused.
+A conversion (stack the experts, split a fused projection, permute for rotary embeddings ...) only moves
+elements. A TracedTensor has a shape but no data; each operation on it notes which part of the result comes
+from which stored tensor through which views. An operation that does more than move elements is refused.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -46,10 +46,9 @@ class TracedTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, meta: torch.Tensor, parts: Sequence[Part]) -> TracedTensor:
-        traced = torch.Tensor._make_wrapper_subclass(
+        result = torch.Tensor._make_wrapper_subclass(
             cls, meta.shape, strides=meta.stride(), dtype=meta.dtype, device=meta.device
         )
-        result = cast(TracedTensor, traced)
         result.meta = meta
         result.parts = tuple(parts)
         return result
@@ -58,7 +57,7 @@ class TracedTensor(torch.Tensor):
         return f"TracedTensor({list(self.shape)}, {len(self.parts)} parts)"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         rule = _RULES.get(func.overloadpacket.__name__)
@@ -66,7 +65,8 @@ class TracedTensor(torch.Tensor):
             raise UntraceableError(f"it calls {func}")
         kwargs = kwargs or {}
         result = func(*_bare(args), **_bare(kwargs))
-        # Every rule takes the operands and the result on the meta device; it returns the parts of each output.
+        # Every rule takes the operands and the result on the meta device; it returns the parts of each
+        # output.
         outputs = rule(result, *args, **kwargs)
         if isinstance(result, torch.Tensor):
             return cls(result, outputs[0])
@@ -117,7 +117,8 @@ def _bare(value: Any) -> Any:
     return value
 
 
-# ------------------------------------------------------------------------------------- rules, one per kind of operation
+# ------------------------------------------------------------------------------------- rules, one per kind of
+# operation
 
 _Outputs = list[list[Part]]
 

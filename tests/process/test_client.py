@@ -157,9 +157,12 @@ def test_an_error_in_the_source_reaches_the_reader(socket_path: Path) -> None:
         yield "a"
         raise OSError("the disk is gone")
 
-    with FakeEngine(socket_path, hold=True) as engine, Client(engine.endpoint) as client:
-        with pytest.raises(OSError, match="the disk is gone"):
-            client.submit(prompts()).results()
+    with (
+        FakeEngine(socket_path, hold=True) as engine,
+        Client(engine.endpoint) as client,
+        pytest.raises(OSError, match="the disk is gone"),
+    ):
+        client.submit(prompts()).results()
 
 
 def test_the_engines_last_words_reach_every_waiter(socket_path: Path) -> None:

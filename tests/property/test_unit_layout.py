@@ -16,7 +16,7 @@ DTYPES = st.sampled_from(["float32", "bfloat16", "float16", "int64", "bool"])
 
 @st.composite
 def sources(draw: st.DrawFn) -> list[TensorSource]:
-    """Tensors of up to three files, in any order, with gaps between them and casts or views here and there."""
+    """Tensors of up to three files, in any order, with gaps between them and some casts and views."""
     result = []
     for file in range(draw(st.integers(1, 3))):
         offset = draw(st.integers(0, 10_000))

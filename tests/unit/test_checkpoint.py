@@ -73,8 +73,12 @@ def test_shards(model: Path) -> None:
 
 def test_tensor_in_two_shards_counts_where_the_index_says(model: Path) -> None:
     weight_map = write_shards(model)
-    write(model / weight_map["layer.2.bias"], header_of({"layer.2.weight": ("F16", [4, 3]), "layer.2.bias": ("F16", [4]),
-                                                        "layer.0.bias": ("F16", [4])}))  # fmt: skip
+    twice: Tensors = {
+        "layer.2.weight": ("F16", [4, 3]),
+        "layer.2.bias": ("F16", [4]),
+        "layer.0.bias": ("F16", [4]),
+    }
+    write(model / weight_map["layer.2.bias"], header_of(twice))
     checkpoint = open_checkpoint(model)
     assert Path(checkpoint.files[checkpoint.tensors["layer.0.bias"].file]).name == weight_map["layer.0.bias"]
     weight_map["layer.0.bias"] = weight_map["layer.2.bias"]
@@ -102,7 +106,7 @@ def test_no_config(tmp_path: Path) -> None:
 
 
 def test_no_weights(model: Path) -> None:
-    refused(model, "holds no weights", "--load-format dummy")
+    refused(model, "holds no model.safetensors", "--load-format dummy")
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def test_direct_extents_up_to_the_end_of_the_file(tail: int, tmp_path: Path) -> 
 @pytest.mark.parametrize("source", DTYPES)
 @pytest.mark.usefixtures("small_chunks")
 def test_casts(source: str, target: str, tmp_path: Path) -> None:
-    """Every 16-bit pattern, and a million random float32 ones: torch's cast, bit for bit but for NaN payloads."""
+    """Every 16-bit pattern and a million random float32 ones: as torch casts them, but for NaN payloads."""
     count = 65536 if source != "float32" else 1 << 20
     stored = (
         np.arange(65536, dtype=np.uint16).tobytes()
@@ -328,7 +328,10 @@ def test_dummy_weights(dtype: str) -> None:
 
 def test_light_imports() -> None:
     """Reading without casts needs neither torch nor numba."""
-    program = "import sys, flexgen_lite.workers.loader_state; print([m for m in ('torch', 'numba') if m in sys.modules])"
+    program = (
+        "import sys, flexgen_lite.workers.loader_state\n"
+        "print([name for name in ('torch', 'numba') if name in sys.modules])"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
     )

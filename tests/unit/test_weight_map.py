@@ -14,8 +14,8 @@ from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
     GPT2Config,
-    GptOssConfig,
     GPTNeoXConfig,
+    GptOssConfig,
     LlamaConfig,
     MixtralConfig,
     OPTConfig,
@@ -232,7 +232,7 @@ def test_model_built_in_another_dtype() -> None:
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_dummy_weights(family: str) -> None:
-    """Without a checkpoint every tensor is filled, deterministically, and the model computes finite numbers."""
+    """Without a checkpoint every tensor is filled, always alike, and the model computes finite numbers."""
     outputs = []
     for _ in range(2):
         model = build_on_meta(CONFIGS[family], torch.bfloat16)

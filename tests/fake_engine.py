@@ -25,7 +25,6 @@ from flexgen_lite.messages import (
     WireRequest,
 )
 
-
 _TO_CLIENT = Codec(ToClient)
 
 
@@ -85,9 +84,7 @@ class FakeEngine:
 
     def broadcast(self, *messages: Any) -> None:
         """Send messages, or bytes that are none, to every client."""
-        self._orders.put(
-            lambda: [self._send(client, message) for client in self._clients for message in messages]
-        )
+        self._orders.put(lambda: [self._send(client, message) for client in self._clients for message in messages])
 
     def next_of(self, kind: type[Any]) -> Any:
         """Wait for the next received message of a kind."""
@@ -125,9 +122,7 @@ class FakeEngine:
             for (job_id, index), (owner, request) in list(self._outstanding.items()):
                 if job_id == message.job_id:
                     del self._outstanding[job_id, index]
-                    self._send(
-                        owner, RequestDone(job_id, index, "", (), len(request.prompt), "cancelled", None)
-                    )
+                    self._send(owner, RequestDone(job_id, index, "", (), len(request.prompt), "cancelled", None))
         elif isinstance(message, GetStatus) and not self._silent:
             totals = {"busy_seconds": 0.5 * self._done, "generated_tokens": 8.0 * self._done}
             lanes = {"compute": 0.9, "disk": 0.2}

@@ -1,0 +1,120 @@
+"""Decode attention on this CPU: the kernels, PyTorch's own, and how fast memory can be read at all.
+
+    python benchmarks/attention.py [--threads N] [--repeats N]
+
+Rates are gigabytes of K and V read per second, in the storage dtype. A round goes through all the contestants, so that
+what else the machine does meets them alike; the median of the rounds counts. Each pass reads another part of the cache, beyond the reach of the
+processor's caches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numba import njit, prange
+
+from flexgen_lite import exchange, kv_layout
+from flexgen_lite.messages import AttachAttention, Attend, BeginAttention, ExchangeSpec, KvBatch, KvSpan
+from flexgen_lite.model_spec import ITEM_BYTES, AttentionSpec
+from flexgen_lite.workers.attention_state import AttentionState
+
+Contestants = dict[str, tuple[Callable[[int], object], int]]  # what to call with a round's number, and bytes it reads
+
+PAGE_TOKENS = 16
+BUFFER_BYTES = 512 << 20
+CASES = {
+    "batch 16, 32 heads, 512 tokens, head_dim 64": (16, 32, 32, 512, 64),
+    "batch 16, 32 heads / 4 KV heads, 2048 tokens, head_dim 128": (16, 32, 4, 2048, 128),
+}
+
+
+@njit(parallel=True, fastmath=True, cache=True)  # type: ignore[untyped-decorator]
+def parallel_sum(parts):  # type: ignore[no-untyped-def]
+    """Sum of int64 `[threads, n]`, eight vectors at a time."""
+    total = 0
+    for t in prange(len(parts)):
+        part = 0
+        for x in parts[t]:
+            part += x
+        total += part
+    return total
+
+
+def kernel_contestant(
+    batch: int, heads: int, kv_heads: int, tokens: int, dim: int, dtype: str, threads: int
+) -> tuple[Callable[[int], object], int]:
+    """One decode step of `batch` sequences of `tokens` tokens; the rounds go through as many layers as fill a buffer."""
+    spec = AttentionSpec(heads, kv_heads, dim, dim, dim**-0.5, None, None, False)
+    pages = -(-tokens // PAGE_TOKENS)
+    one = kv_layout.kv_spec([spec], batch * pages, PAGE_TOKENS, dtype).arena_bytes
+    layers = [spec] * max(1, -(-BUFFER_BYTES // one))
+    kv = kv_layout.kv_spec(layers, batch * pages, PAGE_TOKENS, dtype)
+    region = exchange.region_bytes(layers, batch, ITEM_BYTES[dtype])
+    arena = np.full(kv.arena_bytes // 2, 0x3C3C, np.uint16)
+    attach = AttachAttention(tuple(layers), ExchangeSpec(1, region, batch, dtype), kv, threads, ())
+    state = AttentionState(attach, memoryview(arena).cast("B"), memoryview(bytearray(region)))
+    order = np.random.default_rng(0).permutation(batch * pages).reshape(batch, pages)
+    spans = tuple(KvSpan(b, 1, tokens - 1, True, tuple(int(p) for p in order[b])) for b in range(batch))
+    state.begin(BeginAttention(0, threads, (KvBatch(0, 0, spans),)))
+    return lambda i: state.attend(Attend(0, i % len(layers), 0)), batch * tokens * spec.kv_width * ITEM_BYTES[dtype]
+
+
+def torch_contestant(
+    batch: int, heads: int, kv_heads: int, tokens: int, dim: int, dtype: torch.dtype
+) -> tuple[Callable[[int], object], int]:
+    one = 2 * batch * kv_heads * tokens * dim * dtype.itemsize
+    shape = (max(1, -(-BUFFER_BYTES // one)), 2, batch, kv_heads, tokens, dim)
+    cache = torch.full(shape, 0.01, dtype=dtype)
+    query = torch.full((batch, heads, 1, dim), 0.01, dtype=dtype)
+
+    def step(i: int) -> Any:
+        k, v = cache[i % len(cache)]
+        return torch.nn.functional.scaled_dot_product_attention(query, k, v, enable_gqa=heads != kv_heads)
+
+    return step, one
+
+
+def measure(contestants: Contestants, repeats: int) -> dict[str, float]:
+    """GB/s of each."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for i in range(-1, repeats):  # the first round warms up
+        for name, (call, _) in contestants.items():
+            start = time.perf_counter()
+            call(i + 1)
+            if i >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: contestants[name][1] / statistics.median(times) / 1e9 for name, times in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--repeats", type=int, default=15)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    numba.set_num_threads(args.threads)
+    print(f"{platform.processor() or platform.machine()}, {args.threads} threads, torch {torch.__version__}")
+    buffer = np.ones((args.threads, BUFFER_BYTES // 8 // args.threads), np.int64)
+    for title, shape in CASES.items():
+        contestants: Contestants = {"DRAM read": (lambda _: parallel_sum(buffer), buffer.nbytes)}
+        for name in ("float32", "bfloat16"):
+            contestants[f"torch sdpa {name}"] = torch_contestant(*shape, getattr(torch, name))
+        for name in ("float32", "bfloat16", "float16"):
+            contestants[f"flexgen-lite {name}"] = kernel_contestant(*shape, name, args.threads)
+        rates = measure(contestants, args.repeats)
+        print(f"\n{title}\n{'':24}  GB/s  of DRAM read  of torch sdpa bfloat16")
+        for name, rate in rates.items():
+            print(f"{name:24}{rate:6.1f}{rate / rates['DRAM read']:13.0%}{rate / rates['torch sdpa bfloat16']:19.1f}x")
+
+
+if __name__ == "__main__":
+    main()

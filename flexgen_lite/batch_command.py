@@ -1,0 +1,80 @@
+"""`flexgen-lite run-batch`: a batch run with its progress shown."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flexgen_lite.batch_run import BatchRun, Progress
+from flexgen_lite.client import Client
+from flexgen_lite.config import EngineConfig
+from flexgen_lite.engine_process import EngineProcess
+from flexgen_lite.errors import EngineError
+from flexgen_lite.terminal import log, signals_interrupt
+
+_BAR_SECONDS = 0.5
+_LOG_SECONDS = 10.0
+
+
+def run_on_own_engine(config: EngineConfig, input_file: Path, output_file: Path, overwrite: bool) -> None:
+    """Start an engine, run the file, stop the engine."""
+    with (
+        signals_interrupt(),
+        EngineProcess(config, on_log=log, on_plan=log) as engine,
+        Client(engine.endpoint, epitaph=engine.last_words) as client,
+    ):
+        _run(client, input_file, output_file, overwrite)
+
+
+def run_on_endpoint(endpoint: str, model: str | None, input_file: Path, output_file: Path, overwrite: bool) -> None:
+    """Run the file on a running engine.
+
+    Raises:
+        EngineError: it serves another model than `model`.
+    """
+    with signals_interrupt(), Client(endpoint) as client:
+        served = client.welcome.model
+        if model is not None and os.path.realpath(model) != os.path.realpath(served):
+            raise EngineError(f"the engine at {endpoint} serves {served}, not {model}", user_error=True)
+        _run(client, input_file, output_file, overwrite)
+
+
+def _run(client: Client, input_file: Path, output_file: Path, overwrite: bool) -> None:
+    run = BatchRun(client, input_file, output_file, overwrite=overwrite, warn=lambda text: log(f"warning: {text}"))
+    if sys.stderr.isatty():
+        with _bar() as show:
+            last = run.run(show, _BAR_SECONDS)
+    else:
+        last = run.run(lambda progress: log(str(progress)), _LOG_SECONDS)
+    print(last.summary(), flush=True)
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[Progress], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]:.1f} tok/s"),
+        TextColumn("{task.fields[lanes]}"),
+        TimeElapsedColumn(),
+    )
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("requests", total=None, rate=0.0, lanes="")
+
+        def show(progress: Progress) -> None:
+            bar.update(
+                task,
+                completed=progress.done,
+                total=progress.total,
+                rate=progress.rate,
+                lanes=progress.lanes_text,
+            )
+
+        yield show

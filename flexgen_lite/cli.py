@@ -1,0 +1,221 @@
+"""The command line. What is heavy is imported inside the commands, so that --help is quick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from flexgen_lite.config import EngineConfig
+    from flexgen_lite.messages import Status
+
+
+class _Group(TyperGroup):
+    """Commands whose errors end in one sentence and an exit code: 2 for the user's, 1 for the engine's."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort):
+            raise
+        except KeyboardInterrupt as interrupt:
+            typer.echo("stopped", err=True)
+            raise typer.Exit(interrupt.args[0] if interrupt.args else 130) from None
+        except Exception as error:
+            if hasattr(error, "format_message"):  # a usage error, which typer reports itself
+                raise
+            raise typer.Exit(_report(error)) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Large language models over big batches of prompts on one ordinary machine.",
+)
+
+Model = Annotated[str | None, typer.Option(help="Hugging Face model directory or hub id.")]
+Config = Annotated[Path | None, typer.Option("--config", help="YAML file; flags win over it.")]
+Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Ram = Annotated[str | None, typer.Option(help="Budget of main memory, such as 8GiB.")]
+Gpu = Annotated[str | None, typer.Option(help="Budget of GPU memory, such as 14GiB.")]
+AttentionWorkers = Annotated[str | None, typer.Option(help="Number of attention workers, or auto.")]
+LoadFormat = Annotated[str | None, typer.Option(help="auto, or dummy for random weights from config.json.")]
+Trace = Annotated[Path | None, typer.Option(help="Write a trace of all lanes to this file.")]
+MaxModelLen = Annotated[str | None, typer.Option(help="Most tokens of one sequence, or auto.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other configuration key.")]
+Endpoint = Annotated[str | None, typer.Option(help="Endpoint of a running engine, ipc://...")]
+
+
+def main() -> None:
+    """The entry point."""
+    app(prog_name="flexgen-lite")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from flexgen_lite import __version__
+
+        typer.echo(f"flexgen-lite {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run_batch(
+    input_file: Annotated[Path, typer.Option("-i", "--input-file", help="Requests, in the OpenAI batch format.")],
+    output_file: Annotated[Path, typer.Option("-o", "--output-file", help="Results, one a line.")],
+    model: Model = None,
+    endpoint: Endpoint = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over earlier results.")] = False,
+    config: Config = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    ram: Ram = None,
+    gpu: Gpu = None,
+    attention_workers: AttentionWorkers = None,
+    load_format: LoadFormat = None,
+    trace: Trace = None,
+    max_model_len: MaxModelLen = None,
+    settings: Set = None,
+) -> None:
+    """Run a file of requests, on an engine of its own or on a running one (--endpoint)."""
+    from flexgen_lite.batch_command import run_on_endpoint, run_on_own_engine
+    from flexgen_lite.batch_run import check_files
+
+    flags = {
+        "dtype": dtype,
+        "device": device,
+        "ram": ram,
+        "gpu": gpu,
+        "attention_workers": attention_workers,
+        "load_format": load_format,
+        "trace": trace,
+        "max_model_len": max_model_len,
+    }
+    check_files(input_file, output_file, overwrite)
+    if endpoint is None:
+        run_on_own_engine(_engine_config(config, model, flags, settings), input_file, output_file, overwrite)
+    else:
+        _refuse_engine_flags({"config": config, "set": settings, **flags})
+        run_on_endpoint(endpoint, model, input_file, output_file, overwrite)
+
+
+@app.command()
+def launch(
+    model: Model = None,
+    config: Config = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    ram: Ram = None,
+    gpu: Gpu = None,
+    attention_workers: AttentionWorkers = None,
+    load_format: LoadFormat = None,
+    trace: Trace = None,
+    max_model_len: MaxModelLen = None,
+    settings: Set = None,
+) -> None:
+    """Start an engine and serve clients until Ctrl-C or SIGTERM."""
+    from flexgen_lite.launch_command import serve
+
+    flags = {
+        "dtype": dtype,
+        "device": device,
+        "ram": ram,
+        "gpu": gpu,
+        "attention_workers": attention_workers,
+        "load_format": load_format,
+        "trace": trace,
+        "max_model_len": max_model_len,
+    }
+    serve(_engine_config(config, model, flags, settings))
+
+
+@app.command()
+def demo(
+    records: Annotated[int, typer.Option(min=1, help="Number of records to label.")] = 300,
+    ram: Ram = None,
+) -> None:
+    """Label messy records with the model that comes along, under a small budget."""
+    from flexgen_lite.demo.run import run_demo
+    from flexgen_lite.terminal import signals_interrupt
+
+    with signals_interrupt():
+        run_demo(records=records, ram=ram)
+
+
+@app.command()
+def status(
+    endpoint: Annotated[str, typer.Option(help="Endpoint of a running engine, ipc://...")],
+) -> None:
+    """Print what a running engine is doing."""
+    from flexgen_lite.client import Client
+
+    with Client(endpoint) as client:
+        typer.echo(f"model: {client.welcome.model}")
+        typer.echo(_describe(client.status()))
+
+
+def _describe(status: Status) -> str:
+    from flexgen_lite.sizes import format_size
+
+    lanes = ", ".join(f"{lane} {share:.0%}" for lane, share in status.lanes.items())
+    memory = ", ".join(f"{name} {format_size(size)}" for name, size in status.memory.items())
+    totals = ", ".join(f"{name} {value:.10g}" for name, value in status.totals.items())
+    return (
+        f"requests: {status.running} running, {status.waiting} waiting, {status.done} done\n"
+        f"lanes: {lanes}\nmemory: {memory}\ntotals: {totals}"
+    )
+
+
+def _engine_config(
+    path: Path | None, model: str | None, flags: dict[str, Any], settings: list[str] | None
+) -> EngineConfig:
+    from flexgen_lite.config import EngineConfig, parse_setting
+
+    overrides = dict(parse_setting(text) for text in settings or [])
+    for key, value in {"model": model, **flags}.items():
+        if value is not None:
+            overrides.update([parse_setting(f"{key}={value}")])
+    return EngineConfig.load(path, overrides, source="the command line")
+
+
+def _refuse_engine_flags(flags: dict[str, Any]) -> None:
+    given = [f"--{key.replace('_', '-')}" for key, value in flags.items() if value]
+    if given:
+        raise ValueError(f"{', '.join(given)} cannot change the running engine at --endpoint: leave one or the other")
+
+
+def _report(error: Exception) -> int:
+    """Print one sentence; the exit code."""
+    import logging
+
+    from flexgen_lite.errors import EngineError
+
+    logging.getLogger("flexgen_lite").debug("the command failed", exc_info=error)
+    if isinstance(error, EngineError):
+        typer.echo(f"error: {error}", err=True)
+        return 2 if error.user_error else 1
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        typer.echo(f"error: {where}{error.strerror}", err=True)
+        return 2
+    if isinstance(error, (ValueError, OSError)):
+        typer.echo(f"error: {error}", err=True)
+        return 2
+    typer.echo(f"error: internal failure, {type(error).__name__}: {error}", err=True)
+    return 1

@@ -1,0 +1,110 @@
+"""Passes composed from random requests: every token computed once and in order, limits kept, everything ends."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexgen_lite.batching import Batcher, MicroBatch, RunningRequest
+from flexgen_lite.messages import WireParams
+from flexgen_lite.page_table import PageTable
+
+EOS = 7
+
+
+def request(number: int, prompt: int, max_tokens: int) -> RunningRequest:
+    params = WireParams(max_tokens, 0, 0.0, 0, 1.0, None, (), False, True)
+    return RunningRequest(number, [1] * prompt, prompt, params, seed=0, end_ids=frozenset({EOS}))
+
+
+def check_rows(micro_batch: MicroBatch, index: int, workers: int, limit: int) -> None:
+    """The compute worker's rows and the attention workers' are the same rows, each once."""
+    batch = micro_batch.token_batch(index)
+    assert len(batch.token_ids) == micro_batch.num_rows <= limit
+    covered = [row for span in batch.spans for row in range(span.row, span.row + span.num_rows)]
+    assert covered == list(range(micro_batch.num_rows)), "rows without a gap: no padding"
+    attended = [span for span in batch.spans if not span.prefill]
+    assert attended == list(batch.spans[: len(attended)]), "the rows of the attention workers come first"
+    stored = Counter(
+        row
+        for worker in range(workers)
+        for span in micro_batch.kv_batch(index, worker).spans
+        for row in range(span.row, span.row + span.num_rows)
+    )
+    assert stored == Counter(covered)
+    assert {w for w in range(workers) if micro_batch.kv_batch(index, w).spans} == set(micro_batch.workers())
+
+
+@given(
+    prompts=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 6)), min_size=1, max_size=25),
+    pages=st.integers(12, 40),
+    workers=st.integers(1, 3),
+    max_sequences=st.integers(1, 12),
+    micro_batches=st.integers(1, 4),
+    tokens=st.integers(12, 40),
+    spread=st.booleans(),
+    random=st.randoms(use_true_random=False),
+)
+def test_every_request_is_served(prompts, pages, workers, max_sequences, micro_batches, tokens, spread, random) -> None:  # type: ignore[no-untyped-def]
+    table = PageTable(pages * workers, 8, workers)
+    batcher = Batcher(table, max_sequences, micro_batches, tokens, spread)
+    requests = [request(i, prompt, count) for i, (prompt, count) in enumerate(prompts)]
+    waiting = deque(requests)
+    finished: list[RunningRequest] = []
+    stored: Counter[int] = Counter()
+    while waiting or batcher.running:
+        composed = batcher.compose(waiting)
+        assert composed, "requests wait or run, but the pass is empty"
+        assert len(composed) <= micro_batches and len(batcher.running) <= max_sequences
+        seen = [piece.request.id for micro_batch in composed for piece in micro_batch.pieces]
+        assert len(seen) == len(set(seen)), "a request rides once in a pass"
+        sampled = []
+        for index, micro_batch in enumerate(composed):
+            check_rows(micro_batch, index, workers, tokens)
+            for piece in micro_batch.pieces:
+                assert piece.request.stored == stored[piece.request.id]
+                stored[piece.request.id] += piece.num_rows
+                assert stored[piece.request.id] <= len(piece.request.pages) * 8
+            wanted = sum(span.sample is not None for span in micro_batch.token_batch(index).spans)
+            sampled.append(tuple(random.choice([1, 2, EOS]) for _ in range(wanted)))
+        finished += batcher.commit(composed, sampled)
+    assert sorted(r.id for r in finished) == list(range(len(prompts)))
+    assert table.used_pages == 0
+    for done in finished:
+        assert 1 <= done.num_generated <= done.params.max_tokens
+        assert (done.tokens[-1] == EOS) == (done.finish_reason == "stop") or done.tokens[-1] == EOS
+        assert stored[done.id] == len(done.tokens) - 1, "all but the last token are stored"
+
+
+def test_a_long_prompt_comes_in_chunks() -> None:
+    batcher = Batcher(PageTable(40, 8, 1), 4, 1, 16, spread=False)
+    waiting = deque([request(0, 40, 2)])
+    rows = []
+    while waiting or batcher.running:
+        (micro_batch,) = batcher.compose(waiting)
+        batch = micro_batch.token_batch(0)
+        rows.append([(s.position, s.num_rows, s.prefill, s.sample is not None) for s in batch.spans])
+        batcher.commit([micro_batch], [(1,) * sum(s.sample is not None for s in batch.spans)])
+    assert rows == [
+        [(0, 16, True, False)],
+        [(16, 16, False, False)],
+        [(32, 8, False, True)],
+        [(40, 1, False, True)],
+    ]
+
+
+def test_a_finished_sequence_is_replaced_in_the_next_pass() -> None:
+    batcher = Batcher(PageTable(40, 8, 1), 1, 1, 16, spread=False)
+    waiting = deque([request(0, 3, 1), request(1, 3, 1)])
+    first = batcher.compose(waiting)
+    batcher.commit(first, [(1,)])
+    second = batcher.compose(waiting)
+    assert [piece.request.id for piece in second[0].pieces] == [1]
+
+
+def test_spread_fills_micro_batches_evenly() -> None:
+    waiting = deque(request(i, 4, 1) for i in range(6))
+    batcher = Batcher(PageTable(40, 8, 1), 8, 3, 64, spread=True)
+    assert [m.num_rows for m in batcher.compose(waiting)] == [8, 8, 8]
