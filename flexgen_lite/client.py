@@ -37,7 +37,7 @@ class Client:
         self,
         endpoint: str,
         *,
-        connect_timeout: float = 10.0,
+        connect_timeout: float = 30.0,
         heartbeat: float = 15.0,
         answer_timeout: float = 300.0,
         epitaph: Callable[[float], str | None] | None = None,

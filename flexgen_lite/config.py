@@ -122,7 +122,7 @@ class EngineConfig(BaseModel):
         default=None,
         description="Where clients connect; by default a socket in the engine's private directory.",
         json_schema_extra=expects(
-            f"ipc:// and the path of a socket, at most {MAX_SOCKET_PATH} bytes long (other transports are not supported)"
+            f"ipc:// and the path of a socket, at most {MAX_SOCKET_PATH} bytes (other transports are not supported)"
         ),
     )
     start_timeout: float = Field(

@@ -31,14 +31,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise YamlError(f"config={str(path)!r} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise ConfigError({"config": f"config={str(path)!r} is not text in UTF-8: give a YAML file"}) from None
+        raise YamlError(f"config={str(path)!r} is not text in UTF-8: give a YAML file") from None
     except yaml.MarkedYAMLError as error:
         where = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError({"config": f"config={str(path)!r}{where} is not good YAML: {error.problem}"}) from None
+        raise YamlError(f"config={str(path)!r}{where} is not good YAML: {error.problem}") from None
     except yaml.YAMLError:
-        raise ConfigError({"config": f"config={str(path)!r} is not good YAML: give lines of key: value"}) from None
+        raise YamlError(f"config={str(path)!r} is not good YAML: give lines of key: value") from None
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ConfigError({"config": f"config={str(path)!r} has no keys at its top: give lines of key: value"})
+        raise YamlError(f"config={str(path)!r} has no keys at its top: give lines of key: value")
     return values

@@ -33,7 +33,7 @@ class EngineProcess:
 
     Args:
         config: of the engine.
-        command: what to start.
+        command: what to start instead of the coordinator.
         on_log: is given each log message, on another thread.
         on_plan: is given the plan, for people, on another thread.
 
@@ -45,13 +45,13 @@ class EngineProcess:
         self,
         config: EngineConfig,
         *,
-        command: Sequence[str] = COMMAND,
+        command: Sequence[str] | None = None,
         on_log: Callable[[str], None] | None = None,
         on_plan: Callable[[str], None] | None = None,
     ) -> None:
         run_directory = RuntimeDir()
         try:
-            child = _spawn(command)
+            child = _spawn(command or COMMAND)
         except OSError as error:
             run_directory.remove()
             raise EngineError(f"the engine cannot be started: {error}") from None
@@ -148,7 +148,7 @@ class _News:
             if self._failure is not None:
                 raise self._failure
             if self.endpoint is None:
-                raise EngineError(f"the engine was not ready within {timeout:.0f} s: raise start_timeout")
+                raise EngineError(f"the engine was not ready within {timeout:g} s: raise start_timeout")
 
     def last_words(self, patience: float) -> str | None:
         with self._changed:

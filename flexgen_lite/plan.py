@@ -15,13 +15,20 @@ from flexgen_lite.model_spec import ITEM_BYTES, ModelSpec
 from flexgen_lite.sizes import format_size
 
 MIB = 1 << 20
-COORDINATOR_BYTES = 110 * MIB  # measured, with a tokenizer of 50,000 entries
+# Measured, resident, with some room: anonymous memory and mapped files (numba's compiler counts once).
+COORDINATOR_BYTES = 70 * MIB
 CLIENT_BYTES = 70 * MIB  # the process that reads prompts and writes results
-LOADER_BYTES = 60 * MIB
-CONVERTING_LOADER_BYTES = 240 * MIB  # with numba and bounce buffers
-ATTENTION_BYTES = 170 * MIB
+LOADER_BYTES = 40 * MIB
+CONVERTING_LOADER_BYTES = 90 * MIB
+NUMBA_BYTES = 95 * MIB
+ATTENTION_BYTES = 125 * MIB
 ALLOCATOR_SLACK = 1.25  # what the allocator keeps beyond what is in use
+CUDA_CONTEXT_BYTES = 600 * MIB  # context and libraries on the device; not measured yet
 AUTO_RAM_SHARE = 0.85
+AUTO_GPU_SHARE = 0.9
+PAGE_TOKENS = 16
+MAX_SEQUENCES = 256
+LEAST_LENGTH = 256  # tokens of a sequence that each attention worker must be able to hold
 TYPICAL_LENGTH = 1024  # tokens of a sequence that auto makes room for
 SHAPES = ((2048, 4), (2048, 2), (1024, 2), (512, 2), (256, 2), (128, 2), (64, 1))  # micro-batch tokens, micro-batches
 
@@ -75,7 +82,39 @@ def auto_ram(machine: Machine) -> int:
     return int(machine.available_ram * AUTO_RAM_SHARE)
 
 
-def make_plan(config: EngineConfig, spec: ModelSpec, machine: Machine, compute_bytes: int, on_gpu: bool, gpu_total: int) -> Plan:
+@dataclass(frozen=True, slots=True)
+class _Need:
+    """What the model and the settings ask for, before the block's shape is chosen."""
+
+    config: EngineConfig
+    spec: ModelSpec
+    processes: dict[str, int]
+    workers: int
+    page_tokens: int
+    page: int  # bytes
+    least_pages: int
+    layer_slot: int  # bytes
+    max_sequences: int
+    on_gpu: bool
+
+    def fixed(self, tokens: int, count: int) -> dict[str, int]:
+        """Bytes per part that do not depend on what is left of the budget."""
+        region = region_bytes(self.spec.attention, tokens, ITEM_BYTES[self.spec.dtype])
+        return {
+            **self.processes,
+            "workspace": _workspace_bytes(self.spec, tokens, count, self.max_sequences),
+            "exchange": count * region,
+            "embeddings and head": self.spec.units[-1].num_bytes,
+        }
+
+    def least(self, tokens: int, count: int, slots: int) -> int:
+        """RAM below which the engine cannot run with this block and so many layer slots."""
+        return sum(self.fixed(tokens, count).values()) + slots * self.layer_slot + self.least_pages * self.page
+
+
+def make_plan(
+    config: EngineConfig, spec: ModelSpec, machine: Machine, compute_bytes: int, on_gpu: bool, gpu_total: int
+) -> Plan:
     """Raises PlanError where the budget does not hold even the smallest plan.
 
     Args:
@@ -83,106 +122,121 @@ def make_plan(config: EngineConfig, spec: ModelSpec, machine: Machine, compute_b
         gpu_total: memory of the GPU, 0 where there is none.
     """
     ram = config.ram or auto_ram(machine)
-    workers = num_attention_workers(config, machine)
-    threads = _attention_threads(config, machine, workers, on_gpu)
-    converting = any(unit.converted for unit in spec.units) and config.load_format != "dummy"
-    processes = {
-        "coordinator": COORDINATOR_BYTES + CLIENT_BYTES,
-        "loader": CONVERTING_LOADER_BYTES if converting else LOADER_BYTES,
-        "attention workers": ATTENTION_BYTES * workers,
-        "compute worker": compute_bytes,
-    }
-    page_tokens = config.page_tokens or 16
-    page = page_bytes(spec.attention, page_tokens, spec.dtype)
-    layer_slot = max(unit.num_bytes for unit in spec.units[:-1])
-    outside = spec.units[-1].num_bytes
-    slots = min(config.layer_slots or 3, spec.num_layers)
-    all_layers = layer_slot * spec.num_layers
-    max_sequences = config.max_sequences or 256
-    wanted_tokens = max_sequences * min(spec.max_length, TYPICAL_LENGTH)
-    least_pages = workers * -(-min(spec.max_length, 256) // page_tokens)
-
-    shape = None
-    for tokens, count in _shapes(config, on_gpu):
-        shape = (tokens, count)
-        region = region_bytes(spec.attention, tokens, ITEM_BYTES[spec.dtype])
-        work = _workspace_bytes(spec, tokens, count, max_sequences)
-        fixed = {**processes, "workspace": work, "exchange": count * region, "embeddings and head": outside}
-        rest = ram - sum(fixed.values()) - layer_slot * slots - page * least_pages
-        if rest >= 0 and (work + count * region <= ram // 4 or (tokens, count) == _shapes(config, on_gpu)[-1]):
-            break
-    assert shape is not None
-    tokens, count = shape
-    if rest < 0:
-        raise PlanError(
-            f"{spec.class_name} needs at least {format_size(ram - rest)} of RAM, {format_size(ram)} allowed: "
-            f"raise ram, or lower one of micro_batch_tokens ({tokens}), max_sequences ({max_sequences}), "
-            f"attention_workers ({workers})" + (", or use --dtype bfloat16" if spec.dtype == "float32" else "")
-        )
-    available = ram - sum(fixed.values())
-    most_pages = -(-max_sequences * spec.max_length // page_tokens)
-    wanted_pages = min(most_pages, max(least_pages, -(-wanted_tokens // page_tokens)))
-    stream = config.layer_slots is not None and config.layer_slots < spec.num_layers
-    if not stream and all_layers + page * least_pages <= available and (
-        all_layers + page * wanted_pages <= available or all_layers <= 0.75 * available
-    ):
-        resident: tuple[int, ...] = tuple(range(spec.num_layers))
-        ring = 0
-    else:
-        after_slots = available - slots * layer_slot
-        kv_pages = min(wanted_pages, after_slots // page)
-        spare = 0 if stream else (after_slots - kv_pages * page) // layer_slot
-        resident = spread_evenly(min(spare, spec.num_layers - slots), spec.num_layers)
-        ring = slots
-    layer_bytes = (len(resident) + ring) * layer_slot
-    num_pages = min(most_pages, max(least_pages, (available - layer_bytes) // page))
-    num_slots = len(resident) + ring
-    offsets = tuple(i * layer_slot for i in range(num_slots + 1))
+    need = _need(config, spec, machine, compute_bytes, on_gpu)
+    tokens, count, slots = _choose_block(need, ram)
+    fixed = need.fixed(tokens, count)
+    resident, ring, num_pages = _place(need, ram - sum(fixed.values()), slots)
+    layer_bytes = (len(resident) + ring) * need.layer_slot
     staged = on_gpu if config.stage_weights is None else config.stage_weights
-    gpu = config.gpu or int(gpu_total * 0.9)
-    device_slots = _device_slots(spec, staged, on_gpu, gpu, layer_slot, outside, work)
+    gpu = config.gpu or int(gpu_total * AUTO_GPU_SHARE)
+    threads = _attention_threads(config, machine, need.workers, on_gpu)
     return Plan(
         ram=ram,
         gpu=gpu,
         staged=staged,
         resident_layers=resident,
         layer_slots=ring,
-        slot_offsets=offsets,
-        layer_slot_bytes=layer_slot,
-        weights_bytes=layer_bytes + outside,
-        device_slots=device_slots,
+        slot_offsets=tuple(i * need.layer_slot for i in range(len(resident) + ring + 1)),
+        layer_slot_bytes=need.layer_slot,
+        weights_bytes=layer_bytes + spec.units[-1].num_bytes,
+        device_slots=_device_slots(need, staged, gpu, fixed["workspace"]),
         num_pages=num_pages,
-        page_tokens=page_tokens,
-        max_sequences=min(max_sequences, tokens * count),
+        page_tokens=need.page_tokens,
+        max_sequences=min(need.max_sequences, tokens * count),
         micro_batches=count,
         micro_batch_tokens=tokens,
         spread=on_gpu or config.micro_batches is not None,
-        region_bytes=region,
-        attention_workers=workers,
+        region_bytes=fixed["exchange"] // count,
+        attention_workers=need.workers,
         attention_threads=threads,
         compute_threads=config.compute_threads or (min(4, machine.num_cpus) if on_gpu else machine.num_cpus),
         loader_threads=config.loader_threads or 4,
-        attention_cpus=config.attention_cpus or ((),) * workers,
+        attention_cpus=config.attention_cpus or ((),) * need.workers,
         compute_cpus=config.compute_cpus or (),
         loader_cpus=config.loader_cpus or (),
-        parts={**fixed, "layers": layer_bytes, "KV cache": num_pages * page},
+        parts={**fixed, "layers": layer_bytes, "KV cache": num_pages * need.page},
     )
+
+
+def _need(config: EngineConfig, spec: ModelSpec, machine: Machine, compute_bytes: int, on_gpu: bool) -> _Need:
+    workers = num_attention_workers(config, machine)
+    converting = any(unit.converted for unit in spec.units) and config.load_format != "dummy"
+    page_tokens = config.page_tokens or PAGE_TOKENS
+    return _Need(
+        config=config,
+        spec=spec,
+        processes={
+            "coordinator": COORDINATOR_BYTES + CLIENT_BYTES,
+            "loader": CONVERTING_LOADER_BYTES if converting else LOADER_BYTES,
+            "attention workers": NUMBA_BYTES + ATTENTION_BYTES * workers,
+            "compute worker": compute_bytes,
+        },
+        workers=workers,
+        page_tokens=page_tokens,
+        page=page_bytes(spec.attention, page_tokens, spec.dtype),
+        least_pages=workers * -(-min(spec.max_length, LEAST_LENGTH) // page_tokens),
+        layer_slot=max(unit.num_bytes for unit in spec.units[:-1]),
+        max_sequences=config.max_sequences or MAX_SEQUENCES,
+        on_gpu=on_gpu,
+    )
+
+
+def _choose_block(need: _Need, ram: int) -> tuple[int, int, int]:
+    """(tokens of a micro-batch, micro-batches, least layer slots): the most wanted that leaves most of the budget to
+    weights and KV cache, else the largest that fits at all."""
+    config, layers = need.config, need.spec.num_layers
+    shapes = []
+    for tokens, count in SHAPES:
+        shape = config.micro_batch_tokens or tokens, config.micro_batches or (max(count, 4) if need.on_gpu else count)
+        if shape not in shapes:
+            shapes.append(shape)
+    slot_counts = [min(config.layer_slots, layers)] if config.layer_slots else [min(3, layers), min(2, layers)]
+    candidates = [(*shape, slots) for slots in slot_counts for shape in shapes]
+    fitting = [candidate for candidate in candidates if need.least(*candidate) <= ram]
+    if not fitting:
+        tokens, count, slots = min(candidates, key=lambda candidate: need.least(*candidate))
+        raise PlanError(
+            f"{need.spec.class_name} needs at least {format_size(need.least(tokens, count, slots) + MIB)} of RAM, "
+            f"{format_size(ram)} allowed: raise ram, or lower one of micro_batch_tokens ({tokens}), "
+            f"max_sequences ({need.max_sequences}), attention_workers ({need.workers})"
+            + (", or use dtype bfloat16" if need.spec.dtype == "float32" else "")
+        )
+    for tokens, count, slots in fitting:
+        fixed = need.fixed(tokens, count)
+        if fixed["workspace"] + fixed["exchange"] <= ram // 4:
+            return tokens, count, slots
+    return fitting[-1]
+
+
+def _place(need: _Need, available: int, slots: int) -> tuple[tuple[int, ...], int, int]:
+    """(resident layers, slots of the ring, KV pages) for what the budget leaves to weights and KV cache.
+
+    All layers stay in RAM if they leave room for the sequences that are wanted, or fill at most three quarters.
+    Otherwise room for sequences comes first, since every pass costs one load of the streamed layers whatever rides on
+    it; layers stay as far as there is room beyond that.
+    """
+    config, spec = need.config, need.spec
+    most_pages = -(-need.max_sequences * spec.max_length // need.page_tokens)
+    wanted_tokens = need.max_sequences * min(spec.max_length, TYPICAL_LENGTH)
+    wanted_pages = min(most_pages, max(need.least_pages, -(-wanted_tokens // need.page_tokens)))
+    all_layers = need.layer_slot * spec.num_layers
+    streaming = config.layer_slots is not None and config.layer_slots < spec.num_layers
+    roomy = all_layers + need.page * wanted_pages <= available or all_layers <= available * 3 // 4
+    if roomy and not streaming and all_layers + need.page * need.least_pages <= available:
+        resident, ring = tuple(range(spec.num_layers)), 0
+    else:
+        after_slots = available - slots * need.layer_slot
+        spare = (after_slots - min(wanted_pages * need.page, after_slots)) // need.layer_slot
+        resident = () if streaming else spread_evenly(min(spare, spec.num_layers - slots), spec.num_layers)
+        ring = slots
+    left = available - (len(resident) + ring) * need.layer_slot
+    return resident, ring, min(most_pages, left // need.page)
 
 
 def spread_evenly(count: int, total: int) -> tuple[int, ...]:
     """`count` of the numbers 0 .. total - 1, as far apart as they can be, so that a reader never meets a long run of
     the others."""
     return tuple(sorted({(2 * i + 1) * total // (2 * count) for i in range(count)})) if count else ()
-
-
-def _shapes(config: EngineConfig, on_gpu: bool) -> list[tuple[int, int]]:
-    """(tokens of a micro-batch, micro-batches), the most wanted first."""
-    shapes = []
-    for tokens, count in SHAPES:
-        shape = (config.micro_batch_tokens or tokens, config.micro_batches or (max(count, 4) if on_gpu else count))
-        if shape not in shapes:
-            shapes.append(shape)
-    return shapes
 
 
 def num_attention_workers(config: EngineConfig, machine: Machine) -> int:
@@ -211,24 +265,22 @@ def _workspace_bytes(spec: ModelSpec, tokens: int, count: int, max_sequences: in
     return int((running + suspended + max(logits, scores)) * ALLOCATOR_SLACK)
 
 
-def _device_slots(
-    spec: ModelSpec, staged: bool, on_gpu: bool, gpu: int, layer_slot: int, outside: int, work: int
-) -> int:
+def _device_slots(need: _Need, staged: bool, gpu: int, work: int) -> int:
     """Layer slots on the device: all layers if the budget allows, else as many as fit, at least two."""
+    layers, outside = need.spec.num_layers, need.spec.units[-1].num_bytes
     if not staged:
         return 0
-    if not on_gpu:
-        return min(3, spec.num_layers)
-    context = 600 * MIB  # CUDA context and libraries
-    fitting = (gpu - outside - work - context) // layer_slot
-    least = min(2, spec.num_layers)
+    if not need.on_gpu:
+        return min(3, layers)
+    fitting = (gpu - outside - work - CUDA_CONTEXT_BYTES) // need.layer_slot
+    least = min(2, layers)
     if fitting < least:
-        needed = outside + work + context + least * layer_slot
+        needed = outside + work + CUDA_CONTEXT_BYTES + least * need.layer_slot
         raise PlanError(
-            f"{spec.class_name} needs at least {format_size(needed)} of GPU memory, {format_size(gpu)} allowed: "
+            f"{need.spec.class_name} needs at least {format_size(needed)} of GPU memory, {format_size(gpu)} allowed: "
             "raise gpu, or lower micro_batch_tokens"
         )
-    return min(fitting, spec.num_layers)
+    return min(fitting, layers)
 
 
 def describe(plan: Plan, spec: ModelSpec) -> str:

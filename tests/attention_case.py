@@ -78,10 +78,10 @@ class Case:
         region_bytes = exchange.region_bytes([spec], self.num_rows, itemsize)
         self.kv = bytearray(b"\xff" * self.kv_spec.arena_bytes)  # NaN in every dtype: unwritten tokens must not be read
         self.exchange = bytearray(b"\xff" * (2 * region_bytes))
-        attach = AttachAttention(
+        self.attach = AttachAttention(
             (spec,), ExchangeSpec(2, region_bytes, self.num_rows, dtype), self.kv_spec, threads, ()
         )
-        self.state = AttentionState(attach, memoryview(self.kv), memoryview(self.exchange))
+        self.state = AttentionState(self.attach, memoryview(self.kv), memoryview(self.exchange))
         self._region = np.frombuffer(self.exchange, np.uint8)[region_bytes:]
         self._fill()
 

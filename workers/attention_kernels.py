@@ -19,6 +19,7 @@ from numba import njit
 from flexgen_lite.workers import attention_simd as simd
 
 BLOCK = 32  # tokens
+AHEAD = 96  # tokens between what is computed and what is asked for
 CHUNK = 512  # tokens, a multiple of BLOCK
 QUERIES = 32  # at most, per unit
 STORE_ROWS = 64  # at most, per piece of a store
@@ -251,15 +252,16 @@ def _add_values(work, at, count, start, stop):  # type: ignore[no-untyped-def]
 def _attend_block(kv, pages, unit, shape, head, work, at, block, start, stop, end):  # type: ignore[no-untyped-def]
     """Joins tokens start .. stop of the block that begins at token `block` to the chunk's m, l and sums.
 
-    `end`: of all that the unit will read. The next block is asked for while this one is computed.
+    `end`: of all that the unit will read. The block AHEAD is asked for while this one is computed.
     """
     group, count = shape.num_heads // shape.num_kv_heads, unit.last - unit.first
     key_to, value_to = (
         at.block + (start - block) * at.key_stride,
         at.block + (start - block) * at.value_stride,
     )
+    ahead, far = min(end, stop + AHEAD), min(end, stop + AHEAD + BLOCK)
     _load_rows(kv, shape.keys, pages, shape, head, shape.head_dim, start, stop, work, key_to, at.key_stride)
-    _prefetch_rows(kv, shape.values, pages, shape, head, shape.value_dim, stop, min(end, stop + BLOCK))
+    _prefetch_rows(kv, shape.values, pages, shape, head, shape.value_dim, ahead, far)
     _score(work, at, count, start - block, stop - block)
     for i in range(count):
         seen = unit.position + (unit.first + i) // group + 1
@@ -277,7 +279,7 @@ def _attend_block(kv, pages, unit, shape, head, work, at, block, start, stop, en
     _load_rows(
         kv, shape.values, pages, shape, head, shape.value_dim, start, stop, work, value_to, at.value_stride
     )
-    _prefetch_rows(kv, shape.keys, pages, shape, head, shape.head_dim, stop, min(end, stop + BLOCK))
+    _prefetch_rows(kv, shape.keys, pages, shape, head, shape.head_dim, ahead, far)
     _add_values(work, at, count, start - block, stop - block)
 
 
@@ -320,6 +322,10 @@ def _attend_item(kv, exchange, floats, region, all_pages, unit, shape, head, wor
     _load_queries(exchange, region, unit, shape, head, work, at)
     end = unit.position + (unit.last - 1) // group + 1
     begin = max(0, unit.position + unit.first // group + 1 - shape.window) if shape.window > 0 else 0
+    begin, end = max(begin, unit.chunk * CHUNK), min(end, unit.chunk_stop * CHUNK)
+    near = min(end, begin + AHEAD + BLOCK)
+    _prefetch_rows(kv, shape.keys, pages, shape, head, shape.head_dim, begin, near)
+    _prefetch_rows(kv, shape.values, pages, shape, head, shape.value_dim, begin, near)
     work[at.total : at.total + count * stride] = _ZERO
     work[at.total_m : at.total_m + count] = _MASKED
     work[at.total_l : at.total_l + count] = _ZERO

@@ -10,7 +10,7 @@ import pytest
 from fake_engine import FakeEngine, answer
 
 from flexgen_lite import Client, EngineError, SamplingParams
-from flexgen_lite.messages import Cancel, EngineFailed, GetStatus, Submit
+from flexgen_lite.messages import Cancel, EngineFailed, GetStatus, RequestDone, Submit
 from flexgen_lite.sampling_params import GREEDY
 
 pytestmark = pytest.mark.timeout(60)
@@ -29,7 +29,7 @@ def test_results_come_in_input_order(socket_path: Path) -> None:
         results = job.results()
     assert [completion.index for completion in results] == [0, 1, 2]
     assert [str(completion) for completion in results] == ["A", "B", ""]
-    assert results[2].token_ids == [1, 2, 3] and results[2].prompt == [1, 2, 3]
+    assert (results[2].token_ids, results[2].prompt) == ([1, 2, 3], [1, 2, 3])
     assert submit.requests[0].params == GREEDY.to_wire()
     assert (len(job), job.done, job.failed) == (3, 3, 0)
 
@@ -111,7 +111,7 @@ def test_many_requests_from_many_threads(socket_path: Path) -> None:
 def test_parts_have_at_most_256_requests(socket_path: Path) -> None:
     with FakeEngine(socket_path, window=5000) as engine, Client(engine.endpoint) as client:
         assert len(client.submit(["x"] * 3000).results()) == 3000
-        sizes = []
+        sizes: list[int] = []
         while sum(sizes) < 3000:
             sizes.append(len(engine.next_of(Submit).requests))
         assert max(sizes) <= 256
@@ -123,7 +123,8 @@ def test_cancel_ends_the_job_and_frees_the_window(socket_path: Path) -> None:
         engine.next_of(Submit)
         job.cancel()
         results = job.results()
-        assert {completion.finish_reason for completion in results} <= {"cancelled"} and len(results) <= 4
+        assert {completion.finish_reason for completion in results} <= {"cancelled"}
+        assert len(results) <= 4
         engine.next_of(Cancel)
         engine.release()
         assert len(client.submit(["x"] * 9).results()) == 9
@@ -148,7 +149,7 @@ def test_a_failed_request_has_an_error_and_the_others_go_on(socket_path: Path) -
 def test_a_prompt_that_is_none_ends_its_job_alone(socket_path: Path, bad: object) -> None:
     with FakeEngine(socket_path, window=2) as engine, Client(engine.endpoint) as client:
         with pytest.raises((TypeError, ValueError), match="prompt 5"):
-            client.submit(["a"] * 5 + [bad] + ["b"] * 50).results()  # type: ignore[arg-type, list-item]
+            client.submit(["a"] * 5 + [bad] + ["b"] * 50).results()  # type: ignore[arg-type]
         assert len(client.submit(["x"] * 9).results()) == 9
 
 
@@ -240,7 +241,7 @@ def test_garbage_is_refused(socket_path: Path, garbage: bytes) -> None:
 
 
 def test_answers_nobody_waits_for_are_ignored(socket_path: Path) -> None:
-    def answer_twice(submit: Submit) -> list[object]:
+    def answer_twice(submit: Submit) -> list[RequestDone]:
         strangers = [answer("no such job", r) for r in submit.requests]
         return strangers + [answer(submit.job_id, r) for r in submit.requests for _ in range(2)]
 
@@ -252,7 +253,7 @@ def test_answers_nobody_waits_for_are_ignored(socket_path: Path) -> None:
 
 
 def test_no_engine_there(socket_path: Path) -> None:
-    with pytest.raises(EngineError, match="no engine at ipc://.*there is no such socket"):
+    with pytest.raises(EngineError, match=r"no engine at ipc://.*there is no such socket"):
         Client(f"ipc://{socket_path}")
     with pytest.raises(EngineError, match="not supported"):
         Client("tcp://127.0.0.1:1")

@@ -132,6 +132,7 @@ def test_the_loader_runs_ahead_into_the_next_pass(machine: Machine) -> None:
     while machine.loading or machine.uploading:
         if machine.uploading:
             upload = machine.uploading.pop(0)
+            machine.device[upload.device_slot] = upload.unit
             machine.take(machine.schedule.uploaded(upload.unit))
         if machine.loading:
             load = machine.loading.pop(0)

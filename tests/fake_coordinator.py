@@ -1,0 +1,71 @@
+"""A coordinator's start-up protocol without an engine behind it: python fake_coordinator.py MODE."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+
+def emit(**event: object) -> None:
+    print(json.dumps(event), flush=True)
+
+
+def main(mode: str) -> int:
+    if mode == "dies at once":
+        return 3
+    order = json.loads(sys.stdin.buffer.readline())
+    run_dir = Path(order["run_dir"])
+    (run_dir / "order.json").write_text(json.dumps(order))
+    emit(event="log", message=f"hello from {os.getpid()}")
+    if mode == "user error":
+        emit(event="failed", message="model has no config.json", user_error=True, details="")
+        return 2
+    if mode == "failure":
+        emit(event="failed", message="the loader died", user_error=False, details="Traceback ...")
+        return 1
+    if mode == "dies by signal":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if mode == "never ready":
+        sys.stdin.buffer.read()
+        return 0
+    emit(event="plan", text="weights: 1.0 GiB\nkv: 2.0 GiB")
+    print("a library prints this")
+    if mode == "serves":
+        return serve(run_dir / "clients")
+    emit(event="ready", endpoint=f"ipc://{run_dir}/clients")
+    if mode == "talks a lot":
+        for number in range(20_000):
+            emit(event="log", message=f"line {number}")
+        (run_dir / "talked").touch()
+    if mode == "ignores SIGTERM":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        emit(event="log", message="ignoring")
+        time.sleep(600)
+    sys.stdin.buffer.read()
+    return 0
+
+
+def serve(path: Path) -> int:
+    from fake_engine import FakeEngine
+
+    from flexgen_lite.messages import EngineFailed
+
+    def stop(*_: object) -> None:
+        raise SystemExit(0)
+
+    signal.signal(signal.SIGTERM, stop)
+    with FakeEngine(path, window=64) as engine:
+        emit(event="ready", endpoint=engine.endpoint)
+        try:
+            sys.stdin.buffer.read()
+        finally:
+            engine.broadcast(EngineFailed("the engine was stopped"))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1]))

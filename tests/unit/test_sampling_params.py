@@ -1,0 +1,64 @@
+"""Sampling parameters: vLLM's names and defaults, and clear refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from flexgen_lite import SamplingParams
+from flexgen_lite.messages import WireParams
+from flexgen_lite.sampling_params import GREEDY
+
+
+def test_defaults_and_wire_form() -> None:
+    assert SamplingParams().to_wire() == WireParams(16, 0, 1.0, 0, 1.0, None, (), False, True)
+    assert GREEDY.to_wire().temperature == 0.0
+
+
+def test_minus_one_and_zero_mean_all_tokens() -> None:
+    assert SamplingParams(top_k=-1).to_wire() == SamplingParams(top_k=0).to_wire()
+
+
+def test_values_arrive_with_the_types_of_the_wire() -> None:
+    wire = SamplingParams(temperature=0, top_p=1, stop_token_ids=[5, 6], seed=7).to_wire()
+    assert (type(wire.temperature), type(wire.top_p)) == (float, float)
+    assert (wire.stop_token_ids, wire.seed) == ((5, 6), 7)
+
+
+def test_it_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SamplingParams().max_tokens = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("max_tokens", 0),
+        ("max_tokens", "16"),
+        ("max_tokens", True),
+        ("min_tokens", -1),
+        ("min_tokens", 17),
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", "hot"),
+        ("temperature", True),
+        ("top_k", -2),
+        ("top_k", 1.0),
+        ("top_p", 0),
+        ("top_p", 1.01),
+        ("seed", -1),
+        ("seed", 1 << 63),
+        ("stop_token_ids", 5),
+        ("stop_token_ids", "5"),
+        ("stop_token_ids", [-1]),
+        ("stop_token_ids", [1.0]),
+        ("ignore_eos", 1),
+        ("skip_special_tokens", None),
+    ],
+)
+def test_a_value_that_is_not_allowed_is_named(key: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^{key}=") as caught:
+        SamplingParams(**{key: value})
+    assert "\n" not in str(caught.value)
