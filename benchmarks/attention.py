@@ -2,9 +2,9 @@
 
     python benchmarks/attention.py [--threads N] [--repeats N]
 
-Rates are gigabytes of K and V read per second, in the storage dtype. A round goes through all the contestants, so that
-what else the machine does meets them alike; the median of the rounds counts. Each pass reads another part of the cache, beyond the reach of the
-processor's caches.
+Rates are gigabytes of K and V read per second, in the storage dtype. A round goes through all the
+contestants, so that what else the machine does meets them alike; the median of the rounds counts. Each pass
+reads another part of the cache, beyond the reach of the processor's caches.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from flexgen_lite.messages import AttachAttention, Attend, BeginAttention, Excha
 from flexgen_lite.model_spec import ITEM_BYTES, AttentionSpec
 from flexgen_lite.workers.attention_state import AttentionState
 
-Contestants = dict[str, tuple[Callable[[int], object], int]]  # what to call with a round's number, and bytes it reads
+Contestants = dict[
+    str, tuple[Callable[[int], object], int]
+]  # what to call with a round's number, and bytes it reads
 
 PAGE_TOKENS = 16
 BUFFER_BYTES = 512 << 20
@@ -37,7 +39,7 @@ CASES = {
 }
 
 
-@njit(parallel=True, fastmath=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(parallel=True, fastmath=True, cache=True)
 def parallel_sum(parts):  # type: ignore[no-untyped-def]
     """Sum of int64 `[threads, n]`, eight vectors at a time."""
     total = 0
@@ -52,7 +54,7 @@ def parallel_sum(parts):  # type: ignore[no-untyped-def]
 def kernel_contestant(
     batch: int, heads: int, kv_heads: int, tokens: int, dim: int, dtype: str, threads: int
 ) -> tuple[Callable[[int], object], int]:
-    """One decode step of `batch` sequences of `tokens` tokens; the rounds go through as many layers as fill a buffer."""
+    """One decode step of `batch` sequences of `tokens` tokens; the rounds go through the layers."""
     spec = AttentionSpec(heads, kv_heads, dim, dim, dim**-0.5, None, None, False)
     pages = -(-tokens // PAGE_TOKENS)
     one = kv_layout.kv_spec([spec], batch * pages, PAGE_TOKENS, dtype).arena_bytes
@@ -61,11 +63,13 @@ def kernel_contestant(
     region = exchange.region_bytes(layers, batch, ITEM_BYTES[dtype])
     arena = np.full(kv.arena_bytes // 2, 0x3C3C, np.uint16)
     attach = AttachAttention(tuple(layers), ExchangeSpec(1, region, batch, dtype), kv, threads, ())
-    state = AttentionState(attach, memoryview(arena).cast("B"), memoryview(bytearray(region)))
+    state = AttentionState(attach, memoryview(arena.data).cast("B"), memoryview(bytearray(region)))
     order = np.random.default_rng(0).permutation(batch * pages).reshape(batch, pages)
     spans = tuple(KvSpan(b, 1, tokens - 1, True, tuple(int(p) for p in order[b])) for b in range(batch))
     state.begin(BeginAttention(0, threads, (KvBatch(0, 0, spans),)))
-    return lambda i: state.attend(Attend(0, i % len(layers), 0)), batch * tokens * spec.kv_width * ITEM_BYTES[dtype]
+    return lambda i: state.attend(Attend(0, i % len(layers), 0)), batch * tokens * spec.kv_width * ITEM_BYTES[
+        dtype
+    ]
 
 
 def torch_contestant(
@@ -96,7 +100,9 @@ def measure(contestants: Contestants, repeats: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args()
@@ -113,7 +119,8 @@ def main() -> None:
         rates = measure(contestants, args.repeats)
         print(f"\n{title}\n{'':24}  GB/s  of DRAM read  of torch sdpa bfloat16")
         for name, rate in rates.items():
-            print(f"{name:24}{rate:6.1f}{rate / rates['DRAM read']:13.0%}{rate / rates['torch sdpa bfloat16']:19.1f}x")
+            of_read, of_torch = rate / rates["DRAM read"], rate / rates["torch sdpa bfloat16"]
+            print(f"{name:24}{rate:6.1f}{of_read:13.0%}{of_torch:19.1f}x")
 
 
 if __name__ == "__main__":

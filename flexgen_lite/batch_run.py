@@ -43,7 +43,8 @@ class Progress:
 
     @property
     def lanes_text(self) -> str:
-        return ", ".join(f"{lane} {share:.0%}" for lane, share in self.lanes.items())
+        """Busy shares of the lanes that have anything to do."""
+        return ", ".join(f"{lane} {share:.0%}" for lane, share in self.lanes.items() if share >= 0.005)
 
     def __str__(self) -> str:
         total = "" if self.total is None else f" of {self.total}"

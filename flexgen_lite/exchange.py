@@ -1,7 +1,7 @@
 """Where q, k, v, the attention output and the sinks lie in one exchange region: pure arithmetic.
 
-A region carries one micro-batch through one layer at a time. Row r of every part is the micro-batch's token r, so a
-micro-batch of T tokens uses the first T rows of each part and nothing else.
+A region carries one micro-batch through one layer at a time. Row r of every part is the micro-batch's token
+r, so a micro-batch of T tokens uses the first T rows of each part and nothing else.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class ExchangeLayout:
     """Byte offsets from the start of a region, each a multiple of 64.
 
     q `[max_tokens, num_heads * head_dim]`, k `[max_tokens, num_kv_heads * head_dim]`,
-    v `[max_tokens, num_kv_heads * value_dim]`, out `[max_tokens, num_heads * value_dim]`, all of the exchange's dtype;
-    sinks `[num_heads]`, float32.
+    v `[max_tokens, num_kv_heads * value_dim]`, out `[max_tokens, num_heads * value_dim]`, all of the
+    exchange's dtype; sinks `[num_heads]`, float32.
     """
 
     q: int

@@ -11,7 +11,7 @@ ALIGNMENT = 4096  # bytes
 
 
 def kv_spec(layers: Sequence[AttentionSpec], num_pages: int, page_tokens: int, dtype: str) -> KvSpec:
-    """The arena for `num_pages` pages of `page_tokens` tokens in every layer; all offsets are multiples of 4096."""
+    """The arena for `num_pages` pages of `page_tokens` tokens in every layer; offsets 4096-aligned."""
     if num_pages < 1 or page_tokens < 1:
         raise ValueError(f"{num_pages} KV pages of {page_tokens} tokens: both must be positive")
     slots = num_pages * page_tokens * _item_bytes(dtype)

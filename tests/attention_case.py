@@ -1,6 +1,7 @@
 """A worker's attention on random tensors, beside the same in float64 numpy.
 
-Shapes: T tokens, R rows of a region, H query heads, G key/value heads, D head size of q and k, E head size of v.
+Shapes: T tokens, R rows of a region, H query heads, G key/value heads, D head size of q and k, E head size
+of v.
 """
 
 from __future__ import annotations
@@ -64,7 +65,13 @@ class Case:
     """One layer's worker with a cache of random sequences; `pages` of unused ones hold a pattern."""
 
     def __init__(
-        self, spec: AttentionSpec, sequences: list[Sequence], dtype: str, page_tokens: int, seed: int = 0, threads: int = 2
+        self,
+        spec: AttentionSpec,
+        sequences: list[Sequence],
+        dtype: str,
+        page_tokens: int,
+        seed: int = 0,
+        threads: int = 2,
     ) -> None:
         self.spec, self.sequences, self.dtype = spec, sequences, dtype
         self.random = np.random.default_rng(seed)
@@ -76,7 +83,9 @@ class Case:
         self.pages = [tuple(int(p) for p in part) for part in np.split(order, np.cumsum(counts))]
         self.kv_spec = kv_layout.kv_spec([spec], num_pages, page_tokens, dtype)
         region_bytes = exchange.region_bytes([spec], self.num_rows, itemsize)
-        self.kv = bytearray(b"\xff" * self.kv_spec.arena_bytes)  # NaN in every dtype: unwritten tokens must not be read
+        self.kv = bytearray(
+            b"\xff" * self.kv_spec.arena_bytes
+        )  # NaN in every dtype: unwritten tokens must not be read
         self.exchange = bytearray(b"\xff" * (2 * region_bytes))
         self.attach = AttachAttention(
             (spec,), ExchangeSpec(2, region_bytes, self.num_rows, dtype), self.kv_spec, threads, ()
@@ -143,7 +152,9 @@ class Case:
 
     def check(self) -> None:
         """Asserts the output of every row that attends, and that K and V of every row are in their pages."""
-        for sequence, span, k_TGD, v_TGE in zip(self.sequences, self.spans, self.keys, self.values, strict=True):
+        for sequence, span, k_TGD, v_TGE in zip(
+            self.sequences, self.spans, self.keys, self.values, strict=True
+        ):
             for i in range(sequence.rows):
                 stop = sequence.past + i + 1
                 assert (decode(self.slot("key", span.pages, stop - 1), self.dtype) == k_TGD[stop - 1]).all()
@@ -151,7 +162,9 @@ class Case:
                 if not sequence.attend:
                     continue
                 q_HD = self.q_RHD[span.row + i]
-                expected = reference(self.spec, q_HD, k_TGD[:stop], v_TGE[:stop], self.sinks_H.astype(np.float64))
+                expected = reference(
+                    self.spec, q_HD, k_TGD[:stop], v_TGE[:stop], self.sinks_H.astype(np.float64)
+                )
                 actual = decode(self.out[span.row + i], self.dtype)
                 step = EPSILON[self.dtype] * np.abs(expected) + 2e-5 * (1 + np.abs(v_TGE[:stop]).max())
                 np.testing.assert_array_less(np.abs(actual - expected), step, err_msg=f"{span} row {i}")

@@ -1,10 +1,11 @@
 """The CPU attention kernels: K and V into the pages, and decode attention over them.
 
-Arrays of bfloat16 and float16 are uint16 here; every sum is float32. A thread takes *items* from a shared counter: a
-unit (some queries of one sequence, a range of its chunks of CHUNK tokens) and one key/value head. It goes through the
-chunks in blocks of BLOCK tokens, widened to float32 in its own piece of `work`, and keeps a running maximum m, sum of
-weights l and weighted sum of values per query. Chunks are joined by log-sum-exp, in order, in the item or afterwards,
-with the same arithmetic: a query's result depends neither on the rest of the batch nor on the number of threads.
+Arrays of bfloat16 and float16 are uint16 here; every sum is float32. A thread takes *items* from a shared
+counter: a unit (some queries of one sequence, a range of its chunks of CHUNK tokens) and one key/value head.
+It goes through the chunks in blocks of BLOCK tokens, widened to float32 in its own piece of `work`, and
+keeps a running maximum m, sum of weights l and weighted sum of values per query. Chunks are joined by
+log-sum-exp, in order, in the item or afterwards, with the same arithmetic: a query's result depends neither
+on the rest of the batch nor on the number of threads.
 
 Scores are kept in base 2: multiplied by log2(e), so that softmax needs 2**x only.
 """
@@ -30,7 +31,8 @@ LOG2_E = _F(1.4426950408889634)
 _MASKED = _F(-1e30)
 _LOWEST = _F(-126.0)
 _ONE, _HALF, _ZERO, _TWO = _F(1), _F(0.5), _F(0), _F(2)
-# 2**f for f in [-0.5, 0.5]: the polynomial of least relative error (2e-9) with constant term 1, by Lawson's iteration.
+# 2**f for f in [-0.5, 0.5]: the polynomial of least relative error (2e-9) with constant term 1, found by
+# Lawson's iteration.
 _C1, _C2, _C3 = _F(0.6931471824645996), _F(0.24022647738456726), _F(0.055503323674201965)
 _C4, _C5, _C6 = _F(0.00961843691766262), _F(0.0013398875016719103), _F(0.00015353361959569156)
 
@@ -62,7 +64,7 @@ class Shape(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """The columns of `units`. Queries are counted row by row, and within a row by head of the key/value head's group."""
+    """The columns of `units`. Queries count row by row, in a row by head of the KV head's group."""
 
     row: int
     position: int  # of the row
@@ -85,7 +87,7 @@ class Places(NamedTuple):
     sums: int
     total: int
     m: int
-    l: int
+    l: int  # noqa: E741
     keep: int
     total_m: int
     total_l: int
@@ -187,7 +189,7 @@ def _load_queries(exchange, region, unit, shape, head, work, at):  # type: ignor
         work[to + shape.head_dim : to + at.key_stride] = _ZERO
 
 
-@njit(nogil=True, fastmath=True, _nrt=False)  # type: ignore[untyped-decorator]
+@njit(nogil=True, fastmath=True, _nrt=False)
 def _largest(scores):  # type: ignore[no-untyped-def]
     largest = _MASKED
     for j in range(BLOCK):
@@ -197,7 +199,7 @@ def _largest(scores):  # type: ignore[no-untyped-def]
 
 @_kernel
 def _weigh(scores, start, stop, softcap, m):  # type: ignore[no-untyped-def]
-    """Turns a block's scores into weights in place; zero outside start .. stop. Returns the new maximum and the sum."""
+    """Scores of a block become weights, zero outside start .. stop. Returns the new maximum and the sum."""
     if softcap > _ZERO:
         # tanh(x) = 1 - 2 / (exp(2 x) + 1); the scores are 2 x in base 2, up to where float32 has tanh(x) = 1.
         for j in range(BLOCK):
@@ -284,8 +286,8 @@ def _attend_block(kv, pages, unit, shape, head, work, at, block, start, stop, en
 
 
 @_kernel
-def _join(total, total_m, total_l, sums, m, l):  # type: ignore[no-untyped-def] # noqa: E741
-    """Adds a chunk's (m, l, sums) of one query to a running total, by log-sum-exp; returns the total's m and l."""
+def _join(total, total_m, total_l, sums, m, l):  # type: ignore[no-untyped-def]  # noqa: E741
+    """Adds one query's chunk (m, l, sums) to a running total by log-sum-exp; returns the total's m, l."""
     new_m = max(total_m, m)
     a, b = _exp2(total_m - new_m), _exp2(m - new_m)
     for e in range(total.size):
@@ -348,9 +350,9 @@ def _attend_item(kv, exchange, floats, region, all_pages, unit, shape, head, wor
         for i in range(count):
             total = work[at.total + i * stride : at.total + (i + 1) * stride]
             sums = work[at.sums + i * stride : at.sums + (i + 1) * stride]
-            m, l = _join(
+            m, l = _join(  # noqa: E741
                 total, work[at.total_m + i], work[at.total_l + i], sums, work[at.m + i], work[at.l + i]
-            )  # noqa: E741
+            )
             work[at.total_m + i], work[at.total_l + i] = m, l
     for i in range(count):
         total = work[at.total + i * stride : at.total + (i + 1) * stride]
@@ -369,10 +371,11 @@ def _unit(units, index):  # type: ignore[no-untyped-def]
 def attend(kv, exchange, floats, region, pages, units, shape, work, partials, counter):  # type: ignore[no-untyped-def]
     """One thread's part in the attention of a micro-batch in one layer; threads share all but `work`.
 
-    kv: the KV arena's items, flat. exchange: the exchange arena's items, flat; floats: the same memory as float32.
-    region: where the micro-batch's region begins, in items. pages: int64, the pages of all sequences, one after
-    another. units: int64 `[U, 8]`, see Unit. work: float32, see Places. partials: float32, value_stride + 2 per query
-    of a partial unit. counter: int64 `[1]`, 0 before the first thread begins.
+    kv: the KV arena's items, flat. exchange: the exchange arena's items, flat; floats: the same memory as
+    float32. region: where the micro-batch's region begins, in items. pages: int64, the pages of all
+    sequences, one after another. units: int64 `[U, 8]`, see Unit. work: float32, see Places. partials:
+    float32, value_stride + 2 per query of a partial unit. counter: int64 `[1]`, 0 before the first thread
+    begins.
     """
     at = _places(shape.head_dim, shape.value_dim)
     while True:
@@ -387,7 +390,8 @@ def attend(kv, exchange, floats, region, pages, units, shape, work, partials, co
 def join(exchange, floats, region, units, joins, shape, work, partials, counter):  # type: ignore[no-untyped-def]
     """One thread's part in joining partial results, once all of `attend` is done; arguments as there.
 
-    joins: int64 `[J, 2]`, the first unit and the number of units of each sequence whose chunks are units of their own.
+    joins: int64 `[J, 2]`, the first unit and the number of units of each sequence whose chunks are units of
+    their own.
     """
     at = _places(shape.head_dim, shape.value_dim)
     stride = at.value_stride
@@ -426,9 +430,10 @@ def _store_piece(kv, exchange, region, pages, piece, shape):  # type: ignore[no-
 
 @_entry
 def store(kv, exchange, region, pages, pieces, shape, counter):  # type: ignore[no-untyped-def]
-    """One thread's part in copying a micro-batch's K and V rows to their places in the pages; arguments as above.
+    """One thread's part in copying a micro-batch's K and V rows into their pages; arguments as above.
 
-    pieces: int64 `[P, 4]`: first row, number of rows, position of the first, where the sequence's pages begin.
+    pieces: int64 `[P, 4]`: first row, number of rows, position of the first, where the sequence's pages
+    begin.
     """
     while True:
         index = simd.fetch_add(counter, 0)

@@ -1,8 +1,8 @@
 """The vector instructions of the attention kernels, written as LLVM IR.
 
-LLVM's loop vectoriser does not keep a tile of sums in registers by itself, so the two inner products of attention are
-spelled out here, on vectors of LANES float32 that LLVM maps to whatever the machine has. All of them work inside one
-flat float32 array, `work`, at offsets and strides counted in floats.
+LLVM's loop vectoriser does not keep a tile of sums in registers by itself, so the two inner products of
+attention are spelled out here, on vectors of LANES float32 that LLVM maps to whatever the machine has. All
+of them work inside one flat float32 array, `work`, at offsets and strides counted in floats.
 
 Numba's disk cache watches attention_kernels.py alone: touch that file after an edit here.
 """
@@ -87,9 +87,10 @@ def _dot_sums(builder: Any, data: Any, q_rows: list[Any], k_rows: list[Any], siz
 
 
 def _dot_tile(queries: int) -> Callable[..., None]:
-    """dot(work, q, q_stride, k, k_stride, size, out, out_stride): scores of a tile of queries and LANES tokens.
+    """dot(work, q, q_stride, k, k_stride, size, out, out_stride): scores of queries and LANES tokens.
 
-    out[i, t] = q[i] . k[t] for `queries` (1 or 2) queries and LANES tokens of `size` floats, a multiple of LANES.
+    out[i, t] = q[i] . k[t] for `queries` (1 or 2) queries and LANES tokens of `size` floats, a multiple of
+    LANES.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -117,7 +118,8 @@ def _dot_tile(queries: int) -> Callable[..., None]:
 def _add_tile(queries: int, vectors: int) -> Callable[..., None]:
     """add(work, p, p_stride, v, v_stride, tokens, sums, sums_stride, keep): weighted sums of value rows.
 
-    sums[i] = keep[i] * sums[i] + sum over t < tokens of p[i, t] * v[t], for `queries` rows of `vectors` * LANES floats.
+    sums[i] = keep[i] * sums[i] + sum over t < tokens of p[i, t] * v[t], for `queries` rows of `vectors` *
+    LANES floats.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -157,7 +159,7 @@ add_1x8 = _add_tile(1, 8)
 add_2x4 = _add_tile(2, 4)
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def widen_bfloat16(typing: Any, x: Any) -> Any:
     """A bfloat16, given as uint16, as float32; a float32 as it is."""
 
@@ -169,7 +171,7 @@ def widen_bfloat16(typing: Any, x: Any) -> Any:
     return types.float32(x), generate
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def widen_float16(typing: Any, x: Any) -> Any:
     """A float16, given as uint16, as float32; a float32 as it is."""
 
@@ -181,9 +183,9 @@ def widen_float16(typing: Any, x: Any) -> Any:
     return types.float32(x), generate
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def narrow_bfloat16(typing: Any, x: Any, like: Any) -> Any:
-    """A float32 rounded to the nearest bfloat16, ties to even, as uint16; a float32 as it is if `like` is one."""
+    """A float32 rounded to the nearest bfloat16, ties to even, as uint16; float32 if `like` is."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if like == types.float32:
@@ -199,9 +201,9 @@ def narrow_bfloat16(typing: Any, x: Any, like: Any) -> Any:
     return like(x, like), generate
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def narrow_float16(typing: Any, x: Any, like: Any) -> Any:
-    """A float32 rounded to the nearest float16, ties to even, as uint16; a float32 as it is if `like` is one."""
+    """A float32 rounded to the nearest float16, ties to even, as uint16; float32 if `like` is."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if like == types.float32:
@@ -211,7 +213,7 @@ def narrow_float16(typing: Any, x: Any, like: Any) -> Any:
     return like(x, like), generate
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def power_of_two(typing: Any, exponent: Any) -> Any:
     """2.0 ** exponent as float32, for an int32 within -126 .. 127."""
 
@@ -221,7 +223,7 @@ def power_of_two(typing: Any, exponent: Any) -> Any:
     return types.float32(types.int32), generate
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def prefetch(typing: Any, array: Any, index: Any) -> Any:
     """Starts to fetch the cache line of array[index] into the second-level cache."""
 
@@ -236,7 +238,7 @@ def prefetch(typing: Any, array: Any, index: Any) -> Any:
     return types.void(array, types.int64), generate
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def fetch_add(typing: Any, counters: Any, index: Any) -> Any:
     """Adds 1 to counters[index], an int64, in one atomic step and returns what it was."""
 

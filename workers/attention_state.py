@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from flexgen_lite import exchange as exchange_layout
 from flexgen_lite.messages import AttachAttention, Attend, BeginAttention, KvBatch, KvSpan
-from flexgen_lite.model_spec import ITEM_BYTES, AttentionSpec
+from flexgen_lite.model_spec import ITEM_BYTES
 from flexgen_lite.workers import attention_kernels as kernels
 from flexgen_lite.workers.team import Job, Team
 
@@ -42,8 +42,8 @@ class _Batch:
 class AttentionState:
     """Stores K and V and computes attention for the spans of one pass at a time.
 
-    `kv` and `exchange` are the arenas. Process memory grows with the largest micro-batch seen, by a few per cent of the
-    KV that it reads in one layer, and not after.
+    `kv` and `exchange` are the arenas. Process memory grows with the largest micro-batch seen, by a few per
+    cent of the KV that it reads in one layer, and not after.
     """
 
     def __init__(self, attach: AttachAttention, kv: Memory, exchange: Memory) -> None:
@@ -70,14 +70,14 @@ class AttentionState:
         self._set_threads(attach.threads)
 
     def begin(self, message: BeginAttention) -> None:
-        """Forgets the last pass and prepares this one. Raises ValueError for spans that do not fit the arenas."""
+        """Forgets the last pass and prepares this one. ValueError for spans that do not fit the arenas."""
         self._pass_id, self._batches = None, {}
         self._set_threads(message.threads)
         self._batches = {batch.micro_batch: self._prepare(batch) for batch in message.batches}
         self._pass_id = message.pass_id
 
     def attend(self, message: Attend) -> None:
-        """Stores the micro-batch's K and V in one layer, then writes the attention output of the rows that attend."""
+        """Stores a micro-batch's K and V in one layer, then writes the output of the rows that attend."""
         if message.pass_id != self._pass_id:
             raise ValueError(f"attend in pass {message.pass_id}, but the pass that began is {self._pass_id}")
         if message.micro_batch not in self._batches:
@@ -201,7 +201,7 @@ class AttentionState:
         kv, what = self._attach.kv, f"micro-batch {micro_batch}, span at row {span.row}"
         if span.row < 0 or span.num_rows < 1 or span.row + span.num_rows > self._attach.exchange.max_tokens:
             raise ValueError(
-                f"{what}: {span.num_rows} rows do not lie in a region of {self._attach.exchange.max_tokens} rows"
+                f"{what}: {span.num_rows} rows, the regions have {self._attach.exchange.max_tokens}"
             )
         held = len(span.pages) * kv.page_tokens
         if span.position < 0 or span.position + span.num_rows > held:
@@ -235,7 +235,7 @@ def _pieces(spans: list[tuple[KvSpan, int]]) -> Ints:
 
 
 def _units(spans: list[tuple[KvSpan, int]], group: int, window: int, threads: int) -> _Units:
-    """The spans that attend, cut into units; a long one with few queries into a unit per chunk, to be joined."""
+    """The spans that attend, cut into units; a long one with few queries into a unit per chunk."""
     attending = [(span, pages) for span, pages in spans if span.attend]
     tokens = [(span.num_rows * _visible(span, window), span, pages) for span, pages in attending]
     share = sum(count for count, _, _ in tokens) / (UNITS_PER_THREAD * threads)

@@ -10,7 +10,7 @@ Job = Callable[[int], None]
 
 
 class Team:
-    """`size` threads, the caller's among them. Meant for functions that release the GIL for most of their time."""
+    """`size` threads, the caller's among them. For functions that release the GIL most of their time."""
 
     def __init__(self, size: int) -> None:
         self.size = size

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fake_engine import FakeEngine, answer
 
 from flexgen_lite import Client, EngineError, SamplingParams
 from flexgen_lite.messages import Cancel, EngineFailed, GetStatus, RequestDone, Submit
 from flexgen_lite.sampling_params import GREEDY
+from tests.fake_engine import FakeEngine, answer
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import fake_coordinator
 import pytest
 
 from flexgen_lite import engine_process
@@ -22,6 +21,7 @@ from flexgen_lite.config import EngineConfig
 from flexgen_lite.engine_process import EngineProcess
 from flexgen_lite.errors import EngineError
 from flexgen_lite.llm import FlexGenLite
+from tests import fake_coordinator
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import fake_coordinator
 import pytest
-from fake_engine import FakeEngine, answer
 
 from flexgen_lite.messages import EngineFailed, Submit
+from tests import fake_coordinator
+from tests.fake_engine import FakeEngine, answer
 
 pytestmark = pytest.mark.timeout(60)
 

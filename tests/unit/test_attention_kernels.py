@@ -32,7 +32,13 @@ def spec_of(heads: int, kv_heads: int, dim: int, value_dim: int, **changes: obje
     ],
 )
 def test_against_the_reference(spec: AttentionSpec, dtype: str) -> None:
-    sequences = [Sequence(0, 1), Sequence(1100, 1), Sequence(511, 3), Sequence(20, 40), Sequence(9, 5, attend=False)]
+    sequences = [
+        Sequence(0, 1),
+        Sequence(1100, 1),
+        Sequence(511, 3),
+        Sequence(20, 40),
+        Sequence(9, 5, attend=False),
+    ]
     case = Case(spec, sequences, dtype, 16)
     case.run()
     case.check()
@@ -90,7 +96,8 @@ def test_large_scores_do_not_overflow() -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_output_is_rounded_to_nearest_even(dtype: str) -> None:
-    # Two tokens of equal weight: the output is the mean of their values, half way between neighbours for odd sums.
+    # Two tokens of equal weight: the output is the mean of their values, half way between neighbours for odd
+    # sums.
     case = Case(spec_of(1, 1, 8, 64), [Sequence(1, 1)], dtype, 4)
     case.q[:] = 0
     ones = encode(np.ones(1), dtype).view(np.uint16)[0]

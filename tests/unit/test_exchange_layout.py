@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 
 from flexgen_lite import exchange, kv_layout
@@ -25,7 +27,7 @@ def test_parts_are_aligned_and_do_not_overlap(spec: AttentionSpec, max_tokens: i
         (at.num_bytes, 0),
     ]
     assert all(offset % exchange.ALIGNMENT == 0 for offset, _ in parts)
-    assert all(a + size <= b for (a, size), (b, _) in zip(parts, parts[1:], strict=False))
+    assert all(a + size <= b for (a, size), (b, _) in itertools.pairwise(parts))
     assert at.num_bytes >= max_tokens * spec.exchange_width * itemsize + 4 * spec.num_heads
 
 

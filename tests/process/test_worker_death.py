@@ -1,0 +1,135 @@
+"""A worker's death, and the coordinator's: noticed at once, told plainly, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flexgen_lite import EngineError, FlexGenLite, SamplingParams
+from tests.tiny_models import make_model, ragged_prompts
+
+NOTICE_SECONDS = 2.0
+LONG = SamplingParams(max_tokens=100, temperature=0, ignore_eos=True)
+WORKERS = ("compute worker", "disk loader", "attention worker 1")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model("opt", tmp_path_factory.mktemp("opt"))
+
+
+@pytest.fixture
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A private place for runtime directories; nothing may be left in it, nor in /dev/shm."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+    shm_before = set(os.listdir("/dev/shm"))
+    yield folder
+    assert set(os.listdir("/dev/shm")) <= shm_before
+    assert list(folder.iterdir()) == []
+
+
+def processes_of(engine: FlexGenLite) -> dict[str, psutil.Process]:
+    """The engine's processes by the names that it gives them."""
+    coordinator = psutil.Process(engine._engine.pid)
+    found = {"coordinator": coordinator}
+    for child in coordinator.children():
+        line = child.cmdline()
+        found[line[line.index("--name") + 1]] = child
+    return found
+
+
+def wait_gone(processes: dict[str, psutil.Process]) -> None:
+    gone, alive = psutil.wait_procs(processes.values(), timeout=10)
+    assert not alive
+
+
+@pytest.mark.parametrize("victim", WORKERS)
+def test_a_killed_worker_is_noticed_and_named(victim: str, model: Path, runtime: Path) -> None:
+    with FlexGenLite(model, attention_workers=2, attention_threads=1, layer_slots=2) as engine:
+        processes = processes_of(engine)
+        assert set(processes) == {"coordinator", "compute worker", "disk loader", "attention worker 0", "attention worker 1"}
+        job = engine.submit(ragged_prompts(16, longest=20), LONG)
+        next(iter(job), None)  # it runs
+        processes[victim].send_signal(signal.SIGKILL)
+        killed_at = time.monotonic()
+        with pytest.raises(EngineError, match=f"{victim} .* was killed by SIGKILL"):
+            job.results()
+        assert time.monotonic() - killed_at < NOTICE_SECONDS
+        wait_gone(processes)
+        with pytest.raises(EngineError):
+            engine.generate([3, 4], LONG)
+
+
+def test_a_worker_that_hangs_is_given_up(model: Path, runtime: Path) -> None:
+    with FlexGenLite(model, attention_workers=2, attention_threads=1, worker_timeout=2) as engine:
+        processes = processes_of(engine)
+        engine.generate([3, 4, 5], SamplingParams(max_tokens=2))
+        processes["attention worker 0"].send_signal(signal.SIGSTOP)
+        with pytest.raises(EngineError, match=r"attention worker 0 .* has not answered for 2 s: pass \d+"):
+            engine.generate(ragged_prompts(8, longest=20), LONG)
+        wait_gone(processes)
+
+
+def test_a_worker_that_dies_at_start_leaves_its_last_words(model: Path, runtime: Path, tmp_path: Path) -> None:
+    """A broken numba stands for whatever may be wrong with an installation."""
+    broken = tmp_path / "broken" / "numba"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise ImportError('numba is broken here')")
+    code = (
+        "import sys; from flexgen_lite import FlexGenLite\n"
+        "try: FlexGenLite(sys.argv[1])\n"
+        "except Exception as error: print(type(error).__name__, error)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(broken.parent)}
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(model)], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert "EngineError" in run.stdout and "attention worker 0" in run.stdout and "numba is broken here" in run.stdout
+
+
+OWNER = """
+import sys
+from flexgen_lite import FlexGenLite, SamplingParams
+engine = FlexGenLite(sys.argv[1], attention_workers=2, attention_threads=1, layer_slots=2)
+print(engine._engine.pid, flush=True)
+engine.generate([[3, 4, 5]] * 20, SamplingParams(max_tokens=100, ignore_eos=True))
+print("done", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("victim", ["coordinator", "owner"])
+def test_nothing_survives_a_killed_coordinator_or_owner(victim: str, model: Path, tmp_path: Path) -> None:
+    runtime = tmp_path / "run"
+    runtime.mkdir()
+    environment = {**os.environ, "XDG_RUNTIME_DIR": str(runtime)}
+    shm_before = set(os.listdir("/dev/shm"))
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER, str(model)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
+    )  # fmt: skip
+    assert owner.stdout is not None
+    coordinator = psutil.Process(int(owner.stdout.readline()))
+    workers = coordinator.children()
+    assert len(workers) == 4
+    target = coordinator if victim == "coordinator" else psutil.Process(owner.pid)
+    target.kill()
+    gone, alive = psutil.wait_procs([*workers, coordinator], timeout=NOTICE_SECONDS + 8)
+    assert not alive
+    owner.kill()
+    owner.communicate(timeout=20)
+    assert set(os.listdir("/dev/shm")) <= shm_before
+    # A killed owner cannot tidy up: the next start does.
+    code = "from flexgen_lite.runtime_dir import RuntimeDir; RuntimeDir().remove()"
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=60)
+    assert list(runtime.iterdir()) == []

@@ -1,0 +1,83 @@
+"""Tiny models with random weights, one per family, and what Transformers itself generates from them."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+VOCAB = 160
+SHAPE: dict[str, Any] = {
+    "num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": VOCAB,
+    "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+GQA: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 16}
+MOE: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+OPT: dict[str, Any] = {"ffn_dim": 96, "word_embed_proj_dim": 64}
+GPT2: dict[str, Any] = {"n_layer": 4, "n_embd": 64, "n_head": 4, "n_positions": 128}
+MLA: dict[str, Any] = {
+    "q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12, "head_dim": 8,
+    "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1,
+    "num_key_value_heads": 4,
+}  # fmt: skip
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "opt": ("opt", OPT),
+    "opt-norm-after": ("opt", OPT | {"do_layer_norm_before": False}),
+    "opt-projected": ("opt", OPT | {"word_embed_proj_dim": 32, "do_layer_norm_before": False}),
+    "gpt2": ("gpt2", GPT2),
+    "gpt-neox": ("gpt_neox", {}),
+    "gpt-bigcode": ("gpt_bigcode", GPT2 | {"multi_query": True}),
+    "llama": ("llama", GQA),
+    "llama-tied": ("llama", GQA | {"tie_word_embeddings": True}),
+    "mistral-window": ("mistral", GQA | {"sliding_window": 7}),
+    "qwen2": ("qwen2", {"num_key_value_heads": 2}),
+    "qwen3": ("qwen3", GQA | {"head_dim": 24}),
+    "qwen3-moe": ("qwen3_moe", GQA | MOE | {"num_experts": 4}),
+    "mixtral": ("mixtral", GQA | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gemma2": ("gemma2", GQA | {"sliding_window": 7, "query_pre_attn_scalar": 16}),
+    "gemma3": ("gemma3_text", GQA | {"sliding_window": 7, "query_pre_attn_scalar": 16, "num_key_value_heads": 1}),
+    "phi": ("phi", {}),
+    "phi3": ("phi3", {"num_key_value_heads": 2}),
+    "gpt-oss": ("gpt_oss", GQA | {"sliding_window": 7, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "olmo2": ("olmo2", {"num_key_value_heads": 2}),
+    "starcoder2": ("starcoder2", {"num_key_value_heads": 2, "sliding_window": 7}),
+    "cohere": ("cohere", {"num_key_value_heads": 2}),
+    "granite": ("granite", {"num_key_value_heads": 2, "attention_multiplier": 0.3, "residual_multiplier": 0.8}),
+    "deepseek-v3": ("deepseek_v3", MLA | MOE),
+}
+
+
+def make_model(family: str, directory: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """Saves a model of the family, as Transformers saves it; repeatable."""
+    kind, overrides = FAMILIES[family]
+    config = AutoConfig.for_model(kind, **SHAPE | overrides | changes)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data = 1 + 0.1 * noise if parameter.dim() == 1 else 1.5 * noise * parameter.shape[-1] ** -0.5
+    model.to(dtype).save_pretrained(directory, max_shard_size="100KB")
+    return directory
+
+
+def ragged_prompts(count: int, longest: int, seed: int = 0) -> list[list[int]]:
+    """Prompts of token ids, of lengths from 1 to `longest`, both included."""
+    rng = random.Random(seed)
+    lengths = [1, longest, *(rng.randint(1, longest) for _ in range(count - 2))]
+    return [[rng.randrange(3, VOCAB) for _ in range(length)] for length in lengths]
+
+
+def reference_tokens(directory: Path, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+    """Greedy tokens of Transformers' generate in float32, each prompt alone; the end of sequence is an ordinary token."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+    model.generation_config.eos_token_id = None
+    answers = []
+    for prompt in prompts:
+        output = model.generate(
+            torch.tensor([prompt]), max_new_tokens=max_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        answers.append(output[0, len(prompt) :].tolist())
+    return answers
