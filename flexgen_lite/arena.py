@@ -38,4 +38,6 @@ def map_arena(fd: int, size: int) -> mmap.mmap:
     actual = os.fstat(fd).st_size
     if actual < size:
         raise ValueError(f"arena has {actual} bytes, {size} expected")
-    return mmap.mmap(fd, max(size, mmap.PAGESIZE) if size == 0 else size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+    return mmap.mmap(
+        fd, max(size, mmap.PAGESIZE) if size == 0 else size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE
+    )

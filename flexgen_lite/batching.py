@@ -123,7 +123,7 @@ class Batcher:
         max_sequences: most requests running at once.
         micro_batches: most micro-batches of a pass.
         micro_batch_tokens: most rows of a micro-batch.
-        spread: use as many micro-batches as there are, evenly filled (so that lanes overlap); otherwise as few as will do.
+        spread: use as many micro-batches as there are, evenly filled, so that lanes overlap; else as few as will do.
     """
 
     def __init__(

@@ -70,9 +70,7 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     """Read the headers of the model in `directory`. Raises CheckpointError."""
     directory = Path(directory).absolute()
     if not directory.is_dir():
-        raise CheckpointError(
-            f"{directory} is not a directory: give the directory that holds the model's config.json"
-        )
+        raise CheckpointError(f"{directory} is not a directory: give the directory that holds the model's config.json")
     _check_config(directory)
     # Transformers prefers the single file too, where both are there.
     if (directory / WEIGHTS_NAME).exists():
@@ -91,9 +89,7 @@ def _check_config(directory: Path) -> None:
     for part in (config, nested if isinstance(nested, dict) else {}):
         quantization = part.get("quantization_config") or part.get("compression_config")
         if quantization:
-            method = (
-                quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-            )
+            method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
             raise CheckpointError(
                 f"{path}: the checkpoint is quantised ({method}), which is not supported: use the "
                 "unquantised model, or "
@@ -105,15 +101,11 @@ def _no_safetensors(directory: Path) -> str:
     for pattern, what, remedy in _OTHER_FORMATS:
         found = sorted(path.name for path in directory.glob(pattern))
         if found:
-            return (
-                f"{directory} holds {what} ({found[0]}), only {WEIGHTS_NAME} or its shards are read: {remedy}"
-            )
+            return f"{directory} holds {what} ({found[0]}), only {WEIGHTS_NAME} or its shards are read: {remedy}"
     shards = sorted(directory.glob("*.safetensors"))
     if shards:
         return f"{directory} holds {shards[0].name} but no {INDEX_NAME}: download that too"
-    return (
-        f"{directory} holds no {WEIGHTS_NAME} and no {INDEX_NAME}: download them, or use --load-format dummy"
-    )
+    return f"{directory} holds no {WEIGHTS_NAME} and no {INDEX_NAME}: download them, or use --load-format dummy"
 
 
 def _open_shards(directory: Path) -> Checkpoint:
@@ -138,8 +130,7 @@ def _open_shards(directory: Path) -> Checkpoint:
         stored = checkpoint.tensors.get(name)
         if stored is None or Path(checkpoint.files[stored.file]).name != shard:
             raise CheckpointError(
-                f"{directory / shard} lacks tensor {name}, which {INDEX_NAME} says it has: download "
-                "both files again"
+                f"{directory / shard} lacks tensor {name}, which {INDEX_NAME} says it has: download both files again"
             )
     return checkpoint
 
@@ -168,18 +159,14 @@ def _read_header(path: Path, file: int) -> list[StoredTensor]:
         start = stream.read(8)
         length = int.from_bytes(start, "little")
         if start == b"version ":
-            raise CheckpointError(
-                f"{path} is a Git LFS pointer, not the weights: fetch them with git lfs pull"
-            )
+            raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: fetch them with git lfs pull")
         if size < 8 or 8 + length > size:
             raise CheckpointError(f"{path} is cut off: {size} bytes do not even hold its header; {again}")
         if length > MAX_HEADER_BYTES:
             raise CheckpointError(f"{path}: a header of {length} bytes, {MAX_HEADER_BYTES} allowed; {again}")
         header = _parse_object(path, stream.read(length))
     base = 8 + length
-    tensors = [
-        _stored(path, file, base, name, entry) for name, entry in header.items() if name != "__metadata__"
-    ]
+    tensors = [_stored(path, file, base, name, entry) for name, entry in header.items() if name != "__metadata__"]
     tensors.sort(key=lambda stored: (stored.offset, stored.num_bytes))
     end = base
     for stored in tensors:
@@ -200,9 +187,7 @@ def _stored(path: Path, file: int, base: int, name: str, entry: Any) -> StoredTe
         integers = [*shape, begin, end]
         supported = dtype in _DTYPES
     except (KeyError, TypeError, ValueError):
-        raise CheckpointError(
-            f"{path}: tensor {name} has a malformed header entry; download it again"
-        ) from None
+        raise CheckpointError(f"{path}: tensor {name} has a malformed header entry; download it again") from None
     if not all(type(number) is int and number >= 0 for number in integers) or end < begin:
         raise CheckpointError(f"{path}: tensor {name} has impossible offsets or shape; download it again")
     if not supported:
@@ -239,7 +224,5 @@ def _parse_object(path: Path, text: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its JSON cannot be read ({error}); download it again") from None
     if not isinstance(value, dict):
-        raise CheckpointError(
-            f"{path}: a JSON object is expected, not {type(value).__name__}; download it again"
-        )
+        raise CheckpointError(f"{path}: a JSON object is expected, not {type(value).__name__}; download it again")
     return value

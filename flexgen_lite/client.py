@@ -10,12 +10,12 @@ from types import TracebackType
 from typing import Self
 
 from flexgen_lite.completion import Prompt
-from flexgen_lite.connection import PROTOCOL, Connection
+from flexgen_lite.connection import Connection
 from flexgen_lite.job import Job
 from flexgen_lite.messages import Status, Welcome
 from flexgen_lite.sampling_params import GREEDY, SamplingParams
 
-__all__ = ["PROTOCOL", "Client", "is_one_prompt"]
+
 
 
 class Client:

@@ -18,6 +18,7 @@ from flexgen_lite.codec import Codec, MessageError
 from flexgen_lite.errors import EngineError
 from flexgen_lite.job import Job
 from flexgen_lite.messages import (
+    PROTOCOL,
     Cancel,
     Connect,
     EngineFailed,
@@ -29,9 +30,6 @@ from flexgen_lite.messages import (
     ToEngine,
     Welcome,
 )
-
-PROTOCOL = 1
-"""Version of the messages between clients and the coordinator."""
 
 _HIGH_WATER = 1000  # messages
 _FAREWELL_MS = 500  # for the last Cancel messages to go out

@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -38,7 +40,6 @@ from flexgen_lite.slot_ring import SlotRing
 from flexgen_lite.supervisor import WorkerDied, WorkerProcess, stop_all
 from flexgen_lite.tokenizer import TextTokenizer
 
-PROTOCOL = 1
 WINDOW = 4096  # requests that a client may have submitted and not got back
 COMPUTE_ENVIRONMENT = {
     # Temporaries of a layer are reused instead of faulting in fresh pages each time.
@@ -170,9 +171,9 @@ class Coordinator:
             self._workers[name] = worker
             self._not_ready.add(name)
             self._memory.watch(worker.pid)
-            self._watch(worker.socket, lambda worker=worker: self._receive(worker))
-            self._watch(worker.output, lambda worker=worker: self._forward_output(worker))
-            self._watch(worker.pidfd, lambda worker=worker: self._died(worker))
+            self._watch(worker.socket, partial(self._receive, worker))
+            self._watch(worker.output, partial(self._forward_output, worker))
+            self._watch(worker.pidfd, partial(self._died, worker))
         self._compute.send(
             messages.OpenModel(
                 model=config.model,
@@ -217,17 +218,13 @@ class Coordinator:
         self._attach(spec, made, kv, exchange)
         self._schedule = _make_schedule(spec, made)
         pages = PageTable(made.num_pages, made.page_tokens, made.attention_workers)
-        batcher = Batcher(
-            pages, made.max_sequences, made.micro_batches, made.micro_batch_tokens, made.spread
-        )
+        batcher = Batcher(pages, made.max_sequences, made.micro_batches, made.micro_batch_tokens, made.spread)
         eos = tuple(token for token in spec.eos_token_ids if 0 <= token < spec.vocab_size)
         limits = Limits(spec.max_length, pages.max_tokens, spec.vocab_size, eos)
         tokenizer = TextTokenizer(message.tokenizer_file) if message.tokenizer_file else None
         self._requests = Requests(batcher, limits, tokenizer)
 
-    def _attach(
-        self, spec: ModelSpec, made: plan.Plan, kv: messages.KvSpec, exchange: messages.ExchangeSpec
-    ) -> None:
+    def _attach(self, spec: ModelSpec, made: plan.Plan, kv: messages.KvSpec, exchange: messages.ExchangeSpec) -> None:
         self._loader.send(
             messages.AttachLoader(
                 spec.files,
@@ -313,9 +310,7 @@ class Coordinator:
         for order in orders:
             match order:
                 case RunSegment():
-                    self._compute.send(
-                        messages.Segment(self._pass_id, order.layer, order.micro_batch, order.slot)
-                    )
+                    self._compute.send(messages.Segment(self._pass_id, order.layer, order.micro_batch, order.slot))
                 case RunAttention():
                     for index in order.workers:
                         self._attention(index).send(messages.Attend(self._pass_id, order.layer, order.micro_batch))
@@ -417,13 +412,11 @@ class Coordinator:
                 self._answer(self._requests.cancel(client, message.job_id))
             case messages.GetStatus():
                 self._send_client(client, self._status())
-            case messages.Shutdown():
-                emit("log", message="a client asked to shut down: only the process that started the engine can")
 
     def _welcome(self) -> messages.Welcome:
         assert self._opened is not None and self._plan is not None
         text = plan.describe(self._plan, self._opened.spec)
-        return messages.Welcome(PROTOCOL, self._config.model, self._opened.spec.max_length, WINDOW, text)
+        return messages.Welcome(messages.PROTOCOL, self._config.model, self._opened.spec.max_length, WINDOW, text)
 
     def _status(self) -> messages.Status:
         assert self._requests is not None and self._plan is not None
@@ -481,10 +474,11 @@ def _make_schedule(spec: ModelSpec, made: plan.Plan) -> Schedule:
 
 
 def main() -> int:
-    order = json.loads(sys.stdin.buffer.raw.readline())  # type: ignore[attr-defined]  # unbuffered: the rest is watched
+    order = json.loads(_first_line(sys.stdin.fileno()))
+    run_dir = Path(order["run_dir"])
     try:
         config = EngineConfig.from_json(json.dumps(order["config"]))
-        with Coordinator(config, Path(order["run_dir"])) as coordinator:
+        with Coordinator(config, run_dir) as coordinator:
             coordinator.run()
     except Stopping:
         return 0
@@ -498,7 +492,20 @@ def main() -> int:
         details = "".join(traceback.format_exception(error))
         emit("failed", message=f"the coordinator failed: {error!r}", user_error=False, details=details)
         return 1
+    finally:
+        shutil.rmtree(run_dir, ignore_errors=True)  # its owner may be gone
     return 0
+
+
+def _first_line(descriptor: int) -> bytes:
+    """Read unbuffered: what comes behind the line is watched for."""
+    line = b""
+    while not line.endswith(b"\n"):
+        byte = os.read(descriptor, 1)
+        if not byte:
+            raise EOFError("no order on standard input")
+        line += byte
+    return line
 
 
 if __name__ == "__main__":

@@ -36,9 +36,7 @@ class ExchangeLayout:
 def layout(spec: AttentionSpec, max_tokens: int, itemsize: int) -> ExchangeLayout:
     """The parts of a region for a layer like `spec`; `itemsize` in bytes."""
     if max_tokens < 1 or itemsize < 1:
-        raise ValueError(
-            f"an exchange region of {max_tokens} tokens of {itemsize}-byte items: both must be positive"
-        )
+        raise ValueError(f"an exchange region of {max_tokens} tokens of {itemsize}-byte items: both must be positive")
     q = 0
     k = _round_up(q + max_tokens * spec.num_heads * spec.head_dim * itemsize, ALIGNMENT)
     v = _round_up(k + max_tokens * spec.num_kv_heads * spec.head_dim * itemsize, ALIGNMENT)

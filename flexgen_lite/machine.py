@@ -21,7 +21,11 @@ class Machine:
 
 
 def inspect_machine() -> Machine:
-    cpus = tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else tuple(range(os.cpu_count() or 1))
+    cpus = (
+        tuple(sorted(os.sched_getaffinity(0)))
+        if hasattr(os, "sched_getaffinity")
+        else tuple(range(os.cpu_count() or 1))
+    )
     nodes = sum(1 for _ in Path("/sys/devices/system/node").glob("node[0-9]*")) or 1
     free_in_cgroup = cgroup_free_bytes()
     available = _available_bytes()

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 from flexgen_lite.model_spec import AttentionSpec, ModelSpec, UnitSpec
 
+PROTOCOL = 1
+"""Version of the messages between clients and the coordinator."""
+
 # ---------------------------------------------------------------------------------------------- any worker
 
 
@@ -346,14 +349,7 @@ class GetStatus:
     pass
 
 
-@dataclass(frozen=True, slots=True)
-class Shutdown:
-    """Stop the engine once the current pass ends; only heeded from the process that started it."""
-
-    token: str
-
-
-ToEngine = Connect | Submit | Cancel | GetStatus | Shutdown
+ToEngine = Connect | Submit | Cancel | GetStatus
 
 
 @dataclass(frozen=True, slots=True)

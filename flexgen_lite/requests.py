@@ -111,7 +111,9 @@ class Requests:
     def end_pass(self, micro_batches: list[MicroBatch], token_ids: list[tuple[int, ...]]) -> list[Answer]:
         """Commit a pass's tokens; answers for the requests that it completed, or that were cancelled meanwhile."""
         self.totals["generated_tokens"] += sum(len(tokens) for tokens in token_ids)
-        self.totals["prompt_tokens"] += sum(p.num_rows for m in micro_batches for p in m.pieces if _in_prompt(p.request))
+        self.totals["prompt_tokens"] += sum(
+            p.num_rows for m in micro_batches for p in m.pieces if _in_prompt(p.request)
+        )
         finished = self._batcher.commit(micro_batches, token_ids)
         answers = [self._finish(request, request.finish_reason or "") for request in finished]
         for request in [r for r in self._batcher.running.values() if r.id in self._cancelled]:

@@ -59,7 +59,9 @@ class Schedule:
         compute_credit: segments that may be with the compute worker at a time (2 hides the round trip).
     """
 
-    def __init__(self, num_layers: int, host: SlotRing, device: SlotRing | None = None, compute_credit: int = 2) -> None:
+    def __init__(
+        self, num_layers: int, host: SlotRing, device: SlotRing | None = None, compute_credit: int = 2
+    ) -> None:
         self.num_layers = num_layers
         self._host = host
         self._device = device

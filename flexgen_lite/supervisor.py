@@ -55,6 +55,7 @@ class WorkerProcess:
     ) -> None:
         self.kind = kind
         self.name = name
+        self.greeted = False  # it has said Hello
         self.outstanding = 0  # orders without an answer
         self.waiting_since = 0.0
         self._encoder, self._decoder = CODECS[kind]
@@ -96,7 +97,9 @@ class WorkerProcess:
         if isinstance(message, messages.Failed):
             text = message.message if message.user_error else f"{self.name} failed: {message.kind}: {message.message}"
             raise WorkerDied(text, message.details, message.user_error)
-        if not isinstance(message, messages.Hello):
+        if isinstance(message, messages.Hello):
+            self.greeted = True
+        else:
             self.outstanding = max(0, self.outstanding - 1)
             self.waiting_since = time.monotonic()
         return message
@@ -134,9 +137,14 @@ class WorkerProcess:
 
 
 def stop_all(workers: Iterable[WorkerProcess], seconds: float = STOP_SECONDS) -> None:
-    """Ask every worker to stop, wait, and kill those that do not; afterwards none is left."""
+    """Ask every worker to stop, wait, and kill those that do not; afterwards none is left.
+
+    A worker that is still importing its libraries would not hear it, and holds nothing: it is killed at once.
+    """
     alive = [worker for worker in workers if worker.process.poll() is None]
     for worker in alive:
+        if not worker.greeted:
+            worker.process.kill()
         with contextlib.suppress(zmq.ZMQError):
             worker.socket.send(worker._encoder.encode(messages.Stop()), zmq.NOBLOCK)
     deadline = time.monotonic() + seconds

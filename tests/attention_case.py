@@ -83,9 +83,7 @@ class Case:
         self.pages = [tuple(int(p) for p in part) for part in np.split(order, np.cumsum(counts))]
         self.kv_spec = kv_layout.kv_spec([spec], num_pages, page_tokens, dtype)
         region_bytes = exchange.region_bytes([spec], self.num_rows, itemsize)
-        self.kv = bytearray(
-            b"\xff" * self.kv_spec.arena_bytes
-        )  # NaN in every dtype: unwritten tokens must not be read
+        self.kv = bytearray(b"\xff" * self.kv_spec.arena_bytes)  # NaN in every dtype: unwritten tokens must not be read
         self.exchange = bytearray(b"\xff" * (2 * region_bytes))
         self.attach = AttachAttention(
             (spec,), ExchangeSpec(2, region_bytes, self.num_rows, dtype), self.kv_spec, threads, ()
@@ -115,9 +113,7 @@ class Case:
         self.keys = [self._rounded(s.past + s.rows, *self.k.shape[1:]) for s in self.sequences]
         self.values = [self._rounded(s.past + s.rows, *self.v.shape[1:]) for s in self.sequences]
         row, self.spans = 1, []
-        for sequence, pages, k_TGD, v_TGE in zip(
-            self.sequences, self.pages[:-1], self.keys, self.values, strict=True
-        ):
+        for sequence, pages, k_TGD, v_TGE in zip(self.sequences, self.pages[:-1], self.keys, self.values, strict=True):
             for t in range(sequence.past):
                 self.slot("key", pages, t)[:] = encode(k_TGD[t], self.dtype)
                 self.slot("value", pages, t)[:] = encode(v_TGE[t], self.dtype)
@@ -152,9 +148,7 @@ class Case:
 
     def check(self) -> None:
         """Asserts the output of every row that attends, and that K and V of every row are in their pages."""
-        for sequence, span, k_TGD, v_TGE in zip(
-            self.sequences, self.spans, self.keys, self.values, strict=True
-        ):
+        for sequence, span, k_TGD, v_TGE in zip(self.sequences, self.spans, self.keys, self.values, strict=True):
             for i in range(sequence.rows):
                 stop = sequence.past + i + 1
                 assert (decode(self.slot("key", span.pages, stop - 1), self.dtype) == k_TGD[stop - 1]).all()
@@ -162,9 +156,7 @@ class Case:
                 if not sequence.attend:
                     continue
                 q_HD = self.q_RHD[span.row + i]
-                expected = reference(
-                    self.spec, q_HD, k_TGD[:stop], v_TGE[:stop], self.sinks_H.astype(np.float64)
-                )
+                expected = reference(self.spec, q_HD, k_TGD[:stop], v_TGE[:stop], self.sinks_H.astype(np.float64))
                 actual = decode(self.out[span.row + i], self.dtype)
                 step = EPSILON[self.dtype] * np.abs(expected) + 2e-5 * (1 + np.abs(v_TGE[:stop]).max())
                 np.testing.assert_array_less(np.abs(actual - expected), step, err_msg=f"{span} row {i}")

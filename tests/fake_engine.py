@@ -11,7 +11,7 @@ from typing import Any, Self
 import zmq
 
 from flexgen_lite.codec import Codec
-from flexgen_lite.connection import PROTOCOL
+from flexgen_lite.messages import PROTOCOL
 from flexgen_lite.messages import (
     Cancel,
     Connect,

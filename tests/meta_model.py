@@ -36,7 +36,5 @@ def build_on_meta(config: Any, dtype: torch.dtype) -> PreTrainedModel:
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The list of as many modules as the config has layers."""
     count = model.config.get_text_config().num_hidden_layers
-    found = [
-        module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count
-    ]
+    found = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
     return found[0]

@@ -19,9 +19,9 @@ MOE: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 OPT: dict[str, Any] = {"ffn_dim": 96, "word_embed_proj_dim": 64}
 GPT2: dict[str, Any] = {"n_layer": 4, "n_embd": 64, "n_head": 4, "n_positions": 128}
 MLA: dict[str, Any] = {
-    "q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12, "head_dim": 8,
-    "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1,
-    "num_key_value_heads": 4,
+    "q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12,
+    "head_dim": 8, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+    "n_shared_experts": 1, "num_key_value_heads": 4,
 }  # fmt: skip
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("opt", OPT),
@@ -71,7 +71,7 @@ def ragged_prompts(count: int, longest: int, seed: int = 0) -> list[list[int]]:
 
 
 def reference_tokens(directory: Path, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
-    """Greedy tokens of Transformers' generate in float32, each prompt alone; the end of sequence is an ordinary token."""
+    """Greedy tokens of Transformers' generate in float32, each prompt alone; end of sequence is a token like others."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
     model.generation_config.eos_token_id = None
     answers = []

@@ -17,9 +17,7 @@ from flexgen_lite.workers.weight_map import Binding, map_weights
 from tests.meta_model import build_on_meta, decoder_layers
 
 
-def attach_message(
-    units: tuple[UnitSpec, ...], files: tuple[str, ...], load_format: str = "auto"
-) -> AttachLoader:
+def attach_message(units: tuple[UnitSpec, ...], files: tuple[str, ...], load_format: str = "auto") -> AttachLoader:
     """One slot per unit, one after another."""
     offsets = [0]
     for unit in units:
@@ -44,9 +42,7 @@ def load_units(attach: AttachLoader) -> mmap.mmap:
     return arena
 
 
-def load_model(
-    directory: Path, dtype: torch.dtype
-) -> tuple[PreTrainedModel, tuple[UnitSpec, ...], tuple[str, ...]]:
+def load_model(directory: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, tuple[UnitSpec, ...], tuple[str, ...]]:
     """The model with its weights bound to slots, its units, and the warnings."""
     config: Any = AutoConfig.from_pretrained(directory)
     model = build_on_meta(config, dtype)

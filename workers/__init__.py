@@ -1,1 +1,1 @@
-"""The worker programs: disk loader, CPU attention, compute. Each runs as its own process, started by the coordinator."""
+"""The worker programs: disk loader, CPU attention, compute. Each is a process that the coordinator starts."""

@@ -37,9 +37,7 @@ class AttentionWorker:
         start_ns = time.monotonic_ns()
         self._state.attend(message)
         end_ns = time.monotonic_ns()
-        self._context.post(
-            messages.Attended(message.pass_id, message.layer, message.micro_batch, start_ns, end_ns)
-        )
+        self._context.post(messages.Attended(message.pass_id, message.layer, message.micro_batch, start_ns, end_ns))
 
 
 if __name__ == "__main__":

@@ -75,16 +75,12 @@ def flexgen_lite_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     if attention_mask is not None:
-        raise UserError(
-            f"{type(module).__name__} masks attention in a way of its own, which is not supported"
-        )
+        raise UserError(f"{type(module).__name__} masks attention in a way of its own, which is not supported")
     if getattr(module, "is_causal", True) is False or kwargs.get("is_causal") is False:
         raise UserError(f"{type(module).__name__} is bidirectional: every token sees those behind it")
     unknown = sorted(k for k, v in kwargs.items() if v is not None and k not in KNOWN_ARGUMENTS)
     if unknown:
-        raise UserError(
-            f"{type(module).__name__} wants attention with {', '.join(unknown)}, which is not supported"
-        )
+        raise UserError(f"{type(module).__name__} wants attention with {', '.join(unknown)}, which is not supported")
     current = greenlet.getcurrent()
     assert isinstance(current, ModelGreenlet), "attention outside of a model greenlet"
     call = AttentionCall(
@@ -121,7 +117,7 @@ def describe(model: PreTrainedModel, layers: nn.ModuleList) -> tuple[AttentionSp
     The weights are zeros in memory that is never written and so takes no RAM. Raises UserError for a layer without
     exactly one attention call.
     """
-    trial = _Trial(lambda: _run_trial(model, layers, trial))
+    trial: _Trial = _Trial(lambda: _run_trial(model, layers, trial))
     trial.calls = []
     with _zero_weights(model):
         trial.switch()

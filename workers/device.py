@@ -58,7 +58,9 @@ class CudaDevice:
 
     def __init__(self, name: str) -> None:
         if not torch.cuda.is_available():
-            raise UserError(f"device {name} was asked for, but torch {torch.__version__} sees no CUDA GPU: use device cpu")
+            raise UserError(
+                f"device {name} was asked for, but torch {torch.__version__} sees no CUDA GPU: use device cpu"
+            )
         self.torch_device = torch.device(name)
         torch.cuda.set_device(self.torch_device)
         self.name = torch.cuda.get_device_name(self.torch_device)
@@ -79,7 +81,10 @@ class CudaDevice:
             chunk = arena[first : first + REGISTER_CHUNK]
             code = int(runtime.cudaHostRegister(chunk.data_ptr(), chunk.numel(), 0))
             if code != 0:
-                return f"cannot page-lock {arena.numel()} bytes (CUDA error {code}), copies will be slow: raise `ulimit -l`"
+                return (
+                    f"cannot page-lock {arena.numel()} bytes (CUDA error {code}), "
+                    "copies will be slow: raise `ulimit -l`"
+                )
         return None
 
     def to_host(self, host: torch.Tensor, value: torch.Tensor) -> None:

@@ -45,7 +45,7 @@ def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
     if name is None:
         raise UserError(f"Transformers {transformers.__version__} has no causal language model for {kind!r}")
-    cls = getattr(transformers, name[0] if isinstance(name, tuple) else name)
+    cls: type[PreTrainedModel] = getattr(transformers, name[0] if isinstance(name, tuple) else name)
     if not getattr(config, "is_decoder", True) and _may_be_bidirectional(cls):
         raise UserError(f"{cls.__name__} is bidirectional: every token sees those behind it")
     if getattr(cls, "_is_stateful", False):
@@ -58,7 +58,9 @@ def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     other = sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS)
     if other:
         raise UserError(f"{cls.__name__} has layers of type {', '.join(other)}, which are not supported")
-    senses = [key for key in config.sub_configs if any(sense in key for sense in ("vision", "audio", "image", "speech"))]
+    senses = [
+        key for key in config.sub_configs if any(sense in key for sense in ("vision", "audio", "image", "speech"))
+    ]
     if config.get_text_config() is not config or senses:
         raise UserError(f"{cls.__name__} is multimodal; give the text model's own checkpoint")
     if getattr(config, "quantization_config", None) is not None:
@@ -74,8 +76,7 @@ def _may_be_bidirectional(cls: type[PreTrainedModel]) -> bool:
 def build(config: PreTrainedConfig, dtype: torch.dtype, attention: str = ATTENTION_NAME) -> PreTrainedModel:
     """The model of `config` in evaluation mode: parameters on meta, buffers real, weights tied as the config says."""
     cls = causal_lm_class(config)
-    # transformers' no_init_weights has no type hints
-    with _parameters_on_meta(), no_init_weights():  # type: ignore[no-untyped-call]
+    with _parameters_on_meta(), no_init_weights():
         model: PreTrainedModel = cls._from_config(config, dtype=dtype, attn_implementation=attention)
     model.tie_weights()
     return model.eval().requires_grad_(False)
@@ -89,7 +90,7 @@ def _parameters_on_meta() -> Iterator[None]:
     def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
         register(module, name, None if param is None else nn.Parameter(param.to("meta"), requires_grad=False))
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:

@@ -19,7 +19,14 @@ from flexgen_lite.workers.serve import UserError
 from flexgen_lite.workers.weight_map import Binding, map_weights
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+)
 
 
 @dataclass
@@ -53,7 +60,6 @@ def open_model(order: OpenModel, device: Device, run_dir: str) -> OpenedModel:
     limit, warning = model_builder.max_length(config)
     if order.max_model_len is not None and order.max_model_len > limit:
         raise UserError(f"max_model_len {order.max_model_len} is over the model's limit of {limit}: lower it")
-    linears = [m.weight.shape[0] for m in layers[0].modules() if isinstance(getattr(m, "weight", None), nn.Parameter)]
     spec = ModelSpec(
         model_type=config.model_type,
         class_name=type(model).__name__,
@@ -61,7 +67,7 @@ def open_model(order: OpenModel, device: Device, run_dir: str) -> OpenedModel:
         num_layers=len(layers),
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
-        intermediate_size=max([config.hidden_size, *linears]),
+        intermediate_size=_widest(layers, getattr(config, "num_experts_per_tok", None) or 1),
         max_length=order.max_model_len or limit,
         eos_token_ids=model_builder.eos_token_ids(str(directory), config),
         bos_token_id=config.bos_token_id,
@@ -72,6 +78,12 @@ def open_model(order: OpenModel, device: Device, run_dir: str) -> OpenedModel:
         warnings=(*warnings, *([warning] if warning else [])),
     )
     return OpenedModel(model, layers, Binding(model, layers, units), spec, _tokenizer_file(directory, run_dir))
+
+
+def _widest(layers: nn.ModuleList, experts: int) -> int:
+    """Most outputs that a token has from one product: of a matrix, or of the experts that it goes through."""
+    widths = [p.shape[-2] * (experts if p.dim() == 3 else 1) for p in layers.parameters() if p.dim() >= 2]
+    return max(widths)
 
 
 def _directory(model: str) -> Path:

@@ -12,7 +12,9 @@ from flexgen_lite.workers.attention_call import AttentionCall
 BLOCK_ROWS = 128
 
 
-def causal_attention(call: AttentionCall, rows: slice, keys_GSD: torch.Tensor, values_GSE: torch.Tensor) -> torch.Tensor:
+def causal_attention(
+    call: AttentionCall, rows: slice, keys_GSD: torch.Tensor, values_GSE: torch.Tensor
+) -> torch.Tensor:
     """Attention of `call`'s query rows, which are the last of the S tokens whose keys and values are given.
 
     Returns `[T, H, E]`. Blocks of query rows meet only the keys that they may see, so the causal half that is masked

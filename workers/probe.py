@@ -21,8 +21,8 @@ from flexgen_lite.workers.serve import UserError
 
 TESTED_TYPES: frozenset[str] = frozenset(
     {
-        "opt", "gpt2", "gpt_neox", "gpt_bigcode", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma2",
-        "gemma3_text", "phi", "phi3", "gpt_oss", "olmo2", "starcoder2", "cohere", "granite", "deepseek_v3",
+        "opt", "gpt2", "gpt_neox", "gpt_bigcode", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral",
+        "gemma2", "gemma3_text", "phi", "phi3", "gpt_oss", "olmo2", "starcoder2", "cohere", "granite", "deepseek_v3",
     }
 )  # fmt: skip
 TOLERANCE = 2e-3  # of the largest logit; a wrong mask or position is off by far more

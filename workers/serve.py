@@ -127,7 +127,9 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--name", required=True)
     parser.add_argument("--endpoint", required=True)
     parser.add_argument("--parent", type=int, required=True, help="process id of the coordinator")
-    parser.add_argument("--lifeline", type=int, required=True, help="read end of a pipe that the coordinator holds open")
+    parser.add_argument(
+        "--lifeline", type=int, required=True, help="read end of a pipe that the coordinator holds open"
+    )
     parser.add_argument("--run-dir", required=True)
     parser.add_argument("--arena", action="append", default=[], metavar="NAME=FD")
     return parser.parse_args()

@@ -187,6 +187,4 @@ def _messy_phone(rng: random.Random, country: Country, national: str) -> str:
         return prefix + rng.choice((f" {area} {local}", f" ({area}) {local}", f" {area}{local}"))
     area = country.trunk + area
     number = rng.choice((f"{area} {local}", f"({area}) {local}", f"{area}/{local}", f"{area}{local}"))
-    return rng.choice(
-        (f"{number} [{country.code}]", f"{number} ({country.code})", f"[{country.code}] {number}")
-    )
+    return rng.choice((f"{number} [{country.code}]", f"{number} ({country.code})", f"[{country.code}] {number}"))

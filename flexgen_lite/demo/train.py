@@ -94,9 +94,7 @@ def train(recipe: Recipe, out: Path, resume: bool) -> Progress:
     tokenizer = build_tokenizer()
     model = build_model(recipe, tokenizer.get_vocab_size())
     optimizers = build_optimizers(model, recipe)
-    validation = make_batches(
-        tokenizer, generate(VALIDATION_SEED, recipe.validation_records, "held_out"), recipe.batch
-    )
+    validation = make_batches(tokenizer, generate(VALIDATION_SEED, recipe.validation_records, "held_out"), recipe.batch)
     state_path = out.with_name(out.name + ".state.pt")
     progress = load_state(state_path, model, optimizers) if resume else Progress()
     print(f"{sum(p.numel() for p in model.parameters())} parameters, from step {progress.step}", flush=True)
@@ -140,9 +138,7 @@ def take_step(
     return loss.item()
 
 
-def save_state(
-    path: Path, model: OPTForCausalLM, optimizers: list[torch.optim.Optimizer], progress: Progress
-) -> None:
+def save_state(path: Path, model: OPTForCausalLM, optimizers: list[torch.optim.Optimizer], progress: Progress) -> None:
     """Write all that `load_state` needs."""
     state = {
         "model": model.state_dict(),

@@ -49,7 +49,9 @@ def test_stop_tokens_min_tokens_and_max_tokens(engine: FlexGenLite) -> None:
     free = list(engine.generate(prompt, GREEDY).token_ids)
     stop = free[3]
     first = free.index(stop)
-    stopped = engine.generate(prompt, SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, stop_token_ids=[stop]))
+    stopped = engine.generate(
+        prompt, SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, stop_token_ids=[stop])
+    )
     assert (list(stopped.token_ids), stopped.finish_reason) == (free[: first + 1], "stop")
     later = engine.generate(
         prompt, SamplingParams(max_tokens=8, min_tokens=6, temperature=0, ignore_eos=True, stop_token_ids=[stop])
@@ -107,7 +109,8 @@ def test_a_cancelled_job_ends_and_the_others_go_on(engine: FlexGenLite) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "word"), [("bloom", "BloomForCausalLM"), ("mamba", "other state"), ("bert", "bidirectional"), ("t5", "encoder")]
+    ("family", "word"),
+    [("bloom", "BloomForCausalLM"), ("mamba", "other state"), ("bert", "bidirectional"), ("t5", "encoder")],
 )
 def test_classes_that_cannot_be_served_are_refused(family: str, word: str, tmp_path: Path) -> None:
     from transformers import AutoConfig

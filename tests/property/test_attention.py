@@ -28,9 +28,7 @@ tokens = st.integers(0, 70) | st.sampled_from([480, 511, 512, 513, 1023, 1024, 1
 sequences = st.builds(Sequence, tokens, st.just(1) | st.integers(1, 40), st.booleans())
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
-)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(
     spec=specs(),
     sequences=st.lists(sequences, min_size=1, max_size=4),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 
@@ -41,7 +42,9 @@ class Machine:
         for order in orders:
             match order:
                 case LoadUnit():
-                    busy = {o.slot for o in self.uploading} | ({o.slot for o in self.segments} if not self.staged else set())
+                    busy = {o.slot for o in self.uploading} | (
+                        {o.slot for o in self.segments} if not self.staged else set()
+                    )
                     assert order.slot not in busy, "a slot is overwritten while it is read"
                     self.host.pop(order.slot, None)
                     self.loading.append(order)
@@ -164,5 +167,5 @@ def test_resident_layers_are_spread_evenly(sizes: tuple[int, int]) -> None:
     count, total = sizes
     layers = spread_evenly(count, total)
     assert len(layers) == count
-    gaps = [b - a for a, b in zip(layers, layers[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(layers)]
     assert not gaps or max(gaps) - min(gaps) <= 1

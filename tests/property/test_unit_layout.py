@@ -37,9 +37,7 @@ def sources(draw: st.DrawFn) -> list[TensorSource]:
 
 def check(unit: UnitSpec, given_sources: list[TensorSource]) -> None:
     assert unit.num_bytes % BLOCK_BYTES == 0
-    assert [(t.name, t.dtype, t.shape) for t in unit.tensors] == [
-        (s.name, s.dtype, s.shape) for s in given_sources
-    ]
+    assert [(t.name, t.dtype, t.shape) for t in unit.tensors] == [(s.name, s.dtype, s.shape) for s in given_sources]
 
     spans = [(extent.slot_offset, extent.slot_offset + extent.num_bytes) for extent in unit.extents]
     for extent in unit.extents:
@@ -61,9 +59,7 @@ def check(unit: UnitSpec, given_sources: list[TensorSource]) -> None:
         (piece,) = tensor.pieces
         assert piece.source_dtype == tensor.dtype and not piece.views
         (extent,) = (
-            e
-            for e in unit.extents
-            if e.file == piece.file and 0 <= piece.offset - e.file_offset < e.num_bytes
+            e for e in unit.extents if e.file == piece.file and 0 <= piece.offset - e.file_offset < e.num_bytes
         )
         assert piece.offset + piece.num_bytes <= extent.file_offset + extent.num_bytes
         assert tensor.offset - extent.slot_offset == piece.offset - extent.file_offset

@@ -168,9 +168,7 @@ def test_broken_index(model: Path, text: bytes) -> None:
     refused(model, "index.json", "download")
 
 
-@pytest.mark.parametrize(
-    "contents", [b"", b"abc", (1 << 40).to_bytes(8, "little"), b"version https://git-lfs"]
-)
+@pytest.mark.parametrize("contents", [b"", b"abc", (1 << 40).to_bytes(8, "little"), b"version https://git-lfs"])
 def test_no_header(model: Path, contents: bytes) -> None:
     (model / "model.safetensors").write_bytes(contents)
     refused(model, "model.safetensors", "git lfs pull" if contents.startswith(b"version") else "cut off")

@@ -27,8 +27,11 @@ def imported(path: Path) -> set[str]:
 @pytest.mark.parametrize("name", PURE)
 def test_pure_logic_is_pure(name: str) -> None:
     allowed = tuple(f"flexgen_lite.{module}" for module in PURE)
-    foreign = {n for n in imported(ROOT / "flexgen_lite" / f"{name}.py") if n.split(".")[0] not in
-               {"__future__", "collections", "dataclasses", "typing", "math"}}
+    foreign = {
+        n
+        for n in imported(ROOT / "flexgen_lite" / f"{name}.py")
+        if n.split(".")[0] not in {"__future__", "collections", "dataclasses", "typing", "math"}
+    }
     assert all(n.startswith(allowed) or n.removeprefix("flexgen_lite.").split(".")[0] in PURE for n in foreign), foreign
 
 

@@ -53,9 +53,7 @@ def run(message: AttachLoader, *orders: Load) -> mmap.mmap:
 
 def loaded(arena: mmap.mmap, tensor: TensorSpec, slot_offset: int = 0) -> torch.Tensor:
     start = slot_offset + tensor.offset
-    data = torch.frombuffer(
-        bytearray(arena[start : start + tensor.num_bytes]), dtype=getattr(torch, tensor.dtype)
-    )
+    data = torch.frombuffer(bytearray(arena[start : start + tensor.num_bytes]), dtype=getattr(torch, tensor.dtype))
     return data.reshape(tensor.shape)
 
 
@@ -91,11 +89,7 @@ def test_direct_extents_up_to_the_end_of_the_file(tail: int, tmp_path: Path) -> 
 def test_casts(source: str, target: str, tmp_path: Path) -> None:
     """Every 16-bit pattern and a million random float32 ones: as torch casts them, but for NaN payloads."""
     count = 65536 if source != "float32" else 1 << 20
-    stored = (
-        np.arange(65536, dtype=np.uint16).tobytes()
-        if source != "float32"
-        else random_bytes(count * 4, seed=3)
-    )
+    stored = np.arange(65536, dtype=np.uint16).tobytes() if source != "float32" else random_bytes(count * 4, seed=3)
     (tmp_path / "w").write_bytes(b"abc" * 2 + stored)
     tensor = TensorSource("a", target, (count // 64, 64), (piece(6, (count // 64, 64), source),))
     unit = layout_unit(
@@ -165,9 +159,7 @@ def test_views_and_regions(name: str, target: str, tmp_path: Path) -> None:
 def test_chunks_stay_within_the_bounce_buffer() -> None:
     """Large pieces are cut wherever their views allow it, and neighbours are read at once."""
     limit = 1 << 20
-    big = TensorSource(
-        "big", "bfloat16", (50_000, 2000), (piece(4000, (2000, 50_000), views=(("transpose", 0, 1),)),)
-    )
+    big = TensorSource("big", "bfloat16", (50_000, 2000), (piece(4000, (2000, 50_000), views=(("transpose", 0, 1),)),))
     small = [TensorSource(f"small.{i}", "bfloat16", (64,), (piece(64 + 128 * i, (64,)),)) for i in range(8)]
     batches = plan_batches(layout_unit("u", [big, *small]), limit)
     assert max(batch.num_bytes for batch in batches) <= limit
@@ -175,9 +167,7 @@ def test_chunks_stay_within_the_bounce_buffer() -> None:
     chunks = [chunk for batch in batches for chunk in batch.chunks if chunk.offset >= 4000]
     assert sum(chunk.num_bytes for chunk in chunks) == 2000 * 50_000 * 2
     assert all(
-        b.offset <= c.offset and c.offset + c.num_bytes <= b.offset + b.num_bytes
-        for b in batches
-        for c in b.chunks
+        b.offset <= c.offset and c.offset + c.num_bytes <= b.offset + b.num_bytes for b in batches for c in b.chunks
     )
 
 
@@ -189,9 +179,7 @@ def test_a_piece_too_large_to_cut_is_converted_in_one_go(tmp_path: Path, small_c
     )
     data = random_bytes(100 * 300 * 2)
     (tmp_path / "w").write_bytes(data)
-    unit = layout_unit(
-        "u", [TensorSource("a", "float16", (300, 1, 50), (piece(0, (100, 300), views=views),))]
-    )
+    unit = layout_unit("u", [TensorSource("a", "float16", (300, 1, 50), (piece(0, (100, 300), views=views),))])
     assert plan_batches(unit, 16384)[0].num_bytes > 16384
     got = loaded(run(attach((unit,), tmp_path / "w"), Load(0, 0)), unit.tensors[0])
     expected = np.frombuffer(data, np.uint16).reshape(100, 300).T.reshape(300, 2, 50)[:, :1]
@@ -209,9 +197,7 @@ def test_file_that_changes_is_an_error(tmp_path: Path) -> None:
     state = LoaderState(message, mmap.mmap(-1, message.arena_bytes))
     state.load(Load(0, 0))
     os.truncate(tmp_path / "w", 1000)
-    with pytest.raises(
-        CheckpointError, match=r"w changed while it was in use \(200000 bytes at the start, 1000 now\)"
-    ):
+    with pytest.raises(CheckpointError, match=r"w changed while it was in use \(200000 bytes at the start, 1000 now\)"):
         state.load(Load(0, 1))
     state.close()
 
@@ -266,9 +252,7 @@ def test_without_direct_reads(
         return real_preadv(descriptor, buffers, position)
 
     if refuses == "open":
-        monkeypatch.setattr(
-            disk_reader.os, "open", lambda path, flags: without_direct_open(real_open, path, flags)
-        )
+        monkeypatch.setattr(disk_reader.os, "open", lambda path, flags: without_direct_open(real_open, path, flags))
     else:
         monkeypatch.setattr(disk_reader.os, "preadv", preadv)
     arena = run(attach((unit,), tmp_path / "w"), Load(0, 0), Load(0, 0))
@@ -332,9 +316,7 @@ def test_light_imports() -> None:
         "import sys, flexgen_lite.workers.loader_state\n"
         "print([name for name in ('torch', 'numba') if name in sys.modules])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
 
 

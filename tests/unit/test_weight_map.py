@@ -30,16 +30,14 @@ from flexgen_lite.workers.weight_map import Binding, map_weights
 from tests.meta_model import build_on_meta, decoder_layers
 from tests.weights_roundtrip import assert_same_weights, attach_message, load_model, load_units
 
-SMALL: dict[str, Any] = dict(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+SMALL: dict[str, Any] = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA: dict[str, Any] = dict(SMALL, intermediate_size=48, num_key_value_heads=2)
 CONFIGS: dict[str, PretrainedConfig] = {
     "opt": OPTConfig(**SMALL, ffn_dim=48, max_position_embeddings=64, word_embed_proj_dim=32),
     "llama": LlamaConfig(**LLAMA),
     "llama-tied": LlamaConfig(**LLAMA, tie_word_embeddings=True),
     "mixtral": MixtralConfig(**LLAMA, num_local_experts=4),
-    "qwen3_moe": Qwen3MoeConfig(
-        **LLAMA, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8
-    ),
+    "qwen3_moe": Qwen3MoeConfig(**LLAMA, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8),
     "gpt2": GPT2Config(vocab_size=96, n_positions=64, n_embd=32, n_layer=2, n_head=4),
     "deepseek_v3": DeepseekV3Config(
         **dict(LLAMA, num_key_value_heads=4),
@@ -61,9 +59,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
 }
 
 
-def save_random(
-    config: PretrainedConfig, directory: Path, dtype: torch.dtype, **options: Any
-) -> PreTrainedModel:
+def save_random(config: PretrainedConfig, directory: Path, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
     """A model whose every tensor, norms and buffers too, is random."""
     torch.manual_seed(7)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config).to(dtype)
@@ -94,9 +90,7 @@ def test_same_as_from_pretrained(family: str, dtype: torch.dtype, tmp_path: Path
     assert_same_weights(model, from_pretrained(tmp_path, dtype))
     assert not warnings
     assert len(units) == 3
-    assert sum(len(unit.tensors) for unit in units) == len(
-        {id(p) for p in model.state_dict(keep_vars=True).values()}
-    )
+    assert sum(len(unit.tensors) for unit in units) == len({id(p) for p in model.state_dict(keep_vars=True).values()})
 
 
 @pytest.mark.parametrize("family", ["opt", "llama", "gpt2", "phi3", "gpt_neox"])
@@ -148,9 +142,7 @@ def test_tied_weights_both_stored(equal: bool, tmp_path: Path) -> None:
     rewrite(tmp_path, add_head)
     model, units, _ = load_model(tmp_path, torch.float32)
     assert_same_weights(model, from_pretrained(tmp_path, torch.float32))
-    assert sum("embed_tokens" in t.name or "lm_head" in t.name for t in units[-1].tensors) == (
-        1 if equal else 2
-    )
+    assert sum("embed_tokens" in t.name or "lm_head" in t.name for t in units[-1].tensors) == (1 if equal else 2)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert tied is equal
 
@@ -194,9 +186,7 @@ def test_old_rotary_buffers_are_no_warning(tmp_path: Path) -> None:
 def test_missing_tensor(tmp_path: Path) -> None:
     save_random(CONFIGS["llama"], tmp_path, torch.float32)
     rewrite(tmp_path, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
-    with pytest.raises(
-        CheckpointError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight .*model\.safetensors"
-    ):
+    with pytest.raises(CheckpointError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight .*model\.safetensors"):
         load_model(tmp_path, torch.float32)
 
 
@@ -217,9 +207,7 @@ def test_wrong_shape(tmp_path: Path) -> None:
 
 def test_wrong_kind_of_number(tmp_path: Path) -> None:
     save_random(CONFIGS["llama"], tmp_path, torch.float32)
-    rewrite(
-        tmp_path, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(96, 32, dtype=torch.int32)})
-    )
+    rewrite(tmp_path, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(96, 32, dtype=torch.int32)}))
     with pytest.raises(CheckpointError, match="int32 and the model wants float32"):
         load_model(tmp_path, torch.float32)
 

@@ -1,0 +1,1 @@
+"""Measurements, each of ours against a peer in one run."""
