@@ -44,12 +44,15 @@ def run_on_endpoint(endpoint: str, model: str | None, input_file: Path, output_f
 
 def _run(client: Client, input_file: Path, output_file: Path, overwrite: bool) -> None:
     run = BatchRun(client, input_file, output_file, overwrite=overwrite, warn=lambda text: log(f"warning: {text}"))
+    print(watch(run).summary(), flush=True)
+
+
+def watch(run: BatchRun) -> Progress:
+    """Run to the end with a progress bar, or with log lines where there is no terminal."""
     if sys.stderr.isatty():
         with _bar() as show:
-            last = run.run(show, _BAR_SECONDS)
-    else:
-        last = run.run(lambda progress: log(str(progress)), _LOG_SECONDS)
-    print(last.summary(), flush=True)
+            return run.run(show, _BAR_SECONDS)
+    return run.run(lambda progress: log(str(progress)), _LOG_SECONDS)
 
 
 @contextmanager
