@@ -27,9 +27,7 @@ from flexgen_lite.messages import AttachAttention, Attend, BeginAttention, Excha
 from flexgen_lite.model_spec import ITEM_BYTES, AttentionSpec
 from flexgen_lite.workers.attention_state import AttentionState
 
-Contestants = dict[
-    str, tuple[Callable[[int], object], int]
-]  # what to call with a round's number, and bytes it reads
+Contestants = dict[str, tuple[Callable[[int], object], int]]  # what to call with a round's number, and bytes it reads
 
 PAGE_TOKENS = 16
 BUFFER_BYTES = 512 << 20
@@ -67,9 +65,7 @@ def kernel_contestant(
     order = np.random.default_rng(0).permutation(batch * pages).reshape(batch, pages)
     spans = tuple(KvSpan(b, 1, tokens - 1, True, tuple(int(p) for p in order[b])) for b in range(batch))
     state.begin(BeginAttention(0, threads, (KvBatch(0, 0, spans),)))
-    return lambda i: state.attend(Attend(0, i % len(layers), 0)), batch * tokens * spec.kv_width * ITEM_BYTES[
-        dtype
-    ]
+    return lambda i: state.attend(Attend(0, i % len(layers), 0)), batch * tokens * spec.kv_width * ITEM_BYTES[dtype]
 
 
 def torch_contestant(
@@ -100,9 +96,7 @@ def measure(contestants: Contestants, repeats: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args()

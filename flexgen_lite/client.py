@@ -16,8 +16,6 @@ from flexgen_lite.messages import Status, Welcome
 from flexgen_lite.sampling_params import GREEDY, SamplingParams
 
 
-
-
 class Client:
     """Submits requests to the engine at an endpoint. May be used by several threads, for several jobs at once.
 

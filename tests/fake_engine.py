@@ -11,8 +11,8 @@ from typing import Any, Self
 import zmq
 
 from flexgen_lite.codec import Codec
-from flexgen_lite.messages import PROTOCOL
 from flexgen_lite.messages import (
+    PROTOCOL,
     Cancel,
     Connect,
     GetStatus,

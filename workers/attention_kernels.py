@@ -178,9 +178,7 @@ def _load_queries(exchange, region, unit, shape, head, work, at):  # type: ignor
         scale = scale * _TWO / shape.softcap
     for i in range(unit.last - unit.first):
         row, member = (unit.first + i) // group, (unit.first + i) % group
-        source = (
-            region + shape.q + ((unit.row + row) * shape.num_heads + head * group + member) * shape.head_dim
-        )
+        source = region + shape.q + ((unit.row + row) * shape.num_heads + head * group + member) * shape.head_dim
         to = at.query + i * at.key_stride
         part = work[to : to + shape.head_dim]
         _widen(exchange[source : source + shape.head_dim], shape.half, part)
@@ -278,9 +276,7 @@ def _attend_block(kv, pages, unit, shape, head, work, at, block, start, stop, en
         keep = _exp2(m - new_m)
         work[at.m + i], work[at.keep + i] = new_m, keep
         work[at.l + i] = work[at.l + i] * keep + total
-    _load_rows(
-        kv, shape.values, pages, shape, head, shape.value_dim, start, stop, work, value_to, at.value_stride
-    )
+    _load_rows(kv, shape.values, pages, shape, head, shape.value_dim, start, stop, work, value_to, at.value_stride)
     _prefetch_rows(kv, shape.keys, pages, shape, head, shape.head_dim, ahead, far)
     _add_values(work, at, count, start - block, stop - block)
 
@@ -356,9 +352,7 @@ def _attend_item(kv, exchange, floats, region, all_pages, unit, shape, head, wor
             work[at.total_m + i], work[at.total_l + i] = m, l
     for i in range(count):
         total = work[at.total + i * stride : at.total + (i + 1) * stride]
-        _write(
-            exchange, floats, region, unit, i, shape, head, total, work[at.total_m + i], work[at.total_l + i]
-        )
+        _write(exchange, floats, region, unit, i, shape, head, total, work[at.total_m + i], work[at.total_l + i])
 
 
 @_kernel

@@ -194,9 +194,7 @@ def narrow_bfloat16(typing: Any, x: Any, like: Any) -> Any:
         odd = builder.and_(builder.lshr(bits, _I32(16)), _I32(1))
         rounded = builder.add(builder.add(bits, _I32(0x7FFF)), odd)
         is_nan = builder.icmp_unsigned(">", builder.and_(bits, _I32(0x7FFFFFFF)), _I32(0x7F800000))
-        return builder.trunc(
-            builder.lshr(builder.select(is_nan, _I32(0x7FC00000), rounded), _I32(16)), ir.IntType(16)
-        )
+        return builder.trunc(builder.lshr(builder.select(is_nan, _I32(0x7FC00000), rounded), _I32(16)), ir.IntType(16))
 
     return like(x, like), generate
 

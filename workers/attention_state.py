@@ -200,9 +200,7 @@ class AttentionState:
     def _check(self, micro_batch: int, span: KvSpan) -> None:
         kv, what = self._attach.kv, f"micro-batch {micro_batch}, span at row {span.row}"
         if span.row < 0 or span.num_rows < 1 or span.row + span.num_rows > self._attach.exchange.max_tokens:
-            raise ValueError(
-                f"{what}: {span.num_rows} rows, the regions have {self._attach.exchange.max_tokens}"
-            )
+            raise ValueError(f"{what}: {span.num_rows} rows, the regions have {self._attach.exchange.max_tokens}")
         held = len(span.pages) * kv.page_tokens
         if span.position < 0 or span.position + span.num_rows > held:
             raise ValueError(

@@ -104,9 +104,7 @@ def _chunks(tensor: TensorSpec, piece: Piece, limit: int) -> Iterator[Chunk]:
     region: tuple[Any, ...] = (*(slice(start, stop) for start, stop in piece.region), ...)
     target = whole[region]
 
-    def chunk(
-        offset: int, shape: tuple[int, ...], views: tuple[tuple[str | int, ...], ...], part: Bits
-    ) -> Chunk:
+    def chunk(offset: int, shape: tuple[int, ...], views: tuple[tuple[str | int, ...], ...], part: Bits) -> Chunk:
         return Chunk(
             file=piece.file,
             offset=offset,
@@ -139,9 +137,7 @@ def _chunks(tensor: TensorSpec, piece: Piece, limit: int) -> Iterator[Chunk]:
     for lead in itertools.product(*(range(start, stop) for start, stop in box[:k])):
         for first in range(*box[k], rows):
             last = min(first + rows, box[k][1])
-            offset = (
-                piece.offset + first * strides[k] + sum(i * s for i, s in zip(lead, strides, strict=False))
-            )
+            offset = piece.offset + first * strides[k] + sum(i * s for i, s in zip(lead, strides, strict=False))
             place = tuple(index - start for index, (start, _) in zip(lead, box, strict=False))
             where: tuple[Any, ...] = (*place, slice(first - box[k][0], last - box[k][0]))
             part = target[where]

@@ -105,8 +105,7 @@ class DiskReader:
                     self._reopen_buffered(opened)
                     continue
                 raise CheckpointError(
-                    f"{opened.path}: reading {len(target)} bytes at {position} failed: "
-                    f"{error.strerror}; check the disk"
+                    f"{opened.path}: reading {len(target)} bytes at {position} failed: {error.strerror}; check the disk"
                 ) from error
 
     def _file(self, file: int) -> _OpenFile:
@@ -141,9 +140,7 @@ def _open(path: str) -> _OpenFile:
             direct = False
             descriptor = os.open(path, flags)
     except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be opened ({error.strerror}): restore it and start again"
-        ) from error
+        raise CheckpointError(f"{path} cannot be opened ({error.strerror}): restore it and start again") from error
     if not direct:
         _say_buffered(path)
     status = os.fstat(descriptor)
@@ -157,9 +154,7 @@ def _say_buffered(path: str) -> None:
     global _said_buffered
     if not _said_buffered:
         _said_buffered = True
-        logger.warning(
-            "%s: its file system has no direct reads; reading through the page cache, which is slower", path
-        )
+        logger.warning("%s: its file system has no direct reads; reading through the page cache, which is slower", path)
 
 
 def split_order(order: ReadOrder, num_bytes: int = READ_BYTES) -> list[ReadOrder]:

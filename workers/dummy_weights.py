@@ -16,9 +16,7 @@ import numpy as np
 from flexgen_lite.model_spec import ITEM_BYTES, UnitSpec
 from flexgen_lite.workers.weight_cast import Bits, bits_type
 
-PATTERN_ELEMENTS = (
-    131_071  # a prime: the rows of a matrix do not line up with the pattern; it stays in the L2 cache
-)
+PATTERN_ELEMENTS = 131_071  # a prime: the rows of a matrix do not line up with the pattern; it stays in the L2 cache
 FILL_BYTES = 8 << 20
 _LIMIT = 0.02 * 3**0.5
 _FLOATS = ("float32", "bfloat16", "float16")
@@ -59,9 +57,7 @@ class DummyWeights:
                 else:
                     phase = zlib.crc32(f"{index}:{tensor.name}".encode())
             for start in range(0, tensor.num_bytes, FILL_BYTES):
-                shift = (
-                    None if phase is None else (phase + start // ITEM_BYTES[tensor.dtype]) % PATTERN_ELEMENTS
-                )
+                shift = None if phase is None else (phase + start // ITEM_BYTES[tensor.dtype]) % PATTERN_ELEMENTS
                 length = min(FILL_BYTES, tensor.num_bytes - start)
                 yield Fill(tensor.dtype, tensor.offset + start, length, shift, value)
 

@@ -38,9 +38,7 @@ class LoaderState:
         self._reader = DiskReader(attach.files)
         self._dummy = DummyWeights() if attach.load_format == "dummy" else None
         self._batches: dict[int, list[Batch]] = {}
-        self._chunk_bytes = min(
-            MAX_CHUNK_BYTES, BOUNCE_BYTES // attach.threads // mmap.PAGESIZE * mmap.PAGESIZE
-        )
+        self._chunk_bytes = min(MAX_CHUNK_BYTES, BOUNCE_BYTES // attach.threads // mmap.PAGESIZE * mmap.PAGESIZE)
         self._bounces: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
         self._num_bounces = 0
 
@@ -68,9 +66,7 @@ class LoaderState:
         small = [batch for batch in batches if batch.num_bytes <= self._chunk_bytes]
         self._reader.check_unchanged(files)
         self._make_bounces(min(len(small), self._attach.threads))
-        num_bytes = self._run(
-            [*self._read_tasks(order.unit, slot_offset), *self._convert_tasks(small, slot_offset)]
-        )
+        num_bytes = self._run([*self._read_tasks(order.unit, slot_offset), *self._convert_tasks(small, slot_offset)])
         for batch in batches:
             if batch.num_bytes > self._chunk_bytes:
                 num_bytes += self._convert_whole(batch, slot_offset)
@@ -115,9 +111,7 @@ class LoaderState:
     def _convert_whole(self, batch: Batch, slot_offset: int) -> int:
         """A piece that has to be in memory all at once, in a buffer of its own."""
         bounce = mmap.mmap(-1, batch.num_bytes)
-        orders = split_order(
-            ReadOrder(batch.file, batch.offset, batch.num_bytes, memoryview(bounce)), READ_BYTES
-        )
+        orders = split_order(ReadOrder(batch.file, batch.offset, batch.num_bytes, memoryview(bounce)), READ_BYTES)
         read = self._run([_bind(self._reader.read, order) for order in orders])
         for chunk in batch.chunks:
             chunk.convert(bounce, chunk.offset - batch.offset, self._arena, slot_offset)

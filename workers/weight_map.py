@@ -131,9 +131,7 @@ def _contents(checkpoint: Checkpoint, stored: StoredTensor) -> Iterator[bytes]:
 def _may_be_missing(model: PreTrainedModel, shared: _SharedTensor) -> bool:
     """True for a buffer that the class made with its value and allows checkpoints to lack."""
     patterns = model._keys_to_ignore_on_load_missing or ()
-    return not shared.tensor.is_meta and any(
-        re.search(pattern, name) for pattern in patterns for name in shared.names
-    )
+    return not shared.tensor.is_meta and any(re.search(pattern, name) for pattern in patterns for name in shared.names)
 
 
 def _missing_message(missing: Sequence[str], checkpoint: Checkpoint) -> str:
@@ -150,10 +148,7 @@ def _warnings(found: FoundWeights | None) -> tuple[str, ...]:
     if found is None or not found.unexpected:
         return ()
     names = ", ".join(found.unexpected[:3]) + (", ..." if len(found.unexpected) > 3 else "")
-    return (
-        f"{len(found.unexpected)} tensors of the checkpoint have no place in the model and are "
-        f"ignored: {names}",
-    )
+    return (f"{len(found.unexpected)} tensors of the checkpoint have no place in the model and are ignored: {names}",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,9 +175,7 @@ class Binding:
         for shared in _shared_tensors(model, layers):
             present = [name for name in shared.names if name in in_units]
             for name in present:
-                followers = (
-                    [other for other in shared.names if other not in in_units] if name == present[0] else []
-                )
+                followers = [other for other in shared.names if other not in in_units] if name == present[0] else []
                 unique = {
                     (id(module), attribute): (module, attribute)
                     for module, attribute in (_place(model, one) for one in (name, *followers))

@@ -42,8 +42,7 @@ class TargetDtypes:
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
         self._patterns: list[tuple[re.Pattern[str], torch.dtype]] = [
-            (re.compile(pattern.replace("*", ".*")), kept)
-            for pattern, kept in model._get_dtype_plan(dtype).items()
+            (re.compile(pattern.replace("*", ".*")), kept) for pattern, kept in model._get_dtype_plan(dtype).items()
         ]
 
     def of(self, name: str, tensor: torch.Tensor) -> torch.dtype:
@@ -143,9 +142,7 @@ def _check(checkpoint: Checkpoint, name: str, found: TracedTensor, wanted: torch
                 f"{', '.join(_FLOATS)} are supported, so save the model again in one of them"
             )
     if sum(math.prod(part.shape) for part in found.parts) != math.prod(wanted.shape):
-        raise CheckpointError(
-            f"{where}: the stored tensors do not fill all of {name}: download the checkpoint again"
-        )
+        raise CheckpointError(f"{where}: the stored tensors do not fill all of {name}: download the checkpoint again")
 
 
 def _without_known(model: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:

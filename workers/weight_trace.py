@@ -179,11 +179,7 @@ def _cut(parts: Sequence[Part], dim: int, start: int, stop: int) -> list[Part]:
         first, last = max(low, start), min(high, stop)
         if first >= last:
             continue
-        views = (
-            part.views
-            if (first, last) == (low, high)
-            else (*part.views, ("slice", dim, first - low, last - low))
-        )
+        views = part.views if (first, last) == (low, high) else (*part.views, ("slice", dim, first - low, last - low))
         region = (*part.region[:dim], (first - start, last - start), *part.region[dim + 1 :])
         kept.append(Part(part.stored, views, region))
     return kept

@@ -67,7 +67,7 @@ def opt_1_3b(tmp_path_factory: pytest.TempPathFactory) -> Path:
         file = f"model-{number + 1:05}-of-00004.safetensors"
         save_file(shard, directory / file)
         index |= dict.fromkeys(shard, file)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     return directory
 
 
