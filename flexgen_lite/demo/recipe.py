@@ -12,7 +12,7 @@ class Recipe:
     layers: int = 8
     ffn: int = 512
     head: int = 32
-    steps: int = 3000
+    steps: int = 1700
     batch: int = 32
     warmup_steps: int = 100
     adam_lr: float = 2e-3

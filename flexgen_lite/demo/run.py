@@ -31,7 +31,7 @@ def run_demo(records: int, ram: str | None) -> None:
     Raises:
         EngineError: the engine could not be started, or failed.
     """
-    config = EngineConfig(model=str(MODEL), ram=ram or RAM, layer_slots=2, dtype="float32")
+    config = EngineConfig(model=str(MODEL), ram=ram or RAM, layer_slots=3, dtype="float32")
     labelled = generate(SEED, records, "held_out")
     with tempfile.TemporaryDirectory() as folder:
         requests, results = Path(folder) / "records.jsonl", Path(folder) / "labels.jsonl"

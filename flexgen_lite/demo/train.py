@@ -19,8 +19,8 @@ from transformers import OPTForCausalLM
 from flexgen_lite.demo.batches import Batch, make_batches, training_batches
 from flexgen_lite.demo.card import write_card
 from flexgen_lite.demo.evaluate import measure
-from flexgen_lite.demo.model import build_model, save_model
 from flexgen_lite.demo.muon import Muon
+from flexgen_lite.demo.network import build_model, save_model
 from flexgen_lite.demo.recipe import Recipe
 from flexgen_lite.demo.records import generate
 from flexgen_lite.demo.tokenizer import build_tokenizer

@@ -54,8 +54,8 @@ def opt_1_3b(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     for layer in range(24):
         shard, at = shards[layer // 6], f"{prefix}layers.{layer}."
-        products = {"self_attn.q_proj": (2048, 2048), "self_attn.k_proj": (2048, 2048), "self_attn.v_proj": (2048, 2048),
-                    "self_attn.out_proj": (2048, 2048), "fc1": (8192, 2048), "fc2": (2048, 8192)}  # fmt: skip
+        square, attention = (2048, 2048), ("q_proj", "k_proj", "v_proj", "out_proj")
+        products = {f"self_attn.{name}": square for name in attention} | {"fc1": (8192, 2048), "fc2": (2048, 8192)}
         for number, (name, shape) in enumerate(products.items()):
             shard[f"{at}{name}.weight"] = tensor(10 * layer + number, *shape)
             shard[f"{at}{name}.bias"] = np.zeros(shape[0], np.float16)

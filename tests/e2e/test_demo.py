@@ -14,4 +14,4 @@ def test_the_demo_labels_records_rightly_within_its_budget() -> None:
     match = re.search(r"exact match\s*│\s*([\d.]+)%", run.stdout)
     assert match and float(match[1]) > 95, run.stdout
     assert re.search(r"records\s*│\s*120, 0 failed", run.stdout)
-    assert "streamed through 2 slots" in run.stderr
+    assert "streamed through 3 slots" in run.stderr
