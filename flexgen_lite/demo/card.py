@@ -24,8 +24,9 @@ tokenizer puts `<s>` in front.
 ```
 
 Lines have at most {max_chars} characters: a name, a date of birth and a telephone number, in any order.
-Letters are ASCII; dates are d.m.y, ISO or have the month's English name; the country is a code in brackets
-or an international prefix (DE, FR, GB, NL, SE, CH, ES, PL, US). Other input gets a confident wrong answer.
+Letters are ASCII; dates are d.m.y, ISO or have the month's English name, with days from 1 to 28 only; the
+country is a code in brackets or an international prefix (DE, FR, GB, NL, SE, CH, ES, PL, US). Other input,
+such as the 30th of a month, gets a confident wrong answer.
 
 ## Measured
 

@@ -17,7 +17,7 @@ ITERATIONS = 5
 def orthogonalise(matrices_NRC: Tensor) -> Tensor:
     """Return a stack of matrices [N, R, C], R <= C, with their singular values pushed towards 1."""
     a, b, c = QUINTIC
-    x_NRC = matrices_NRC / (matrices_NRC.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x_NRC: Tensor = matrices_NRC / (matrices_NRC.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(ITERATIONS):
         gram_NRR = x_NRC @ x_NRC.mT
         x_NRC = a * x_NRC + torch.baddbmm(b * gram_NRR, gram_NRR, gram_NRR, alpha=c) @ x_NRC
@@ -33,7 +33,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure is ever given
         """Take one step. Matrices taller than wide are handled transposed."""
         for group in self.param_groups:
             by_shape: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
@@ -50,8 +50,10 @@ class Muon(torch.optim.Optimizer):
             state = self.state[parameter]
             if not state:
                 state["momentum"] = torch.zeros_like(parameter)
-            state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-            direction = parameter.grad.lerp(state["momentum"], group["momentum"])
+            gradient = parameter.grad
+            assert gradient is not None, "only parameters with a gradient come here"
+            state["momentum"].lerp_(gradient, 1 - group["momentum"])
+            direction = gradient.lerp(state["momentum"], group["momentum"])
             directions.append(direction.mT if direction.shape[0] > direction.shape[1] else direction)
         for parameter, update in zip(parameters, orthogonalise(torch.stack(directions)), strict=True):
             rows, columns = parameter.shape

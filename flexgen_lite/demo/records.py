@@ -4,8 +4,8 @@
     {"name":"Maria Schmidt","born":"1987-02-03","phone":"+49301234567"}
 
 Each line determines its answer: day and month are told apart by the date's form, and the country by a
-code in brackets or by an international prefix. The answer's hash decides the split, so no held-out answer
-is ever an answer of the training split.
+code in brackets or by an international prefix. Days run from 1 to 28, so that every month has them. The
+answer's hash decides the split, so no held-out answer is ever an answer of the training split.
 """
 
 import json

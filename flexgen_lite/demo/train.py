@@ -57,7 +57,8 @@ def build_optimizers(model: OPTForCausalLM, recipe: Recipe) -> list[torch.optim.
 def logits_of(model: OPTForCausalLM, tokens_BT: Tensor) -> Tensor:
     """Return logits [B, T - 1, V]; padding is on the right, so the causal mask alone hides it."""
     inputs_BT = tokens_BT[:, :-1]
-    return model(input_ids=inputs_BT, attention_mask=torch.ones_like(inputs_BT), use_cache=False).logits
+    logits: Tensor = model(input_ids=inputs_BT, attention_mask=torch.ones_like(inputs_BT), use_cache=False).logits
+    return logits
 
 
 def loss_of(model: OPTForCausalLM, batch: Batch, prompt_weight: float) -> Tensor:
