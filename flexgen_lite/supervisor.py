@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from flexgen_lite.codec import Codec
 
 LAST_WORDS_BYTES = 4096
 STOP_SECONDS = 5.0
+GONE_SECONDS = 1.0  # between a socket's end and that of its process
 CODECS = {
     "loader": (Codec(messages.ToLoader), Codec(messages.FromLoader)),
     "attention": (Codec(messages.ToAttention), Codec(messages.FromAttention)),
@@ -60,6 +63,7 @@ class WorkerProcess:
         self.waiting_since = 0.0
         self._encoder, self._decoder = CODECS[kind]
         self._last_words = b""
+        self._before_hello: deque[bytes] = deque()  # a socket without a peer takes nothing
         address = f"ipc://{run_dir}/{name.replace(' ', '-')}.sock"
         self.socket = context.socket(zmq.PAIR)
         self.socket.linger = 0
@@ -89,7 +93,22 @@ class WorkerProcess:
             if self.outstanding == 0:
                 self.waiting_since = time.monotonic()
             self.outstanding += 1
-        self.socket.send(self._encoder.encode(message))
+        data = self._encoder.encode(message)
+        if self.greeted:
+            self._send_now(data)
+        else:
+            self._before_hello.append(data)
+
+    def _send_now(self, data: bytes) -> None:
+        """Never waits: the socket of a worker that is gone takes nothing."""
+        try:
+            self.socket.send(data, zmq.NOBLOCK)
+        except zmq.Again:
+            if select.select([self.pidfd], [], [], GONE_SECONDS)[0]:
+                raise self.death() from None
+            raise WorkerDied(
+                f"{self.name} (process {self.pid}) lives but takes no orders: {self.outstanding} wait"
+            ) from None
 
     def receive(self) -> Any:
         """The next message. Raises WorkerDied for a worker's own report of failure."""
@@ -99,6 +118,8 @@ class WorkerProcess:
             raise WorkerDied(text, message.details, message.user_error)
         if isinstance(message, messages.Hello):
             self.greeted = True
+            while self._before_hello:
+                self._send_now(self._before_hello.popleft())
         else:
             self.outstanding = max(0, self.outstanding - 1)
             self.waiting_since = time.monotonic()
