@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -74,6 +75,7 @@ class Coordinator:
         self._sources: dict[Any, Callable[[], None]] = {}  # socket or descriptor -> what to do when it is readable
         self._workers: dict[str, WorkerProcess] = {}
         self._clients: zmq.Socket[bytes] | None = None
+        self._endpoint_path: Path | None = None
         self._codecs = (Codec(messages.ToEngine, max_bytes=256 << 20), Codec(messages.ToClient))
         self._lanes = Lanes(config.trace)
         self._memory = MemoryUse(self._arenas.values())
@@ -107,6 +109,8 @@ class Coordinator:
         self._lanes.close()
         if self._clients is not None:
             self._clients.close(linger=500)
+        if self._endpoint_path is not None:
+            self._endpoint_path.unlink(missing_ok=True)
         self._context.term()
         for arena in self._arenas.values():
             arena.close()
@@ -180,7 +184,7 @@ class Coordinator:
                 load_format=config.load_format,
                 dtype=config.dtype,
                 device=config.device,
-                trust_probe=False,
+                always_probe=False,
                 max_model_len=config.max_model_len,
             )
         )
@@ -208,7 +212,7 @@ class Coordinator:
         )
         self._opened, self._plan = message, made
         emit("plan", text=plan.describe(made, spec))
-        for warning in spec.warnings:
+        for warning in (*spec.warnings, *made.warnings):
             emit("log", message=f"warning: {warning}")
         kv = kv_spec(spec.attention, made.num_pages, made.page_tokens, spec.dtype)
         exchange = messages.ExchangeSpec(made.micro_batches, made.region_bytes, made.micro_batch_tokens, spec.dtype)
@@ -257,6 +261,8 @@ class Coordinator:
     def _open_endpoint(self) -> None:
         """From here on clients can connect."""
         endpoint = self._config.endpoint or f"ipc://{self._run_dir}/engine.sock"
+        path = Path(endpoint.removeprefix("ipc://"))
+        _refuse_taken(path)
         clients = self._context.socket(zmq.ROUTER)
         clients.setsockopt(zmq.ROUTER_MANDATORY, 1)
         clients.setsockopt(zmq.SNDHWM, 0)  # bounded by what clients may have open
@@ -266,8 +272,8 @@ class Coordinator:
         except zmq.ZMQError as error:
             clients.close()
             raise plan.PlanError(f"cannot listen on {endpoint}: {error.strerror}: choose another endpoint") from error
-        os.chmod(endpoint.removeprefix("ipc://"), 0o600)
-        self._clients = clients
+        path.chmod(0o600)
+        self._clients, self._endpoint_path = clients, path
         self._watch(clients, self._from_client)
         emit("ready", endpoint=endpoint)
 
@@ -421,9 +427,10 @@ class Coordinator:
     def _status(self) -> messages.Status:
         assert self._requests is not None and self._plan is not None
         now = time.monotonic_ns()
-        since, busy = self._lane_history[0] if self._lane_history else (now - 1, {})
+        since, busy = self._lane_history[0] if self._lane_history else (now, self._lanes.busy_ns)
         lanes = {
-            lane: min(1.0, (total - busy.get(lane, 0)) / (now - since)) for lane, total in self._lanes.busy_ns.items()
+            lane: min(1.0, (total - busy.get(lane, 0)) / max(1, now - since))
+            for lane, total in self._lanes.busy_ns.items()
         }
         running_ns = now - self._pass_start_ns if self._pass else 0
         totals = {key: float(value) for key, value in self._requests.totals.items()}
@@ -459,6 +466,27 @@ class Coordinator:
             with contextlib.suppress(zmq.ZMQError):
                 frames = [client, self._codecs[1].encode(messages.EngineFailed(text))]
                 self._clients.send_multipart(frames, zmq.NOBLOCK)
+
+
+def _refuse_taken(path: Path) -> None:
+    """Binding would replace whatever is at the path; only a socket that nobody listens to may go.
+
+    Raises:
+        PlanError: something else is there.
+    """
+    if not path.exists():
+        if not path.parent.is_dir():
+            raise plan.PlanError(f"endpoint ipc://{path}: {path.parent} is not a directory: make it first")
+        return
+    if not path.is_socket():
+        raise plan.PlanError(f"endpoint ipc://{path}: there is a file of that name: choose another endpoint")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+        else:
+            raise plan.PlanError(f"endpoint ipc://{path} is in use by another engine: choose another endpoint")
 
 
 def _make_schedule(spec: ModelSpec, made: plan.Plan) -> Schedule:

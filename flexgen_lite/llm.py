@@ -37,7 +37,7 @@ class FlexGenLite:
             self.config = EngineConfig(**{**given, **options, "model": str(model)})
         else:
             self.config = EngineConfig.load(config, {**options, "model": str(model)})
-        self._engine = EngineProcess(self.config, on_log=logging.getLogger("flexgen_lite").info)
+        self._engine = EngineProcess(self.config, on_log=_log)
         try:
             self._client = Client(self._engine.endpoint, epitaph=self._engine.last_words)
         except BaseException:
@@ -117,6 +117,11 @@ class FlexGenLite:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _log(message: str) -> None:
+    level = logging.WARNING if "warning" in message else logging.INFO
+    logging.getLogger("flexgen_lite").log(level, message)
 
 
 def _close(client: Client, engine: EngineProcess) -> None:

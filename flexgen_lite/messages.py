@@ -179,7 +179,7 @@ class OpenModel:
     load_format: str
     dtype: str  # "auto" or a dtype
     device: str
-    trust_probe: bool  # False: run the probe even for tested model types
+    always_probe: bool  # for tested model types too
     max_model_len: int | None
 
 
@@ -376,7 +376,7 @@ class RequestDone:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """`lanes`: busy share since the last status per lane; `totals`: counters since the engine became ready."""
+    """`lanes`: busy share per lane over the last seconds; `totals`: counters since the engine became ready."""
 
     running: int
     waiting: int

@@ -27,6 +27,7 @@ CUDA_CONTEXT_BYTES = 600 * MIB  # context and libraries on the device; not measu
 AUTO_RAM_SHARE = 0.85
 AUTO_GPU_SHARE = 0.9
 PAGE_TOKENS = 16
+KV_ALIGNMENT_BYTES = 8192  # per layer
 MAX_SEQUENCES = 256
 LEAST_LENGTH = 256  # tokens of a sequence that each attention worker must be able to hold
 TYPICAL_LENGTH = 1024  # tokens of a sequence that auto makes room for
@@ -65,6 +66,7 @@ class Plan:
     compute_cpus: tuple[int, ...]
     loader_cpus: tuple[int, ...]
     parts: dict[str, int]  # bytes of main memory per part
+    warnings: tuple[str, ...]
 
     @property
     def planned_bytes(self) -> int:
@@ -109,7 +111,8 @@ class _Need:
 
     def least(self, tokens: int, count: int, slots: int) -> int:
         """RAM below which the engine cannot run with this block and so many layer slots."""
-        return sum(self.fixed(tokens, count).values()) + slots * self.layer_slot + self.least_pages * self.page
+        kv = self.least_pages * self.page + self.spec.num_layers * KV_ALIGNMENT_BYTES
+        return sum(self.fixed(tokens, count).values()) + slots * self.layer_slot + kv
 
 
 def make_plan(
@@ -128,6 +131,8 @@ def make_plan(
     resident, ring, num_pages = _place(need, ram - sum(fixed.values()), slots)
     layer_bytes = (len(resident) + ring) * need.layer_slot
     staged = on_gpu if config.stage_weights is None else config.stage_weights
+    if on_gpu and not staged:
+        raise PlanError("stage_weights=false is not possible on a GPU: its layers are used from device slots")
     gpu = config.gpu or int(gpu_total * AUTO_GPU_SHARE)
     threads = _attention_threads(config, machine, need.workers, on_gpu)
     return Plan(
@@ -155,7 +160,18 @@ def make_plan(
         compute_cpus=config.compute_cpus or (),
         loader_cpus=config.loader_cpus or (),
         parts={**fixed, "layers": layer_bytes, "KV cache": num_pages * need.page},
+        warnings=_warnings(config, on_gpu, need.max_sequences, tokens * count),
     )
+
+
+def _warnings(config: EngineConfig, on_gpu: bool, max_sequences: int, rows: int) -> tuple[str, ...]:
+    """Settings that have less effect than their user may think."""
+    found = []
+    if config.gpu is not None and not on_gpu:
+        found.append(f"gpu={format_size(config.gpu)} has no effect: the compute device is the CPU")
+    if config.max_sequences is not None and max_sequences > rows:
+        found.append(f"max_sequences={max_sequences} is held to {rows}: micro_batches x micro_batch_tokens")
+    return tuple(found)
 
 
 def _need(config: EngineConfig, spec: ModelSpec, machine: Machine, compute_bytes: int, on_gpu: bool) -> _Need:
@@ -197,8 +213,11 @@ def _choose_block(need: _Need, ram: int) -> tuple[int, int, int]:
         tokens, count, slots = min(candidates, key=lambda candidate: need.least(*candidate))
         raise PlanError(
             f"{need.spec.class_name} needs at least {format_size(need.least(tokens, count, slots) + MIB)} of RAM, "
-            f"{format_size(ram)} allowed: raise ram, or lower one of micro_batch_tokens ({tokens}), "
-            f"max_sequences ({need.max_sequences}), attention_workers ({need.workers})"
+            f"{format_size(ram)} allowed: raise ram, or lower max_sequences ({need.max_sequences}) "
+            f"or attention_workers ({need.workers})"
+            + (f", micro_batch_tokens ({tokens})" if config.micro_batch_tokens else "")
+            + (f", micro_batches ({count})" if config.micro_batches else "")
+            + (f", layer_slots ({slots})" if config.layer_slots else "")
             + (", or use dtype bfloat16" if need.spec.dtype == "float32" else "")
         )
     for tokens, count, slots in fitting:
@@ -229,7 +248,7 @@ def _place(need: _Need, available: int, slots: int) -> tuple[tuple[int, ...], in
         spare = (after_slots - min(wanted_pages * need.page, after_slots)) // need.layer_slot
         resident = () if streaming else spread_evenly(min(spare, spec.num_layers - slots), spec.num_layers)
         ring = slots
-    left = available - (len(resident) + ring) * need.layer_slot
+    left = available - (len(resident) + ring) * need.layer_slot - spec.num_layers * KV_ALIGNMENT_BYTES
     return resident, ring, min(most_pages, left // need.page)
 
 
@@ -300,4 +319,4 @@ def describe(plan: Plan, spec: ModelSpec) -> str:
         f"memory    {format_size(plan.planned_bytes)} of {format_size(plan.ram)} RAM: "
         + ", ".join(f"{name} {format_size(size)}" for name, size in plan.parts.items()),
     ]
-    return "\n".join([*lines, *(f"warning   {warning}" for warning in spec.warnings)])
+    return "\n".join(lines)

@@ -65,6 +65,7 @@ class ComputeWorker:
         self._slots = [weights[bounds[i] : bounds[i + 1]] for i in range(len(order.slot_offsets))]
         if order.device_slots:
             self._device_slots = self._make_device_slots(order)
+            self._move_buffers()
         dtype = getattr(torch, order.exchange.dtype)
         size = order.exchange.region_bytes
         exchange = self._map("exchange", size * order.exchange.num_regions)
@@ -87,6 +88,14 @@ class ComputeWorker:
         assert self._device is not None and self._opened is not None
         sizes = [order.device_slot_bytes] * order.device_slots + [self._opened.spec.units[-1].num_bytes]
         return [torch.empty(size, dtype=torch.uint8, device=self._device.torch_device) for size in sizes]
+
+    def _move_buffers(self) -> None:
+        """What the constructors computed (rotary frequencies and the like) goes to the device for good."""
+        assert self._device is not None and self._opened is not None
+        for module in self._opened.model.modules():
+            for name, value in module._buffers.items():
+                if value is not None and value.device.type != "meta":
+                    module._buffers[name] = value.to(self._device.torch_device)
 
     def _begin(self, order: messages.BeginCompute) -> None:
         assert self._device is not None and self._opened is not None

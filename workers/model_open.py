@@ -45,7 +45,7 @@ def open_model(order: OpenModel, device: Device, run_dir: str) -> OpenedModel:
     dtype = _dtype(order.dtype, config, device)
     attention_call.register()
     model_builder.causal_lm_class(config)
-    if order.trust_probe or config.model_type not in probe.TESTED_TYPES:
+    if order.always_probe or config.model_type not in probe.TESTED_TYPES:
         probe.prove(config)
     model = model_builder.build(config, dtype)
     layers = model_builder.decoder_layers(model)
@@ -58,6 +58,7 @@ def open_model(order: OpenModel, device: Device, run_dir: str) -> OpenedModel:
     except CheckpointError as error:
         raise UserError(str(error)) from error
     limit, warning = model_builder.max_length(config)
+    tokenizer_file, tokenizer_warnings = _tokenizer_file(directory, run_dir)
     if order.max_model_len is not None and order.max_model_len > limit:
         raise UserError(f"max_model_len {order.max_model_len} is over the model's limit of {limit}: lower it")
     spec = ModelSpec(
@@ -75,9 +76,9 @@ def open_model(order: OpenModel, device: Device, run_dir: str) -> OpenedModel:
         files=tuple(str(file) for file in checkpoint.files) if checkpoint else (),
         units=units,
         attention=attention,
-        warnings=(*warnings, *([warning] if warning else [])),
+        warnings=(*warnings, *([warning] if warning else []), *tokenizer_warnings),
     )
-    return OpenedModel(model, layers, Binding(model, layers, units), spec, _tokenizer_file(directory, run_dir))
+    return OpenedModel(model, layers, Binding(model, layers, units), spec, tokenizer_file)
 
 
 def _widest(layers: nn.ModuleList, experts: int) -> int:
@@ -127,16 +128,16 @@ def _bfloat16_is_fast() -> bool:
     return seconds[torch.bfloat16] < seconds[torch.float32]
 
 
-def _tokenizer_file(directory: Path, run_dir: str) -> str | None:
-    """The model's tokenizer.json; one converted by Transformers where it has another kind; None where it has none."""
+def _tokenizer_file(directory: Path, run_dir: str) -> tuple[str | None, tuple[str, ...]]:
+    """The model's tokenizer.json, or one that Transformers converts; None where there is none, and warnings."""
     if (directory / "tokenizer.json").is_file():
-        return str(directory / "tokenizer.json")
+        return str(directory / "tokenizer.json"), ()
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
-        return None
+        return None, ()
+    path = Path(run_dir) / "tokenizer.json"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        path = Path(run_dir) / "tokenizer.json"
-        tokenizer.backend_tokenizer.save(str(path))
-    except Exception as error:  # a slow tokenizer of the model's own: prompts as token ids still work
-        raise UserError(f"the tokenizer in {directory} cannot be converted to tokenizer.json: {error}") from error
-    return str(path)
+        AutoTokenizer.from_pretrained(directory, trust_remote_code=False).backend_tokenizer.save(str(path))
+    except Exception as error:  # many kinds; prompts as token ids still work
+        reason = str(error).strip().splitlines()[0]
+        return None, (f"the tokenizer cannot be converted, give prompts as token ids: {reason}",)
+    return str(path), ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -165,3 +166,21 @@ def test_a_trace_is_written(model: Path, tmp_path: Path) -> None:
     events = json.loads(trace.read_text())["traceEvents"]
     tracks = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
     assert {"disk", "compute", "attention worker 0", "pass"} <= tracks
+
+
+def test_an_endpoint_is_never_taken_from_another(model: Path, tmp_path: Path) -> None:
+    """Not from a file, not from a running engine; a dead engine's socket is no obstacle, and none is left behind."""
+    plain = tmp_path / "plain"
+    plain.write_text("precious")
+    with pytest.raises(EngineError, match="there is a file of that name"):
+        FlexGenLite(model, endpoint=f"ipc://{plain}")
+    assert plain.read_text() == "precious"
+    path = tmp_path / "engine"
+    dead = socket.socket(socket.AF_UNIX)
+    dead.bind(str(path))
+    dead.close()
+    with FlexGenLite(model, endpoint=f"ipc://{path}") as engine:
+        with pytest.raises(EngineError, match="in use by another engine"):
+            FlexGenLite(model, endpoint=f"ipc://{path}")
+        assert len(engine.generate([3, 4], GREEDY).token_ids) == 8
+    assert not path.exists()
