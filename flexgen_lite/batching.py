@@ -8,6 +8,7 @@ whose prompt is stored, and prompts (or the next chunk of a long one) as far as 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import MutableSequence
 from dataclasses import dataclass, field
 
 from flexgen_lite.messages import KvBatch, KvSpan, Sample, TokenBatch, TokenSpan, WireParams
@@ -20,7 +21,7 @@ class RunningRequest:
     their K and V in `pages` of attention worker `worker`."""
 
     id: int
-    tokens: list[int]
+    tokens: MutableSequence[int]
     num_prompt_tokens: int
     params: WireParams
     seed: int
@@ -143,21 +144,22 @@ class Batcher:
     def compose(self, waiting: deque[RunningRequest]) -> list[MicroBatch]:
         """The micro-batches of the next pass, taking requests from the left of `waiting`; empty if there is no work."""
         bins = [MicroBatch() for _ in range(self._micro_batches)]
-        pieces = [Piece(r, min(len(r.tokens) - r.stored, self._micro_batch_tokens)) for r in self.running.values()]
-        for piece in sorted(pieces, key=lambda piece: piece.num_rows):  # every decode token first, then chunks
-            target = self._room(bins, piece.num_rows)
-            if target is not None:
-                target.add(piece)
+        decoding = [r for r in self.running.values() if len(r.tokens) - r.stored == 1]
+        for request in decoding:
+            self._place(bins, request, 1)
+        for request in self.running.values():  # the rest of long prompts, oldest first, as far as there is room
+            if len(request.tokens) - request.stored > 1:
+                self._place(bins, request, len(request.tokens) - request.stored)
         while waiting and len(self.running) < self._max_sequences:
             request = waiting[0]
-            rows = min(len(request.tokens), self._micro_batch_tokens)
-            target = self._room(bins, rows)
-            owned = self._pages.allocate(request.id, request.most_stored) if target is not None else None
-            if target is None or owned is None:
+            room = self._most_room(bins)
+            fits = len(request.tokens) <= room or (len(request.tokens) > self._micro_batch_tokens and room > 0)
+            owned = self._pages.allocate(request.id, request.most_stored) if fits else None
+            if owned is None:
                 break
             request.worker, request.pages = owned
             self.running[request.id] = waiting.popleft()
-            target.add(Piece(request, rows))
+            self._place(bins, request, len(request.tokens))
         return [micro_batch for micro_batch in bins if micro_batch.pieces]
 
     def commit(self, micro_batches: list[MicroBatch], token_ids: list[tuple[int, ...]]) -> list[RunningRequest]:
@@ -182,8 +184,14 @@ class Batcher:
         del self.running[request.id]
         self._pages.release(request.id)
 
-    def _room(self, bins: list[MicroBatch], rows: int) -> MicroBatch | None:
+    def _most_room(self, bins: list[MicroBatch]) -> int:
+        return self._micro_batch_tokens - min(b.num_rows for b in bins)
+
+    def _place(self, bins: list[MicroBatch], request: RunningRequest, rows: int) -> None:
+        """The request's next rows into a micro-batch: all of them if they fit, else as many as the emptiest takes."""
+        rows = min(rows, self._most_room(bins))
+        if rows == 0:
+            return
         fitting = [b for b in bins if b.num_rows + rows <= self._micro_batch_tokens]
-        if not fitting:
-            return None
-        return min(fitting, key=lambda b: b.num_rows) if self._spread else fitting[0]
+        target = min(fitting, key=lambda b: b.num_rows) if self._spread else fitting[0]
+        target.add(Piece(request, rows))

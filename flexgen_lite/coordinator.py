@@ -77,7 +77,10 @@ class Coordinator:
         self._clients: zmq.Socket[bytes] | None = None
         self._endpoint_path: Path | None = None
         self._codecs = (Codec(messages.ToEngine, max_bytes=256 << 20), Codec(messages.ToClient))
-        self._lanes = Lanes(config.trace)
+        try:
+            self._lanes = Lanes(config.trace)
+        except OSError as error:
+            raise plan.PlanError(f"trace={config.trace} cannot be written: {error.strerror}") from error
         self._memory = MemoryUse(self._arenas.values())
         self._loads_open = 0
         self._not_ready: set[str] = set()
@@ -111,7 +114,7 @@ class Coordinator:
             self._clients.close(linger=500)
         if self._endpoint_path is not None:
             self._endpoint_path.unlink(missing_ok=True)
-        self._context.term()
+        self._context.destroy(linger=500)
         for arena in self._arenas.values():
             arena.close()
 
@@ -121,7 +124,10 @@ class Coordinator:
         deadline = time.monotonic() + self._config.start_timeout
         while self._not_ready or self._loads_open or self._schedule is None:
             if time.monotonic() > deadline:
-                raise WorkerDied(f"not ready after {self._config.start_timeout:g} s: {self._standing()}")
+                raise WorkerDied(
+                    f"not ready after {self._config.start_timeout:g} s: {self._standing()}; "
+                    "raise start_timeout if it was only slow"
+                )
             self._step(deadline)
         self._open_endpoint()
         while True:
@@ -133,11 +139,11 @@ class Coordinator:
             limits = [deadline]  # at start, importing and opening take what they take
         timeout = None if not limits else max(0, int((min(limits) - time.monotonic()) * 1000) + 1)
         ready = [source for source, _ in self._poller.poll(timeout)]
-        if not ready and deadline is None:
-            self._check_deadlines()
         for source in ready:
             if source in self._sources:
                 self._sources[source]()
+        if deadline is None:
+            self._check_deadlines()
 
     def _stop(self) -> None:
         raise Stopping
@@ -155,6 +161,8 @@ class Coordinator:
         if self._schedule is None or self._not_ready:
             waiting = sorted(self._not_ready) or ["the model"]
             return f"waiting for {', '.join(waiting)}"
+        if self._loads_open and not self._pass:
+            return f"{self._loads_open} loads of weights are open"
         return f"pass {self._pass_id}, {self._schedule.waiting_for()}"
 
     def _watch(self, source: Any, callback: Callable[[], None]) -> None:
@@ -395,16 +403,15 @@ class Coordinator:
 
     def _from_client(self) -> None:
         assert self._clients is not None
-        while self._clients.poll(0):
-            frames = self._clients.recv_multipart()
-            if len(frames) != 2:
-                continue
-            try:
-                message = self._codecs[0].decode(frames[1])
-            except MessageError as error:
-                emit("log", message=f"a client sent what is not a message: {error}")
-                continue
-            self._handle_client(frames[0], message)
+        frames = self._clients.recv_multipart()  # one a time: the workers' messages come in between
+        if len(frames) != 2:
+            return
+        try:
+            message = self._codecs[0].decode(frames[1])
+        except MessageError as error:
+            emit("log", message=f"a client sent what is not a message: {error}")
+            return
+        self._handle_client(frames[0], message)
 
     def _handle_client(self, client: bytes, message: Any) -> None:
         assert self._requests is not None

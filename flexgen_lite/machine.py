@@ -15,9 +15,16 @@ class Machine:
     available_ram: int  # bytes that could be taken now without pushing others out
     numa_nodes: int
 
+    quota: int | None = None  # processors' worth of time that the cgroup allows
+
     @property
     def num_cpus(self) -> int:
-        return len(self.cpus)
+        """Threads that can run at once."""
+        return len(self.cpus) if self.quota is None else max(1, min(len(self.cpus), self.quota))
+
+    @property
+    def cpus_text(self) -> str:
+        return ", ".join(map(str, self.cpus))
 
 
 def inspect_machine() -> Machine:
@@ -29,7 +36,7 @@ def inspect_machine() -> Machine:
     nodes = sum(1 for _ in Path("/sys/devices/system/node").glob("node[0-9]*")) or 1
     free_in_cgroup = cgroup_free_bytes()
     available = _available_bytes()
-    return Machine(cpus, available if free_in_cgroup is None else min(available, free_in_cgroup), nodes)
+    return Machine(cpus, available if free_in_cgroup is None else min(available, free_in_cgroup), nodes, cpu_quota())
 
 
 def _available_bytes() -> int:
@@ -41,28 +48,48 @@ def _available_bytes() -> int:
 
 def cgroup_free_bytes() -> int | None:
     """Bytes left in the tightest memory cgroup that this process is in; None where there is no limit."""
-    free: int | None = None
-    for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            root, limit_name, usage_name = CGROUP_ROOT, "memory.max", "memory.current"
-        elif "memory" in controllers.split(","):
-            root, limit_name, usage_name = CGROUP_ROOT / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-        else:
-            continue
-        folder = root / path.lstrip("/")
-        for place in (folder, *folder.parents):
-            limit, usage = _read_int(place / limit_name), _read_int(place / usage_name)
+    names = {"": ("memory.max", "memory.current"), "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes")}
+    free = []
+    for controller, (limit_name, usage_name) in names.items():
+        for folder in _cgroup_folders(controller):
+            limit, usage = _read_int(folder / limit_name), _read_int(folder / usage_name)
             if limit is not None and usage is not None and limit < 1 << 60:
-                free = limit - usage if free is None else min(free, limit - usage)
-            if place == root:
-                break
-    return free
+                free.append(limit - usage)
+    return min(free, default=None)
+
+
+def cpu_quota() -> int | None:
+    """Processors' worth of time that the tightest cgroup allows, rounded up; None where there is no limit."""
+    quotas = []
+    for folder in _cgroup_folders(""):
+        fields = _read_text(folder / "cpu.max").split()
+        if len(fields) == 2 and fields[0].isdigit():
+            quotas.append(-(-int(fields[0]) // int(fields[1])))
+    for folder in _cgroup_folders("cpu"):
+        quota, period = _read_int(folder / "cpu.cfs_quota_us"), _read_int(folder / "cpu.cfs_period_us")
+        if quota is not None and period:
+            quotas.append(-(-quota // period))
+    return min(quotas, default=None)
+
+
+def _cgroup_folders(controller: str) -> list[Path]:
+    """This process's cgroup of a version 1 controller (of version 2: ""), and its ancestors."""
+    for line in _read_text(Path("/proc/self/cgroup")).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controller in controllers.split(","):
+            root = CGROUP_ROOT / controller if controller else CGROUP_ROOT
+            folder = root / path.lstrip("/")
+            return [place for place in (folder, *folder.parents) if place.is_relative_to(root)]
+    return []
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
 
 
 def _read_int(path: Path) -> int | None:
-    try:
-        text = path.read_text(encoding="ascii").strip()
-    except OSError:
-        return None
+    text = _read_text(path).strip()
     return int(text) if text.isdigit() else None

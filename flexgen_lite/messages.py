@@ -5,6 +5,7 @@ Times are `time.monotonic_ns()` (CLOCK_MONOTONIC, the same in all processes of a
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from flexgen_lite.model_spec import AttentionSpec, ModelSpec, UnitSpec
@@ -302,7 +303,7 @@ FromCompute = Hello | ModelOpened | Ready | Uploaded | SegmentDone | Failed
 
 @dataclass(frozen=True, slots=True)
 class WireParams:
-    """SamplingParams on the wire."""
+    """SamplingParams on the wire; see there for what each means."""
 
     max_tokens: int
     min_tokens: int
@@ -313,6 +314,22 @@ class WireParams:
     stop_token_ids: tuple[int, ...]
     ignore_eos: bool
     skip_special_tokens: bool
+
+    def problem(self) -> str | None:
+        """What is wrong with the values, or None: a client need not have used SamplingParams."""
+        if not self.max_tokens >= 1:
+            return f"max_tokens={self.max_tokens} is not allowed: give 1 or more"
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            return f"min_tokens={self.min_tokens} is not allowed: give 0 to max_tokens ({self.max_tokens})"
+        if not 0 <= self.temperature < math.inf:
+            return f"temperature={self.temperature} is not allowed: give 0 (greedy) or more"
+        if self.top_k < 0:
+            return f"top_k={self.top_k} is not allowed: give 0 (all) or more"
+        if not 0 < self.top_p <= 1:
+            return f"top_p={self.top_p} is not allowed: give a number above 0 and up to 1"
+        if self.seed is not None and self.seed < 0:
+            return f"seed={self.seed} is not allowed: give 0 or more"
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,7 +350,8 @@ class Connect:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """Requests of a job; a job may be submitted in several parts. A request index seen before is ignored."""
+    """Requests of a job; a job may be submitted in several parts, with rising indices: one not above those before it
+    was submitted already, and is ignored."""
 
     job_id: str
     requests: tuple[WireRequest, ...]

@@ -98,6 +98,7 @@ class _Need:
     layer_slot: int  # bytes
     max_sequences: int
     on_gpu: bool
+    device_bytes: int  # of RAM, where the CPU plays the device's part
 
     def fixed(self, tokens: int, count: int) -> dict[str, int]:
         """Bytes per part that do not depend on what is left of the budget."""
@@ -107,6 +108,7 @@ class _Need:
             "workspace": _workspace_bytes(self.spec, tokens, count, self.max_sequences),
             "exchange": count * region,
             "embeddings and head": self.spec.units[-1].num_bytes,
+            **({"device slots": self.device_bytes} if self.device_bytes else {}),
         }
 
     def least(self, tokens: int, count: int, slots: int) -> int:
@@ -125,6 +127,7 @@ def make_plan(
         gpu_total: memory of the GPU, 0 where there is none.
     """
     ram = config.ram or auto_ram(machine)
+    _check_cpus(config, machine)
     need = _need(config, spec, machine, compute_bytes, on_gpu)
     tokens, count, slots = _choose_block(need, ram)
     fixed = need.fixed(tokens, count)
@@ -174,8 +177,18 @@ def _warnings(config: EngineConfig, on_gpu: bool, max_sequences: int, rows: int)
     return tuple(found)
 
 
+def _check_cpus(config: EngineConfig, machine: Machine) -> None:
+    named = {"compute_cpus": [config.compute_cpus], "loader_cpus": [config.loader_cpus]}
+    for key, groups in (named | {"attention_cpus": list(config.attention_cpus or ())}).items():
+        missing = sorted({cpu for group in groups for cpu in group or ()} - set(machine.cpus))
+        if missing:
+            raise PlanError(f"{key} names CPU {missing[0]}, which is not among those to be had: {machine.cpus_text}")
+
+
 def _need(config: EngineConfig, spec: ModelSpec, machine: Machine, compute_bytes: int, on_gpu: bool) -> _Need:
     workers = num_attention_workers(config, machine)
+    layer_slot = max(unit.num_bytes for unit in spec.units[:-1])
+    on_cpu_slots = config.stage_weights is True and not on_gpu
     converting = any(unit.converted for unit in spec.units) and config.load_format != "dummy"
     page_tokens = config.page_tokens or PAGE_TOKENS
     return _Need(
@@ -191,9 +204,10 @@ def _need(config: EngineConfig, spec: ModelSpec, machine: Machine, compute_bytes
         page_tokens=page_tokens,
         page=page_bytes(spec.attention, page_tokens, spec.dtype),
         least_pages=workers * -(-min(spec.max_length, LEAST_LENGTH) // page_tokens),
-        layer_slot=max(unit.num_bytes for unit in spec.units[:-1]),
+        layer_slot=layer_slot,
         max_sequences=config.max_sequences or MAX_SEQUENCES,
         on_gpu=on_gpu,
+        device_bytes=min(3, spec.num_layers) * layer_slot + spec.units[-1].num_bytes if on_cpu_slots else 0,
     )
 
 
@@ -235,7 +249,8 @@ def _place(need: _Need, available: int, slots: int) -> tuple[tuple[int, ...], in
     it; layers stay as far as there is room beyond that.
     """
     config, spec = need.config, need.spec
-    most_pages = -(-need.max_sequences * spec.max_length // need.page_tokens)
+    sequences = need.workers * -(-need.max_sequences // need.workers)  # each worker's share in whole sequences
+    most_pages = max(need.least_pages, sequences * -(-spec.max_length // need.page_tokens))
     wanted_tokens = need.max_sequences * min(spec.max_length, TYPICAL_LENGTH)
     wanted_pages = min(most_pages, max(need.least_pages, -(-wanted_tokens // need.page_tokens)))
     all_layers = need.layer_slot * spec.num_layers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -131,6 +132,9 @@ class Requests:
     def _accept(self, request: WireRequest) -> RunningRequest:
         tokens = self._tokenize(request.prompt)
         limits, params = self._limits, request.params
+        wrong = params.problem()
+        if wrong is not None:
+            raise RequestError(wrong)
         if not tokens:
             raise RequestError("the prompt is empty: give at least one token")
         for token in (*tokens, *params.stop_token_ids):
@@ -147,7 +151,8 @@ class Requests:
         end_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else limits.eos_token_ids)
         seed = random.randrange(MAX_SEED) if params.seed is None else params.seed
         self._next_id += 1
-        running = RunningRequest(self._next_id, tokens, len(tokens), params, seed, end_ids)
+        kept = array("i", tokens)  # thousands may wait: four bytes a token
+        running = RunningRequest(self._next_id, kept, len(tokens), params, seed, end_ids)
         if running.most_stored > limits.kv_tokens:
             raise RequestError(
                 f"the request needs {running.most_stored} tokens of KV cache ({len(tokens)} in the prompt, up to "
@@ -165,7 +170,7 @@ class Requests:
 
     def _finish(self, request: RunningRequest, reason: str) -> Answer:
         self.totals["requests_cancelled" if reason == "cancelled" else "requests_done"] += 1
-        token_ids = request.tokens[request.num_prompt_tokens :]
+        token_ids = list(request.tokens[request.num_prompt_tokens :])
         shown = token_ids[:-1] if reason == "stop" else token_ids
         decode: Callable[[list[int], bool], str] = self._tokenizer.decode if self._tokenizer else lambda *_: ""
         return _answer(

@@ -67,6 +67,7 @@ class WorkerProcess:
         address = f"ipc://{run_dir}/{name.replace(' ', '-')}.sock"
         self.socket = context.socket(zmq.PAIR)
         self.socket.linger = 0
+        self.socket.sndhwm = self.socket.rcvhwm = 0  # what is on its way is bounded by the orders of a pass
         self.socket.bind(address)
         lifeline, self._lifeline = os.pipe()
         self.process = subprocess.Popen(
@@ -135,12 +136,13 @@ class WorkerProcess:
 
     def death(self) -> WorkerDied:
         """Why the process, whose pidfd has spoken, ended."""
-        while self.socket.poll(0):
+        code = self.process.wait()
+        patience_ms = 500 if code == 1 else 0  # 1: it has reported, and the report may still be on its way
+        while self.socket.poll(patience_ms):
             try:
                 self.receive()
             except WorkerDied as failure:
                 return failure
-        code = self.process.wait()
         while self.read_output():
             pass
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

@@ -28,6 +28,10 @@ class CpuDevice:
         """Nothing to lock."""
         return None
 
+    def host_buffer(self, size: int) -> torch.Tensor:
+        """Int64 host memory that results can be copied into."""
+        return torch.empty(size, dtype=torch.long)
+
     def to_host(self, host: torch.Tensor, value: torch.Tensor) -> None:
         """Copy a result into host memory; done when the next `when_done` calls back."""
         host.copy_(value)
@@ -66,7 +70,9 @@ class CudaDevice:
         self.name = torch.cuda.get_device_name(self.torch_device)
         self.total_bytes = torch.cuda.get_device_properties(self.torch_device).total_memory
         self._compute = torch.cuda.Stream(self.torch_device)
-        self._small = torch.cuda.Stream(self.torch_device, priority=-1)  # q, k, v and attention output
+        # q, k, v and the attention output are small and urgent: streams of their own, one per direction
+        self._to_host = torch.cuda.Stream(self.torch_device, priority=-1)
+        self._from_host = torch.cuda.Stream(self.torch_device, priority=-1)
         self._layers = torch.cuda.Stream(self.torch_device)  # whole layers
         self._waiting = _Completions("device-to-host")
         self._uploads = _Completions("host-to-device")
@@ -87,28 +93,31 @@ class CudaDevice:
                 )
         return None
 
+    def host_buffer(self, size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.long, pin_memory=True)
+
     def to_host(self, host: torch.Tensor, value: torch.Tensor) -> None:
-        self._small.wait_event(self._compute.record_event())
-        with torch.cuda.stream(self._small):
+        self._to_host.wait_event(self._compute.record_event())
+        with torch.cuda.stream(self._to_host):
             host.copy_(value, non_blocking=True)
-        value.record_stream(self._small)
+        value.record_stream(self._to_host)
 
     def from_host(self, host: torch.Tensor) -> torch.Tensor:
-        with torch.cuda.stream(self._small):
+        with torch.cuda.stream(self._from_host):
             value = host.to(self.torch_device, non_blocking=True)
-            arrived = self._small.record_event()
+            arrived = self._from_host.record_event()
         self._compute.wait_event(arrived)
         value.record_stream(self._compute)
         return value
 
     def when_done(self, callback: Callable[[], None]) -> None:
-        self._small.wait_event(self._compute.record_event())
-        self._waiting.add(self._small.record_event(), callback)
+        self._to_host.wait_event(self._compute.record_event())
+        self._waiting.add(_sleeping_event(self._to_host), callback)
 
     def upload(self, target: torch.Tensor, host: torch.Tensor, done: Callable[[], None]) -> None:
         with torch.cuda.stream(self._layers):
             target.copy_(host, non_blocking=True)
-            self._uploads.add(self._layers.record_event(), done)
+            self._uploads.add(_sleeping_event(self._layers), done)
 
     def compute(self) -> Any:
         return torch.cuda.stream(self._compute)
@@ -116,6 +125,13 @@ class CudaDevice:
     def close(self) -> None:
         self._waiting.close()
         self._uploads.close()
+
+
+def _sleeping_event(stream: Any) -> Any:
+    """An event of everything on the stream so far, whose waiter sleeps instead of spinning."""
+    event = torch.cuda.Event(blocking=True)
+    event.record(stream)
+    return event
 
 
 class _Completions:

@@ -70,7 +70,7 @@ class Forward(ModelGreenlet):
         else:
             logits_NV = self._model(**inputs).logits[0, last_rows]
         tokens_N = sample(logits_NV.float(), [span.sample for span in asking if span.sample is not None])
-        self.token_ids = torch.empty(tokens_N.shape, dtype=torch.long)
+        self.token_ids = self._device.host_buffer(len(asking))
         self._device.to_host(self.token_ids, tokens_N)
 
     def attend(self, call: AttentionCall) -> torch.Tensor:

@@ -19,7 +19,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from flexgen_lite.workers.serve import UserError
+from flexgen_lite.workers.serve import UserError, first_line
 
 ATTENTION_NAME = "flexgen_lite"
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
@@ -32,8 +32,7 @@ def load_config(model: str) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot read the config of {model}: {first_line}") from error
+        raise UserError(f"cannot read the config of {model}: {first_line(error)}") from error
     return config
 
 
@@ -135,7 +134,8 @@ def eos_token_ids(model: str, config: PreTrainedConfig) -> tuple[int, ...]:
     """End-of-sequence ids from generation_config.json where there is one, else from the config."""
     eos = config.eos_token_id
     with contextlib.suppress(OSError, ValueError):
-        eos = transformers.GenerationConfig.from_pretrained(model).eos_token_id or eos
+        generation = transformers.GenerationConfig.from_pretrained(model).eos_token_id
+        eos = eos if generation is None else generation
     if eos is None:
         return ()
     return tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)

@@ -15,7 +15,7 @@ from flexgen_lite.messages import OpenModel
 from flexgen_lite.model_spec import ModelSpec
 from flexgen_lite.workers import attention_call, model_builder, probe
 from flexgen_lite.workers.device import Device
-from flexgen_lite.workers.serve import UserError
+from flexgen_lite.workers.serve import UserError, first_line
 from flexgen_lite.workers.weight_map import Binding, map_weights
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -83,7 +83,7 @@ def open_model(order: OpenModel, device: Device, run_dir: str) -> OpenedModel:
 
 def _widest(layers: nn.ModuleList, experts: int) -> int:
     """Most outputs that a token has from one product: of a matrix, or of the experts that it goes through."""
-    widths = [p.shape[-2] * (experts if p.dim() == 3 else 1) for p in layers.parameters() if p.dim() >= 2]
+    widths = [max(p.shape[-2:]) * experts if p.dim() == 3 else p.shape[0] for p in layers.parameters() if p.dim() >= 2]
     return max(widths)
 
 
@@ -98,8 +98,9 @@ def _directory(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=MODEL_FILES))
     except Exception as error:  # the hub client raises many kinds: no network, no such model, no access
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{model} is neither a directory nor a model that the hub gives: {reason}") from error
+        raise UserError(
+            f"{model} is neither a directory nor a model that the hub gives: {first_line(error)}"
+        ) from error
 
 
 def _dtype(wanted: str, config: PreTrainedConfig, device: Device) -> torch.dtype:
@@ -129,15 +130,18 @@ def _bfloat16_is_fast() -> bool:
 
 
 def _tokenizer_file(directory: Path, run_dir: str) -> tuple[str | None, tuple[str, ...]]:
-    """The model's tokenizer.json, or one that Transformers converts; None where there is none, and warnings."""
-    if (directory / "tokenizer.json").is_file():
-        return str(directory / "tokenizer.json"), ()
-    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+    """The model's tokenizer as Transformers sees it, in one tokenizer.json; None where there is none, and warnings.
+
+    tokenizer.json alone is not enough where there is more: tokens that tokenizer_config.json adds belong to it too.
+    """
+    found = [name for name in TOKENIZER_FILES if (directory / name).is_file()]
+    if found in ([], ["tokenizer_config.json"]):
         return None, ()
+    if found == ["tokenizer.json"]:
+        return str(directory / "tokenizer.json"), ()
     path = Path(run_dir) / "tokenizer.json"
     try:
         AutoTokenizer.from_pretrained(directory, trust_remote_code=False).backend_tokenizer.save(str(path))
     except Exception as error:  # many kinds; prompts as token ids still work
-        reason = str(error).strip().splitlines()[0]
-        return None, (f"the tokenizer cannot be converted, give prompts as token ids: {reason}",)
+        return None, (f"the tokenizer cannot be used, give prompts as token ids: {first_line(error)}",)
     return str(path), ()

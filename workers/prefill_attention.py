@@ -48,10 +48,14 @@ def causal_attention(
 
 
 def _is_plain(call: AttentionCall, total: int) -> bool:
-    """Whether PyTorch's own attention computes the call, and faster: it does not in 16 bits on a CPU."""
+    """Whether PyTorch's own attention computes the call, and better.
+
+    On a CPU it is slow in 16 bits, and builds all T x S scores where keys and values differ in width.
+    """
     query = call.query_BHTD
     windowed = call.sliding_window is not None and call.sliding_window < total
-    fast = query.dtype == torch.float32 or query.device.type != "cpu"
+    same_width = query.shape[-1] == call.value_BGTE.shape[-1]
+    fast = query.device.type != "cpu" or (query.dtype == torch.float32 and same_width)
     return fast and not windowed and call.softcap is None and call.sinks_H is None
 
 

@@ -13,6 +13,9 @@ from collections.abc import Sequence
 import torch
 
 from flexgen_lite.messages import Sample
+from flexgen_lite.workers.serve import UserError
+
+GREEDY_BELOW = 1e-5  # a temperature below this leaves nothing to draw
 
 
 def sample(logits_NV: torch.Tensor, samples: Sequence[Sample]) -> torch.Tensor:
@@ -20,12 +23,16 @@ def sample(logits_NV: torch.Tensor, samples: Sequence[Sample]) -> torch.Tensor:
 
     Temperature, then top-k, then top-p, as Transformers applies them. Changes `logits_NV`.
     """
+    if not torch.isfinite(logits_NV.amax(dim=-1)).all():
+        raise UserError(
+            "the model's logits are not finite: its numbers overflow in this dtype, use bfloat16 or float32"
+        )
     for row, how in enumerate(samples):
         if how.banned:
             logits_NV[row, list(how.banned)] = float("-inf")
     tokens_N = logits_NV.argmax(dim=-1)
     for row, how in enumerate(samples):
-        if how.temperature > 0:
+        if how.temperature >= GREEDY_BELOW:
             tokens_N[row] = _draw(logits_NV[row].float(), how)
     return tokens_N
 
@@ -37,7 +44,7 @@ def uniform(seed: int, step: int) -> float:
 
 
 def _draw(logits_V: torch.Tensor, how: Sample) -> torch.Tensor:
-    logits_V = logits_V / how.temperature
+    logits_V = (logits_V - logits_V.max()) / how.temperature
     ids_V = None
     if how.top_k > 0:
         logits_V, ids_V = logits_V.topk(min(how.top_k, logits_V.shape[0]))

@@ -31,6 +31,11 @@ class UserError(Exception):
     """Something the user can act on: the message says it all."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class Worker(Protocol):
     def handle(self, message: Any) -> None: ...
 

@@ -11,7 +11,8 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -34,12 +35,14 @@ def command(mode: str) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def runtime_base(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    base = tmp_path_factory.mktemp("r")
+def runtime_base(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    folder = tempfile.TemporaryDirectory(prefix="fgl-", dir="/tmp")  # short, as a socket's path has to be
+    base = Path(folder.name)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(base))
     paths = os.pathsep.join(path for path in sys.path if path)
     monkeypatch.setenv("PYTHONPATH", paths)
-    return base
+    yield base
+    folder.cleanup()
 
 
 def run_dir(base: Path) -> Path:

@@ -55,11 +55,15 @@ def test_every_request_is_served(prompts, pages, workers, max_sequences, micro_b
     finished: list[RunningRequest] = []
     stored: Counter[int] = Counter()
     while waiting or batcher.running:
+        running = set(batcher.running)
         composed = batcher.compose(waiting)
         assert composed, "requests wait or run, but the pass is empty"
         assert len(composed) <= micro_batches and len(batcher.running) <= max_sequences
         seen = [piece.request.id for micro_batch in composed for piece in micro_batch.pieces]
         assert len(seen) == len(set(seen)), "a request rides once in a pass"
+        if running - set(seen):
+            full = len(composed) == micro_batches and all(m.num_rows == tokens for m in composed)
+            assert full, "a running request stood still though there were rows"
         sampled = []
         for index, micro_batch in enumerate(composed):
             check_rows(micro_batch, index, workers, tokens)
@@ -93,6 +97,17 @@ def test_a_long_prompt_comes_in_chunks() -> None:
         [(32, 8, False, True)],
         [(40, 1, False, True)],
     ]
+
+
+def test_a_long_prompt_is_not_starved_by_short_ones() -> None:
+    batcher = Batcher(PageTable(4000, 8, 1), 64, 2, 64, spread=True)
+    waiting = deque([request(0, 300, 2), *(request(i, 9, 40) for i in range(1, 200))])
+    passes = 0
+    while any(r.id == 0 for r in waiting) or 0 in batcher.running:
+        composed = batcher.compose(waiting)
+        batcher.commit(composed, [(1,) * sum(p.completes for p in m.pieces) for m in composed])
+        passes += 1
+    assert passes < 12
 
 
 def test_a_finished_sequence_is_replaced_in_the_next_pass() -> None:
