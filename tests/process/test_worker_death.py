@@ -136,3 +136,19 @@ def test_nothing_survives_a_killed_coordinator_or_owner(victim: str, model: Path
     # A killed owner cannot tidy up: the next start does.
     code = "from flexgen_lite.runtime_dir import RuntimeDir; RuntimeDir().remove()"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_only_the_compute_worker_loads_torch(model: Path, runtime: Path) -> None:
+    """What the others weigh is taken from the user's budget."""
+    with FlexGenLite(model, attention_workers=2, attention_threads=1) as engine:
+        engine.generate(ragged_prompts(4, longest=20), SamplingParams(max_tokens=4))
+        processes = processes_of(engine)
+        for name, process in processes.items():
+            libraries = Path(f"/proc/{process.pid}/maps").read_text()
+            assert ("libtorch" in libraries) == (name == "compute worker"), name
+        resident = {
+            name: process.memory_info().rss - process.memory_info().shared for name, process in processes.items()
+        }
+    assert resident["coordinator"] < 120e6
+    assert resident["disk loader"] < 60e6
+    assert resident["attention worker 0"] < 150e6

@@ -1,0 +1,106 @@
+"""The memory plan keeps its promise: inside the budget whatever the sizes, or a refusal with a number that does."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from flexgen_lite.config import EngineConfig
+from flexgen_lite.machine import Machine
+from flexgen_lite.model_spec import AttentionSpec, ModelSpec, UnitSpec
+from flexgen_lite.page_table import PageTable
+from flexgen_lite.plan import Plan, PlanError, make_plan
+from flexgen_lite.sizes import parse_size
+
+MIB, GIB = 1 << 20, 1 << 30
+MACHINE = Machine(cpus=(0, 1), available_ram=16 * GIB, numa_nodes=1)
+
+
+def model(layers: int, layer_bytes: int, outside: int, hidden: int, max_length: int) -> ModelSpec:
+    units = tuple(UnitSpec(f"layer {i}", (), (), (), layer_bytes) for i in range(layers))
+    attention = AttentionSpec(hidden // 64, hidden // 64, 64, 64, 0.125, None, None, False)
+    return ModelSpec(
+        model_type="opt", class_name="OPTForCausalLM", dtype="float32", num_layers=layers, vocab_size=50000,
+        hidden_size=hidden, intermediate_size=4 * hidden, max_length=max_length, eos_token_ids=(2,), bos_token_id=1,
+        num_parameters=1, files=(), units=(*units, UnitSpec("outside", (), (), (), outside)),
+        attention=(attention,) * layers,
+    )  # fmt: skip
+
+
+def plan_for(spec: ModelSpec, **options: object) -> Plan:
+    return make_plan(EngineConfig(model="m", **options), spec, MACHINE, 350 * MIB, on_gpu=False, gpu_total=0)
+
+
+SPECS = st.builds(
+    model,
+    layers=st.integers(1, 40),
+    layer_bytes=st.integers(1, 200_000).map(lambda pages: pages * 4096),
+    outside=st.integers(1, 100_000).map(lambda pages: pages * 4096),
+    hidden=st.integers(1, 64).map(lambda heads: heads * 64),
+    max_length=st.integers(1, 8192),
+)
+OPTIONS = st.fixed_dictionaries(
+    {"ram": st.integers(700, 16_000).map(lambda mib: mib * MIB)},
+    optional={
+        "attention_workers": st.integers(1, 6),
+        "max_sequences": st.integers(1, 1000),
+        "micro_batches": st.integers(1, 6),
+        "micro_batch_tokens": st.integers(1, 4096),
+        "layer_slots": st.integers(2, 8),
+        "page_tokens": st.sampled_from([8, 16, 64]),
+        "stage_weights": st.booleans(),
+    },
+)
+
+
+@given(SPECS, OPTIONS)
+def test_a_plan_stays_inside_the_budget_and_hangs_together(spec: ModelSpec, options: dict[str, object]) -> None:
+    try:
+        made = plan_for(spec, **options)
+    except PlanError:
+        assume(False)
+    assert made.planned_bytes <= made.ram == options["ram"]
+    assert len(made.resident_layers) + len(made.streamed_layers(spec.num_layers)) == spec.num_layers
+    streamed = spec.num_layers - len(made.resident_layers)
+    assert (made.layer_slots == 0) == (streamed == 0)
+    assert made.layer_slots >= min(2, streamed)
+    assert made.weights_bytes == made.slot_offsets[-1] + spec.units[-1].num_bytes
+    assert made.max_sequences <= made.micro_batches * made.micro_batch_tokens
+    table = PageTable(made.num_pages, made.page_tokens, made.attention_workers)
+    assert table.max_tokens >= min(spec.max_length, 256), "a sequence of ordinary length fits on every worker"
+
+
+@given(SPECS, OPTIONS)
+def test_a_refusal_names_a_budget_that_does(spec: ModelSpec, options: dict[str, object]) -> None:
+    with pytest.raises(PlanError) as refusal:
+        plan_for(spec, **{**options, "ram": 400 * MIB})
+    match = re.search(r"needs at least ([\d.]+ \w+) of RAM, 400\.0 MiB allowed: raise ram", str(refusal.value))
+    assert match, str(refusal.value)
+    named = parse_size(match[1].replace(" ", ""))
+    plan_for(spec, **{**options, "ram": named + (64 * MIB if named < 10 * GIB else GIB)})  # it is rounded for people
+
+
+def test_a_model_that_fits_stays_in_memory() -> None:
+    made = plan_for(model(24, 100 * MIB, 400 * MIB, 2048, 2048), ram=8 * GIB)
+    assert made.resident_layers == tuple(range(24))
+
+
+def test_a_model_beyond_the_budget_streams_through_slots() -> None:
+    made = plan_for(model(24, 200 * MIB, 400 * MIB, 2048, 2048), ram=4 * GIB)
+    assert made.layer_slots == 3
+    assert made.num_pages > 0
+
+
+@pytest.mark.parametrize(("key", "value"), [("compute_cpus", [0, 7]), ("attention_cpus", [[7]]), ("loader_cpus", [7])])
+def test_a_cpu_that_is_not_there_is_named(key: str, value: object) -> None:
+    with pytest.raises(PlanError, match=f"{key} names CPU 7, which is not among those to be had: 0, 1"):
+        plan_for(model(2, MIB, MIB, 64, 64), ram=4 * GIB, **{key: value})
+
+
+def test_settings_without_effect_warn() -> None:
+    made = plan_for(model(2, MIB, MIB, 64, 64), ram=4 * GIB, gpu="8GiB", max_sequences=100, micro_batch_tokens=8)
+    assert "gpu=8.0 GiB has no effect" in made.warnings[0]
+    assert "max_sequences=100 is held to" in made.warnings[1]

@@ -1,0 +1,99 @@
+"""Requests on arrival: what is refused, what is clamped, and who gets which answer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from flexgen_lite.batching import Batcher
+from flexgen_lite.messages import Submit, WireParams, WireRequest
+from flexgen_lite.page_table import PageTable
+from flexgen_lite.requests import Limits, Requests
+
+PARAMS = WireParams(4, 0, 0.0, 0, 1.0, None, (), True, True)
+
+
+class Words:
+    """A tokenizer of numbers."""
+
+    def encode(self, text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
+        return " ".join(map(str, token_ids))
+
+
+@pytest.fixture
+def requests() -> Requests:
+    pages = PageTable(16, 8, 1)
+    return Requests(Batcher(pages, 4, 2, 32, spread=False), Limits(100, pages.max_tokens, 50, (2,)), Words())
+
+
+def submit(
+    requests: Requests, prompt: str | tuple[int, ...], params: WireParams = PARAMS, index: int = 0
+) -> str | None:
+    answers = requests.submit(b"client", Submit("job", (WireRequest(index, prompt, params),)))
+    return answers[0][1].error if answers else None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "changes", "words"),
+    [
+        ("", {}, "empty"),
+        ((), {}, "empty"),
+        ((1, 50), {}, "token id 50 is outside the vocabulary of 50"),
+        ((-1,), {}, "token id -1"),
+        ((1,) * 100, {}, "100 tokens, the model takes 100"),
+        ((1,), {"stop_token_ids": (99,)}, "token id 99"),
+        ((1,), {"max_tokens": 0}, "max_tokens=0"),
+        ((1,), {"min_tokens": 9}, "min_tokens=9"),
+        ((1,), {"temperature": float("nan")}, "temperature=nan"),
+        ((1,), {"temperature": -0.5}, "temperature=-0.5"),
+        ((1,), {"top_p": float("nan")}, "top_p=nan"),
+        ((1,), {"top_p": 0.0}, "top_p=0.0"),
+        ((1,), {"top_k": -5}, "top_k=-5"),
+        ((1,), {"seed": -1}, "seed=-1"),
+    ],
+)
+def test_bad_requests_are_refused_one_by_one(
+    requests: Requests, prompt: str | tuple[int, ...], changes: dict[str, object], words: str
+) -> None:
+    error = submit(requests, prompt, replace(PARAMS, **changes))
+    assert error is not None
+    assert words in error
+    assert requests.num_waiting == 0
+    assert submit(requests, (1, 2), index=1) is None
+
+
+def test_more_kv_than_a_worker_has_is_refused_with_the_numbers() -> None:
+    pages = PageTable(4, 8, 1)
+    requests = Requests(Batcher(pages, 4, 2, 32, spread=False), Limits(100, pages.max_tokens, 50, (2,)), None)
+    assert "needs 33 tokens of KV cache" in (submit(requests, (1,) * 30) or "")
+    assert "no tokenizer" in (submit(requests, "1 2", index=1) or "")
+
+
+def test_a_request_submitted_again_is_ignored(requests: Requests) -> None:
+    assert submit(requests, (1, 2)) is None
+    assert submit(requests, (1, 2)) is None
+    assert requests.num_waiting == 1
+
+
+def test_answers_go_to_those_who_asked(requests: Requests) -> None:
+    for client in (b"a", b"b"):
+        requests.submit(client, Submit("job", (WireRequest(0, (5, 6, 7), replace(PARAMS, max_tokens=1)),)))
+    composed = requests.next_pass()
+    answers = requests.end_pass(composed, [(8, 9)])
+    assert [(client, done.token_ids) for client, done in answers] == [(b"a", (8,)), (b"b", (9,))]
+    assert requests.totals["prompt_tokens"] == 6
+
+
+def test_cancel_drops_waiting_requests_now_and_running_ones_with_the_pass(requests: Requests) -> None:
+    for index in range(6):
+        submit(requests, (1, 2), index=index)
+    composed = requests.next_pass()
+    dropped = requests.cancel(b"client", "job")
+    assert len(dropped) == 2
+    ended = requests.end_pass(composed, [(8,) * 4])
+    assert [done.finish_reason for _, done in [*dropped, *ended]] == ["cancelled"] * 6
+    assert requests.num_running == requests.num_waiting == 0
