@@ -20,8 +20,9 @@ from tests.fake_engine import FakeEngine, answer
 pytestmark = pytest.mark.timeout(60)
 
 WITH_FAKE_COORDINATOR = f"""
-import sys
+import signal, sys
 from flexgen_lite import cli, engine_process
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background, it is ignored
 engine_process.COMMAND = [sys.executable, {fake_coordinator.__file__!r}, sys.argv.pop(1)]
 cli.main()
 """
