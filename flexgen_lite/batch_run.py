@@ -34,6 +34,7 @@ class Progress:
     generated_tokens: int
     busy_seconds: float
     lanes: dict[str, float]  # busy share since the start
+    overhead: float | None  # share of the passes in which no lane was busy, or only copied to another
     peak_bytes: int
     budget_bytes: int
 
@@ -62,6 +63,8 @@ class Progress:
         if self.lanes:
             busiest = max(self.lanes, key=lambda lane: self.lanes[lane])
             text += f"; busiest lane {busiest} {self.lanes[busiest]:.0%}"
+        if self.overhead is not None:
+            text += f"; between processes {self.overhead:.1%}"
         if self.budget_bytes:
             text += f"; peak memory {format_size(self.peak_bytes)} of {format_size(self.budget_bytes)}"
         return text
@@ -187,6 +190,9 @@ class BatchRun:
             generated_tokens=self._job.generated_tokens,
             busy_seconds=busy,
             lanes=lanes,
+            overhead=since_start("overhead_seconds") / busy
+            if busy > 0 and "overhead_seconds" in status.totals
+            else None,
             peak_bytes=status.memory.get("peak", 0),
             budget_bytes=status.memory.get("budget", 0),
         )

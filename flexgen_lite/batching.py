@@ -104,7 +104,7 @@ class MicroBatch:
             token_ids.extend(request.tokens[request.stored : request.stored + piece.num_rows])
             sample = request.next_sample() if piece.completes else None
             spans.append(TokenSpan(row, piece.num_rows, request.stored, piece.prefill, sample))
-        return TokenBatch(index, index, tuple(token_ids), tuple(spans))
+        return TokenBatch(index, index, tuple(token_ids), tuple(spans), self.workers())
 
     def kv_batch(self, index: int, worker: int) -> KvBatch:
         """For one attention worker: its requests only."""

@@ -27,6 +27,7 @@ import zmq
 from flexgen_lite import messages, plan
 from flexgen_lite.arena import Arena
 from flexgen_lite.batching import Batcher, MicroBatch
+from flexgen_lite.bells import bell_pair
 from flexgen_lite.codec import Codec, MessageError
 from flexgen_lite.config import ConfigError, EngineConfig
 from flexgen_lite.kv_layout import kv_spec
@@ -36,12 +37,14 @@ from flexgen_lite.memory_use import MemoryUse
 from flexgen_lite.model_spec import ModelSpec
 from flexgen_lite.page_table import PageTable
 from flexgen_lite.requests import Answer, Limits, Requests
-from flexgen_lite.schedule import LoadUnit, Order, RunAttention, RunSegment, Schedule, UploadUnit
+from flexgen_lite.schedule import LoadUnit, Order, RunColumns, Schedule, UploadUnit
 from flexgen_lite.slot_ring import SlotRing
 from flexgen_lite.supervisor import WorkerDied, WorkerProcess, stop_all
 from flexgen_lite.tokenizer import TextTokenizer
 
 WINDOW = 4096  # requests that a client may have submitted and not got back
+GATHER_PAUSE = 0.02  # seconds without a new request after which an idle engine begins
+GATHER_SECONDS = 0.5  # at most, since the first request
 COMPUTE_ENVIRONMENT = {
     # Temporaries of a layer are reused instead of faulting in fresh pages each time.
     "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296:"
@@ -74,6 +77,7 @@ class Coordinator:
         self._poller = zmq.Poller()
         self._sources: dict[Any, Callable[[], None]] = {}  # socket or descriptor -> what to do when it is readable
         self._workers: dict[str, WorkerProcess] = {}
+        self._bells: list[tuple[socket.socket, socket.socket]] = []  # of each attention worker, with the compute worker
         self._clients: zmq.Socket[bytes] | None = None
         self._endpoint_path: Path | None = None
         self._codecs = (Codec(messages.ToEngine, max_bytes=256 << 20), Codec(messages.ToClient))
@@ -83,15 +87,20 @@ class Coordinator:
             raise plan.PlanError(f"trace={config.trace} cannot be written: {error.strerror}") from error
         self._memory = MemoryUse(self._arenas.values())
         self._loads_open = 0
+        self._streamed: frozenset[int] = frozenset()  # units that do not stay in their slot
         self._not_ready: set[str] = set()
         self._opened: messages.ModelOpened | None = None
         self._plan: plan.Plan | None = None
         self._schedule: Schedule | None = None
         self._requests: Requests | None = None
         self._pass_id = 0
+        self._begin_at: float | None = None  # when to start the first pass of an idle engine
+        self._gathering_since = 0.0
         self._pass: list[MicroBatch] = []
         self._pass_tokens: list[tuple[int, ...]] = []
         self._pass_start_ns = 0
+        self._progress = 0.0  # when something of the pass was last heard of, monotonic seconds
+        self._copy_ns = 0
         self._busy_ns = 0
         self._lane_history: list[tuple[int, dict[str, int]]] = []
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -117,6 +126,9 @@ class Coordinator:
         self._context.destroy(linger=500)
         for arena in self._arenas.values():
             arena.close()
+        for pair in self._bells:
+            for end in pair:
+                end.close()
 
     def run(self) -> None:
         """Start everything and serve until told to stop. Raises WorkerDied, PlanError or Stopping."""
@@ -134,24 +146,36 @@ class Coordinator:
             self._step(None)
 
     def _step(self, deadline: float | None) -> None:
-        limits = [w.waiting_since + self._config.worker_timeout for w in self._workers.values() if w.outstanding]
-        if deadline is not None:
-            limits = [deadline]  # at start, importing and opening take what they take
-        timeout = None if not limits else max(0, int((min(limits) - time.monotonic()) * 1000) + 1)
+        limit = deadline  # at start, importing and opening take what they take
+        if deadline is None:
+            limit = min((since for _, since in self._awaited()), default=None)
+            limit = None if limit is None else limit + self._config.worker_timeout
+        limits = [moment for moment in (limit, self._begin_at) if moment is not None]
+        timeout = max(0, int((min(limits) - time.monotonic()) * 1000) + 1) if limits else None
         ready = [source for source, _ in self._poller.poll(timeout)]
         for source in ready:
             if source in self._sources:
                 self._sources[source]()
+        if self._begin_at is not None and time.monotonic() >= self._begin_at:
+            self._begin_pass()
         if deadline is None:
             self._check_deadlines()
 
     def _stop(self) -> None:
         raise Stopping
 
+    def _awaited(self) -> list[tuple[WorkerProcess, float]]:
+        """The workers that owe an answer, and since when."""
+        owing = [(worker, worker.waiting_since) for worker in self._workers.values() if worker.outstanding]
+        if self._pass:
+            compute, attention = self._scheduler.waits_for()
+            owing += [(self._compute, self._progress)] * compute
+            owing += [(self._attention(index), self._progress) for index in sorted(attention)]
+        return owing
+
     def _check_deadlines(self) -> None:
-        now = time.monotonic()
-        for worker in self._workers.values():
-            if worker.outstanding and now - worker.waiting_since > self._config.worker_timeout:
+        for worker, since in self._awaited():
+            if time.monotonic() - since > self._config.worker_timeout:
                 raise WorkerDied(
                     f"{worker.name} (process {worker.pid}) has not answered for {self._config.worker_timeout:g} s: "
                     f"{self._standing()}; raise worker_timeout if it was only slow"
@@ -163,7 +187,7 @@ class Coordinator:
             return f"waiting for {', '.join(waiting)}"
         if self._loads_open and not self._pass:
             return f"{self._loads_open} loads of weights are open"
-        return f"pass {self._pass_id}, {self._schedule.waiting_for()}"
+        return f"pass {self._pass_id}, {self._schedule.standing()}"
 
     def _watch(self, source: Any, callback: Callable[[], None]) -> None:
         self._poller.register(source, zmq.POLLIN)
@@ -175,11 +199,15 @@ class Coordinator:
         config, count = self._config, plan.num_attention_workers(self._config, self._machine)
         kinds = [("compute", "compute worker"), ("loader", "disk loader")]
         kinds += [("attention", f"attention worker {i}") for i in range(count)]
+        self._bells = [bell_pair() for _ in range(count)]
         wanted = {"compute": ("weights", "exchange"), "loader": ("weights",), "attention": ("kv", "exchange")}
         for kind, name in kinds:
             arenas = {arena: self._arenas[arena].fd for arena in wanted[kind]}
+            ends = {"compute": {str(i): pair[0] for i, pair in enumerate(self._bells)}}
+            ends |= {f"attention worker {i}": {"compute": pair[1]} for i, pair in enumerate(self._bells)}
+            bells = {end: sock.fileno() for end, sock in ends.get(kind, ends.get(name, {})).items()}
             environment = WORKER_ENVIRONMENT | (COMPUTE_ENVIRONMENT if kind == "compute" else {})
-            worker = WorkerProcess(kind, name, self._context, self._run_dir, arenas, environment)
+            worker = WorkerProcess(kind, name, self._context, self._run_dir, arenas, bells, environment)
             self._workers[name] = worker
             self._not_ready.add(name)
             self._memory.watch(worker.pid)
@@ -219,6 +247,7 @@ class Coordinator:
             message.device_total_bytes,
         )
         self._opened, self._plan = message, made
+        self._streamed = frozenset(made.streamed_layers(spec.num_layers))
         emit("plan", text=plan.describe(made, spec))
         for warning in (*spec.warnings, *made.warnings):
             emit("log", message=f"warning: {warning}")
@@ -261,6 +290,7 @@ class Coordinator:
                 exchange,
                 made.device_slots,
                 made.layer_slot_bytes,
+                bool(made.device_slots or made.layer_slots),
                 made.compute_threads,
                 made.compute_cpus,
             )
@@ -293,16 +323,16 @@ class Coordinator:
 
     def _handle(self, worker: WorkerProcess, message: Any) -> None:
         match message:
-            case messages.SegmentDone():
-                self._segment_done(message)
-            case messages.Attended():
-                name = f"layer {message.layer} micro-batch {message.micro_batch}"
-                self._lanes.add("attention", worker.name, name, message.start_ns, message.end_ns)
-                self._run_orders(self._scheduler.attended(message.layer, message.micro_batch))
+            case messages.ComputeReport():
+                self._computed(message)
+            case messages.AttentionReport():
+                self._attended(worker, message)
             case messages.Loaded():
-                self._loads_open -= 1
                 self._lanes.add("disk", "disk", f"load {message.unit}", message.start_ns, message.end_ns)
-                self._run_orders(self._scheduler.loaded(message.unit))
+                self._loaded(message)
+            case messages.Packed():
+                self._lanes.span("compute", f"pack {message.unit}", message.start_ns, message.end_ns)
+                self._at_hand(message.unit)
             case messages.Uploaded():
                 self._lanes.add(
                     "host-to-device", "host-to-device", f"upload {message.unit}", message.start_ns, message.end_ns
@@ -323,26 +353,49 @@ class Coordinator:
     def _run_orders(self, orders: Iterable[Order]) -> None:
         for order in orders:
             match order:
-                case RunSegment():
-                    self._compute.send(messages.Segment(self._pass_id, order.layer, order.micro_batch, order.slot))
-                case RunAttention():
-                    for index in order.workers:
-                        self._attention(index).send(messages.Attend(self._pass_id, order.layer, order.micro_batch))
+                case RunColumns():
+                    self._progress = time.monotonic()
+                    columns = messages.Segments(self._pass_id, order.layer, order.slots)
+                    self._compute.send(columns, expects_answer=False)
                 case LoadUnit():
                     self._loads_open += 1
                     self._loader.send(messages.Load(order.unit, order.slot))
                 case UploadUnit():
                     self._compute.send(messages.Upload(order.unit, order.slot, order.device_slot))
 
-    def _segment_done(self, message: messages.SegmentDone) -> None:
-        name = f"layer {message.layer} micro-batch {message.micro_batch}"
-        self._lanes.add("compute", "compute", name, message.start_ns, message.end_ns)
-        scheduler = self._scheduler
-        if message.layer == scheduler.num_layers:
-            self._pass_tokens[message.micro_batch] = message.token_ids
-        self._run_orders(scheduler.segment_done(message.layer, message.micro_batch))
-        if scheduler.pass_done:
+    def _loaded(self, message: messages.Loaded) -> None:
+        """What stays where it is gets rearranged once for the CPU that computes with it."""
+        assert self._plan is not None
+        if not self._plan.staged and message.unit not in self._streamed:
+            self._compute.send(messages.Pack(message.unit, message.slot, self._plan.copy_head))
+        else:
+            self._at_hand(message.unit)
+
+    def _at_hand(self, unit: int) -> None:
+        self._loads_open -= 1
+        self._run_orders(self._scheduler.loaded(unit))
+
+    def _computed(self, report: messages.ComputeReport) -> None:
+        assert report.pass_id == self._pass_id, f"report of pass {report.pass_id} in pass {self._pass_id}"
+        self._progress = time.monotonic()
+        for done in report.done:
+            name = f"layer {done.layer} micro-batch {done.micro_batch}"
+            self._lanes.add("compute", "compute", name, done.start_ns, done.end_ns)
+            self._copy_ns += done.copy_ns
+            if done.layer == self._scheduler.num_layers:
+                self._pass_tokens[done.micro_batch] = done.token_ids
+            self._run_orders(self._scheduler.segment_done(done.layer, done.micro_batch))
+        if self._scheduler.pass_done:
             self._end_pass()
+
+    def _attended(self, worker: WorkerProcess, report: messages.AttentionReport) -> None:
+        self._progress = time.monotonic()
+        index = int(worker.name.rpartition(" ")[2])
+        for done in report.done:
+            name = f"layer {done.layer} micro-batch {done.micro_batch}"
+            self._lanes.add("attention", worker.name, name, done.start_ns, done.end_ns)
+            if report.pass_id == self._pass_id and self._pass:
+                self._scheduler.attended(done.layer, done.micro_batch, index)
 
     def _died(self, worker: WorkerProcess) -> None:
         raise worker.death()
@@ -359,11 +412,19 @@ class Coordinator:
 
     # ------------------------------------------------------------------------------------------------ passes
 
+    def _begin_soon(self) -> None:
+        """Begin when no more requests come in: a pass costs a load of the weights whatever rides on it."""
+        if not self._pass:
+            now = time.monotonic()
+            self._gathering_since = now if self._begin_at is None else self._gathering_since
+            self._begin_at = min(now + GATHER_PAUSE, self._gathering_since + GATHER_SECONDS)
+
     def _begin_pass(self) -> None:
         """Compose and start the next pass, if there is work and none is running."""
         assert self._requests is not None and self._plan is not None
         if self._pass:
             return
+        self._begin_at = None
         self._pass = self._requests.next_pass()
         if not self._pass:
             return
@@ -385,7 +446,7 @@ class Coordinator:
         assert self._requests is not None
         now = time.monotonic_ns()
         self._busy_ns += now - self._pass_start_ns
-        self._lanes.span("pass", f"pass {self._pass_id}", self._pass_start_ns, now)
+        self._lanes.end_pass(f"pass {self._pass_id}", self._pass_start_ns, now)
         done, self._pass = self._pass, []
         answers = self._requests.end_pass(done, self._pass_tokens)
         self._requests.totals["passes"] += 1
@@ -395,7 +456,7 @@ class Coordinator:
         self._remember_lanes(now)
 
     def _remember_lanes(self, now: int) -> None:
-        self._lane_history.append((now, dict(self._lanes.busy_ns)))
+        self._lane_history.append((now, self._lanes.busy_ns))
         while len(self._lane_history) > 2 and now - self._lane_history[1][0] > 5e9:
             self._lane_history.pop(0)
 
@@ -420,7 +481,7 @@ class Coordinator:
                 self._send_client(client, self._welcome())
             case messages.Submit():
                 self._answer(self._requests.submit(client, message))
-                self._begin_pass()
+                self._begin_soon()
             case messages.Cancel():
                 self._answer(self._requests.cancel(client, message.job_id))
             case messages.GetStatus():
@@ -442,6 +503,7 @@ class Coordinator:
         running_ns = now - self._pass_start_ns if self._pass else 0
         totals = {key: float(value) for key, value in self._requests.totals.items()}
         totals["busy_seconds"] = (self._busy_ns + running_ns) / 1e9
+        totals["overhead_seconds"] = (self._lanes.overhead_ns + self._copy_ns) / 1e9
         for lane, total in self._lanes.busy_ns.items():
             totals[f"{lane}_seconds"] = total / 1e9
         used = self._memory.sample()

@@ -13,12 +13,14 @@ class Lanes:
     """Busy time per lane, and, where a trace was asked for, a file with every span.
 
     The trace is Chrome's trace event format (opens in Perfetto), written as it happens so that it takes no memory.
-    Spans of one lane that overlap (several attention workers) count once.
+    A lane with several tracks (attention workers) is as busy as the busiest of them.
     """
 
     def __init__(self, trace: Path | None) -> None:
-        self.busy_ns = dict.fromkeys(LANES, 0)
-        self._end_ns = dict.fromkeys(LANES, 0)
+        self.overhead_ns = 0  # of passes: time in which no lane was busy
+        self._busy_ns: dict[str, dict[str, int]] = {lane: {} for lane in LANES}  # lane -> track -> time
+        self._end_ns: dict[str, int] = {}  # of the last span on a track
+        self._pass_spans: list[tuple[int, int]] = []
         self._tracks: dict[str, int] = {}
         self._file: TextIO | None = None
         if trace is not None:
@@ -26,13 +28,29 @@ class Lanes:
             self._file.write('{"traceEvents": [\n{"name": "process_name", "ph": "M", "pid": 1, ')
             self._file.write('"args": {"name": "flexgen-lite"}}')
 
+    @property
+    def busy_ns(self) -> dict[str, int]:
+        return {lane: max(tracks.values(), default=0) for lane, tracks in self._busy_ns.items()}
+
     def add(self, lane: str, track: str, name: str, start_ns: int, end_ns: int) -> None:
-        """One piece of work; `track` is its row in the trace."""
-        begin = max(start_ns, self._end_ns[lane])
+        """One piece of work; `track` is its row in the trace, where pieces come in order."""
+        begin = max(start_ns, self._end_ns.get(track, 0))
         if end_ns > begin:
-            self.busy_ns[lane] += end_ns - begin
-            self._end_ns[lane] = end_ns
+            busy = self._busy_ns[lane]
+            busy[track] = busy.get(track, 0) + end_ns - begin
+            self._end_ns[track] = end_ns
+            self._pass_spans.append((begin, end_ns))
         self.span(track, name, start_ns, end_ns)
+
+    def end_pass(self, name: str, start_ns: int, end_ns: int) -> None:
+        """A pass is over, and its spans are in."""
+        self.span("pass", name, start_ns, end_ns)
+        spans, self._pass_spans = sorted(self._pass_spans), []
+        reached = start_ns
+        for begin, end in spans:
+            self.overhead_ns += max(0, min(begin, end_ns) - reached)
+            reached = max(reached, end)
+        self.overhead_ns += max(0, end_ns - reached)
 
     def span(self, track: str, name: str, start_ns: int, end_ns: int) -> None:
         """A span for the trace alone."""

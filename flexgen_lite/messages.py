@@ -13,6 +13,8 @@ from flexgen_lite.model_spec import AttentionSpec, ModelSpec, UnitSpec
 PROTOCOL = 1
 """Version of the messages between clients and the coordinator."""
 
+REPORT_SECONDS = 0.1
+
 # ---------------------------------------------------------------------------------------------- any worker
 
 
@@ -151,6 +153,8 @@ class BeginAttention:
 
 @dataclass(frozen=True, slots=True)
 class Attend:
+    """What a note of the compute worker asks for (bells.py)."""
+
     pass_id: int
     layer: int
     micro_batch: int
@@ -158,15 +162,22 @@ class Attend:
 
 @dataclass(frozen=True, slots=True)
 class Attended:
-    pass_id: int
     layer: int
     micro_batch: int
     start_ns: int
     end_ns: int
 
 
-ToAttention = AttachAttention | BeginAttention | Attend | Stop
-FromAttention = Hello | Ready | Attended | Failed
+@dataclass(frozen=True, slots=True)
+class AttentionReport:
+    """What was done since the last report; at the latest REPORT_SECONDS after it was done."""
+
+    pass_id: int
+    done: tuple[Attended, ...]
+
+
+ToAttention = AttachAttention | BeginAttention | Stop
+FromAttention = Hello | Ready | AttentionReport | Failed
 
 
 # ---------------------------------------------------------------------------------------------- compute
@@ -202,6 +213,7 @@ class AttachCompute:
     exchange: ExchangeSpec
     device_slots: int
     device_slot_bytes: int
+    streaming: bool  # slots are reused: every segment is reported at once
     threads: int
     cpus: tuple[int, ...]
 
@@ -239,6 +251,7 @@ class TokenBatch:
     region: int
     token_ids: tuple[int, ...]
     spans: tuple[TokenSpan, ...]
+    workers: tuple[int, ...]  # attention workers that hold its sequences
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,33 +282,61 @@ class Uploaded:
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
-    """Finish layer `layer - 1` of a micro-batch behind its attention and run layer `layer` up to its attention call.
+class Pack:
+    """Rearrange the weights of `unit`, which stays in host slot `slot`, in place for this processor's products;
+    `copy_shared`: take a copy of those that must stay as they are."""
 
-    `layer == num_layers` finishes the forward and samples. `slot` holds the layer's weights (a device slot where
-    there are any, else a host slot); -1 for the last segment.
+    unit: int
+    slot: int
+    copy_shared: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    unit: int
+    start_ns: int
+    end_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Segments of every micro-batch in the layers `layer`, `layer` + 1, ..., one layer for each of `slots`.
+
+    A segment finishes layer j - 1 of a micro-batch behind its attention and runs layer j up to its attention call. It
+    may run when the attention workers have done layer j - 1; those that may, run in the order (layer, micro-batch).
+    Segment `num_layers` finishes the forward and samples. The slots hold the layers' weights (device slots where there
+    are any, else host slots); -1 for the last segment.
     """
 
     pass_id: int
     layer: int
-    micro_batch: int
-    slot: int
+    slots: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class SegmentDone:
-    """`token_ids`: the sampled tokens in the order of the spans that asked for one, after the last segment."""
+    """`copy_ns` of its time went into the exchange arena and back. `token_ids`: the sampled tokens in the order of the
+    spans that asked for one, after the last segment."""
 
-    pass_id: int
     layer: int
     micro_batch: int
     start_ns: int
     end_ns: int
+    copy_ns: int
     token_ids: tuple[int, ...]
 
 
-ToCompute = OpenModel | AttachCompute | BeginCompute | Upload | Segment | Stop
-FromCompute = Hello | ModelOpened | Ready | Uploaded | SegmentDone | Failed
+@dataclass(frozen=True, slots=True)
+class ComputeReport:
+    """What was done since the last report: at once at the end of a micro-batch's pass or where layers are streamed,
+    else at the latest REPORT_SECONDS after it was done."""
+
+    pass_id: int
+    done: tuple[SegmentDone, ...]
+
+
+ToCompute = OpenModel | AttachCompute | BeginCompute | Upload | Pack | Segments | Stop
+FromCompute = Hello | ModelOpened | Ready | Uploaded | Packed | ComputeReport | Failed
 
 
 # ---------------------------------------------------------------------------------------------- clients

@@ -109,6 +109,7 @@ class ModelSpec:
     files: tuple[str, ...]
     units: tuple[UnitSpec, ...]
     attention: tuple[AttentionSpec, ...]
+    head_copy_bytes: int = 0  # of a copy of the tied head that suits the processor's products better; 0: no use
     warnings: tuple[str, ...] = ()
 
     @property

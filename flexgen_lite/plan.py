@@ -26,6 +26,7 @@ ALLOCATOR_SLACK = 1.25  # what the allocator keeps beyond what is in use
 CUDA_CONTEXT_BYTES = 600 * MIB  # context and libraries on the device; not measured yet
 AUTO_RAM_SHARE = 0.85
 AUTO_GPU_SHARE = 0.9
+HEAD_COPY_SHARE = 0.05  # of the budget, at most
 PAGE_TOKENS = 16
 KV_ALIGNMENT_BYTES = 8192  # per layer
 MAX_SEQUENCES = 256
@@ -51,6 +52,7 @@ class Plan:
     layer_slot_bytes: int
     weights_bytes: int
     device_slots: int
+    copy_head: bool  # the products use a copy of the tied head in an order that suits them
     num_pages: int
     page_tokens: int
     max_sequences: int
@@ -132,6 +134,13 @@ def make_plan(
     tokens, count, slots = _choose_block(need, ram)
     fixed = need.fixed(tokens, count)
     resident, ring, num_pages = _place(need, ram - sum(fixed.values()), slots)
+    copy_head = 0 < spec.head_copy_bytes <= ram * HEAD_COPY_SHARE and config.stage_weights is not True and not ring
+    if copy_head:
+        with_copy = fixed | {"head copy": spec.head_copy_bytes}
+        placed = _place(need, ram - sum(with_copy.values()), slots)
+        copy_head = placed[1] == 0 and placed[2] >= need.least_pages
+        if copy_head:
+            fixed, (resident, ring, num_pages) = with_copy, placed
     layer_bytes = (len(resident) + ring) * need.layer_slot
     staged = on_gpu if config.stage_weights is None else config.stage_weights
     if on_gpu and not staged:
@@ -148,6 +157,7 @@ def make_plan(
         layer_slot_bytes=need.layer_slot,
         weights_bytes=layer_bytes + spec.units[-1].num_bytes,
         device_slots=_device_slots(need, staged, gpu, fixed["workspace"]),
+        copy_head=copy_head,
         num_pages=num_pages,
         page_tokens=need.page_tokens,
         max_sequences=min(need.max_sequences, tokens * count),

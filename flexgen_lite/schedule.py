@@ -7,8 +7,10 @@ A pass takes every micro-batch k through all layers j, column by column: all k o
     attend(j, k)   needs segment(j, k); runs on every attention worker that holds sequences of k.
     load(j)        needs a free host slot; upload(j) a free device slot and the layer in the host's.
 
-A layer's slot is released when the last micro-batch has passed segment(j + 1). There is no barrier: each dependency is
-its own event, so loads, copies, attention and products of different layers and micro-batches overlap.
+Segments are granted as soon as their weights are at hand; the compute worker and the attention workers tell each other
+when a segment or an attention is done (bells.py, segment_queue.py), and the schedule afterwards. A layer's slot is
+released when the last micro-batch has passed segment(j + 1). There is no barrier: each dependency is its own event, so
+loads, copies, attention and products of different layers and micro-batches overlap.
 """
 
 from __future__ import annotations
@@ -33,20 +35,14 @@ class UploadUnit:
 
 
 @dataclass(frozen=True, slots=True)
-class RunSegment:
+class RunColumns:
+    """Segments of every micro-batch in layers `layer`, `layer` + 1, ...; `slots` hold the layers' weights."""
+
     layer: int
-    micro_batch: int
-    slot: int
+    slots: tuple[int, ...]  # -1 for the last segment, which needs none
 
 
-@dataclass(frozen=True, slots=True)
-class RunAttention:
-    layer: int
-    micro_batch: int
-    workers: tuple[int, ...]
-
-
-Order = LoadUnit | UploadUnit | RunSegment | RunAttention
+Order = LoadUnit | UploadUnit | RunColumns
 
 
 class Schedule:
@@ -56,22 +52,18 @@ class Schedule:
         num_layers: L; unit L is everything outside the layers, needed from the first segment to the last.
         host: slots that the loader fills; holds units 0 .. L.
         device: slots that uploads fill, or None where layers are used where the loader put them.
-        compute_credit: segments that may be with the compute worker at a time (2 hides the round trip).
     """
 
-    def __init__(
-        self, num_layers: int, host: SlotRing, device: SlotRing | None = None, compute_credit: int = 2
-    ) -> None:
+    def __init__(self, num_layers: int, host: SlotRing, device: SlotRing | None = None) -> None:
         self.num_layers = num_layers
         self._host = host
         self._device = device
-        self._compute_credit = compute_credit
         self._pending_upload: tuple[int, int] | None = None
         self._parts: list[tuple[int, ...]] = []
-        self._next_layer: list[int] = []  # next segment of each micro-batch
-        self._blocked: list[int] = []  # what the next segment still waits for: attention workers, or its own end
+        self._granted = 0  # columns of segments that were granted in this pass
+        self._next_layer: list[int] = []  # first segment of each micro-batch that is not reported as done
+        self._attended: list[dict[int, int]] = []  # per micro-batch and attention worker: layers reported as done
         self._passed: list[int] = []  # per segment column: micro-batches that have passed it
-        self._in_flight = 0
 
     # ------------------------------------------------------------------------------------------------ events
 
@@ -83,8 +75,9 @@ class Schedule:
         """`parts[k]`: the attention workers that hold sequences of micro-batch k."""
         assert self.pass_done, "the last pass is not over"
         self._parts = list(parts)
+        self._granted = 0
         self._next_layer = [0] * len(parts)
-        self._blocked = [0] * len(parts)
+        self._attended = [dict.fromkeys(workers, 0) for workers in parts]
         self._passed = [0] * (self.num_layers + 1)
         return self._advance()
 
@@ -99,24 +92,17 @@ class Schedule:
         return self._advance()
 
     def segment_done(self, layer: int, micro_batch: int) -> list[Order]:
-        assert self._next_layer[micro_batch] == layer and self._blocked[micro_batch] == 1
-        self._in_flight -= 1
+        assert self._next_layer[micro_batch] == layer < self._granted
         self._next_layer[micro_batch] = layer + 1
         self._passed[layer] += 1
         if layer > 0 and self._passed[layer] == len(self._parts):
             (self._device or self._host).release(layer - 1)
-        if layer == self.num_layers:
-            self._blocked[micro_batch] = 0
-            return self._advance()
-        workers = self._parts[micro_batch]
-        self._blocked[micro_batch] = len(workers)
-        return [RunAttention(layer, micro_batch, workers), *self._advance()]
-
-    def attended(self, layer: int, micro_batch: int) -> list[Order]:
-        """One worker has finished its part of attention(layer, micro_batch)."""
-        assert self._next_layer[micro_batch] == layer + 1 and self._blocked[micro_batch] > 0
-        self._blocked[micro_batch] -= 1
         return self._advance()
+
+    def attended(self, layer: int, micro_batch: int, worker: int) -> None:
+        """An attention worker's part of attention(layer, micro_batch) is done; only `waits_for` depends on it."""
+        assert self._attended[micro_batch][worker] == layer
+        self._attended[micro_batch][worker] = layer + 1
 
     # ------------------------------------------------------------------------------------------------ state
 
@@ -124,7 +110,16 @@ class Schedule:
     def pass_done(self) -> bool:
         return all(layer == self.num_layers + 1 for layer in self._next_layer)
 
-    def waiting_for(self) -> str:
+    def waits_for(self) -> tuple[bool, frozenset[int]]:
+        """Whether the compute worker has a segment to run, and which attention workers have attention to compute."""
+        compute, workers = False, set()
+        for k, layer in enumerate(self._next_layer):
+            missing = {worker for worker, done in self._attended[k].items() if done < layer}
+            workers |= missing if layer <= self.num_layers else set()
+            compute |= not missing and layer < self._granted
+        return compute, frozenset(workers)
+
+    def standing(self) -> str:
         """For error messages: what the pass stands at."""
         states = [f"micro-batch {k} before layer {layer}" for k, layer in enumerate(self._next_layer)]
         return ", ".join(states) or "no pass"
@@ -135,11 +130,20 @@ class Schedule:
             orders.append(LoadUnit(*fill))
         if self._device is not None:
             orders.extend(self._uploads(self._device))
-        while self._in_flight < self._compute_credit and (segment := self._next_segment()):
-            self._in_flight += 1
-            self._blocked[segment.micro_batch] = 1
-            orders.append(segment)
+        if not self.pass_done and (columns := self._columns(self._device or self._host)):
+            orders.append(RunColumns(self._granted - len(columns), columns))
         return orders
+
+    def _columns(self, weights: SlotRing) -> tuple[int, ...]:
+        """Slots of the layers whose segments can be granted now."""
+        slots: list[int] = []
+        while self._granted <= self.num_layers and weights.slot_of(self.num_layers) is not None:
+            slot = weights.slot_of(self._granted) if self._granted < self.num_layers else -1
+            if slot is None:
+                break
+            slots.append(slot)
+            self._granted += 1
+        return tuple(slots)
 
     def _uploads(self, device: SlotRing) -> list[Order]:
         orders: list[Order] = []
@@ -153,16 +157,3 @@ class Schedule:
                 return orders
             orders.append(UploadUnit(unit, slot, device_slot))
             self._pending_upload = None
-
-    def _next_segment(self) -> RunSegment | None:
-        ready = [
-            (layer, k) for k, layer in enumerate(self._next_layer) if layer <= self.num_layers and not self._blocked[k]
-        ]
-        weights = self._device or self._host
-        if not ready or weights.slot_of(self.num_layers) is None:
-            return None
-        layer, k = min(ready)
-        if layer == self.num_layers:
-            return RunSegment(layer, k, -1)
-        slot = weights.slot_of(layer)
-        return None if slot is None else RunSegment(layer, k, slot)

@@ -44,7 +44,7 @@ class WorkerProcess:
     Args:
         kind: "loader", "attention" or "compute": the module in flexgen_lite.workers.
         name: for people: "attention worker 1".
-        arenas: name -> file descriptor, inherited.
+        arenas, bells: name -> file descriptor, inherited.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class WorkerProcess:
         context: zmq.Context[zmq.Socket[bytes]],
         run_dir: Path,
         arenas: Mapping[str, int],
+        bells: Mapping[str, int],
         environment: Mapping[str, str],
     ) -> None:
         self.kind = kind
@@ -75,11 +76,12 @@ class WorkerProcess:
                 *(sys.executable, "-m", f"flexgen_lite.workers.{kind}", "--name", name, "--endpoint", address),
                 *("--parent", str(os.getpid()), "--lifeline", str(lifeline), "--run-dir", str(run_dir)),
                 *(argument for item in arenas.items() for argument in ("--arena", "{}={}".format(*item))),
+                *(argument for item in bells.items() for argument in ("--bell", "{}={}".format(*item))),
             ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            pass_fds=(lifeline, *arenas.values()),
+            pass_fds=(lifeline, *arenas.values(), *bells.values()),
             env={**os.environ, **environment},
         )
         os.close(lifeline)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 
 from flexgen_lite import messages
 from flexgen_lite.arena import map_arena
+from flexgen_lite.bells import Note, ring
 from flexgen_lite.memory_use import resident_bytes
 from flexgen_lite.workers import serve
 
 
-class AttentionWorker:
+class AttentionWorker(serve.Worker):
     def __init__(self, context: serve.Context) -> None:
         self._context = context
         # Numba reads its thread count when it is imported, and it takes a while: import now, beside the other workers.
@@ -18,8 +20,12 @@ class AttentionWorker:
 
         self._make_state = AttentionState
         self._state: AttentionState | None = None
+        self._pass_id = -1
+        self._num_layers = 0
+        self._left = 0  # attentions of the pass that are still to come
+        self._notes: deque[Note] = deque()  # what the compute worker asked for, in order
 
-    def handle(self, message: messages.AttachAttention | messages.BeginAttention | messages.Attend) -> None:
+    def handle(self, message: messages.AttachAttention | messages.BeginAttention) -> None:
         if isinstance(message, messages.AttachAttention):
             serve.set_affinity(message.cpus)
             kv = map_arena(self._context.arenas["kv"], message.kv.arena_bytes)
@@ -28,16 +34,35 @@ class AttentionWorker:
             )
             self._state = self._make_state(message, kv, exchange)
             self._state.warm_up()
+            self._num_layers = len(message.layers)
             self._context.post(messages.Ready(sum(resident_bytes())))
             return
         assert self._state is not None, "work before the attention worker was attached"
-        if isinstance(message, messages.BeginAttention):
-            self._state.begin(message)
-            return
+        self._state.begin(message)
+        self._pass_id = message.pass_id
+        self._left = self._num_layers * len(message.batches)
+
+    def heard(self, bell: str, note: Note) -> None:
+        self._notes.append(note)
+
+    def work(self) -> bool:
+        """The oldest note's attention. Notes of a pass that has not begun here wait; those of an old one are void."""
+        while self._notes and self._notes[0].pass_id < self._pass_id:
+            self._notes.popleft()
+        if not self._notes or self._notes[0].pass_id > self._pass_id:
+            return False
+        assert self._state is not None
+        note = self._notes.popleft()
         start_ns = time.monotonic_ns()
-        self._state.attend(message)
-        end_ns = time.monotonic_ns()
-        self._context.post(messages.Attended(message.pass_id, message.layer, message.micro_batch, start_ns, end_ns))
+        self._state.attend(messages.Attend(note.pass_id, note.layer, note.micro_batch))
+        ring(self._context.bells["compute"], note)
+        self._left -= 1
+        done = messages.Attended(note.layer, note.micro_batch, start_ns, time.monotonic_ns())
+        self._context.tell(done, at_once=self._left == 0)
+        return True
+
+    def report(self, items: tuple[messages.Attended, ...]) -> messages.AttentionReport:
+        return messages.AttentionReport(self._pass_id, items)
 
 
 if __name__ == "__main__":

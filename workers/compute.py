@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import os
 import time
 from collections.abc import Callable
@@ -11,15 +12,17 @@ import torch
 
 from flexgen_lite import messages
 from flexgen_lite.arena import map_arena
+from flexgen_lite.bells import Note, ring
 from flexgen_lite.memory_use import resident_bytes
-from flexgen_lite.workers import serve
+from flexgen_lite.segment_queue import SegmentQueue
+from flexgen_lite.workers import prefill_attention, serve
 from flexgen_lite.workers.device import Device, open_device
 from flexgen_lite.workers.exchange_region import ExchangeRegion
 from flexgen_lite.workers.forward import Forward
 from flexgen_lite.workers.model_open import OpenedModel, open_model
 
 
-class ComputeWorker:
+class ComputeWorker(serve.Worker):
     def __init__(self, context: serve.Context) -> None:
         self._context = context
         self._device: Device | None = None
@@ -27,16 +30,21 @@ class ComputeWorker:
         self._slots: list[torch.Tensor] = []  # uint8 views of the weights arena
         self._device_slots: list[torch.Tensor] = []
         self._regions: list[ExchangeRegion] = []
+        self._batches: dict[int, messages.TokenBatch] = {}
         self._bound: dict[int, int] = {}  # unit -> slot
         self._pass_id = -1
         self._forwards: dict[int, Forward] = {}
+        self._queue = SegmentQueue((), 1)
+        self._ended: collections.deque[messages.SegmentDone] = collections.deque()  # filled by any thread
+        self._streaming = False
         torch.set_grad_enabled(False)
 
     def handle(self, message: Any) -> None:
         handlers: dict[type, Callable[[Any], None]] = {
-            messages.Segment: self._segment,
+            messages.Segments: self._grant,
             messages.BeginCompute: self._begin,
             messages.Upload: self._upload,
+            messages.Pack: self._pack,
             messages.OpenModel: self._open,
             messages.AttachCompute: self._attach,
         }
@@ -46,6 +54,7 @@ class ComputeWorker:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         self._device = open_device(order.device)
         self._opened = open_model(order, self._device, self._context.run_dir)
+        prefill_attention.prepare(self._device.torch_device, getattr(torch, self._opened.spec.dtype))
         self._context.post(
             messages.ModelOpened(
                 spec=self._opened.spec,
@@ -62,6 +71,7 @@ class ComputeWorker:
         torch.set_num_threads(order.threads)
         weights = self._map("weights", order.arena_bytes)
         bounds = [*order.slot_offsets, order.arena_bytes]
+        self._streaming = order.streaming
         self._slots = [weights[bounds[i] : bounds[i + 1]] for i in range(len(order.slot_offsets))]
         if order.device_slots:
             self._device_slots = self._make_device_slots(order)
@@ -101,13 +111,16 @@ class ComputeWorker:
         assert self._device is not None and self._opened is not None
         if order.threads != torch.get_num_threads():
             torch.set_num_threads(order.threads)
+        assert not self._ended and all(forward.dead for forward in self._forwards.values())
         self._pass_id = order.pass_id
+        self._batches = {batch.micro_batch: batch for batch in order.batches}
         self._forwards = {
             batch.micro_batch: Forward(
                 self._opened.model, self._device, self._opened.spec.attention, batch, self._regions[batch.region]
             )
             for batch in order.batches
         }
+        self._queue = SegmentQueue([len(batch.workers) for batch in order.batches], self._device.credit)
 
     def _upload(self, order: messages.Upload) -> None:
         assert self._device is not None and self._opened is not None
@@ -122,39 +135,69 @@ class ComputeWorker:
         target, source = self._device_slots[order.device_slot], self._slots[order.slot]
         self._device.upload(target[:num_bytes], source[:num_bytes], done)
 
-    def _segment(self, order: messages.Segment) -> None:
-        assert self._device is not None and self._opened is not None
-        assert order.pass_id == self._pass_id, f"segment of pass {order.pass_id} during pass {self._pass_id}"
+    def _pack(self, order: messages.Pack) -> None:
+        assert self._opened is not None
         start_ns = time.monotonic_ns()
-        self._bind(order)
-        forward = self._forwards[order.micro_batch]
-        forward.advance(order.layer)
-        ended = order.layer == self._opened.spec.num_layers
-        if ended:
-            del self._forwards[order.micro_batch]
+        self._bind(order.unit, order.slot)
+        self._opened.products.pack(self._opened.modules(order.unit), order.copy_shared)
+        self._context.post(messages.Packed(order.unit, start_ns, time.monotonic_ns()))
+
+    def _grant(self, order: messages.Segments) -> None:
+        assert order.pass_id == self._pass_id, f"segments of pass {order.pass_id} during pass {self._pass_id}"
+        for index, slot in enumerate(order.slots):
+            for micro_batch in self._batches:
+                self._queue.grant(order.layer + index, micro_batch, slot)
+
+    def heard(self, bell: str, note: Note) -> None:
+        if note.pass_id == self._pass_id:
+            self._queue.attended(note.layer, note.micro_batch)
+
+    def work(self) -> bool:
+        """Tells of the segments that have ended, and starts the next one that may run."""
+        while self._ended:
+            done = self._ended.popleft()
+            self._queue.done()
+            self._context.tell(done, at_once=self._streaming or self._is_last(done.layer))
+        segment = self._queue.take()
+        if segment is not None:
+            self._run(*segment)
+        return segment is not None or bool(self._ended)
+
+    def report(self, items: tuple[messages.SegmentDone, ...]) -> messages.ComputeReport:
+        return messages.ComputeReport(self._pass_id, items)
+
+    def _run(self, layer: int, micro_batch: int, slot: int) -> None:
+        assert self._device is not None and self._opened is not None
+        start_ns = time.monotonic_ns()
+        self._bind(self._opened.spec.num_layers, len(self._device_slots or self._slots) - 1)  # outside the layers
+        if not self._is_last(layer):
+            self._bind(layer, slot)
+        forward, batch, pass_id = self._forwards[micro_batch], self._batches[micro_batch], self._pass_id
+        copied_ns = forward.copy_ns
+        forward.advance(layer)
+        copy_ns = forward.copy_ns - copied_ns
 
         def done() -> None:
+            if not self._is_last(layer):
+                for worker in batch.workers:
+                    ring(self._context.bells[str(worker)], Note(pass_id, layer, micro_batch))
             tokens = () if forward.token_ids is None else tuple(forward.token_ids.tolist())
-            self._context.post(
-                messages.SegmentDone(
-                    order.pass_id, order.layer, order.micro_batch, start_ns, time.monotonic_ns(), tokens
-                )
-            )
+            end_ns = time.monotonic_ns()
+            self._ended.append(messages.SegmentDone(layer, micro_batch, start_ns, end_ns, copy_ns, tokens))
+            self._context.wake()
 
         self._device.when_done(done)
 
-    def _bind(self, order: messages.Segment) -> None:
-        """Binds the layer's parameters to the slot that holds them."""
+    def _is_last(self, layer: int) -> bool:
         assert self._opened is not None
-        num_layers = self._opened.spec.num_layers
-        slots = self._device_slots or self._slots
-        if num_layers not in self._bound:
-            outside = len(slots) - 1  # the last slot holds everything outside the layers
-            self._opened.binding.bind(num_layers, slots[outside])
-            self._bound[num_layers] = outside
-        if order.layer < num_layers and self._bound.get(order.layer) != order.slot:
-            self._opened.binding.bind(order.layer, slots[order.slot])
-            self._bound[order.layer] = order.slot
+        return layer == self._opened.spec.num_layers
+
+    def _bind(self, unit: int, slot: int) -> None:
+        """Points the unit's parameters at the slot that holds them."""
+        assert self._opened is not None
+        if self._bound.get(unit) != slot:
+            self._opened.binding.bind(unit, (self._device_slots or self._slots)[slot])
+            self._bound[unit] = slot
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ plain and everything is done at once.
 
 from __future__ import annotations
 
+import ctypes
 import queue
 import threading
 from collections.abc import Callable
@@ -17,12 +18,14 @@ import torch
 from flexgen_lite.workers.serve import UserError
 
 REGISTER_CHUNK = 1 << 30
+SMALL_COPY = 1 << 20
 
 
 class CpuDevice:
     torch_device = torch.device("cpu")
     name = "cpu"
     total_bytes = 0
+    credit = 1  # segments that may be under way
 
     def page_lock(self, arena: torch.Tensor) -> str | None:
         """Nothing to lock."""
@@ -33,8 +36,16 @@ class CpuDevice:
         return torch.empty(size, dtype=torch.long)
 
     def to_host(self, host: torch.Tensor, value: torch.Tensor) -> None:
-        """Copy a result into host memory; done when the next `when_done` calls back."""
-        host.copy_(value)
+        """Copy a result into host memory; done when the next `when_done` calls back.
+
+        Small ones without PyTorch's threads: waking them takes longer than the copy.
+        """
+        num_bytes = value.numel() * value.element_size()
+        if num_bytes <= SMALL_COPY and host.dtype == value.dtype and host.is_contiguous() and value.is_contiguous():
+            assert host.shape == value.shape
+            ctypes.memmove(host.data_ptr(), value.data_ptr(), num_bytes)
+        else:
+            host.copy_(value)
 
     def from_host(self, host: torch.Tensor) -> torch.Tensor:
         """A tensor on the device with the host tensor's content."""
@@ -59,6 +70,8 @@ class CpuDevice:
 
 class CudaDevice:
     """Not exercised where no GPU is at hand; see docs/architecture.md."""
+
+    credit = 2  # the next one is enqueued while the first runs
 
     def __init__(self, name: str) -> None:
         if not torch.cuda.is_available():

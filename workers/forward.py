@@ -11,6 +11,7 @@ want a token; H, G, D, E as in attention_call.py.
 from __future__ import annotations
 
 import inspect
+import time
 
 import greenlet
 import torch
@@ -21,7 +22,7 @@ from flexgen_lite.model_spec import AttentionSpec
 from flexgen_lite.workers.attention_call import AttentionCall, ModelGreenlet
 from flexgen_lite.workers.device import Device
 from flexgen_lite.workers.exchange_region import ExchangeRegion
-from flexgen_lite.workers.prefill_attention import causal_attention
+from flexgen_lite.workers.prefill_attention import prompt_attention
 from flexgen_lite.workers.sampling import sample
 
 
@@ -44,6 +45,7 @@ class Forward(ModelGreenlet):
         self._region = region
         self._reached = -1  # layer whose attention call the forward stands at
         self._num_attended = sum(span.num_rows for span in batch.spans if not span.prefill)
+        self.copy_ns = 0  # spent on the way into the exchange region and back
         self.token_ids: torch.Tensor | None = None  # [N], on the host once the device is done
 
     def advance(self, layer: int) -> None:
@@ -77,7 +79,9 @@ class Forward(ModelGreenlet):
         """See ModelGreenlet.attend: called by the model, inside the greenlet."""
         self._reached += 1
         assert call.spec == self._layers[self._reached], f"layer {self._reached}: {call.spec} is not as described"
+        start_ns = time.monotonic_ns()
         self._send(call)
+        self.copy_ns += time.monotonic_ns() - start_ns
         parent = self.parent
         assert isinstance(parent, greenlet.greenlet)
         parent.switch()
@@ -106,9 +110,7 @@ class Forward(ModelGreenlet):
         out_THE = call.query_BHTD.new_empty((len(self._batch.token_ids), spec.num_heads, spec.value_dim))
         if attended:
             out_THE[:attended] = from_workers
-        for span in prompts:
-            rows = slice(span.row, span.row + span.num_rows)
-            out_THE[rows] = causal_attention(call, rows, call.key_BGTD[0, :, rows], call.value_BGTE[0, :, rows])
+        prompt_attention(call, [(span.row, span.num_rows) for span in prompts], out_THE)
         return out_THE
 
 

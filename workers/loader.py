@@ -11,7 +11,7 @@ from flexgen_lite.workers import serve
 from flexgen_lite.workers.loader_state import LoaderState
 
 
-class Loader:
+class Loader(serve.Worker):
     def __init__(self, context: serve.Context) -> None:
         self._context = context
         self._state: LoaderState | None = None

@@ -15,6 +15,7 @@ from flexgen_lite.messages import OpenModel
 from flexgen_lite.model_spec import ModelSpec
 from flexgen_lite.workers import attention_call, model_builder, probe
 from flexgen_lite.workers.device import Device
+from flexgen_lite.workers.products import Products
 from flexgen_lite.workers.serve import UserError, first_line
 from flexgen_lite.workers.weight_map import Binding, map_weights
 
@@ -34,8 +35,15 @@ class OpenedModel:
     model: PreTrainedModel
     layers: nn.ModuleList
     binding: Binding
+    products: Products
     spec: ModelSpec
     tokenizer_file: str | None
+
+    def modules(self, unit: int) -> list[nn.Module]:
+        """The modules whose weights `unit` holds: those of a layer, or all outside the layers."""
+        if unit < len(self.layers):
+            return list(self.layers[unit].modules())
+        return _modules_outside(self.model, self.layers)
 
 
 def open_model(order: OpenModel, device: Device, run_dir: str) -> OpenedModel:
@@ -61,6 +69,7 @@ def open_model(order: OpenModel, device: Device, run_dir: str) -> OpenedModel:
     tokenizer_file, tokenizer_warnings = _tokenizer_file(directory, run_dir)
     if order.max_model_len is not None and order.max_model_len > limit:
         raise UserError(f"max_model_len {order.max_model_len} is over the model's limit of {limit}: lower it")
+    products = Products(model, dtype, device.torch_device)
     spec = ModelSpec(
         model_type=config.model_type,
         class_name=type(model).__name__,
@@ -76,9 +85,15 @@ def open_model(order: OpenModel, device: Device, run_dir: str) -> OpenedModel:
         files=tuple(str(file) for file in checkpoint.files) if checkpoint else (),
         units=units,
         attention=attention,
+        head_copy_bytes=products.copied_bytes(_modules_outside(model, layers)),
         warnings=(*warnings, *([warning] if warning else []), *tokenizer_warnings),
     )
-    return OpenedModel(model, layers, Binding(model, layers, units), spec, tokenizer_file)
+    return OpenedModel(model, layers, Binding(model, layers, units), products, spec, tokenizer_file)
+
+
+def _modules_outside(model: nn.Module, layers: nn.ModuleList) -> list[nn.Module]:
+    inside = {module for layer in layers for module in layer.modules()}
+    return [module for module in model.modules() if module not in inside]
 
 
 def _widest(layers: nn.ModuleList, experts: int) -> int:

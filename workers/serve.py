@@ -1,7 +1,8 @@
 """The shell around a worker: one socket, one crash boundary, and an end that follows the coordinator's.
 
 A worker object never sees the socket: `serve` decodes what arrives, calls `handle(message)`, and sends what the worker
-posts. `post` may be called from any thread; nothing here polls or sleeps.
+posts. Notes of other workers (bells.py) go to `heard(bell, note)`; what became possible is done by `work()`, a piece at
+a time. `post` may be called from any thread; nothing here polls or sleeps.
 """
 
 from __future__ import annotations
@@ -13,15 +14,18 @@ import ctypes
 import faulthandler
 import os
 import signal
+import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import zmq
 
 from flexgen_lite import messages
+from flexgen_lite.bells import Note, heard
 from flexgen_lite.codec import Codec
 
 PR_SET_PDEATHSIG = 1
@@ -36,24 +40,67 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-class Worker(Protocol):
-    def handle(self, message: Any) -> None: ...
+class Worker:
+    """What the shell asks of a worker; one that hears no bells only handles messages."""
+
+    def handle(self, message: Any) -> None:
+        raise NotImplementedError
+
+    def heard(self, bell: str, note: Note) -> None:
+        """Another worker rang."""
+        raise NotImplementedError
+
+    def work(self) -> bool:
+        """Do one piece of what can be done now; False if there is nothing."""
+        return False
+
+    def report(self, items: tuple[Any, ...]) -> Any:
+        """The message that tells of `items`, which were given to `Context.tell`."""
+        raise NotImplementedError
 
 
 class Context:
-    """What a worker is given: its name, the arenas' file descriptors, its private directory, and `post`."""
+    """What a worker is given: its name, the arenas' file descriptors, its bells, its private directory, and `post`."""
 
-    def __init__(self, name: str, arenas: dict[str, int], run_dir: str) -> None:
+    def __init__(self, name: str, arenas: dict[str, int], bells: dict[str, socket.socket], run_dir: str) -> None:
         self.name = name
         self.arenas = arenas
+        self.bells = bells
         self.run_dir = run_dir
+        self._thread = threading.get_ident()
+        self._items: list[Any] = []
+        self._tell_at = 0.0
         self._outbox: collections.deque[Any] = collections.deque()
         self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
     def post(self, message: Any) -> None:
         """Send a message to the coordinator; from any thread."""
         self._outbox.append(message)
-        os.eventfd_write(self.wake_fd, 1)
+        self.wake()
+
+    def wake(self) -> None:
+        """Have `work` called; from any thread."""
+        if threading.get_ident() != self._thread:
+            os.eventfd_write(self.wake_fd, 1)
+
+    def tell(self, item: Any, at_once: bool) -> None:
+        """Have `item` reported to the coordinator, with others, within REPORT_SECONDS; in the worker's own thread."""
+        if not self._items:
+            self._tell_at = time.monotonic() + messages.REPORT_SECONDS
+        self._items.append(item)
+        if at_once:
+            self._tell_at = 0.0
+
+    def due(self) -> tuple[Any, ...]:
+        """What has to be reported now."""
+        if not self._items or time.monotonic() < self._tell_at:
+            return ()
+        items, self._items = tuple(self._items), []
+        return items
+
+    def patience_ms(self) -> int | None:
+        """How long the worker may sleep; None for as long as it likes."""
+        return None if not self._items else max(0, int((self._tell_at - time.monotonic()) * 1000)) + 1
 
     def drain(self) -> list[Any]:
         with contextlib.suppress(BlockingIOError):
@@ -79,37 +126,48 @@ def _serve(receives: Any, sends: Any, make_worker: Callable[[Context], Worker]) 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the coordinator's business
     _die_with_parent(args.parent)
     arenas = {name: int(fd) for name, fd in (item.split("=") for item in args.arena)}
+    bells = {name: socket.socket(fileno=int(fd)) for name, fd in (item.split("=") for item in args.bell)}
     inbound, outbound = Codec(receives), Codec(sends)
-    with zmq.Context(io_threads=1) as zmq_context, zmq_context.socket(zmq.PAIR) as socket:
-        socket.linger = 1000  # the last words have to arrive
-        socket.connect(args.endpoint)
-        socket.send(outbound.encode(messages.Hello(args.name, os.getpid())))
+    with zmq.Context(io_threads=1) as zmq_context, zmq_context.socket(zmq.PAIR) as channel:
+        channel.linger = 1000  # the last words have to arrive
+        channel.connect(args.endpoint)
+        channel.send(outbound.encode(messages.Hello(args.name, os.getpid())))
         try:
-            context = Context(args.name, arenas, args.run_dir)
-            _loop(socket, args.lifeline, context, make_worker(context), inbound, outbound)
+            context = Context(args.name, arenas, bells, args.run_dir)
+            _loop(channel, args.lifeline, context, make_worker(context), inbound, outbound)
         except Exception as error:  # the one crash boundary: report, then die
-            socket.send(outbound.encode(_failure(error)))
+            channel.send(outbound.encode(_failure(error)))
             return 1
     return 0
 
 
 def _loop(
-    socket: zmq.Socket[bytes], lifeline: int, context: Context, worker: Worker, inbound: Codec, outbound: Codec
+    channel: zmq.Socket[bytes], lifeline: int, context: Context, worker: Worker, inbound: Codec, outbound: Codec
 ) -> None:
     poller = zmq.Poller()
-    for source in (socket, lifeline, context.wake_fd):
+    bells = {bell.fileno(): name for name, bell in context.bells.items()}
+    for source in (channel, lifeline, context.wake_fd, *bells):
         poller.register(source, zmq.POLLIN)
+    busy = False
     while True:
+        if items := context.due():
+            context.post(worker.report(items))
         for message in context.drain():
-            socket.send(outbound.encode(message))
-        ready = dict(poller.poll())
+            channel.send(outbound.encode(message))
+        ready = dict(poller.poll(0 if busy else context.patience_ms()))
         if lifeline in ready:
             return  # the coordinator is gone
-        if socket in ready:
-            message = inbound.decode(socket.recv())
+        for source in ready:
+            if source in bells:
+                name = bells[source]
+                for note in heard(context.bells[name]):
+                    worker.heard(name, note)
+        if channel in ready:
+            message = inbound.decode(channel.recv())
             if isinstance(message, messages.Stop):
                 return
             worker.handle(message)
+        busy = worker.work()
 
 
 def _die_of_thread(args: threading.ExceptHookArgs) -> None:
@@ -137,6 +195,7 @@ def _parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--run-dir", required=True)
     parser.add_argument("--arena", action="append", default=[], metavar="NAME=FD")
+    parser.add_argument("--bell", action="append", default=[], metavar="NAME=FD")
     return parser.parse_args()
 
 

@@ -10,15 +10,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgen_lite.plan import spread_evenly
-from flexgen_lite.schedule import LoadUnit, Order, RunAttention, RunSegment, Schedule, UploadUnit
+from flexgen_lite.schedule import LoadUnit, Order, RunColumns, Schedule, UploadUnit
+from flexgen_lite.segment_queue import SegmentQueue
 from flexgen_lite.slot_ring import SlotRing
 
 
 class Machine:
-    """Carries out orders in a random order and checks, at each, that what it reads is there and stays there."""
+    """Carries out orders in a random order and checks, at each, that what it reads is there and stays there.
 
-    def __init__(self, num_layers: int, resident: int, slots: int, device_slots: int | None, seed: int) -> None:
+    The compute worker's queue decides which segment runs; reports reach the schedule late, in order per worker.
+    """
+
+    def __init__(
+        self, num_layers: int, resident: int, slots: int, device_slots: int | None, credit: int, seed: int
+    ) -> None:
         self.num_layers = num_layers
+        self.credit = credit
         self.random = random.Random(seed)
         layers = spread_evenly(resident, num_layers)
         streamed = [layer for layer in range(num_layers) if layer not in layers]
@@ -34,48 +41,55 @@ class Machine:
         self.device: dict[int, int] = {}
         self.loading: list[LoadUnit] = []  # in order: one loader
         self.uploading: list[UploadUnit] = []
-        self.segments: list[RunSegment] = []
-        self.attending: list[tuple[RunAttention, int]] = []
+        self.queue = SegmentQueue((), credit)
+        self.segments: list[tuple[int, int, int]] = []  # running: layer, micro-batch, slot
+        self.ended: list[tuple[int, int]] = []  # segments not reported yet
+        self.attending: list[tuple[int, int, int]] = []  # layer, micro-batch, worker
+        self.attended: list[tuple[int, int, int]] = []  # not reported yet
         self.take(self.schedule.start())
 
     def take(self, orders: list[Order]) -> None:
         for order in orders:
             match order:
                 case LoadUnit():
-                    busy = {o.slot for o in self.uploading} | (
-                        {o.slot for o in self.segments} if not self.staged else set()
-                    )
+                    busy = {o.slot for o in self.uploading}
+                    busy |= set() if self.staged else {slot for _, _, slot in self.segments}
                     assert order.slot not in busy, "a slot is overwritten while it is read"
                     self.host.pop(order.slot, None)
                     self.loading.append(order)
                 case UploadUnit():
                     assert self.host[order.slot] == order.unit
-                    assert order.device_slot not in {o.slot for o in self.segments}
+                    assert order.device_slot not in {slot for _, _, slot in self.segments}
                     self.device.pop(order.device_slot, None)
                     self.uploading.append(order)
-                case RunSegment():
-                    self.check_segment(order)
-                    self.segments.append(order)
-                    assert len(self.segments) <= 2
-                case RunAttention():
-                    self.attending.extend((order, worker) for worker in order.workers)
+                case RunColumns():
+                    for layer, slot in enumerate(order.slots, start=order.layer):
+                        for k in range(self.width):
+                            self.queue.grant(layer, k, slot)
 
-    def check_segment(self, order: RunSegment) -> None:
+    def check_segment(self, layer: int, slot: int) -> None:
         """The layer and the one before it, whose end the segment computes, are at hand."""
         units = set((self.device if self.staged else self.host).values())
         assert self.num_layers in units
-        if order.layer < self.num_layers:
-            assert (self.device if self.staged else self.host)[order.slot] == order.layer
-        if order.layer > 0:
-            assert order.layer - 1 in units, "the layer behind the attention is gone"
+        if layer < self.num_layers:
+            assert (self.device if self.staged else self.host)[slot] == layer
+        if layer > 0:
+            assert layer - 1 in units, "the layer behind the attention is gone"
 
     def run_pass(self, parts: list[tuple[int, ...]]) -> None:
         ran: Counter[tuple[int, int]] = Counter()
         attended: Counter[tuple[int, int, int]] = Counter()
+        self.width = len(parts)
+        self.queue = SegmentQueue([len(workers) for workers in parts], self.credit)
         self.take(self.schedule.begin_pass(parts))
         while not self.schedule.pass_done:
-            choices = [name for name in ("loading", "uploading", "segments", "attending") if getattr(self, name)]
-            assert choices, f"deadlock: {self.schedule.waiting_for()}"
+            while segment := self.queue.take():
+                self.check_segment(segment[0], segment[2])
+                self.segments.append(segment)
+            assert len(self.segments) <= self.credit
+            lists = ("loading", "uploading", "segments", "attending", "ended", "attended")
+            choices = [name for name in lists if getattr(self, name)]
+            assert choices, f"deadlock: {self.schedule.standing()}"
             match self.random.choice(choices):
                 case "loading":
                     load = self.loading.pop(0)
@@ -87,19 +101,26 @@ class Machine:
                     self.device[upload.device_slot] = upload.unit
                     self.take(self.schedule.uploaded(upload.unit))
                 case "segments":
-                    segment = self.segments.pop(0)
-                    self.check_segment(segment)
-                    k = segment.micro_batch
-                    ran[segment.layer, k] += 1
-                    if segment.layer > 0:
-                        assert all(attended[segment.layer - 1, k, worker] == 1 for worker in parts[k])
-                    self.take(self.schedule.segment_done(segment.layer, k))
+                    layer, k, slot = self.segments.pop(0)
+                    self.check_segment(layer, slot)
+                    ran[layer, k] += 1
+                    if layer > 0:
+                        assert all(attended[layer - 1, k, worker] == 1 for worker in parts[k])
+                    if layer < self.num_layers:
+                        self.attending.extend((layer, k, worker) for worker in parts[k])
+                    self.queue.done()
+                    self.ended.append((layer, k))
                 case "attending":
-                    order, worker = self.attending.pop(self.random.randrange(len(self.attending)))
-                    k = order.micro_batch
-                    assert ran[order.layer, k] == 1
-                    attended[order.layer, k, worker] += 1
-                    self.take(self.schedule.attended(order.layer, k))
+                    layer, k, worker = self.attending.pop(self.random.randrange(len(self.attending)))
+                    assert ran[layer, k] == 1
+                    attended[layer, k, worker] += 1
+                    self.queue.attended(layer, k)
+                    self.attended.append((layer, k, worker))
+                case "ended":
+                    self.take(self.schedule.segment_done(*self.ended.pop(0)))
+                case "attended":
+                    self.schedule.attended(*self.attended.pop(0))
+        self.attended.clear()  # reports of a pass that is over
         expected = {(layer, k): 1 for layer in range(self.num_layers + 1) for k in range(len(parts))}
         assert ran == expected, "every (layer, micro-batch) exactly once"
 
@@ -112,7 +133,7 @@ def machines(draw: st.DrawFn) -> Machine:
     slots = draw(st.integers(min(2, streamed), max(2, streamed))) if streamed else 0
     slots = min(slots, streamed)
     device_slots = draw(st.none() | st.integers(min(2, num_layers), num_layers))
-    return Machine(num_layers, resident, slots, device_slots, draw(st.integers(0, 2**32)))
+    return Machine(num_layers, resident, slots, device_slots, draw(st.integers(1, 2)), draw(st.integers(0, 2**32)))
 
 
 PASSES = st.lists(
@@ -147,19 +168,43 @@ def test_the_loader_runs_ahead_into_the_next_pass(machine: Machine) -> None:
 
 def test_columns_come_before_rows() -> None:
     """All micro-batches of a layer before any of the next, when nothing is late."""
-    ring = SlotRing({2: 2, 0: 0, 1: 1}, (), ())
-    schedule = Schedule(2, ring, compute_credit=1)
-    schedule.start()
-    for unit in (2, 0, 1):
-        schedule.loaded(unit)
-    order, seen = schedule.begin_pass([(0,), (0,), (0,)]), []
-    while order:
-        segment = next(o for o in order if isinstance(o, RunSegment))
-        seen.append((segment.layer, segment.micro_batch))
-        order = schedule.segment_done(segment.layer, segment.micro_batch)
-        if segment.layer < 2:
-            order += schedule.attended(segment.layer, segment.micro_batch)
+    queue, seen = SegmentQueue([1, 1, 1], 1), []
+    for layer in range(3):
+        for k in (2, 0, 1):
+            queue.grant(layer, k, layer)
+    while segment := queue.take():
+        layer, k, _ = segment
+        seen.append((layer, k))
+        queue.done()
+        queue.attended(layer, k)
     assert seen == [(layer, k) for layer in range(3) for k in range(3)]
+
+
+@given(machines(), PASSES)
+def test_who_is_waited_for_is_named(machine: Machine, passes: list[list[tuple[int, ...]]]) -> None:
+    """Once everything that was done is reported, exactly the workers with something to do are waited for."""
+    schedule, queue = machine.schedule, machine.queue
+    while machine.loading or machine.uploading:
+        if machine.loading:
+            load = machine.loading.pop(0)
+            machine.host[load.slot] = load.unit
+            machine.take(schedule.loaded(load.unit))
+        elif machine.uploading:
+            upload = machine.uploading.pop(0)
+            machine.device[upload.device_slot] = upload.unit
+            machine.take(schedule.uploaded(upload.unit))
+    parts = passes[0]
+    machine.width, machine.queue = len(parts), SegmentQueue([len(workers) for workers in parts], 1)
+    queue = machine.queue
+    machine.take(schedule.begin_pass(parts))
+    assert schedule.waits_for() == (True, frozenset())
+    layer, k, _ = queue.take() or (-1, -1, -1)
+    queue.done()
+    machine.take(schedule.segment_done(layer, k))
+    assert schedule.waits_for() == (len(parts) > 1, frozenset(parts[k]))
+    for worker in parts[k]:
+        schedule.attended(layer, k, worker)
+    assert not schedule.waits_for()[1]
 
 
 @given(st.integers(1, 100).flatmap(lambda total: st.tuples(st.integers(0, total), st.just(total))))

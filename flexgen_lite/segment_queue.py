@@ -1,0 +1,61 @@
+"""Which of the segments that the coordinator has granted the compute worker runs next: pure logic.
+
+    granted, and attention (layer - 1, micro-batch) done on every worker  ->  ready
+    ready ones run in the order (layer, micro-batch), at most `credit` at a time
+
+The coordinator grants a segment when its layer's weights are at hand; that the attention before it is done, the compute
+worker hears from the attention workers themselves.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+
+class SegmentQueue:
+    """Segments of one pass.
+
+    Args:
+        num_workers: attention workers that each micro-batch has rows on.
+        credit: segments that may run at a time; 2 on a device that is fed asynchronously.
+    """
+
+    def __init__(self, num_workers: Sequence[int], credit: int) -> None:
+        self._num_workers = tuple(num_workers)
+        self._credit = credit
+        self._granted: dict[int, dict[int, int]] = {k: {} for k in range(len(num_workers))}  # k -> layer -> slot
+        self._next = [0] * len(num_workers)
+        self._missing = [0] * len(num_workers)  # attention workers that the next segment waits for
+        self._ready: list[tuple[int, int]] = []
+        self._running = 0
+
+    def grant(self, layer: int, micro_batch: int, slot: int) -> None:
+        self._granted[micro_batch][layer] = slot
+        self._check(micro_batch)
+
+    def attended(self, layer: int, micro_batch: int) -> None:
+        """One attention worker has done its part of the micro-batch's attention in `layer`."""
+        assert layer == self._next[micro_batch] - 1 and self._missing[micro_batch] > 0, "attended out of turn"
+        self._missing[micro_batch] -= 1
+        self._check(micro_batch)
+
+    def take(self) -> tuple[int, int, int] | None:
+        """(layer, micro-batch, slot) of the segment to run now; None if there is none."""
+        if not self._ready or self._running == self._credit:
+            return None
+        layer, micro_batch = heapq.heappop(self._ready)
+        self._running += 1
+        self._next[micro_batch] = layer + 1
+        self._missing[micro_batch] = self._num_workers[micro_batch]
+        return layer, micro_batch, self._granted[micro_batch].pop(layer)
+
+    def done(self) -> None:
+        """A segment that was taken has run."""
+        self._running -= 1
+
+    def _check(self, micro_batch: int) -> None:
+        layer = self._next[micro_batch]
+        ready = layer in self._granted[micro_batch] and self._missing[micro_batch] == 0
+        if ready and (layer, micro_batch) not in self._ready:
+            heapq.heappush(self._ready, (layer, micro_batch))
