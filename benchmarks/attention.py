@@ -9,8 +9,11 @@ reads another part of the cache, beyond the reach of the processor's caches.
 
 from __future__ import annotations
 
-import argparse
 import os
+
+os.environ["OMP_WAIT_POLICY"] = "passive"  # as in the workers: threads that wait do not compete with those that work
+
+import argparse
 import platform
 import statistics
 import time
@@ -23,6 +26,7 @@ import torch
 from numba import njit, prange
 
 from flexgen_lite import exchange, kv_layout
+from flexgen_lite.arena import Arena, map_arena
 from flexgen_lite.messages import AttachAttention, Attend, BeginAttention, ExchangeSpec, KvBatch, KvSpan
 from flexgen_lite.model_spec import ITEM_BYTES, AttentionSpec
 from flexgen_lite.workers.attention_state import AttentionState
@@ -59,9 +63,12 @@ def kernel_contestant(
     layers = [spec] * max(1, -(-BUFFER_BYTES // one))
     kv = kv_layout.kv_spec(layers, batch * pages, PAGE_TOKENS, dtype)
     region = exchange.region_bytes(layers, batch, ITEM_BYTES[dtype])
-    arena = np.full(kv.arena_bytes // 2, 0x3C3C, np.uint16)
+    arena = Arena("kv")
+    arena.resize(kv.arena_bytes)
+    memory = map_arena(arena.fd, kv.arena_bytes)
+    np.frombuffer(memory, np.uint16)[:] = 0x3C3C
     attach = AttachAttention(tuple(layers), ExchangeSpec(1, region, batch, dtype), kv, threads, ())
-    state = AttentionState(attach, memoryview(arena.data).cast("B"), memoryview(bytearray(region)))
+    state = AttentionState(attach, memory, memoryview(bytearray(region)))
     order = np.random.default_rng(0).permutation(batch * pages).reshape(batch, pages)
     spans = tuple(KvSpan(b, 1, tokens - 1, True, tuple(int(p) for p in order[b])) for b in range(batch))
     state.begin(BeginAttention(0, threads, (KvBatch(0, 0, spans),)))

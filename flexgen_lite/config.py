@@ -92,7 +92,7 @@ class EngineConfig(BaseModel):
     page_tokens: PageTokens = Field(
         default=None,
         description="Tokens of one KV page.",
-        json_schema_extra=expects('a power of two from 8 to 256, or "auto"'),
+        json_schema_extra=expects('a power of two from 16 to 256, or "auto"'),
     )
     layer_slots: Count = count(2, "Layer slots in main memory.")
     attention_workers: Count = count(1, "Attention worker processes.")

@@ -65,7 +65,7 @@ def _device(value: object) -> object:
 def _page_tokens(value: object) -> object:
     if value is None or value == "auto":
         return None
-    if type(value) is not int or value not in (8, 16, 32, 64, 128, 256):
+    if type(value) is not int or value not in (16, 32, 64, 128, 256):
         raise ValueError("not a power of two in range")
     return value
 

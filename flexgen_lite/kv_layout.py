@@ -14,25 +14,29 @@ def kv_spec(layers: Sequence[AttentionSpec], num_pages: int, page_tokens: int, d
     """The arena for `num_pages` pages of `page_tokens` tokens in every layer; offsets 4096-aligned."""
     if num_pages < 1 or page_tokens < 1:
         raise ValueError(f"{num_pages} KV pages of {page_tokens} tokens: both must be positive")
-    slots = num_pages * page_tokens * _item_bytes(dtype)
+    slots = num_pages * page_tokens
     key_offsets, value_offsets, end = [], [], 0
     for spec in layers:
         key_offsets.append(end)
-        end = _round_up(end + slots * spec.num_kv_heads * spec.head_dim)
+        end = _round_up(end + slots * spec.num_kv_heads * _row_bytes(spec.head_dim, dtype))
         value_offsets.append(end)
-        end = _round_up(end + slots * spec.num_kv_heads * spec.value_dim)
+        end = _round_up(end + slots * spec.num_kv_heads * _row_bytes(spec.value_dim, dtype))
     return KvSpec(num_pages, page_tokens, dtype, tuple(key_offsets), tuple(value_offsets), end)
 
 
 def page_bytes(layers: Sequence[AttentionSpec], page_tokens: int, dtype: str) -> int:
     """Bytes that one page takes over all layers; the arena adds less than 8 KiB per layer for alignment."""
-    return page_tokens * _item_bytes(dtype) * sum(spec.kv_width for spec in layers)
+    token = sum(
+        spec.num_kv_heads * (_row_bytes(spec.head_dim, dtype) + _row_bytes(spec.value_dim, dtype)) for spec in layers
+    )
+    return page_tokens * token
 
 
-def _item_bytes(dtype: str) -> int:
+def _row_bytes(dim: int, dtype: str) -> int:
+    """A row of `dim` items in whole words of 32 bits."""
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"KV cache of dtype {dtype!r}: float32, bfloat16 or float16 expected")
-    return ITEM_BYTES[dtype]
+    return -(-dim * ITEM_BYTES[dtype] // 4) * 4
 
 
 def _round_up(value: int) -> int:

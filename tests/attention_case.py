@@ -15,6 +15,7 @@ from flexgen_lite import exchange, kv_layout
 from flexgen_lite.messages import AttachAttention, Attend, BeginAttention, ExchangeSpec, KvBatch, KvSpan
 from flexgen_lite.model_spec import ITEM_BYTES, AttentionSpec
 from flexgen_lite.workers.attention_state import STORAGE, AttentionState
+from flexgen_lite.workers.simd import LANES
 
 Floats = npt.NDArray[np.float64]
 
@@ -115,26 +116,41 @@ class Case:
         row, self.spans = 1, []
         for sequence, pages, k_TGD, v_TGE in zip(self.sequences, self.pages[:-1], self.keys, self.values, strict=True):
             for t in range(sequence.past):
-                self.slot("key", pages, t)[:] = encode(k_TGD[t], self.dtype)
-                self.slot("value", pages, t)[:] = encode(v_TGE[t], self.dtype)
+                self.write("key", pages, t, encode(k_TGD[t], self.dtype))
+                self.write("value", pages, t, encode(v_TGE[t], self.dtype))
             self.k[row : row + sequence.rows] = encode(k_TGD[sequence.past :], self.dtype)
             self.v[row : row + sequence.rows] = encode(v_TGE[sequence.past :], self.dtype)
             self.spans.append(KvSpan(row, sequence.rows, sequence.past, sequence.attend, pages))
             row += sequence.rows
 
     def cache(self, part: str) -> npt.NDArray[np.generic]:
-        """`[pages, G, page_tokens, D or E]`."""
-        kv, spec = self.kv_spec, self.spec
-        width = spec.head_dim if part == "key" else spec.value_dim
+        """Keys `[pages, G, groups, words, LANES, items of a word]`, or values `[pages, G, page_tokens, items]`."""
+        kv, spec, per_word = self.kv_spec, self.spec, 4 // ITEM_BYTES[self.dtype]
+        words = -(-(spec.head_dim if part == "key" else spec.value_dim) // per_word)
         offset = kv.key_offsets[0] if part == "key" else kv.value_offsets[0]
-        shape = (kv.num_pages, spec.num_kv_heads, kv.page_tokens, width)
-        size = int(np.prod(shape)) * ITEM_BYTES[self.dtype]
-        items = np.frombuffer(self.kv, np.uint8)[offset : offset + size]
+        shape: tuple[int, ...] = (kv.num_pages, spec.num_kv_heads, kv.page_tokens, words * per_word)
+        items = np.frombuffer(self.kv, np.uint8)[offset : offset + int(np.prod(shape)) * ITEM_BYTES[self.dtype]]
+        if part == "key":
+            shape = (kv.num_pages, spec.num_kv_heads, kv.page_tokens // LANES, words, LANES, per_word)
         return items.view(STORAGE[self.dtype]).reshape(shape)
 
-    def slot(self, part: str, pages: tuple[int, ...], token: int) -> npt.NDArray[np.generic]:
-        page_tokens = self.kv_spec.page_tokens
-        return self.cache(part)[pages[token // page_tokens], :, token % page_tokens]
+    def rows(self, part: str, pages: tuple[int, ...], token: int) -> npt.NDArray[np.generic]:
+        """Where a token's keys or values lie: `[G, words, items of a word]` or `[G, items]`."""
+        page, within = divmod(token, self.kv_spec.page_tokens)
+        if part == "key":
+            return self.cache(part)[pages[page], :, within // LANES, :, within % LANES]
+        return self.cache(part)[pages[page], :, within]
+
+    def read(self, part: str, pages: tuple[int, ...], token: int) -> npt.NDArray[np.generic]:
+        """A token's keys `[G, D]` or values `[G, E]`, as they are stored."""
+        width = self.spec.head_dim if part == "key" else self.spec.value_dim
+        return self.rows(part, pages, token).reshape(self.spec.num_kv_heads, -1)[:, :width]
+
+    def write(self, part: str, pages: tuple[int, ...], token: int, rows: npt.NDArray[np.generic]) -> None:
+        """The inverse of `read`; what is behind the row in its last word is zero then."""
+        target = self.rows(part, pages, token)
+        padded = np.pad(rows, ((0, 0), (0, -rows.shape[1] % (4 // ITEM_BYTES[self.dtype]))))
+        target[:] = padded.reshape(target.shape)
 
     def begin(self, threads: int = 2) -> None:
         """Begins pass 1, in which the sequences are micro-batch 3."""
@@ -151,8 +167,8 @@ class Case:
         for sequence, span, k_TGD, v_TGE in zip(self.sequences, self.spans, self.keys, self.values, strict=True):
             for i in range(sequence.rows):
                 stop = sequence.past + i + 1
-                assert (decode(self.slot("key", span.pages, stop - 1), self.dtype) == k_TGD[stop - 1]).all()
-                assert (decode(self.slot("value", span.pages, stop - 1), self.dtype) == v_TGE[stop - 1]).all()
+                assert (decode(self.read("key", span.pages, stop - 1), self.dtype) == k_TGD[stop - 1]).all()
+                assert (decode(self.read("value", span.pages, stop - 1), self.dtype) == v_TGE[stop - 1]).all()
                 if not sequence.attend:
                     continue
                 q_HD = self.q_RHD[span.row + i]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,12 +12,14 @@ from flexgen_lite import exchange as exchange_layout
 from flexgen_lite.messages import AttachAttention, Attend, BeginAttention, KvBatch, KvSpan
 from flexgen_lite.model_spec import ITEM_BYTES
 from flexgen_lite.workers import attention_kernels as kernels
+from flexgen_lite.workers.simd import LANES
 from flexgen_lite.workers.team import Job, Team
 
 Memory = memoryview | mmap.mmap
 Ints = npt.NDArray[np.int64]
 
 STORAGE: dict[str, npt.DTypeLike] = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.uint16}
+KINDS = {"float32": np.float32(0), "bfloat16": np.uint16(0), "float16": np.int16(0)}  # see simd.py
 UNITS_PER_THREAD = 8  # sequences longer than this share of a micro-batch are split into their chunks
 
 
@@ -33,7 +34,7 @@ class _Units:
 
 @dataclass(slots=True)
 class _Batch:
-    region: int  # where it begins in the exchange arena, in items
+    region: int  # its address
     pages: Ints
     pieces: Ints
     units: dict[tuple[int, int], _Units]  # by group size and window
@@ -53,17 +54,16 @@ class AttentionState:
                 f"both must be the same one of {', '.join(STORAGE)}"
             )
         self._attach = attach
-        self._kv = _items(kv, attach.kv.arena_bytes, "KV", attach.kv.dtype)
-        self._exchange = _items(
-            exchange,
-            attach.exchange.num_regions * attach.exchange.region_bytes,
-            "exchange",
-            attach.exchange.dtype,
-        )
-        self._floats = self._exchange.view(np.float32)
+        page_tokens = attach.kv.page_tokens
+        if page_tokens % LANES or page_tokens & (page_tokens - 1):
+            raise ValueError(f"KV pages of {page_tokens} tokens: a power of two from {LANES} on expected")
+        self._kv = _bytes(kv, attach.kv.arena_bytes, "KV")
+        self._exchange = _bytes(exchange, attach.exchange.num_regions * attach.exchange.region_bytes, "exchange")
+        self._kind = KINDS[attach.kv.dtype]
+        self._per_word = 4 // ITEM_BYTES[attach.kv.dtype]
         self._shapes = [self._shape(layer) for layer in range(len(attach.layers))]
         self._counter = np.zeros(1, np.int64)
-        self._partials = np.zeros(0, np.float32)
+        self._partials = np.zeros(0, np.uint8)
         self._pass_id: int | None = None
         self._batches: dict[int, _Batch] = {}
         self._team = Team(0)
@@ -89,42 +89,43 @@ class AttentionState:
     def warm_up(self) -> None:
         """Compiles the kernels, or loads them from the disk cache; touches neither arena."""
         layer = self._shapes[0]._replace(
-            num_heads=1, num_kv_heads=1, head_dim=8, value_dim=8, page_tokens=8, window=0, has_sinks=True,
-            keys=0, values=64, q=0, k=8, v=16, out=24, sinks=64,
+            num_heads=1, num_kv_heads=1, head_dim=8, value_dim=8, page_shift=4, window=0, has_sinks=True,
+            keys=0, values=1024, q=0, k=64, v=128, out=192, sinks=256,
         )  # fmt: skip
-        region = np.zeros(256, self._exchange.dtype)
+        region, kv = np.zeros(320, np.uint8), np.zeros(2048, np.uint8)
         pages = np.zeros(1, np.int64)
         pieces = np.array([[0, 1, 0, 0]], np.int64)
-        units = np.array([[0, 0, 0, 0, 1, 0, 1, 0]], np.int64)
+        units = np.array([[0, 0, 0, 0, 1, 0, 1, 0, 1]], np.int64)
         joins = np.array([[0, 1]], np.int64)
-        partials = np.zeros(kernels.places(8, 8).value_stride + 2, np.float32)
-        kv = np.zeros(128, self._kv.dtype)
-        work, counter = self._work[0], self._counter
+        partials = np.zeros(kernels.partial_bytes(8, self._per_word), np.uint8)
+        here, scratch, kind, counter = region.ctypes.data, self._scratch[0], self._kind, self._counter
         counter[0] = 0
-        kernels.store(kv, region, 0, pages, pieces, layer, counter)
+        kernels.store(kv.ctypes.data, here, pages, pieces, layer, counter.ctypes.data, kind)
         counter[0] = 0
-        kernels.attend(kv, region, region.view(np.float32), 0, pages, units, layer, work, partials, counter)
+        kernels.attend(
+            kv.ctypes.data, here, pages, units, layer, scratch, partials.ctypes.data, counter.ctypes.data, kind
+        )
         counter[0] = 0
-        kernels.join(region, region.view(np.float32), 0, units, joins, layer, work, partials, counter)
+        kernels.join(here, units, joins, layer, scratch, partials.ctypes.data, counter.ctypes.data, kind)
 
     def _run(self, batch: _Batch, shape: kernels.Shape) -> None:
-        kv, exchange, floats, work = self._kv, self._exchange, self._floats, self._work
-        region, pages, partials, counter = batch.region, batch.pages, self._partials, self._counter
+        kv, region, pages, scratch, kind = self._kv.ctypes.data, batch.region, batch.pages, self._scratch, self._kind
+        partials, counter = self._partials.ctypes.data, self._counter.ctypes.data
         plan = batch.units[_unit_key(shape)]
         self._share(
             len(batch.pieces),
-            lambda member: kernels.store(kv, exchange, region, pages, batch.pieces, shape, counter),
+            lambda member: kernels.store(kv, region, pages, batch.pieces, shape, counter, kind),
         )
         self._share(
             len(plan.units),
             lambda member: kernels.attend(
-                kv, exchange, floats, region, pages, plan.units, shape, work[member], partials, counter
+                kv, region, pages, plan.units, shape, scratch[member], partials, counter, kind
             ),
         )
         self._share(
             len(plan.joins),
             lambda member: kernels.join(
-                exchange, floats, region, plan.units, plan.joins, shape, work[member], partials, counter
+                region, plan.units, plan.joins, shape, scratch[member], partials, counter, kind
             ),
         )
 
@@ -147,19 +148,18 @@ class AttentionState:
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
             value_dim=spec.value_dim,
-            page_tokens=kv.page_tokens,
+            page_shift=kv.page_tokens.bit_length() - 1,
             window=spec.sliding_window or 0,
-            half=kv.dtype == "float16",
             has_sinks=spec.sinks,
             scaling=np.float32(spec.scaling),
             softcap=np.float32(spec.softcap or 0.0),
-            keys=kv.key_offsets[layer] // size,
-            values=kv.value_offsets[layer] // size,
-            q=at.q // size,
-            k=at.k // size,
-            v=at.v // size,
-            out=at.out // size,
-            sinks=at.sinks // exchange_layout.SINK_BYTES,
+            keys=kv.key_offsets[layer],
+            values=kv.value_offsets[layer],
+            q=at.q,
+            k=at.k,
+            v=at.v,
+            out=at.out,
+            sinks=at.sinks,
         )
 
     def _set_threads(self, threads: int) -> None:
@@ -168,8 +168,10 @@ class AttentionState:
         if threads != self._team.size:
             self._team.close()
             self._team = Team(threads)
-            floats = max(kernels.places(s.head_dim, s.value_dim).num_floats for s in self._shapes)
-            self._work = _aligned(threads, floats)
+            size = max(kernels.places(0, s.head_dim, s.value_dim, self._per_word).end for s in self._shapes)
+            self._memory = np.zeros(threads * size + 64, np.uint8)
+            start = -(-self._memory.ctypes.data // 64) * 64
+            self._scratch = [start + i * size for i in range(threads)]
 
     def _prepare(self, batch: KvBatch) -> _Batch:
         exchange = self._attach.exchange
@@ -186,14 +188,14 @@ class AttentionState:
         pages = np.fromiter((page for span in batch.spans for page in span.pages), np.int64, num_pages)
         spans = list(zip(batch.spans, starts, strict=True))
         result = _Batch(
-            region=batch.region * exchange.region_bytes // self._exchange.itemsize,
+            region=self._exchange.ctypes.data + batch.region * exchange.region_bytes,
             pages=pages,
             pieces=_pieces(spans),
             units={},
         )
         for shape in self._shapes:
             if _unit_key(shape) not in result.units:
-                result.units[_unit_key(shape)] = _units(spans, *_unit_key(shape), len(self._work))
+                result.units[_unit_key(shape)] = _units(spans, *_unit_key(shape), len(self._scratch))
             self._reserve(result.units[_unit_key(shape)].num_partials, shape)
         return result
 
@@ -212,10 +214,9 @@ class AttentionState:
                 raise ValueError(f"{what}: page {page}, the arena has {kv.num_pages} pages")
 
     def _reserve(self, num_partials: int, shape: kernels.Shape) -> None:
-        stride = kernels.places(shape.head_dim, shape.value_dim).value_stride + 2
-        floats = num_partials * shape.num_kv_heads * stride
-        if floats > len(self._partials):
-            self._partials = np.zeros(floats, np.float32)
+        size = num_partials * shape.num_kv_heads * kernels.partial_bytes(shape.value_dim, self._per_word)
+        if size > len(self._partials):
+            self._partials = np.zeros(size, np.uint8)
 
 
 def _unit_key(shape: kernels.Shape) -> tuple[int, int]:
@@ -223,13 +224,18 @@ def _unit_key(shape: kernels.Shape) -> tuple[int, int]:
 
 
 def _pieces(spans: list[tuple[KvSpan, int]]) -> Ints:
-    """Every span cut into runs of rows that one thread stores."""
+    """Spans cut into runs of rows that one thread stores; a single row that attends is stored by its unit."""
     pieces = [
         (span.row + i, min(kernels.STORE_ROWS, span.num_rows - i), span.position + i, pages)
         for span, pages in spans
+        if not _is_stored_by_unit(span)
         for i in range(0, span.num_rows, kernels.STORE_ROWS)
     ]
     return np.array(pieces, np.int64).reshape(len(pieces), 4)
+
+
+def _is_stored_by_unit(span: KvSpan) -> bool:
+    return span.attend and span.num_rows == 1
 
 
 def _units(spans: list[tuple[KvSpan, int]], group: int, window: int, threads: int) -> _Units:
@@ -247,15 +253,16 @@ def _units(spans: list[tuple[KvSpan, int]], group: int, window: int, threads: in
             begin, end = _token_range(span, first // group, (last - 1) // group, window)
             chunk, chunk_stop = begin // kernels.CHUNK, -(-end // kernels.CHUNK)
             where = (span.row, span.position, pages, first, last)
+            stores = _is_stored_by_unit(span)
             if count <= share or queries > kernels.QUERIES or chunk_stop - chunk == 1:
-                units.append((*where, chunk, chunk_stop, -1))
+                units.append((*where, chunk, chunk_stop, -1, stores))
                 continue
             joins.append((len(units), chunk_stop - chunk))
             for part in range(chunk, chunk_stop):
-                units.append((*where, part, part + 1, num_partials))
+                units.append((*where, part, part + 1, num_partials, stores and part == chunk_stop - 1))
                 num_partials += last - first
     return _Units(
-        np.array(units, np.int64).reshape(len(units), 8),
+        np.array(units, np.int64).reshape(len(units), 9),
         np.array(joins, np.int64).reshape(len(joins), 2),
         num_partials,
     )
@@ -272,15 +279,7 @@ def _visible(span: KvSpan, window: int) -> int:
     return end - begin
 
 
-def _items(memory: Memory, num_bytes: int, name: str, dtype: str) -> npt.NDArray[Any]:
+def _bytes(memory: Memory, num_bytes: int, name: str) -> npt.NDArray[np.uint8]:
     if len(memory) < num_bytes:
         raise ValueError(f"the {name} arena has {len(memory)} bytes, {num_bytes} expected")
-    return np.frombuffer(memory, np.uint8, num_bytes).view(STORAGE[dtype])
-
-
-def _aligned(rows: int, columns: int) -> npt.NDArray[np.float32]:
-    """Zeros `[rows, columns]`, each row on a cache line of its own."""
-    columns = -(-columns // 16) * 16
-    memory = np.zeros(rows * columns + 16, np.float32)
-    start = -memory.ctypes.data % 64 // 4
-    return memory[start : start + rows * columns].reshape(rows, columns)
+    return np.frombuffer(memory, np.uint8, num_bytes)

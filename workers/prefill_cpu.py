@@ -16,7 +16,7 @@ import torch
 
 from flexgen_lite.workers import prefill_kernels as kernels
 from flexgen_lite.workers.attention_call import AttentionCall
-from flexgen_lite.workers.prefill_simd import PAIRS
+from flexgen_lite.workers.simd import PAIRS
 
 DTYPES = (torch.float32, torch.bfloat16)
 NO_WINDOW = 1 << 30

@@ -21,12 +21,12 @@ import numpy as np
 from numba import cfunc, types
 
 from flexgen_lite.workers import prefill_packing as packing
-from flexgen_lite.workers import prefill_simd as simd
 from flexgen_lite.workers import prefill_tiles as tiles
+from flexgen_lite.workers import simd
 from flexgen_lite.workers.prefill_packing import CALL as CALL
 from flexgen_lite.workers.prefill_packing import OPTIONS, PAD, Item, kernel, padded, position
-from flexgen_lite.workers.prefill_simd import LANES
 from flexgen_lite.workers.prefill_tiles import ROW, ROWS
+from flexgen_lite.workers.simd import LANES
 
 TRIO = 3
 VECTORS = 18  # of an item, at most

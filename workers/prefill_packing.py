@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from flexgen_lite.workers import prefill_simd as simd
 from flexgen_lite.workers import prefill_tiles as tiles
-from flexgen_lite.workers.prefill_simd import LANES
+from flexgen_lite.workers import simd
 from flexgen_lite.workers.prefill_tiles import ROW
+from flexgen_lite.workers.simd import LANES
 
 PAD = 16  # keys and columns are padded to a multiple: the rows of every tile divide it
 

@@ -2,7 +2,7 @@
 
 A *word* is the 32 bits that one step of a product takes per lane: a float32, or a pair of bfloat16 of neighbouring
 steps. LLVM's loop vectoriser does not keep a tile of sums in registers by itself, so the products are spelled out.
-Strides are in bytes; vectors, addresses and kinds are those of prefill_simd.py.
+Strides are in bytes; vectors, addresses and kinds are those of simd.py.
 
 Numba's disk cache watches prefill_kernels.py alone: touch that file after an edit here.
 """
@@ -15,8 +15,8 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from flexgen_lite.workers import prefill_simd as simd
-from flexgen_lite.workers.prefill_simd import LANES, VECTOR
+from flexgen_lite.workers import simd
+from flexgen_lite.workers.simd import LANES, VECTOR
 
 ROW = 4 * LANES  # bytes of a vector
 ROWS = 8 if simd.WIDE else 4  # with three vectors each: the sums that fit into the registers

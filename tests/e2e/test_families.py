@@ -22,7 +22,7 @@ SETTINGS = {
     "max_sequences": 7,
     "attention_workers": 2,
     "attention_threads": 1,
-    "page_tokens": 8,
+    "page_tokens": 16,
     "layer_slots": 2,
     "device": "cpu",
 }

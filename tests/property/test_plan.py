@@ -50,7 +50,7 @@ OPTIONS = st.fixed_dictionaries(
         "micro_batches": st.integers(1, 6),
         "micro_batch_tokens": st.integers(1, 4096),
         "layer_slots": st.integers(2, 8),
-        "page_tokens": st.sampled_from([8, 16, 64]),
+        "page_tokens": st.sampled_from([16, 32, 64]),
         "stage_weights": st.booleans(),
     },
 )

@@ -14,7 +14,7 @@ from tests.attention_case import reference
 from tests.property.test_attention import specs
 
 # The output is rounded to the storage dtype once. In bfloat16 so are the weights, each by half a step at most.
-STEP = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-9}
+STEP = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-7}
 lengths = st.integers(1, 40) | st.sampled_from([127, 128, 129, 255, 256, 257, 300])
 
 

@@ -47,7 +47,7 @@ def test_against_the_reference(spec: AttentionSpec, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_results_depend_neither_on_threads_nor_on_the_batch(dtype: str) -> None:
     sequences = [Sequence(1300, 1), Sequence(40, 3), Sequence(2, 1)]
-    case = Case(PLAIN, sequences, dtype, 8)
+    case = Case(PLAIN, sequences, dtype, 16)
     together = case.run(threads=2)
     assert (together == case.run(threads=1)).all()
     assert (together == case.run(threads=5)).all()
@@ -72,13 +72,13 @@ def test_a_chunk_of_a_prompt_gives_what_token_by_token_gives() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_only_the_pages_and_rows_of_the_spans_are_written(dtype: str) -> None:
-    case = Case(PLAIN, [Sequence(30, 1), Sequence(0, 20, attend=False), Sequence(5, 4)], dtype, 8)
+    case = Case(PLAIN, [Sequence(30, 1), Sequence(0, 20, attend=False), Sequence(5, 4)], dtype, 16)
     before_kv, before_exchange = bytes(case.kv), bytes(case.exchange)
     case.run()
     for span in case.spans:  # put back what may change; all else must be as it was
         for part in ("key", "value"):
             for t in range(span.position, span.position + span.num_rows):
-                case.slot(part, span.pages, t).view(np.uint8)[:] = 0xFF
+                case.rows(part, span.pages, t)[:] = np.frombuffer(b"\xff\xff\xff\xff", STORAGE[dtype])[0]
         if span.attend:
             case.out[span.row : span.row + span.num_rows].view(np.uint8)[:] = 0xFF
     assert bytes(case.kv) == before_kv
@@ -98,11 +98,11 @@ def test_large_scores_do_not_overflow() -> None:
 def test_output_is_rounded_to_nearest_even(dtype: str) -> None:
     # Two tokens of equal weight: the output is the mean of their values, half way between neighbours for odd
     # sums.
-    case = Case(spec_of(1, 1, 8, 64), [Sequence(1, 1)], dtype, 4)
+    case = Case(spec_of(1, 1, 8, 64), [Sequence(1, 1)], dtype, 16)
     case.q[:] = 0
     ones = encode(np.ones(1), dtype).view(np.uint16)[0]
     low, high = np.arange(64, dtype=np.uint16) + ones, np.arange(64, dtype=np.uint16) + ones + 1
-    case.slot("value", case.pages[0], 0)[0] = low
+    case.write("value", case.pages[0], 0, low[None])
     case.v[1, 0] = high
     case.run()
     expected = encode((decode(low, dtype) + decode(high, dtype)) / 2, dtype)
@@ -110,7 +110,7 @@ def test_output_is_rounded_to_nearest_even(dtype: str) -> None:
 
 
 def test_what_does_not_fit_is_named() -> None:
-    case = Case(PLAIN, [Sequence(3, 1)], "bfloat16", 4)
+    case = Case(PLAIN, [Sequence(3, 1)], "bfloat16", 16)
     case.begin()
     for message, name in [
         (Attend(7, 0, 3), "pass 7"),
@@ -122,7 +122,7 @@ def test_what_does_not_fit_is_named() -> None:
     for span, name in [
         (KvSpan(0, 1, 0, True, (99,)), "page 99"),
         (KvSpan(0, 1, 0, True, (-1,)), "page -1"),
-        (KvSpan(0, 1, 4, True, (0,)), "positions 4"),
+        (KvSpan(0, 1, 16, True, (0,)), "positions 16"),
         (KvSpan(3, 1, 0, True, (0,)), "at row 3"),
     ]:
         with pytest.raises(ValueError, match=name):
@@ -134,14 +134,14 @@ def test_what_does_not_fit_is_named() -> None:
 
 
 def test_warm_up_touches_no_arena() -> None:
-    case = Case(PLAIN, [Sequence(3, 1)], "float16", 4)
+    case = Case(PLAIN, [Sequence(3, 1)], "float16", 16)
     before = bytes(case.kv), bytes(case.exchange)
     case.state.warm_up()
     assert (bytes(case.kv), bytes(case.exchange)) == before
 
 
 def test_an_arena_too_small_is_an_error() -> None:
-    case = Case(PLAIN, [Sequence(3, 1)], "float16", 4)
+    case = Case(PLAIN, [Sequence(3, 1)], "float16", 16)
     with pytest.raises(ValueError, match="KV arena"):
         AttentionState(case.attach, memoryview(bytearray(8)), memoryview(case.exchange))
 

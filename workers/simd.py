@@ -1,9 +1,10 @@
-"""Vectors for the prefill attention kernel: a numba type for one register of float32, and what can be done with it.
+"""Vectors for the attention kernels: a numba type for one register of float32, and what can be done with it.
 
-A `Vector` holds LANES float32. Memory is named by address, an int64. Functions that differ between storage in float32
-and in bfloat16 take a *kind* as their last argument, a value whose type alone counts: float32, or uint16 for bfloat16.
+A `Vector` holds LANES float32. Memory is named by address, an int64. Functions that differ by how items are stored take
+a *kind* as their last argument, a value whose type alone counts: float32, uint16 for bfloat16, int16 for float16.
 
-Numba's disk cache watches prefill_kernels.py alone: touch that file after an edit here.
+Numba's disk cache watches the files of the kernels alone, prefill_kernels.py and attention_kernels.py: touch them after
+an edit here.
 """
 
 from __future__ import annotations
@@ -73,17 +74,25 @@ def operation(build: Callable[..., Any], result: Any, *arguments: Any) -> Any:
     return _intrinsic(typed, len(arguments))
 
 
-def operation_by_kind(build: Callable[..., Any], result: Any, *arguments: Any) -> Any:
-    """An intrinsic with a kind as last argument; `build` gets the builder, whether it is bfloat16, and the values."""
+KINDS = {types.float32: "float32", types.uint16: "bfloat16", types.int16: "float16"}
+
+
+def operation_of_kind(build: Callable[..., Any], result: Any, *arguments: Any) -> Any:
+    """An intrinsic with a kind as last argument; `build` gets the builder, the kind's name, and the values."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        out = build(builder, signature.args[-1] == types.uint16, *values[:-1])
+        out = build(builder, KINDS[signature.args[-1]], *values[:-1])
         return context.get_dummy_value() if result is types.void else out
 
     def typed(typing: Any, *given: Any) -> Any:
         return result(*arguments, given[-1]), generate
 
     return _intrinsic(typed, len(arguments) + 1)
+
+
+def operation_by_kind(build: Callable[..., Any], result: Any, *arguments: Any) -> Any:
+    """The same for float32 and bfloat16 alone; `build` gets the builder, whether it is bfloat16, and the values."""
+    return operation_of_kind(lambda b, kind, *values: build(b, kind == "bfloat16", *values), result, *arguments)
 
 
 def record(dtype: Any) -> Any:
@@ -133,6 +142,16 @@ def _larger(builder: Any, x: Any, y: Any) -> Any:
     return builder.select(builder.fcmp_ordered(">", x, y), x, y)
 
 
+def _reduce(builder: Any, x: Any, combine: Callable[[Any, Any, Any], Any]) -> Any:
+    """All lanes combined, in an order that depends on nothing."""
+    width = LANES // 2
+    while width:
+        lanes = ir.Constant(WORDS, [(i + width) % LANES for i in range(LANES)])
+        x = combine(builder, x, builder.shuffle_vector(x, x, lanes))
+        width //= 2
+    return builder.extract_element(x, I32(0))
+
+
 def _any_above(builder: Any, x: Any, y: Any) -> Any:
     bits = builder.bitcast(builder.fcmp_ordered(">", x, y), ir.IntType(LANES))
     return builder.icmp_unsigned("!=", bits, bits.type(0))
@@ -166,7 +185,7 @@ def _exp2(builder: Any, x: Any) -> Any:
     return builder.fmul(power, builder.bitcast(builder.shl(exponent, same(23, WORDS)), VECTOR))
 
 
-def _narrow(builder: Any, x: Any) -> Any:
+def narrow(builder: Any, x: Any) -> Any:
     """float32 lanes to the nearest bfloat16, ties to even, as 16-bit integers."""
     if PAIRS:
         return builder.bitcast(builder.fptrunc(x, ir.VectorType(BFloatType(), LANES)), HALVES)
@@ -186,7 +205,7 @@ def load_widened(builder: Any, half: bool, address: Any) -> Any:
 
 
 def _store_narrowed(builder: Any, half: bool, x: Any, address: Any) -> None:
-    store_to(builder, _narrow(builder, x) if half else x, address, align=2 if half else 4)
+    store_to(builder, narrow(builder, x) if half else x, address, align=2 if half else 4)
 
 
 def _load_item(builder: Any, half: bool, address: Any) -> Any:
@@ -226,3 +245,6 @@ maximum = operation(_larger, vector, vector, vector)
 any_above = operation(_any_above, types.boolean, vector, vector)  # whether x > y in any lane
 hide = operation(_hide, vector, vector, types.int64, types.int64, types.float32)  # value in lanes not in first .. last
 exp2 = operation(_exp2, vector, vector)  # for -1e38 < x < 127
+largest = operation(lambda b, x: _reduce(b, x, _larger), types.float32, vector)  # of the lanes
+total = operation(lambda b, x: _reduce(b, x, lambda b, x, y: b.fadd(x, y)), types.float32, vector)  # of the lanes
+first = operation(lambda b, x: b.extract_element(x, I32(0)), types.float32, vector)
