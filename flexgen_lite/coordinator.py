@@ -379,9 +379,12 @@ class Coordinator:
         assert report.pass_id == self._pass_id, f"report of pass {report.pass_id} in pass {self._pass_id}"
         self._progress = time.monotonic()
         for done in report.done:
-            name = f"layer {done.layer} micro-batch {done.micro_batch}"
+            name = f"{'before ' * done.left_only}layer {done.layer} micro-batch {done.micro_batch}"
             self._lanes.add("compute", "compute", name, done.start_ns, done.end_ns)
             self._copy_ns += done.copy_ns
+            if done.left_only:
+                self._run_orders(self._scheduler.layer_left(done.layer, done.micro_batch))
+                continue
             if done.layer == self._scheduler.num_layers:
                 self._pass_tokens[done.micro_batch] = done.token_ids
             self._run_orders(self._scheduler.segment_done(done.layer, done.micro_batch))

@@ -316,10 +316,11 @@ class Segments:
 @dataclass(frozen=True, slots=True)
 class SegmentDone:
     """`copy_ns` of its time went into the exchange arena and back. `token_ids`: the sampled tokens in the order of the
-    spans that asked for one, after the last segment."""
+    spans that asked for one, after the last segment. `left_only`: only layer `layer` - 1 was finished."""
 
     layer: int
     micro_batch: int
+    left_only: bool
     start_ns: int
     end_ns: int
     copy_ns: int

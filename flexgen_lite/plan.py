@@ -15,18 +15,21 @@ from flexgen_lite.model_spec import ITEM_BYTES, ModelSpec
 from flexgen_lite.sizes import format_size
 
 MIB = 1 << 20
-# Measured, resident, with some room: anonymous memory and mapped files (numba's compiler counts once).
-COORDINATOR_BYTES = 70 * MIB
-CLIENT_BYTES = 70 * MIB  # the process that reads prompts and writes results
-LOADER_BYTES = 40 * MIB
+# Measured, resident, with some room: anonymous memory. Mapped files count once, for the compute worker: it maps every
+# library that the others do, except beside a GPU, where it does without numba.
+COORDINATOR_BYTES = 50 * MIB
+CLIENT_BYTES = 50 * MIB  # the process that reads prompts and writes results
+LOADER_BYTES = 30 * MIB
 CONVERTING_LOADER_BYTES = 90 * MIB
 NUMBA_BYTES = 95 * MIB
-ATTENTION_BYTES = 125 * MIB
+ATTENTION_BYTES = 85 * MIB
 ALLOCATOR_SLACK = 1.25  # what the allocator keeps beyond what is in use
 CUDA_CONTEXT_BYTES = 600 * MIB  # context and libraries on the device; not measured yet
 AUTO_RAM_SHARE = 0.85
 AUTO_GPU_SHARE = 0.9
 HEAD_COPY_SHARE = 0.05  # of the budget, at most
+BLOCK_SHARE = 4  # at most one part in so many of the budget is for temporaries and exchange
+STREAMING_BLOCK_SHARE = 12  # where weights are read in every pass, room for sequences is worth more
 PAGE_TOKENS = 16
 KV_ALIGNMENT_BYTES = 8192  # per layer
 MAX_SEQUENCES = 256
@@ -207,7 +210,7 @@ def _need(config: EngineConfig, spec: ModelSpec, machine: Machine, compute_bytes
         processes={
             "coordinator": COORDINATOR_BYTES + CLIENT_BYTES,
             "loader": CONVERTING_LOADER_BYTES if converting else LOADER_BYTES,
-            "attention workers": NUMBA_BYTES + ATTENTION_BYTES * workers,
+            "attention workers": (NUMBA_BYTES if on_gpu else 0) + ATTENTION_BYTES * workers,
             "compute worker": compute_bytes,
         },
         workers=workers,
@@ -230,7 +233,10 @@ def _choose_block(need: _Need, ram: int) -> tuple[int, int, int]:
         shape = config.micro_batch_tokens or tokens, config.micro_batches or (max(count, 4) if need.on_gpu else count)
         if shape not in shapes:
             shapes.append(shape)
-    slot_counts = [min(config.layer_slots, layers)] if config.layer_slots else [min(3, layers), min(2, layers)]
+    # One is read into while the other is computed with; a third keeps copies to a device going.
+    staged = need.on_gpu or config.stage_weights is True
+    wanted = (config.layer_slots,) if config.layer_slots else (3, 2) if staged else (2,)
+    slot_counts = [min(count, layers) for count in wanted]
     candidates = [(*shape, slots) for slots in slot_counts for shape in shapes]
     fitting = [candidate for candidate in candidates if need.least(*candidate) <= ram]
     if not fitting:
@@ -246,7 +252,8 @@ def _choose_block(need: _Need, ram: int) -> tuple[int, int, int]:
         )
     for tokens, count, slots in fitting:
         fixed = need.fixed(tokens, count)
-        if fixed["workspace"] + fixed["exchange"] <= ram // 4:
+        share = BLOCK_SHARE if need.least(tokens, count, layers) <= ram else STREAMING_BLOCK_SHARE
+        if fixed["workspace"] + fixed["exchange"] <= ram // share:
             return tokens, count, slots
     return fitting[-1]
 

@@ -3,13 +3,14 @@
 A pass takes every micro-batch k through all layers j, column by column: all k of layer j, then layer j + 1.
 
     segment(j, k)  needs layer j at hand and attention(j - 1, k); finishes layer j - 1 and runs layer j up to its
-                   attention call. segment(L, k) finishes the forward and samples.
+                   attention call. segment(L, k) finishes the forward and samples. While layer j is not at hand, the
+                   first of the two parts may run alone.
     attend(j, k)   needs segment(j, k); runs on every attention worker that holds sequences of k.
     load(j)        needs a free host slot; upload(j) a free device slot and the layer in the host's.
 
 Segments are granted as soon as their weights are at hand; the compute worker and the attention workers tell each other
 when a segment or an attention is done (bells.py, segment_queue.py), and the schedule afterwards. A layer's slot is
-released when the last micro-batch has passed segment(j + 1). There is no barrier: each dependency is its own event, so
+released when the last micro-batch has left the layer. There is no barrier: each dependency is its own event, so
 loads, copies, attention and products of different layers and micro-batches overlap.
 """
 
@@ -63,7 +64,8 @@ class Schedule:
         self._granted = 0  # columns of segments that were granted in this pass
         self._next_layer: list[int] = []  # first segment of each micro-batch that is not reported as done
         self._attended: list[dict[int, int]] = []  # per micro-batch and attention worker: layers reported as done
-        self._passed: list[int] = []  # per segment column: micro-batches that have passed it
+        self._left: list[int] = []  # layers that each micro-batch has left
+        self._leavers: list[int] = []  # per layer: micro-batches that have left it
 
     # ------------------------------------------------------------------------------------------------ events
 
@@ -78,7 +80,8 @@ class Schedule:
         self._granted = 0
         self._next_layer = [0] * len(parts)
         self._attended = [dict.fromkeys(workers, 0) for workers in parts]
-        self._passed = [0] * (self.num_layers + 1)
+        self._left = [0] * len(parts)
+        self._leavers = [0] * self.num_layers
         return self._advance()
 
     def loaded(self, unit: int) -> list[Order]:
@@ -94,9 +97,13 @@ class Schedule:
     def segment_done(self, layer: int, micro_batch: int) -> list[Order]:
         assert self._next_layer[micro_batch] == layer < self._granted
         self._next_layer[micro_batch] = layer + 1
-        self._passed[layer] += 1
-        if layer > 0 and self._passed[layer] == len(self._parts):
-            (self._device or self._host).release(layer - 1)
+        self._leave(layer, micro_batch)
+        return self._advance()
+
+    def layer_left(self, layer: int, micro_batch: int) -> list[Order]:
+        """The first part of segment(layer, micro_batch) is done: layer - 1 is finished."""
+        assert self._next_layer[micro_batch] == layer > self._left[micro_batch]
+        self._leave(layer, micro_batch)
         return self._advance()
 
     def attended(self, layer: int, micro_batch: int, worker: int) -> None:
@@ -116,13 +123,21 @@ class Schedule:
         for k, layer in enumerate(self._next_layer):
             missing = {worker for worker, done in self._attended[k].items() if done < layer}
             workers |= missing if layer <= self.num_layers else set()
-            compute |= not missing and layer < self._granted
+            compute |= not missing and (layer < self._granted or self._left[k] < layer)
         return compute, frozenset(workers)
 
     def standing(self) -> str:
         """For error messages: what the pass stands at."""
         states = [f"micro-batch {k} before layer {layer}" for k, layer in enumerate(self._next_layer)]
         return ", ".join(states) or "no pass"
+
+    def _leave(self, layer: int, micro_batch: int) -> None:
+        if self._left[micro_batch] == layer:
+            return
+        self._left[micro_batch] = layer
+        self._leavers[layer - 1] += 1
+        if self._leavers[layer - 1] == len(self._parts):
+            (self._device or self._host).release(layer - 1)
 
     def _advance(self) -> list[Order]:
         orders: list[Order] = []

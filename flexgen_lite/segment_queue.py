@@ -1,10 +1,12 @@
 """Which of the segments that the coordinator has granted the compute worker runs next: pure logic.
 
     granted, and attention (layer - 1, micro-batch) done on every worker  ->  ready
-    ready ones run in the order (layer, micro-batch), at most `credit` at a time
+    not granted yet, but that attention done                              ->  may leave layer - 1
+    ready ones run in the order (layer, micro-batch), at most `credit` at a time; if none is ready, one leaves
 
 The coordinator grants a segment when its layer's weights are at hand; that the attention before it is done, the compute
-worker hears from the attention workers themselves.
+worker hears from the attention workers themselves. To leave a layer is to run the part of the segment that needs only
+the layer before, whose slot is free for other weights afterwards.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ class SegmentQueue:
         self._granted: dict[int, dict[int, int]] = {k: {} for k in range(len(num_workers))}  # k -> layer -> slot
         self._next = [0] * len(num_workers)
         self._missing = [0] * len(num_workers)  # attention workers that the next segment waits for
+        self._left = [False] * len(num_workers)  # whether the layer behind the attention has been left
         self._ready: list[tuple[int, int]] = []
+        self._leaving: list[tuple[int, int]] = []
         self._running = 0
 
     def grant(self, layer: int, micro_batch: int, slot: int) -> None:
@@ -40,15 +44,27 @@ class SegmentQueue:
         self._missing[micro_batch] -= 1
         self._check(micro_batch)
 
-    def take(self) -> tuple[int, int, int] | None:
-        """(layer, micro-batch, slot) of the segment to run now; None if there is none."""
-        if not self._ready or self._running == self._credit:
+    def take(self) -> tuple[int, int, int | None] | None:
+        """(layer, micro-batch, slot) of the segment to run now, slot None: only to leave the layer before.
+
+        None if there is none.
+        """
+        if self._running == self._credit:
             return None
-        layer, micro_batch = heapq.heappop(self._ready)
-        self._running += 1
-        self._next[micro_batch] = layer + 1
-        self._missing[micro_batch] = self._num_workers[micro_batch]
-        return layer, micro_batch, self._granted[micro_batch].pop(layer)
+        if self._ready:
+            layer, micro_batch = heapq.heappop(self._ready)
+            self._next[micro_batch] = layer + 1
+            self._missing[micro_batch] = self._num_workers[micro_batch]
+            self._left[micro_batch] = False
+            self._running += 1
+            return layer, micro_batch, self._granted[micro_batch].pop(layer)
+        while self._leaving:
+            layer, micro_batch = heapq.heappop(self._leaving)
+            if layer == self._next[micro_batch]:  # it was not granted meanwhile
+                self._left[micro_batch] = True
+                self._running += 1
+                return layer, micro_batch, None
+        return None
 
     def done(self) -> None:
         """A segment that was taken has run."""
@@ -56,6 +72,10 @@ class SegmentQueue:
 
     def _check(self, micro_batch: int) -> None:
         layer = self._next[micro_batch]
-        ready = layer in self._granted[micro_batch] and self._missing[micro_batch] == 0
-        if ready and (layer, micro_batch) not in self._ready:
+        if self._missing[micro_batch] > 0:
+            return
+        if layer not in self._granted[micro_batch]:
+            if layer > 0 and not self._left[micro_batch] and (layer, micro_batch) not in self._leaving:
+                heapq.heappush(self._leaving, (layer, micro_batch))
+        elif (layer, micro_batch) not in self._ready:
             heapq.heappush(self._ready, (layer, micro_batch))

@@ -18,7 +18,7 @@ from flexgen_lite.segment_queue import SegmentQueue
 from flexgen_lite.workers import prefill_attention, serve
 from flexgen_lite.workers.device import Device, open_device
 from flexgen_lite.workers.exchange_region import ExchangeRegion
-from flexgen_lite.workers.forward import Forward
+from flexgen_lite.workers.forward import Forward, stop_at_layers
 from flexgen_lite.workers.model_open import OpenedModel, open_model
 
 
@@ -54,6 +54,7 @@ class ComputeWorker(serve.Worker):
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         self._device = open_device(order.device)
         self._opened = open_model(order, self._device, self._context.run_dir)
+        stop_at_layers(self._opened.layers)
         prefill_attention.prepare(self._device.torch_device, getattr(torch, self._opened.spec.dtype))
         self._context.post(
             messages.ModelOpened(
@@ -116,7 +117,12 @@ class ComputeWorker(serve.Worker):
         self._batches = {batch.micro_batch: batch for batch in order.batches}
         self._forwards = {
             batch.micro_batch: Forward(
-                self._opened.model, self._device, self._opened.spec.attention, batch, self._regions[batch.region]
+                self._opened.model,
+                self._device,
+                self._opened.spec.attention,
+                batch,
+                self._regions[batch.region],
+                self._opened.products,
             )
             for batch in order.batches
         }
@@ -136,10 +142,11 @@ class ComputeWorker(serve.Worker):
         self._device.upload(target[:num_bytes], source[:num_bytes], done)
 
     def _pack(self, order: messages.Pack) -> None:
-        assert self._opened is not None
+        assert self._device is not None and self._opened is not None
         start_ns = time.monotonic_ns()
         self._bind(order.unit, order.slot)
         self._opened.products.pack(self._opened.modules(order.unit), order.copy_shared)
+        self._device.give_back_memory()
         self._context.post(messages.Packed(order.unit, start_ns, time.monotonic_ns()))
 
     def _grant(self, order: messages.Segments) -> None:
@@ -166,24 +173,30 @@ class ComputeWorker(serve.Worker):
     def report(self, items: tuple[messages.SegmentDone, ...]) -> messages.ComputeReport:
         return messages.ComputeReport(self._pass_id, items)
 
-    def _run(self, layer: int, micro_batch: int, slot: int) -> None:
+    def _run(self, layer: int, micro_batch: int, slot: int | None) -> None:
+        """A segment; without a slot only the part of it that ends before `layer`."""
         assert self._device is not None and self._opened is not None
         start_ns = time.monotonic_ns()
         self._bind(self._opened.spec.num_layers, len(self._device_slots or self._slots) - 1)  # outside the layers
-        if not self._is_last(layer):
+        if slot is not None and not self._is_last(layer):
             self._bind(layer, slot)
         forward, batch, pass_id = self._forwards[micro_batch], self._batches[micro_batch], self._pass_id
         copied_ns = forward.copy_ns
-        forward.advance(layer)
+        if slot is None:
+            forward.leave(layer - 1)
+        else:
+            forward.advance(layer)
         copy_ns = forward.copy_ns - copied_ns
 
         def done() -> None:
-            if not self._is_last(layer):
+            if slot is not None and not self._is_last(layer):
                 for worker in batch.workers:
                     ring(self._context.bells[str(worker)], Note(pass_id, layer, micro_batch))
             tokens = () if forward.token_ids is None else tuple(forward.token_ids.tolist())
             end_ns = time.monotonic_ns()
-            self._ended.append(messages.SegmentDone(layer, micro_batch, start_ns, end_ns, copy_ns, tokens))
+            self._ended.append(
+                messages.SegmentDone(layer, micro_batch, slot is None, start_ns, end_ns, copy_ns, tokens)
+            )
             self._context.wake()
 
         self._device.when_done(done)

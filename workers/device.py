@@ -7,6 +7,7 @@ plain and everything is done at once.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import queue
 import threading
@@ -59,6 +60,11 @@ class CpuDevice:
         """Copy a layer into its device slot beside everything else, then call back."""
         target.copy_(host)
         done()
+
+    def give_back_memory(self) -> None:
+        """Temporaries larger than any of a pass are gone: the allocator, told to keep what it has, lets go of them."""
+        with contextlib.suppress(AttributeError, OSError):  # another C library than glibc
+            ctypes.CDLL(None).malloc_trim(0)
 
     def compute(self) -> Any:
         """Context in which the model's operations are enqueued."""
@@ -131,6 +137,9 @@ class CudaDevice:
         with torch.cuda.stream(self._layers):
             target.copy_(host, non_blocking=True)
             self._uploads.add(_sleeping_event(self._layers), done)
+
+    def give_back_memory(self) -> None:
+        """Host memory is not where temporaries are."""
 
     def compute(self) -> Any:
         return torch.cuda.stream(self._compute)

@@ -10,11 +10,13 @@ want a token; H, G, D, E as in attention_call.py.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import time
 
 import greenlet
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from flexgen_lite.messages import TokenBatch
@@ -23,6 +25,7 @@ from flexgen_lite.workers.attention_call import AttentionCall, ModelGreenlet
 from flexgen_lite.workers.device import Device
 from flexgen_lite.workers.exchange_region import ExchangeRegion
 from flexgen_lite.workers.prefill_attention import prompt_attention
+from flexgen_lite.workers.products import Products
 from flexgen_lite.workers.sampling import sample
 
 
@@ -36,6 +39,7 @@ class Forward(ModelGreenlet):
         layers: tuple[AttentionSpec, ...],
         batch: TokenBatch,
         region: ExchangeRegion,
+        products: Products,
     ) -> None:
         super().__init__(self._forward)
         self._model = model
@@ -43,6 +47,9 @@ class Forward(ModelGreenlet):
         self._layers = layers
         self._batch = batch
         self._region = region
+        self._products = products
+        self._behind_last_attention = contextlib.ExitStack()
+        self._stops_at_entry = False
         self._reached = -1  # layer whose attention call the forward stands at
         self._num_attended = sum(span.num_rows for span in batch.spans if not span.prefill)
         self.copy_ns = 0  # spent on the way into the exchange region and back
@@ -56,6 +63,22 @@ class Forward(ModelGreenlet):
         reached = layer if layer < len(self._layers) else layer - 1
         assert self._reached == reached and self.dead == (layer == len(self._layers)), "attention calls out of order"
 
+    def leave(self, layer: int) -> None:
+        """Run behind the attention call of `layer` to the next layer's entry, which must exist."""
+        assert self._reached == layer, f"layer {layer} is to be left, the forward stands at {self._reached}"
+        self._stops_at_entry = True
+        with self._device.compute():
+            self.switch()
+        assert not self._stops_at_entry and not self.dead, "no entry of a layer behind the attention call"
+
+    def enter(self) -> None:
+        """Called by the model, inside the greenlet, at each layer's entry."""
+        if self._stops_at_entry:
+            self._stops_at_entry = False
+            parent = self.parent
+            assert isinstance(parent, greenlet.greenlet)
+            parent.switch()
+
     def _forward(self) -> None:
         batch, device = self._batch, self._device.torch_device
         positions = [span.position + i for span in batch.spans for i in range(span.num_rows)]
@@ -66,11 +89,13 @@ class Forward(ModelGreenlet):
             "position_ids": torch.tensor([positions], device=device),
             "use_cache": False,
         }
-        if keeps_logits(self._model):
-            inputs["logits_to_keep"] = last_rows
-            logits_NV = self._model(**inputs).logits[0]
-        else:
-            logits_NV = self._model(**inputs).logits[0, last_rows]
+        self._asked_rows_N = last_rows
+        with self._behind_last_attention:
+            if keeps_logits(self._model):
+                inputs["logits_to_keep"] = last_rows
+                logits_NV = self._model(**inputs).logits[0]
+            else:
+                logits_NV = self._model(**inputs).logits[0, last_rows]
         tokens_N = sample(logits_NV.float(), [span.sample for span in asking if span.sample is not None])
         self.token_ids = self._device.host_buffer(len(asking))
         self._device.to_host(self.token_ids, tokens_N)
@@ -85,7 +110,11 @@ class Forward(ModelGreenlet):
         parent = self.parent
         assert isinstance(parent, greenlet.greenlet)
         parent.switch()
-        return self._output(call)[None]
+        output = self._output(call)[None]
+        if self._reached == len(self._layers) - 1:
+            only = self._products.only(self._asked_rows_N, len(self._batch.token_ids))
+            self._behind_last_attention.enter_context(only)
+        return output
 
     def _send(self, call: AttentionCall) -> None:
         views = self._region.views(call.spec)
@@ -112,6 +141,18 @@ class Forward(ModelGreenlet):
             out_THE[:attended] = from_workers
         prompt_attention(call, [(span.row, span.num_rows) for span in prompts], out_THE)
         return out_THE
+
+
+def stop_at_layers(layers: nn.ModuleList) -> None:
+    """Has a forward that runs through `layers` come by `Forward.enter` before each."""
+
+    def hook(module: nn.Module, inputs: object) -> None:
+        running = greenlet.getcurrent()
+        if isinstance(running, Forward):
+            running.enter()
+
+    for layer in layers:
+        layer.register_forward_pre_hook(hook)
 
 
 def keeps_logits(model: PreTrainedModel) -> bool:

@@ -17,9 +17,11 @@ only one that takes a pointer and an opaque layout. Where any of this is missing
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import dataclasses
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +45,22 @@ class Products:
         self._model = model
         self._dtype = dtype
         self._available = device.type == "cpu" and _works(dtype)
+        self._wanted = _Wanted()
         for module in model.modules():
             if self._available and type(module) is nn.Linear and self._is_ours(module):
-                _replace_forward(module, _Product(module))
+                _replace_forward(module, _Product(module, self._wanted))
+
+    @contextlib.contextmanager
+    def only(self, rows_N: torch.Tensor, num_rows: int) -> Iterator[None]:
+        """Within, products of `num_rows` rows are computed for `rows_N` alone, int64; the other rows come out as zeros.
+
+        For what is behind the last attention: from there on no row depends on another, and few are asked for.
+        """
+        self._wanted.rows_N, self._wanted.num_rows = rows_N, num_rows
+        try:
+            yield
+        finally:
+            self._wanted.rows_N = None
 
     def pack(self, modules: Iterable[nn.Module], copy_shared: bool = False) -> None:
         """Rearranges the weights of the linear layers among `modules` in place.
@@ -61,9 +76,10 @@ class Products:
             if not self._is_ours(module):
                 continue
             if readers[id(module.weight)] == 1:
-                _pack(module)
+                _pack(module, self._wanted)
             elif copy_shared and type(module) is nn.Linear:
-                _replace_forward(module, _Product(module, _ops._reorder_linear_weight(module.weight.data)))
+                packed = _ops._reorder_linear_weight(module.weight.data)
+                _replace_forward(module, _Product(module, self._wanted, packed))
 
     def copied_bytes(self, modules: Iterable[nn.Module]) -> int:
         """Memory that `pack` with `copy_shared` takes for the linear layers among `modules`."""
@@ -77,7 +93,15 @@ class Products:
         return type(module) in (nn.Linear, Conv1D) and module.weight.dtype == self._dtype
 
 
-def _pack(module: nn.Module) -> None:
+@dataclasses.dataclass(slots=True)
+class _Wanted:
+    """Which rows of a product somebody will read; None: all."""
+
+    rows_N: torch.Tensor | None = None
+    num_rows: int = 0
+
+
+def _pack(module: nn.Module, wanted: _Wanted) -> None:
     target: torch.Tensor = module.weight.data  # type: ignore[assignment]
     weight_NK = target if type(module) is nn.Linear else target.t().contiguous()
     packed = _ops._reorder_linear_weight(weight_NK)
@@ -87,19 +111,35 @@ def _pack(module: nn.Module) -> None:
     ctypes.memmove(target.data_ptr(), _ops.data_ptr(packed), num_bytes)
     metadata = bytes(_ops._get_mkldnn_serialized_md(packed).tolist())
     view = _from_memory(target.data_ptr(), tuple(weight_NK.shape), target.dtype, metadata)
-    _replace_forward(module, _Product(module, view, target))
+    _replace_forward(module, _Product(module, wanted, view, target))
     module._parameters["weight"] = nn.Parameter(target.to("meta"), requires_grad=False)
 
 
 class _Product:
     """The forward of one linear layer."""
 
-    def __init__(self, module: Any, packed: torch.Tensor | None = None, memory: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        module: Any,
+        wanted: _Wanted,
+        packed: torch.Tensor | None = None,
+        memory: torch.Tensor | None = None,
+    ) -> None:
         self._module = module
+        self._wanted = wanted
         self._packed = packed
         self._memory = memory  # that `packed` points into
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        wanted_N, count = self._wanted.rows_N, self._wanted.num_rows
+        if wanted_N is None or rows.dim() < 2 or rows.numel() != count * rows.shape[-1] or len(wanted_N) == count:
+            return self._multiply(rows)
+        product = self._multiply(rows.reshape(count, -1)[wanted_N])
+        output = rows.new_zeros((count, product.shape[-1]))
+        output[wanted_N] = product
+        return output.view(*rows.shape[:-1], -1)
+
+    def _multiply(self, rows: torch.Tensor) -> torch.Tensor:
         weight_NK: torch.Tensor = self._module.weight if self._packed is None else self._packed
         if rows.numel() == 0:  # oneDNN takes no empty operands
             return rows.new_empty((*rows.shape[:-1], weight_NK.shape[0]))
@@ -120,7 +160,7 @@ def _works(dtype: torch.dtype) -> bool:
         weight = torch.arange(64 * 64, dtype=torch.float32).remainder_(7).view(64, 64).to(dtype)
         layer = nn.Linear(64, 64, bias=False, dtype=dtype)
         layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
-        _pack(layer)
+        _pack(layer, _Wanted())
         rows = torch.ones((3, 64), dtype=dtype)
         return isinstance(layer.forward, _Product) and bool(torch.allclose(layer(rows), linear(rows, weight)))
     except (AttributeError, RuntimeError, OSError):

@@ -42,8 +42,9 @@ class Machine:
         self.loading: list[LoadUnit] = []  # in order: one loader
         self.uploading: list[UploadUnit] = []
         self.queue = SegmentQueue((), credit)
-        self.segments: list[tuple[int, int, int]] = []  # running: layer, micro-batch, slot
-        self.ended: list[tuple[int, int]] = []  # segments not reported yet
+        self.segments: list[tuple[int, int, int | None]] = []  # running: layer, micro-batch, slot
+        self.left: set[tuple[int, int]] = set()  # layers that micro-batches have left before the next was at hand
+        self.ended: list[tuple[int, int, bool]] = []  # not reported yet; whether it only left
         self.attending: list[tuple[int, int, int]] = []  # layer, micro-batch, worker
         self.attended: list[tuple[int, int, int]] = []  # not reported yet
         self.take(self.schedule.start())
@@ -67,24 +68,25 @@ class Machine:
                         for k in range(self.width):
                             self.queue.grant(layer, k, slot)
 
-    def check_segment(self, layer: int, slot: int) -> None:
-        """The layer and the one before it, whose end the segment computes, are at hand."""
+    def check_segment(self, layer: int, k: int, slot: int | None) -> None:
+        """The layer and the one before it, whose end the segment computes, are at hand, as far as they are needed."""
         units = set((self.device if self.staged else self.host).values())
         assert self.num_layers in units
-        if layer < self.num_layers:
+        if layer < self.num_layers and slot is not None:
             assert (self.device if self.staged else self.host)[slot] == layer
-        if layer > 0:
+        if layer > 0 and (layer, k) not in self.left:
             assert layer - 1 in units, "the layer behind the attention is gone"
 
     def run_pass(self, parts: list[tuple[int, ...]]) -> None:
         ran: Counter[tuple[int, int]] = Counter()
         attended: Counter[tuple[int, int, int]] = Counter()
         self.width = len(parts)
+        self.left.clear()
         self.queue = SegmentQueue([len(workers) for workers in parts], self.credit)
         self.take(self.schedule.begin_pass(parts))
         while not self.schedule.pass_done:
             while segment := self.queue.take():
-                self.check_segment(segment[0], segment[2])
+                self.check_segment(*segment)
                 self.segments.append(segment)
             assert len(self.segments) <= self.credit
             lists = ("loading", "uploading", "segments", "attending", "ended", "attended")
@@ -102,14 +104,18 @@ class Machine:
                     self.take(self.schedule.uploaded(upload.unit))
                 case "segments":
                     layer, k, slot = self.segments.pop(0)
-                    self.check_segment(layer, slot)
-                    ran[layer, k] += 1
+                    self.check_segment(layer, k, slot)
                     if layer > 0:
                         assert all(attended[layer - 1, k, worker] == 1 for worker in parts[k])
+                    self.queue.done()
+                    self.ended.append((layer, k, slot is None))
+                    if slot is None:
+                        assert (layer, k) not in self.left and ran[layer, k] == 0
+                        self.left.add((layer, k))
+                        continue
+                    ran[layer, k] += 1
                     if layer < self.num_layers:
                         self.attending.extend((layer, k, worker) for worker in parts[k])
-                    self.queue.done()
-                    self.ended.append((layer, k))
                 case "attending":
                     layer, k, worker = self.attending.pop(self.random.randrange(len(self.attending)))
                     assert ran[layer, k] == 1
@@ -117,7 +123,9 @@ class Machine:
                     self.queue.attended(layer, k)
                     self.attended.append((layer, k, worker))
                 case "ended":
-                    self.take(self.schedule.segment_done(*self.ended.pop(0)))
+                    layer, k, left_only = self.ended.pop(0)
+                    report = self.schedule.layer_left if left_only else self.schedule.segment_done
+                    self.take(report(layer, k))
                 case "attended":
                     self.schedule.attended(*self.attended.pop(0))
         self.attended.clear()  # reports of a pass that is over
@@ -172,7 +180,7 @@ def test_columns_come_before_rows() -> None:
     for layer in range(3):
         for k in (2, 0, 1):
             queue.grant(layer, k, layer)
-    while segment := queue.take():
+    while (segment := queue.take()) and segment[2] is not None:
         layer, k, _ = segment
         seen.append((layer, k))
         queue.done()
@@ -198,7 +206,8 @@ def test_who_is_waited_for_is_named(machine: Machine, passes: list[list[tuple[in
     queue = machine.queue
     machine.take(schedule.begin_pass(parts))
     assert schedule.waits_for() == (True, frozenset())
-    layer, k, _ = queue.take() or (-1, -1, -1)
+    layer, k, slot = queue.take() or (-1, -1, None)
+    assert slot is not None
     queue.done()
     machine.take(schedule.segment_done(layer, k))
     assert schedule.waits_for() == (len(parts) > 1, frozenset(parts[k]))

@@ -109,3 +109,20 @@ def test_a_copy_of_the_head_where_there_is_room(dtype: torch.dtype) -> None:
     assert torch.equal(model.embedding.weight, before) and close(model.head(x), expected)
     model.embedding.weight.zero_()
     assert close(model.head(x), expected), "the product reads the copy"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_only_the_wanted_rows_are_computed(dtype: torch.dtype) -> None:
+    model = Model(128, 64, dtype)
+    made = Products(model, dtype, CPU)
+    x = torch.randn((1, 5, 128)).to(dtype)
+    up = model.layer["up"]
+    expected = linear(x, up.weight, up.bias)
+    with made.only(torch.tensor([1, 4]), 5):
+        some, other = up(x), up(x[:, :3])
+    assert some.shape == expected.shape and close(some[0, [1, 4]], expected[0, [1, 4]])
+    assert not some[0, [0, 2, 3]].any(), "rows that nobody reads are not computed"
+    assert close(other, expected[:, :3]), "a product of other rows is computed whole"
+    with made.only(torch.tensor([], dtype=torch.long), 5):
+        assert not up(x).any()
+    assert close(up(x), expected)

@@ -1,0 +1,104 @@
+"""The systems: where each runs, which model format it reads, and the options it is tried with. Its best counts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from benchmarks.peers.job import Options
+from benchmarks.peers.shapes import Shape
+from benchmarks.peers.workloads import Workload
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    name: str
+    title: str
+    environment: str  # key of `environments.REQUIREMENTS`; "": ours
+    script: str  # module in this package
+    model_format: str  # key of `models.FORMATS`; "checkpoint": as it is
+    options: Callable[[Workload, Shape], list[Options]]
+    families: tuple[str, ...] = ("opt", "llama")
+    only_in_memory_group: bool = False
+
+    def refusal(self, workload: Workload, shape: Shape) -> str | None:
+        """Why there is nothing to measure."""
+        if shape.model_type not in self.families:
+            return f"does not serve {shape.model_type}"
+        if self.only_in_memory_group and not workload.in_memory_group:
+            return "for weights beyond the memory only"
+        return None
+
+
+def _ours(workload: Workload, shape: Shape) -> list[Options]:
+    if not workload.in_memory_group:
+        return [{"dtype": "bfloat16"}]
+    length = workload.longest + shape.group_tokens  # the planner is told how long the job is
+    return [
+        {"dtype": "bfloat16", "max_sequences": workload.num_prompts, "max_model_len": length},
+        {"dtype": "bfloat16", "max_sequences": workload.num_prompts, "max_model_len": length, "layer_slots": 2},
+    ]
+
+
+def _transformers(workload: Workload, shape: Shape) -> list[Options]:
+    sizes = _batch_sizes(workload)
+    if workload.shortest == workload.longest:
+        return [{"batch": size} for size in sizes]
+    return [*({"batch": size, "sort": 1} for size in sizes), {"batch": sizes[-1]}]
+
+
+def _accelerate(workload: Workload, shape: Shape) -> list[Options]:
+    group_mib = shape.group_bytes >> 20
+    return [
+        *({"batch": workload.num_prompts, "cpu_mib": group_mib // part} for part in (2, 4)),
+        {"batch": workload.num_prompts // 2, "cpu_mib": group_mib // 4},
+        {"batch": workload.num_prompts // 4, "cpu_mib": group_mib // 4},
+    ]
+
+
+def _openvino(workload: Workload, shape: Shape) -> list[Options]:
+    cache = max(1, shape.group_bytes // (3 << 30)) if workload.in_memory_group else 4
+    return [{"batched_tokens": size, "cache_gb": cache} for size in (256, 1024, 8192)]
+
+
+def _ctranslate2(workload: Workload, shape: Shape) -> list[Options]:
+    if workload.in_memory_group:
+        return [{"batch": size} for size in (8, 4, 2)]
+    # prompts of a batch are read together as far as the shortest goes, then token by token
+    ragged = workload.shortest != workload.longest
+    return [{"batch": size} for size in ((16, 4, 1) if ragged else _batch_sizes(workload))]
+
+
+def _llama_cpp(workload: Workload, shape: Shape) -> list[Options]:
+    if workload.in_memory_group:
+        return [{"ubatch": size} for size in (4096, 2048, 512)]
+    return [{"ubatch": 512}, {"ubatch": 2048}, {"ubatch": 512, "unified": 1}]
+
+
+def _batch_sizes(workload: Workload) -> list[int]:
+    """All at once, and two sizes below."""
+    return sorted({min(size, workload.num_prompts) for size in (64, 32, 16, 8)}, reverse=True)[:3]
+
+
+SYSTEMS = {
+    system.name: system
+    for system in (
+        System("ours", "flexgen-lite", "", "run_ours", "checkpoint", _ours),
+        System(
+            "transformers", "Transformers generate", "transformers", "run_transformers", "checkpoint", _transformers
+        ),
+        System(
+            "accelerate",
+            "Transformers with Accelerate's disk offload",
+            "transformers",
+            "run_transformers",
+            "checkpoint",
+            _accelerate,
+            only_in_memory_group=True,
+        ),
+        System("openvino", "OpenVINO GenAI, bf16", "openvino", "run_openvino", "openvino", _openvino),
+        System("openvino-int8", "OpenVINO GenAI, int8 weights", "openvino", "run_openvino", "openvino-int8", _openvino),
+        System("ctranslate2", "CTranslate2, int8", "ctranslate2", "run_ctranslate2", "ctranslate2-int8", _ctranslate2),
+        System("llama-cpp", "llama.cpp, bf16", "llama-cpp", "run_llama_cpp", "gguf", _llama_cpp, families=("llama",)),
+    )
+}
