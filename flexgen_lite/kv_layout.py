@@ -18,21 +18,21 @@ def kv_spec(layers: Sequence[AttentionSpec], num_pages: int, page_tokens: int, d
     key_offsets, value_offsets, end = [], [], 0
     for spec in layers:
         key_offsets.append(end)
-        end = _round_up(end + slots * spec.num_kv_heads * _row_bytes(spec.head_dim, dtype))
+        end = _round_up(end + slots * spec.num_kv_heads * row_bytes(spec.head_dim, dtype))
         value_offsets.append(end)
-        end = _round_up(end + slots * spec.num_kv_heads * _row_bytes(spec.value_dim, dtype))
+        end = _round_up(end + slots * spec.num_kv_heads * row_bytes(spec.value_dim, dtype))
     return KvSpec(num_pages, page_tokens, dtype, tuple(key_offsets), tuple(value_offsets), end)
 
 
 def page_bytes(layers: Sequence[AttentionSpec], page_tokens: int, dtype: str) -> int:
     """Bytes that one page takes over all layers; the arena adds less than 8 KiB per layer for alignment."""
     token = sum(
-        spec.num_kv_heads * (_row_bytes(spec.head_dim, dtype) + _row_bytes(spec.value_dim, dtype)) for spec in layers
+        spec.num_kv_heads * (row_bytes(spec.head_dim, dtype) + row_bytes(spec.value_dim, dtype)) for spec in layers
     )
     return page_tokens * token
 
 
-def _row_bytes(dim: int, dtype: str) -> int:
+def row_bytes(dim: int, dtype: str) -> int:
     """A row of `dim` items in whole words of 32 bits."""
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"KV cache of dtype {dtype!r}: float32, bfloat16 or float16 expected")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 
@@ -20,6 +21,7 @@ class AttentionWorker(serve.Worker):
 
         self._make_state = AttentionState
         self._state: AttentionState | None = None
+        self._prefaulted = threading.Event()  # enough, or no more time for it
         self._pass_id = -1
         self._num_layers = 0
         self._left = 0  # attentions of the pass that are still to come
@@ -35,9 +37,11 @@ class AttentionWorker(serve.Worker):
             self._state = self._make_state(message, kv, exchange)
             self._state.warm_up()
             self._num_layers = len(message.layers)
+            threading.Thread(target=self._state.prefault, args=(self._prefaulted,), daemon=True).start()
             self._context.post(messages.Ready(sum(resident_bytes())))
             return
         assert self._state is not None, "work before the attention worker was attached"
+        self._prefaulted.set()
         self._state.begin(message)
         self._pass_id = message.pass_id
         self._left = self._num_layers * len(message.batches)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import mmap
+import threading
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from flexgen_lite import exchange as exchange_layout
+from flexgen_lite import kv_layout
 from flexgen_lite.messages import AttachAttention, Attend, BeginAttention, KvBatch, KvSpan
 from flexgen_lite.model_spec import ITEM_BYTES
 from flexgen_lite.workers import attention_kernels as kernels
@@ -20,6 +22,9 @@ Ints = npt.NDArray[np.int64]
 
 STORAGE: dict[str, npt.DTypeLike] = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.uint16}
 KINDS = {"float32": np.float32(0), "bfloat16": np.uint16(0), "float16": np.int16(0)}  # see simd.py
+PREFAULT_BYTES, PREFAULT_SHARE = 2 << 30, 0.125
+PREFAULT_PAGES = 64  # of a layer, at a time
+MADV_POPULATE_WRITE = 23
 UNITS_PER_THREAD = 8  # sequences longer than this share of a micro-batch are split into their chunks
 
 
@@ -57,6 +62,7 @@ class AttentionState:
         page_tokens = attach.kv.page_tokens
         if page_tokens % LANES or page_tokens & (page_tokens - 1):
             raise ValueError(f"KV pages of {page_tokens} tokens: a power of two from {LANES} on expected")
+        self._memory_of_kv = kv
         self._kv = _bytes(kv, attach.kv.arena_bytes, "KV")
         self._exchange = _bytes(exchange, attach.exchange.num_regions * attach.exchange.region_bytes, "exchange")
         self._kind = KINDS[attach.kv.dtype]
@@ -107,6 +113,29 @@ class AttentionState:
         )
         counter[0] = 0
         kernels.join(here, units, joins, layer, scratch, partials.ctypes.data, counter.ctypes.data, kind)
+
+    def prefault(self, stop: threading.Event) -> None:
+        """Takes memory for the pages that are used first, until `stop`: a first touch costs several times what a copy
+        does. At most PREFAULT_BYTES and PREFAULT_SHARE of the arena."""
+        kv = self._attach.kv
+        most = min(PREFAULT_BYTES, int(kv.arena_bytes * PREFAULT_SHARE))
+        pages = most * kv.num_pages // kv.arena_bytes
+        if not isinstance(self._memory_of_kv, mmap.mmap) or pages == 0:
+            return
+        for begin in range(0, pages, PREFAULT_PAGES):
+            for layer, spec in enumerate(self._attach.layers):
+                for offset, width in (
+                    (kv.key_offsets[layer], spec.head_dim),
+                    (kv.value_offsets[layer], spec.value_dim),
+                ):
+                    page = kv_layout.row_bytes(width, kv.dtype) * spec.num_kv_heads * kv.page_tokens
+                    start = (offset + begin * page) // mmap.PAGESIZE * mmap.PAGESIZE
+                    if stop.is_set():
+                        return
+                    try:
+                        self._memory_of_kv.madvise(MADV_POPULATE_WRITE, start, PREFAULT_PAGES * page)
+                    except OSError:  # an older kernel: they come when they are touched
+                        return
 
     def _run(self, batch: _Batch, shape: kernels.Shape) -> None:
         kv, region, pages, scratch, kind = self._kv.ctypes.data, batch.region, batch.pages, self._scratch, self._kind
