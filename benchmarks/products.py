@@ -3,7 +3,8 @@
     python -m benchmarks.products [--threads N] [--seconds N] [--rows 1,4,16] [--shapes 2048x2048,...]
 
 bfloat16, shapes are N x K. Each call takes another weight, of WEIGHT_BYTES in all, as the layers of a model do. A round
-goes through all the contestants, so that what else the machine does meets them alike; the median of the rounds counts.
+goes through all the contestants, so that what else the machine does meets them alike, and each takes a weight that none
+has read for long; the median of the rounds counts.
 GB/s are of weights, beside the rate at which memory can be read at all.
 """
 
@@ -46,8 +47,11 @@ def contestants(plain: list[torch.Tensor], packed: list[Any], rows: int) -> Cont
     x = torch.randn(rows, plain[0].shape[1]).bfloat16()
     calls: Contestants = {}
     if (kernel := ours[0]) is not None:
-        calls["ours"] = lambda i: (ours[i % len(ours)] or kernel).multiply(x, rows, None)
-    calls["oneDNN"] = lambda i: ops._linear_pointwise.default(x, packed[i % len(packed)], None, "none", [], "")
+        calls["ours"] = lambda i: (ours[i % len(ours)] or kernel).multiply(x, None)
+    apart = len(packed) // 2  # or the second would find in the cache what the first has read
+    calls["oneDNN"] = lambda i: ops._linear_pointwise.default(
+        x, packed[(i + apart) % len(packed)], None, "none", [], ""
+    )
     calls["F.linear"] = lambda i: linear(x, plain[i % len(plain)])
     return calls
 

@@ -30,6 +30,8 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
+from flexgen_lite.workers import product_kernels
+
 _ops: Any = torch.ops.mkldnn
 SUPPORTED = {"float32", "bfloat16"}
 PADDED_TO = 64  # outputs of a rearranged weight, at most
@@ -129,6 +131,7 @@ class _Product:
         self._wanted = wanted
         self._packed = packed
         self._memory = memory  # that `packed` points into
+        self._rearranged = None if packed is None else _rearranged(packed, memory)
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         wanted_N, count = self._wanted.rows_N, self._wanted.num_rows
@@ -143,8 +146,18 @@ class _Product:
         weight_NK: torch.Tensor = self._module.weight if self._packed is None else self._packed
         if rows.numel() == 0:  # oneDNN takes no empty operands
             return rows.new_empty((*rows.shape[:-1], weight_NK.shape[0]))
+        if self._rearranged is not None and self._rearranged.serves(rows, self._module.bias):
+            return self._rearranged.multiply(rows, self._module.bias)
         output: torch.Tensor = _ops._linear_pointwise.default(rows, weight_NK, self._module.bias, "none", [], "")
         return output
+
+
+def _rearranged(packed: torch.Tensor, memory: torch.Tensor | None) -> product_kernels.RearrangedWeight | None:
+    """`packed` as our own kernel for few rows sees it; None where it does not serve that weight."""
+    if packed.dtype != torch.bfloat16:
+        return None
+    address = _ops.data_ptr(packed) if memory is None else memory.data_ptr()
+    return product_kernels.rearranged_weight(address, _ops._nbytes(packed), packed.shape)
 
 
 def _replace_forward(module: Any, forward: _Product) -> None:
@@ -161,8 +174,9 @@ def _works(dtype: torch.dtype) -> bool:
         layer = nn.Linear(64, 64, bias=False, dtype=dtype)
         layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
         _pack(layer, _Wanted())
-        rows = torch.ones((3, 64), dtype=dtype)
-        return isinstance(layer.forward, _Product) and bool(torch.allclose(layer(rows), linear(rows, weight)))
+        rows = torch.ones((product_kernels.MAX_ROWS + 1, 64), dtype=dtype)  # so many for oneDNN, 3 for our own kernel
+        alike = all(torch.allclose(layer(x), linear(x, weight)) for x in (rows, rows[:3]))
+        return isinstance(layer.forward, _Product) and alike
     except (AttributeError, RuntimeError, OSError):
         return False
 
