@@ -28,13 +28,13 @@ _scratch = torch.empty(0, dtype=torch.uint8)
 
 def prepare(dtype: torch.dtype) -> None:
     """Loads the kernel for `dtype` and an even head size, or compiles it."""
-    if _parallel() is not None and dtype in DTYPES:
+    if parallel() is not None and dtype in DTYPES:
         _ = kernels.compiled(_choose(dtype, 2)[0])
 
 
 def serves(call: AttentionCall) -> bool:
     # The kernel finds the largest score before it scales them.
-    return _parallel() is not None and call.query_BHTD.dtype in DTYPES and 1e-6 < call.scaling < 1e6
+    return parallel() is not None and call.query_BHTD.dtype in DTYPES and 1e-6 < call.scaling < 1e6
 
 
 def attend(call: AttentionCall, spans: Sequence[tuple[int, int]], out_THE: torch.Tensor) -> None:
@@ -52,27 +52,27 @@ def attend(call: AttentionCall, spans: Sequence[tuple[int, int]], out_THE: torch
     record[0] = (
         q_HTD.data_ptr(), k_GTD.data_ptr(), v_GTE.data_ptr(), out_THE.data_ptr(),
         0 if sinks_H is None else sinks_H.data_ptr(), longest_first.ctypes.data,
-        _scratch_address(threads * kernels.places(0, depth // items, columns).end), counters.ctypes.data,
+        scratch_address(threads * kernels.places(0, depth // items, columns).end), counters.ctypes.data,
         *_strides(q_HTD), *_strides(k_GTD), *_strides(v_GTE),
         num_rows, len(spans), heads, groups, depth // items, columns,
         min(call.sliding_window or NO_WINDOW, NO_WINDOW), call.scaling, call.softcap or 0.0,
     )  # fmt: skip
     address = kernels.compiled(function).address
-    _parallel()(ctypes.c_void_p(address), ctypes.c_void_p(record.ctypes.data), ctypes.c_uint(threads), ctypes.c_uint(0))
+    parallel()(ctypes.c_void_p(address), ctypes.c_void_p(record.ctypes.data), ctypes.c_uint(threads), ctypes.c_uint(0))
 
 
 @cache
-def _parallel() -> Any:
+def parallel() -> Any:
     """GOMP_parallel(function, argument, threads, flags): OpenMP's own entry, which runs a function in all threads.
 
     None where PyTorch's OpenMP is neither GNU's nor speaks its language.
     """
     try:
-        parallel = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).GOMP_parallel
+        entry = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).GOMP_parallel
     except (OSError, AttributeError):
         return None
-    parallel.restype = None
-    return parallel
+    entry.restype = None
+    return entry
 
 
 def _choose(dtype: torch.dtype, depth: int) -> tuple[Any, int]:
@@ -82,7 +82,8 @@ def _choose(dtype: torch.dtype, depth: int) -> tuple[Any, int]:
     return (kernels.attend_bfloat16, 2) if PAIRS and depth % 2 == 0 else (kernels.attend_widened, 1)
 
 
-def _scratch_address(num_bytes: int) -> int:
+def scratch_address(num_bytes: int) -> int:
+    """Memory for one call, shared by all kernels here: its address, a multiple of 64."""
     global _scratch
     if _scratch.numel() < num_bytes + _ALIGN:
         _scratch = torch.empty(num_bytes + _ALIGN, dtype=torch.uint8)

@@ -244,11 +244,11 @@ class RearrangedWeight(NamedTuple):
     def multiply_into(self, output: torch.Tensor, x: torch.Tensor, bias_N: torch.Tensor | None) -> None:
         """The same into contiguous memory, on PyTorch's threads; not to be called by two threads at once."""
         num_rows, threads = x.numel() // (2 * self.steps), torch.get_num_threads()
-        scratch = prefill_cpu._scratch_address(threads * _thread_bytes(num_rows, self.steps))
+        scratch = prefill_cpu.scratch_address(threads * _thread_bytes(num_rows, self.steps))
         bias = 0 if bias_N is None else bias_N.data_ptr()
         numbers = (0, 0, x.data_ptr(), output.data_ptr(), scratch, num_rows, self.address, bias)
         _FIELDS.pack_into(_record, 0, *numbers, self.columns, self.steps, _chunk(self.steps))
-        prefill_cpu._parallel()(_function(), _record_address, threads, 0)
+        prefill_cpu.parallel()(_function(), _record_address, threads, 0)
 
 
 NUM_FIELDS = len(CALL.names or ())
@@ -278,7 +278,7 @@ def rearranged_weight(address: int, num_bytes: int, shape: torch.Size) -> Rearra
 @cache
 def is_available() -> bool:
     """Whether this processor has the instructions, and oneDNN the order of weights that the kernel expects."""
-    if not simd.PAIRS or prefill_cpu._parallel() is None:
+    if not simd.PAIRS or prefill_cpu.parallel() is None:
         return False
     columns, width, ops = 200, 96, torch.ops.mkldnn
     weight_NK = torch.arange(128, 128 + columns * width, dtype=torch.int16).view(columns, width)
