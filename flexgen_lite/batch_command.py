@@ -13,6 +13,7 @@ from flexgen_lite.client import Client
 from flexgen_lite.config import EngineConfig
 from flexgen_lite.engine_process import EngineProcess
 from flexgen_lite.errors import EngineError
+from flexgen_lite.expected_work import survey
 from flexgen_lite.terminal import log, signals_interrupt
 
 _BAR_SECONDS = 0.5
@@ -23,7 +24,7 @@ def run_on_own_engine(config: EngineConfig, input_file: Path, output_file: Path,
     """Start an engine, run the file, stop the engine."""
     with (
         signals_interrupt(),
-        EngineProcess(config, on_log=log, on_plan=log) as engine,
+        EngineProcess(config, expected=survey(input_file), on_log=log, on_plan=log) as engine,
         Client(engine.endpoint, epitaph=engine.last_words) as client,
     ):
         _run(client, input_file, output_file, overwrite)

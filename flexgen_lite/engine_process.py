@@ -16,6 +16,7 @@ from typing import IO, Any, Self
 
 from flexgen_lite.config import EngineConfig
 from flexgen_lite.errors import EngineError
+from flexgen_lite.expected_work import ExpectedWork
 from flexgen_lite.runtime_dir import RuntimeDir
 
 COMMAND = (sys.executable, "-m", "flexgen_lite.coordinator")
@@ -27,12 +28,13 @@ _START_GRACE = 15.0  # the coordinator's own deadline comes first: it knows what
 class EngineProcess:
     """Starts the coordinator and waits until it is ready.
 
-    The coordinator gets one JSON object in one line on its standard input, {"config": ..., "run_dir": ...},
-    and exits when that input ends, so it never outlives this process. On its standard output it writes one JSON
-    object a line: events "log", "plan", "ready" and "failed". Its standard error is this process's own.
+    The coordinator gets one JSON object in one line on its standard input, {"config": ..., "run_dir": ...,
+    "expected": ...}, and exits when that input ends, so it never outlives this process. On its standard output it
+    writes one JSON object a line: events "log", "plan", "ready" and "failed". Its standard error is this process's own.
 
     Args:
         config: of the engine.
+        expected: the work to come, where it is known; memory is shared out accordingly.
         command: what to start instead of the coordinator.
         on_log: is given each log message, on another thread.
         on_plan: is given the plan, for people, on another thread.
@@ -45,6 +47,7 @@ class EngineProcess:
         self,
         config: EngineConfig,
         *,
+        expected: ExpectedWork | None = None,
         command: Sequence[str] | None = None,
         on_log: Callable[[str], None] | None = None,
         on_plan: Callable[[str], None] | None = None,
@@ -61,7 +64,12 @@ class EngineProcess:
         reader = threading.Thread(target=self._news.read, args=(child,), name="flexgen-lite engine events", daemon=True)
         reader.start()
         try:
-            _tell(child, {"config": json.loads(config.to_json()), "run_dir": str(run_directory.path)})
+            order = {
+                "config": json.loads(config.to_json()),
+                "run_dir": str(run_directory.path),
+                "expected": None if expected is None else expected.to_dict(),
+            }
+            _tell(child, order)
             self._news.wait_until_ready(config.start_timeout + _START_GRACE)
         except BaseException:
             self.stop()

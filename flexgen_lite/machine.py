@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
+CPUS = Path("/sys/devices/system/cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,13 +16,14 @@ class Machine:
     cpus: tuple[int, ...]  # that this process may use
     available_ram: int  # bytes that could be taken now without pushing others out
     numa_nodes: int
-
     quota: int | None = None  # processors' worth of time that the cgroup allows
+    cores: int | None = None  # physical ones that `cpus` belong to, where known
 
     @property
-    def num_cpus(self) -> int:
-        """Threads that can run at once."""
-        return len(self.cpus) if self.quota is None else max(1, min(len(self.cpus), self.quota))
+    def num_threads(self) -> int:
+        """Threads of arithmetic that pay: one per core. A second one on the same core shares its multipliers."""
+        most = self.cores or len(self.cpus)
+        return most if self.quota is None else max(1, min(most, self.quota))
 
     @property
     def cpus_text(self) -> str:
@@ -36,7 +39,14 @@ def inspect_machine() -> Machine:
     nodes = sum(1 for _ in Path("/sys/devices/system/node").glob("node[0-9]*")) or 1
     free_in_cgroup = cgroup_free_bytes()
     available = _available_bytes()
-    return Machine(cpus, available if free_in_cgroup is None else min(available, free_in_cgroup), nodes, cpu_quota())
+    ram = available if free_in_cgroup is None else min(available, free_in_cgroup)
+    return Machine(cpus, ram, nodes, cpu_quota(), num_cores(cpus))
+
+
+def num_cores(cpus: Iterable[int], folder: Path = CPUS) -> int | None:
+    """Physical cores that `cpus` belong to; None where the system does not say."""
+    siblings = {_read_text(folder / f"cpu{cpu}" / "topology" / "thread_siblings_list").strip() for cpu in cpus}
+    return None if "" in siblings else len(siblings)
 
 
 def _available_bytes() -> int:

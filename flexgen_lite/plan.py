@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from flexgen_lite.config import EngineConfig
 from flexgen_lite.exchange import region_bytes
+from flexgen_lite.expected_work import ExpectedWork
 from flexgen_lite.kv_layout import page_bytes
 from flexgen_lite.machine import Machine
 from flexgen_lite.model_spec import ITEM_BYTES, ModelSpec
@@ -102,6 +103,8 @@ class _Need:
     least_pages: int
     layer_slot: int  # bytes
     max_sequences: int
+    wanted_pages: int  # that weights should leave room for
+    most_pages: int  # that can ever be of use
     on_gpu: bool
     device_bytes: int  # of RAM, where the CPU plays the device's part
 
@@ -123,17 +126,24 @@ class _Need:
 
 
 def make_plan(
-    config: EngineConfig, spec: ModelSpec, machine: Machine, compute_bytes: int, on_gpu: bool, gpu_total: int
+    config: EngineConfig,
+    spec: ModelSpec,
+    machine: Machine,
+    compute_bytes: int,
+    on_gpu: bool,
+    gpu_total: int,
+    expected: ExpectedWork | None = None,
 ) -> Plan:
     """Raises PlanError where the budget does not hold even the smallest plan.
 
     Args:
         compute_bytes: what the compute worker takes before it has seen a token.
         gpu_total: memory of the GPU, 0 where there is none.
+        expected: the work to come, where it is known.
     """
     ram = config.ram or auto_ram(machine)
     _check_cpus(config, machine)
-    need = _need(config, spec, machine, compute_bytes, on_gpu)
+    need = _need(config, spec, machine, compute_bytes, on_gpu, expected)
     tokens, count, slots = _choose_block(need, ram)
     fixed = need.fixed(tokens, count)
     resident, ring, num_pages = _place(need, ram - sum(fixed.values()), slots)
@@ -170,7 +180,7 @@ def make_plan(
         region_bytes=fixed["exchange"] // count,
         attention_workers=need.workers,
         attention_threads=threads,
-        compute_threads=config.compute_threads or (min(4, machine.num_cpus) if on_gpu else machine.num_cpus),
+        compute_threads=config.compute_threads or (min(4, machine.num_threads) if on_gpu else machine.num_threads),
         loader_threads=config.loader_threads or 4,
         attention_cpus=config.attention_cpus or ((),) * need.workers,
         compute_cpus=config.compute_cpus or (),
@@ -198,12 +208,22 @@ def _check_cpus(config: EngineConfig, machine: Machine) -> None:
             raise PlanError(f"{key} names CPU {missing[0]}, which is not among those to be had: {machine.cpus_text}")
 
 
-def _need(config: EngineConfig, spec: ModelSpec, machine: Machine, compute_bytes: int, on_gpu: bool) -> _Need:
+def _need(
+    config: EngineConfig,
+    spec: ModelSpec,
+    machine: Machine,
+    compute_bytes: int,
+    on_gpu: bool,
+    expected: ExpectedWork | None,
+) -> _Need:
     workers = num_attention_workers(config, machine)
     layer_slot = max(unit.num_bytes for unit in spec.units[:-1])
     on_cpu_slots = config.stage_weights is True and not on_gpu
     converting = any(unit.converted for unit in spec.units) and config.load_format != "dummy"
     page_tokens = config.page_tokens or PAGE_TOKENS
+    max_sequences = config.max_sequences or min(MAX_SEQUENCES, expected.sequences if expected else MAX_SEQUENCES)
+    least_pages = workers * -(-min(spec.max_length, LEAST_LENGTH) // page_tokens)
+    wanted_pages, most_pages = _pages_of_use(spec, workers, page_tokens, max_sequences, expected)
     return _Need(
         config=config,
         spec=spec,
@@ -216,12 +236,29 @@ def _need(config: EngineConfig, spec: ModelSpec, machine: Machine, compute_bytes
         workers=workers,
         page_tokens=page_tokens,
         page=page_bytes(spec.attention, page_tokens, spec.dtype),
-        least_pages=workers * -(-min(spec.max_length, LEAST_LENGTH) // page_tokens),
+        least_pages=least_pages,
         layer_slot=layer_slot,
-        max_sequences=config.max_sequences or MAX_SEQUENCES,
+        max_sequences=max_sequences,
+        wanted_pages=max(least_pages, wanted_pages),
+        most_pages=max(least_pages, most_pages),
         on_gpu=on_gpu,
         device_bytes=min(3, spec.num_layers) * layer_slot + spec.units[-1].num_bytes if on_cpu_slots else 0,
     )
+
+
+def _pages_of_use(
+    spec: ModelSpec, workers: int, page_tokens: int, max_sequences: int, expected: ExpectedWork | None
+) -> tuple[int, int]:
+    """(KV pages that weights should leave room for, pages that can ever be of use). Each worker's share is in whole
+    sequences, and holds the longest of those expected."""
+
+    def pages(sequences: int, tokens: int) -> int:
+        return workers * -(-sequences // workers) * -(-min(spec.max_length, tokens) // page_tokens)
+
+    most = pages(max_sequences, expected.longest_tokens if expected else spec.max_length)
+    typical = pages(max_sequences, expected.typical_tokens if expected else TYPICAL_LENGTH)
+    longest = pages(workers, expected.longest_tokens) if expected else 0
+    return min(most, max(typical, longest)), most
 
 
 def _choose_block(need: _Need, ram: int) -> tuple[int, int, int]:
@@ -266,22 +303,18 @@ def _place(need: _Need, available: int, slots: int) -> tuple[tuple[int, ...], in
     it; layers stay as far as there is room beyond that.
     """
     config, spec = need.config, need.spec
-    sequences = need.workers * -(-need.max_sequences // need.workers)  # each worker's share in whole sequences
-    most_pages = max(need.least_pages, sequences * -(-spec.max_length // need.page_tokens))
-    wanted_tokens = need.max_sequences * min(spec.max_length, TYPICAL_LENGTH)
-    wanted_pages = min(most_pages, max(need.least_pages, -(-wanted_tokens // need.page_tokens)))
     all_layers = need.layer_slot * spec.num_layers
     streaming = config.layer_slots is not None and config.layer_slots < spec.num_layers
-    roomy = all_layers + need.page * wanted_pages <= available or all_layers <= available * 3 // 4
+    roomy = all_layers + need.page * need.wanted_pages <= available or all_layers <= available * 3 // 4
     if roomy and not streaming and all_layers + need.page * need.least_pages <= available:
         resident, ring = tuple(range(spec.num_layers)), 0
     else:
         after_slots = available - slots * need.layer_slot
-        spare = (after_slots - min(wanted_pages * need.page, after_slots)) // need.layer_slot
+        spare = (after_slots - min(need.wanted_pages * need.page, after_slots)) // need.layer_slot
         resident = () if streaming else spread_evenly(min(spare, spec.num_layers - slots), spec.num_layers)
         ring = slots
     left = available - (len(resident) + ring) * need.layer_slot - spec.num_layers * KV_ALIGNMENT_BYTES
-    return resident, ring, min(most_pages, left // need.page)
+    return resident, ring, min(need.most_pages, left // need.page)
 
 
 def spread_evenly(count: int, total: int) -> tuple[int, ...]:
@@ -294,13 +327,13 @@ def num_attention_workers(config: EngineConfig, machine: Machine) -> int:
     """One per NUMA node, so that each works on memory of its own; known before the model is."""
     if config.attention_workers is not None:
         return config.attention_workers
-    return len(config.attention_cpus) if config.attention_cpus else min(machine.numa_nodes, machine.num_cpus)
+    return len(config.attention_cpus) if config.attention_cpus else min(machine.numa_nodes, machine.num_threads)
 
 
 def _attention_threads(config: EngineConfig, machine: Machine, workers: int, on_gpu: bool) -> int:
     """On a CPU device the passes of one micro-batch take turns with the products, so attention may use every core;
     beside a GPU two cores are left to the other processes."""
-    cores = max(1, machine.num_cpus - 2) if on_gpu else machine.num_cpus
+    cores = max(1, machine.num_threads - 2) if on_gpu else machine.num_threads
     return config.attention_threads or max(1, cores // workers)
 
 

@@ -9,6 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from flexgen_lite.config import EngineConfig
+from flexgen_lite.expected_work import ExpectedWork
 from flexgen_lite.machine import Machine
 from flexgen_lite.model_spec import AttentionSpec, ModelSpec, UnitSpec
 from flexgen_lite.page_table import PageTable
@@ -30,8 +31,9 @@ def model(layers: int, layer_bytes: int, outside: int, hidden: int, max_length: 
     )  # fmt: skip
 
 
-def plan_for(spec: ModelSpec, **options: object) -> Plan:
-    return make_plan(EngineConfig(model="m", **options), spec, MACHINE, 350 * MIB, on_gpu=False, gpu_total=0)
+def plan_for(spec: ModelSpec, expected: ExpectedWork | None = None, **options: object) -> Plan:
+    config = EngineConfig(model="m", **options)
+    return make_plan(config, spec, MACHINE, 350 * MIB, on_gpu=False, gpu_total=0, expected=expected)
 
 
 SPECS = st.builds(
@@ -56,10 +58,20 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-@given(SPECS, OPTIONS)
-def test_a_plan_stays_inside_the_budget_and_hangs_together(spec: ModelSpec, options: dict[str, object]) -> None:
+EXPECTED = st.none() | st.builds(
+    lambda sequences, typical, more: ExpectedWork(sequences, typical, typical + more),
+    st.integers(1, 5000),
+    st.integers(1, 3000),
+    st.integers(0, 3000),
+)
+
+
+@given(SPECS, EXPECTED, OPTIONS)
+def test_a_plan_stays_inside_the_budget_and_hangs_together(
+    spec: ModelSpec, expected: ExpectedWork | None, options: dict[str, object]
+) -> None:
     try:
-        made = plan_for(spec, **options)
+        made = plan_for(spec, expected, **options)
     except PlanError:
         assume(False)
     assert made.planned_bytes <= made.ram == options["ram"]
@@ -92,6 +104,26 @@ def test_a_model_beyond_the_budget_streams_through_slots() -> None:
     made = plan_for(model(24, 200 * MIB, 400 * MIB, 2048, 2048), ram=4 * GIB)
     assert made.layer_slots == 2
     assert made.num_pages > 0
+
+
+def test_few_short_sequences_leave_room_for_layers() -> None:
+    spec = model(24, 200 * MIB, 400 * MIB, 2048, 2048)
+    unknown, known = plan_for(spec, ram=4 * GIB), plan_for(spec, ExpectedWork(20, 150, 300), ram=4 * GIB)
+    assert known.max_sequences == 20
+    assert len(known.resident_layers) > len(unknown.resident_layers)
+    table = PageTable(known.num_pages, known.page_tokens, known.attention_workers)
+    assert table.max_tokens >= 20 * 150
+
+
+def test_room_for_the_longest_sequence_expected_comes_before_layers() -> None:
+    spec = model(24, 200 * MIB, 400 * MIB, 2048, 2048)
+    made = plan_for(spec, ExpectedWork(2, 150, 2000), ram=4 * GIB, attention_workers=2)
+    assert PageTable(made.num_pages, made.page_tokens, made.attention_workers).max_tokens >= 2000
+
+
+def test_a_setting_wins_over_what_is_expected() -> None:
+    spec = model(4, MIB, MIB, 64, 2048)
+    assert plan_for(spec, ExpectedWork(20, 150, 300), ram=4 * GIB, max_sequences=64).max_sequences == 64
 
 
 @pytest.mark.parametrize(("key", "value"), [("compute_cpus", [0, 7]), ("attention_cpus", [[7]]), ("loader_cpus", [7])])

@@ -1,0 +1,70 @@
+"""What a batch file asks for, looked at before the engine is planned: how many sequences, and how long."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from flexgen_lite.batch_file import BatchRequest, read_requests
+
+SAMPLE_LINES = 2000
+READ_UP_TO = 4 << 30  # bytes of a file that is read beforehand
+BYTES_PER_TOKEN = 3  # of text, on the low side: room for too many tokens is better than for too few
+
+
+@dataclass(frozen=True, slots=True)
+class ExpectedWork:
+    """Numbers of tokens are of a prompt and what may be generated for it.
+
+    Attributes:
+        sequences: lines of the file.
+        typical_tokens: nine of ten of the first lines stay below that, by estimate.
+        longest_tokens: no sequence has more, going by the longest line.
+    """
+
+    sequences: int
+    typical_tokens: int
+    longest_tokens: int
+
+    def to_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any] | None) -> Self | None:
+        return None if values is None else cls(**values)
+
+
+def survey(path: Path) -> ExpectedWork | None:
+    """None where reading takes long or would use the file up, or where there is no good line among the first."""
+    if not path.is_file() or path.stat().st_size > READ_UP_TO:
+        return None
+    with path.open("rb") as file:
+        head = read_requests(itertools.islice(file, SAMPLE_LINES))
+        requests = [item for item in head if isinstance(item, BatchRequest)]
+    if not requests:
+        return None
+    lines, longest_line = _measure(path)
+    lengths = sorted(_estimate(request) for request in requests)
+    return ExpectedWork(
+        sequences=lines,
+        typical_tokens=lengths[len(lengths) * 9 // 10],
+        longest_tokens=longest_line + max(request.params.max_tokens for request in requests),
+    )
+
+
+def _estimate(request: BatchRequest) -> int:
+    prompt = request.prompt
+    tokens = len(prompt.encode()) // BYTES_PER_TOKEN + 1 if isinstance(prompt, str) else len(prompt)
+    return tokens + request.params.max_tokens
+
+
+def _measure(path: Path) -> tuple[int, int]:
+    """Number of lines and bytes of the longest one."""
+    lines, longest = 0, 0
+    with path.open("rb") as file:
+        for line in file:
+            lines += 1
+            longest = max(longest, len(line))
+    return lines, longest

@@ -1,0 +1,47 @@
+"""The kernels as processors with fewer instructions than this one would run them."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+AVX2 = (
+    "+64bit,+aes,+avx,+avx2,+bmi,+bmi2,+cmov,+cx16,+cx8,+f16c,+fma,+fsgsbase,+fxsr,+invpcid,+lzcnt,+mmx,+movbe,"
+    "+pclmul,+popcnt,+rdrnd,+sahf,+sse,+sse2,+sse3,+sse4.1,+sse4.2,+ssse3,+xsave,+xsaveopt"
+)
+AVX512 = f"{AVX2},+avx512f,+avx512bw,+avx512cd,+avx512dq,+avx512vl"
+PROCESSORS = {"haswell": AVX2, "skylake-avx512": AVX512}
+KERNEL_TESTS = ("tests/unit/test_attention_kernels.py", "tests/property/test_prefill_attention.py")
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_kernels(name: str, tmp_path: Path) -> None:
+    features = PROCESSORS[name]
+    needed = {feature.lstrip("+") for feature in features.split(",")} & {"avx2", "fma", "f16c", "avx512f", "avx512bw"}
+    if platform.machine() != "x86_64" or not needed <= set(_cpu_flags()):
+        pytest.skip(f"this processor lacks some of {', '.join(sorted(needed))}")
+    environment = {
+        **os.environ,
+        "NUMBA_CPU_NAME": name,
+        "NUMBA_CPU_FEATURES": features,
+        "NUMBA_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *KERNEL_TESTS],
+        env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
+
+
+def _cpu_flags() -> list[str]:
+    for line in Path("/proc/cpuinfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("flags"):
+            return line.split()
+    return []
