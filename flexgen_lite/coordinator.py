@@ -498,8 +498,10 @@ class Coordinator:
 
     def _welcome(self) -> messages.Welcome:
         assert self._opened is not None and self._plan is not None
-        text = plan.describe(self._plan, self._opened.spec)
-        return messages.Welcome(messages.PROTOCOL, self._config.model, self._opened.spec.max_length, WINDOW, text)
+        opened, text = self._opened, plan.describe(self._plan, self._opened.spec)
+        return messages.Welcome(
+            messages.PROTOCOL, self._config.model, opened.fingerprint, opened.spec.max_length, WINDOW, text
+        )
 
     def _status(self) -> messages.Status:
         assert self._requests is not None and self._plan is not None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from flexgen_lite.model_spec import AttentionSpec, ModelSpec, UnitSpec
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of the messages between clients and the coordinator."""
 
 REPORT_SECONDS = 0.1
@@ -198,6 +198,7 @@ class OpenModel:
 @dataclass(frozen=True, slots=True)
 class ModelOpened:
     spec: ModelSpec
+    fingerprint: str  # of what decides about greedy tokens
     tokenizer_file: str | None  # a tokenizer.json; converted into the run directory where the model has none
     device_name: str
     device_total_bytes: int  # 0 for the CPU
@@ -416,6 +417,7 @@ ToEngine = Connect | Submit | Cancel | GetStatus
 class Welcome:
     protocol: int
     model: str
+    fingerprint: str  # the same as long as the same prompt gets the same greedy tokens
     max_length: int
     window: int  # requests a client may have submitted and not got back
     plan: str  # for people

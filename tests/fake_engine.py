@@ -115,7 +115,7 @@ class FakeEngine:
     def _handle(self, client: bytes, message: Any) -> None:
         self._clients.add(client)
         if isinstance(message, Connect):
-            self._send(client, Welcome(self._protocol, self._model, 100, self._window, "the plan"))
+            self._send(client, Welcome(self._protocol, self._model, "0" * 16, 100, self._window, "the plan"))
         elif isinstance(message, Submit):
             self._submit(client, message)
         elif isinstance(message, Cancel):

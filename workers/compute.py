@@ -19,7 +19,7 @@ from flexgen_lite.workers import prefill_attention, serve
 from flexgen_lite.workers.device import Device, open_device
 from flexgen_lite.workers.exchange_region import ExchangeRegion
 from flexgen_lite.workers.forward import Forward, stop_at_layers
-from flexgen_lite.workers.model_open import OpenedModel, open_model
+from flexgen_lite.workers.model_open import OpenedModel, fingerprint, open_model
 
 
 class ComputeWorker(serve.Worker):
@@ -59,6 +59,7 @@ class ComputeWorker(serve.Worker):
         self._context.post(
             messages.ModelOpened(
                 spec=self._opened.spec,
+                fingerprint=fingerprint(self._opened),
                 tokenizer_file=self._opened.tokenizer_file,
                 device_name=self._device.name,
                 device_total_bytes=self._device.total_bytes,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +91,20 @@ def open_model(order: OpenModel, device: Device, run_dir: str) -> OpenedModel:
         warnings=(*warnings, *([warning] if warning else []), *tokenizer_warnings),
     )
     return OpenedModel(model, layers, Binding(model, layers, units), products, spec, tokenizer_file)
+
+
+def fingerprint(opened: OpenedModel) -> str:
+    """The same as long as the same prompt gets the same greedy tokens: of config.json, the dtype, the limit on a
+    sequence's length, names and sizes of the weights' files, and the tokenizer."""
+    spec = opened.spec
+    config = opened.model.config.to_diff_dict()
+    config.pop("_name_or_path", None)
+    digest = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode(), digest_size=8)
+    files = [(Path(file).name, Path(file).stat().st_size) for file in spec.files]
+    digest.update(repr((spec.dtype, spec.max_length, spec.eos_token_ids, files)).encode())
+    if opened.tokenizer_file is not None:
+        digest.update(Path(opened.tokenizer_file).read_bytes())
+    return digest.hexdigest()
 
 
 def _modules_outside(model: nn.Module, layers: nn.ModuleList) -> list[nn.Module]:
