@@ -141,16 +141,18 @@ class Batcher:
         self._spread = spread
         self.running: dict[int, RunningRequest] = {}
 
-    def compose(self, waiting: deque[RunningRequest]) -> list[MicroBatch]:
-        """The micro-batches of the next pass, taking requests from the left of `waiting`; empty if there is no work."""
+    def compose(self, waiting: deque[RunningRequest], only: frozenset[int] | None = None) -> list[MicroBatch]:
+        """The micro-batches of the next pass, taking requests from the left of `waiting`; empty if there is no work.
+        With `only`, nothing but these running requests."""
         bins = [MicroBatch() for _ in range(self._micro_batches)]
-        decoding = [r for r in self.running.values() if len(r.tokens) - r.stored == 1]
-        for request in decoding:
-            self._place(bins, request, 1)
-        for request in self.running.values():  # the rest of long prompts, oldest first, as far as there is room
+        running = [r for r in self.running.values() if only is None or r.id in only]
+        for request in running:
+            if len(request.tokens) - request.stored == 1:
+                self._place(bins, request, 1)
+        for request in running:  # the rest of long prompts, oldest first, as far as there is room
             if len(request.tokens) - request.stored > 1:
                 self._place(bins, request, len(request.tokens) - request.stored)
-        while waiting and len(self.running) < self._max_sequences:
+        while only is None and waiting and len(self.running) < self._max_sequences:
             request = waiting[0]
             room = self._most_room(bins)
             fits = len(request.tokens) <= room or (len(request.tokens) > self._micro_batch_tokens and room > 0)

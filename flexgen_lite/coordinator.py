@@ -12,12 +12,10 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -27,9 +25,10 @@ import zmq
 from flexgen_lite import messages, plan
 from flexgen_lite.arena import Arena
 from flexgen_lite.batching import Batcher, MicroBatch
-from flexgen_lite.bells import bell_pair
-from flexgen_lite.codec import Codec, MessageError
+from flexgen_lite.client_door import ClientDoor
 from flexgen_lite.config import ConfigError, EngineConfig
+from flexgen_lite.crew import Crew, overdue
+from flexgen_lite.event_loop import EventLoop
 from flexgen_lite.expected_work import ExpectedWork
 from flexgen_lite.kv_layout import kv_spec
 from flexgen_lite.lanes import Lanes
@@ -38,24 +37,16 @@ from flexgen_lite.memory_use import MemoryUse
 from flexgen_lite.model_spec import ModelSpec
 from flexgen_lite.page_table import PageTable
 from flexgen_lite.requests import Answer, Limits, Requests
-from flexgen_lite.schedule import LoadUnit, Order, RunColumns, Schedule, UploadUnit
+from flexgen_lite.schedule import RunColumns, Schedule
 from flexgen_lite.slot_ring import SlotRing
-from flexgen_lite.supervisor import WorkerDied, WorkerProcess, stop_all
+from flexgen_lite.suspects import TRIES, Suspects
 from flexgen_lite.tokenizer import TextTokenizer
+from flexgen_lite.weight_flow import WeightFlow
+from flexgen_lite.worker_process import WorkerDied, WorkerProcess
 
 WINDOW = 4096  # requests that a client may have submitted and not got back
 GATHER_PAUSE = 0.02  # seconds without a new request after which an idle engine begins
 GATHER_SECONDS = 0.5  # at most, since the first request
-COMPUTE_ENVIRONMENT = {
-    # Temporaries of a layer are reused instead of faulting in fresh pages each time.
-    "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296:"
-    "glibc.malloc.top_pad=268435456",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    # Threads look out for the next operation for some 40 us before they sleep: to be woken takes longer than many of
-    # them last. Decoding 64 sequences gains 2 to 8 per cent; more gains nothing.
-    "GOMP_SPINCOUNT": "2000",
-}
-WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
 
 
 class Stopping(Exception):
@@ -69,42 +60,59 @@ def emit(event: str, **values: object) -> None:
         sys.stdout.flush()
 
 
+def log(text: str) -> None:
+    emit("log", message=text)
+
+
 class Coordinator:
     """`with Coordinator(config, run_dir, expected) as coordinator: coordinator.run()`; no process is left behind."""
 
     def __init__(self, config: EngineConfig, run_dir: Path, expected: ExpectedWork | None) -> None:
         self._config = config
-        self._expected = expected
         self._run_dir = run_dir
+        self._expected = expected
         self._machine = inspect_machine()
-        self._arenas = {name: Arena(name) for name in ("weights", "kv", "exchange")}
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._poller = zmq.Poller()
-        self._sources: dict[Any, Callable[[], None]] = {}  # socket or descriptor -> what to do when it is readable
-        self._workers: dict[str, WorkerProcess] = {}
-        self._bells: list[tuple[socket.socket, socket.socket]] = []  # of each attention worker, with the compute worker
-        self._clients: zmq.Socket[bytes] | None = None
-        self._endpoint_path: Path | None = None
-        self._codecs = (Codec(messages.ToEngine, max_bytes=256 << 20), Codec(messages.ToClient))
         try:
             self._lanes = Lanes(config.trace)
         except OSError as error:
             raise plan.PlanError(f"trace={config.trace} cannot be written: {error.strerror}") from error
+        self._arenas = {name: Arena(name) for name in ("weights", "kv", "exchange")}
         self._memory = MemoryUse(self._arenas.values())
-        self._loads_open = 0
-        self._streamed: frozenset[int] = frozenset()  # units that do not stay in their slot
-        self._not_ready: set[str] = set()
+        self._loop = EventLoop()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._crew = Crew(
+            self._loop,
+            self._context,
+            run_dir,
+            self._arenas,
+            self._memory,
+            self._handle,
+            lambda name, line: log(f"{name}: {line}"),
+            self._lost,
+        )
+        self._door = ClientDoor(
+            self._loop,
+            self._context,
+            self._handle_client,
+            lambda text: log(f"a client sent what is not a message: {text}"),
+            lambda client: self._queue.forget(client),
+        )
         self._opened: messages.ModelOpened | None = None
         self._plan: plan.Plan | None = None
         self._schedule: Schedule | None = None
+        self._weights: WeightFlow | None = None
         self._requests: Requests | None = None
-        self._pass_id = 0
         self._begin_at: float | None = None  # when to start the first pass of an idle engine
         self._gathering_since = 0.0
+        self._pass_id = 0
         self._pass: list[MicroBatch] = []
         self._pass_tokens: list[tuple[int, ...]] = []
         self._pass_start_ns = 0
         self._progress = 0.0  # when something of the pass was last heard of, monotonic seconds
+        self._suspended = False  # a worker was lost: nothing begins until all is quiet and everyone is there again
+        self._broken: WorkerDied | None = None  # what ended the present pass without a result
+        self._abandoning = False  # the compute worker was told to drop the pass, and has not answered
+        self._suspects = Suspects()
         self._copy_ns = 0
         self._busy_ns = 0
         self._lane_history: list[tuple[int, dict[str, int]]] = []
@@ -116,132 +124,113 @@ class Coordinator:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(self._wake_write)
-        self._watch(self._wake_read, self._stop)
-        self._watch(sys.stdin.fileno(), self._stop)
+        self._loop.watch(self._wake_read, self._stop)
+        self._loop.watch(sys.stdin.fileno(), self._stop)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._tell_clients(error)
-        stop_all(self._workers.values())
+        if self._requests is not None:
+            text = "the engine was stopped" if error is None or isinstance(error, Stopping) else str(error)
+            self._door.tell_the_end(self._requests.clients(), text)
+        self._crew.stop()
         self._lanes.close()
-        if self._clients is not None:
-            self._clients.close(linger=500)
-        if self._endpoint_path is not None:
-            self._endpoint_path.unlink(missing_ok=True)
+        self._door.close()
         self._context.destroy(linger=500)
         for arena in self._arenas.values():
             arena.close()
-        for pair in self._bells:
-            for end in pair:
-                end.close()
 
     def run(self) -> None:
         """Start everything and serve until told to stop. Raises WorkerDied, PlanError or Stopping."""
-        self._start_workers()
+        self._crew.start(plan.num_attention_workers(self._config, self._machine))
+        self._bring_up(self._crew.compute)
         deadline = time.monotonic() + self._config.start_timeout
-        while self._not_ready or self._loads_open or self._schedule is None:
+        while self._weights is None or self._crew.not_ready or not self._weights.is_quiet:
             if time.monotonic() > deadline:
                 raise WorkerDied(
                     f"not ready after {self._config.start_timeout:g} s: {self._standing()}; "
                     "raise start_timeout if it was only slow"
                 )
             self._step(deadline)
-        self._open_endpoint()
+        endpoint = self._config.endpoint or f"ipc://{self._run_dir}/engine.sock"
+        self._door.open(endpoint)
+        emit("ready", endpoint=endpoint)
         while True:
             self._step(None)
 
     def _step(self, deadline: float | None) -> None:
-        limit = deadline  # at start, importing and opening take what they take
+        """One round of the event loop; before the engine is ready, `deadline` is all there is of deadlines."""
+        limit = deadline
         if deadline is None:
             limit = min((since for _, since in self._awaited()), default=None)
             limit = None if limit is None else limit + self._config.worker_timeout
         limits = [moment for moment in (limit, self._begin_at) if moment is not None]
-        timeout = max(0, int((min(limits) - time.monotonic()) * 1000) + 1) if limits else None
-        ready = [source for source, _ in self._poller.poll(timeout)]
-        for source in ready:
-            if source in self._sources:
-                self._sources[source]()
+        self._loop.step(max(0, int((min(limits) - time.monotonic()) * 1000) + 1) if limits else None)
         if self._begin_at is not None and time.monotonic() >= self._begin_at:
+            self._begin_at = None
             self._begin_pass()
         if deadline is None:
-            self._check_deadlines()
+            for worker in overdue(self._awaited(), self._config.worker_timeout):
+                self._crew.lose(worker, self._silence(worker))
 
     def _stop(self) -> None:
         raise Stopping
 
     def _awaited(self) -> list[tuple[WorkerProcess, float]]:
         """The workers that owe an answer, and since when."""
-        owing = [(worker, worker.waiting_since) for worker in self._workers.values() if worker.outstanding]
-        if self._pass:
+        owing = []
+        for worker in self._crew:
+            if not self._crew.is_ready(worker):  # importing and opening take what they take
+                grace = self._config.start_timeout - self._config.worker_timeout
+                owing.append((worker, worker.started + max(0.0, grace)))
+            elif worker.outstanding:
+                owing.append((worker, worker.waiting_since))
+        if self._pass and not self._suspended:
             compute, attention = self._scheduler.waits_for()
-            owing += [(self._compute, self._progress)] * compute
-            owing += [(self._attention(index), self._progress) for index in sorted(attention)]
+            owing += [(self._crew.compute, self._progress)] * compute
+            owing += [(self._crew.attention(index), self._progress) for index in sorted(attention)]
         return owing
 
-    def _check_deadlines(self) -> None:
-        for worker, since in self._awaited():
-            if time.monotonic() - since > self._config.worker_timeout:
-                raise WorkerDied(
-                    f"{worker.name} (process {worker.pid}) has not answered for {self._config.worker_timeout:g} s: "
-                    f"{self._standing()}; raise worker_timeout if it was only slow"
-                )
+    def _silence(self, worker: WorkerProcess) -> WorkerDied:
+        return WorkerDied(
+            f"{worker.name} (process {worker.pid}) has not answered for {self._config.worker_timeout:g} s: "
+            f"{self._standing()}; raise worker_timeout if it was only slow"
+        )
 
     def _standing(self) -> str:
-        if self._schedule is None or self._not_ready:
-            waiting = sorted(self._not_ready) or ["the model"]
-            return f"waiting for {', '.join(waiting)}"
-        if self._loads_open and not self._pass:
-            return f"{self._loads_open} loads of weights are open"
+        if self._schedule is None or self._crew.not_ready:
+            return f"waiting for {', '.join(sorted(self._crew.not_ready)) or 'the model'}"
+        if not self._pass:
+            return "loads of weights are open"
         return f"pass {self._pass_id}, {self._schedule.standing()}"
-
-    def _watch(self, source: Any, callback: Callable[[], None]) -> None:
-        self._poller.register(source, zmq.POLLIN)
-        self._sources[source] = callback
 
     # ------------------------------------------------------------------------------------------------ start
 
-    def _start_workers(self) -> None:
-        config, count = self._config, plan.num_attention_workers(self._config, self._machine)
-        kinds = [("compute", "compute worker"), ("loader", "disk loader")]
-        kinds += [("attention", f"attention worker {i}") for i in range(count)]
-        self._bells = [bell_pair() for _ in range(count)]
-        wanted = {"compute": ("weights", "exchange"), "loader": ("weights",), "attention": ("kv", "exchange")}
-        for kind, name in kinds:
-            arenas = {arena: self._arenas[arena].fd for arena in wanted[kind]}
-            ends = {"compute": {str(i): pair[0] for i, pair in enumerate(self._bells)}}
-            ends |= {f"attention worker {i}": {"compute": pair[1]} for i, pair in enumerate(self._bells)}
-            bells = {end: sock.fileno() for end, sock in ends.get(kind, ends.get(name, {})).items()}
-            environment = WORKER_ENVIRONMENT | (COMPUTE_ENVIRONMENT if kind == "compute" else {})
-            worker = WorkerProcess(kind, name, self._context, self._run_dir, arenas, bells, environment)
-            self._workers[name] = worker
-            self._not_ready.add(name)
-            self._memory.watch(worker.pid)
-            self._watch(worker.socket, partial(self._receive, worker))
-            self._watch(worker.output, partial(self._forward_output, worker))
-            self._watch(worker.pidfd, partial(self._died, worker))
-        self._compute.send(
-            messages.OpenModel(
-                model=config.model,
-                load_format=config.load_format,
-                dtype=config.dtype,
-                device=config.device,
-                always_probe=False,
-                max_model_len=config.max_model_len,
+    def _bring_up(self, worker: WorkerProcess) -> None:
+        """Gives a new worker process what it needs, as far as it is known; the rest when it is."""
+        if worker.kind == "compute":
+            known = self._opened.spec.dtype if self._opened else None
+            worker.send(
+                messages.OpenModel(
+                    model=self._config.model,
+                    load_format=self._config.load_format,
+                    dtype=known or self._config.dtype,  # "auto" is measured: it could come out otherwise
+                    device=self._config.device,
+                    always_probe=False,
+                    max_model_len=self._config.max_model_len,
+                )
             )
-        )
-
-    @property
-    def _compute(self) -> WorkerProcess:
-        return self._workers["compute worker"]
-
-    @property
-    def _loader(self) -> WorkerProcess:
-        return self._workers["disk loader"]
-
-    def _attention(self, index: int) -> WorkerProcess:
-        return self._workers[f"attention worker {index}"]
+        elif self._plan is not None:
+            self._attach(worker)
 
     def _model_opened(self, message: messages.ModelOpened) -> None:
+        if self._opened is None:
+            self._make_plan(message)
+            return
+        if (message.spec, message.fingerprint) != (self._opened.spec, self._opened.fingerprint):
+            raise plan.PlanError(f"{self._config.model} changed while it was in use: start again")
+        self._attach(self._crew.compute)
+
+    def _make_plan(self, message: messages.ModelOpened) -> None:
         spec = message.spec
         made = plan.make_plan(
             self._config,
@@ -253,79 +242,77 @@ class Coordinator:
             self._expected,
         )
         self._opened, self._plan = message, made
-        self._streamed = frozenset(made.streamed_layers(spec.num_layers))
         emit("plan", text=plan.describe(made, spec))
         for warning in (*spec.warnings, *made.warnings):
-            emit("log", message=f"warning: {warning}")
-        kv = kv_spec(spec.attention, made.num_pages, made.page_tokens, spec.dtype)
-        exchange = messages.ExchangeSpec(made.micro_batches, made.region_bytes, made.micro_batch_tokens, spec.dtype)
-        self._arenas["weights"].resize(made.weights_bytes)
-        self._arenas["kv"].resize(kv.arena_bytes)
-        self._arenas["exchange"].resize(exchange.num_regions * exchange.region_bytes)
-        self._attach(spec, made, kv, exchange)
-        self._schedule = _make_schedule(spec, made)
-        pages = PageTable(made.num_pages, made.page_tokens, made.attention_workers)
-        batcher = Batcher(pages, made.max_sequences, made.micro_batches, made.micro_batch_tokens, made.spread)
-        eos = tuple(token for token in spec.eos_token_ids if 0 <= token < spec.vocab_size)
-        limits = Limits(spec.max_length, pages.max_tokens, spec.vocab_size, eos)
-        tokenizer = TextTokenizer(message.tokenizer_file) if message.tokenizer_file else None
-        self._requests = Requests(batcher, limits, tokenizer)
-
-    def _attach(self, spec: ModelSpec, made: plan.Plan, kv: messages.KvSpec, exchange: messages.ExchangeSpec) -> None:
-        self._loader.send(
-            messages.AttachLoader(
-                spec.files,
-                spec.units,
-                made.slot_offsets,
-                made.weights_bytes,
-                self._config.load_format,
-                made.loader_threads,
-                made.loader_cpus,
-            )
+            log(f"warning: {warning}")
+        self._kv = kv_spec(spec.attention, made.num_pages, made.page_tokens, spec.dtype)
+        self._exchange = messages.ExchangeSpec(
+            made.micro_batches, made.region_bytes, made.micro_batch_tokens, spec.dtype
         )
-        for index in range(made.attention_workers):
-            self._attention(index).send(
-                messages.AttachAttention(
-                    spec.attention, exchange, kv, made.attention_threads, made.attention_cpus[index]
+        self._arenas["weights"].resize(made.weights_bytes)
+        self._arenas["kv"].resize(self._kv.arena_bytes)
+        self._arenas["exchange"].resize(self._exchange.num_regions * self._exchange.region_bytes)
+        self._schedule = _make_schedule(spec, made)
+        streamed = made.streamed_layers(spec.num_layers)
+        packed = frozenset() if made.staged else frozenset(range(spec.num_layers + 1)) - frozenset(streamed)
+        self._weights = WeightFlow(self._crew, self._schedule, packed, made.copy_head, self._compute_columns)
+        self._requests = _make_requests(message, made)
+        for worker in self._crew:
+            self._attach(worker)
+        self._weights.carry_out(self._schedule.start())
+
+    def _attach(self, worker: WorkerProcess) -> None:
+        assert self._opened is not None and self._plan is not None and self._weights is not None
+        made, spec = self._plan, self._opened.spec
+        if worker.kind == "loader":
+            worker.send(
+                messages.AttachLoader(
+                    spec.files,
+                    spec.units,
+                    made.slot_offsets,
+                    made.weights_bytes,
+                    self._config.load_format,
+                    made.loader_threads,
+                    made.loader_cpus,
                 )
             )
-        self._compute.send(
-            messages.AttachCompute(
-                made.slot_offsets,
-                made.weights_bytes,
-                exchange,
-                made.device_slots,
-                made.layer_slot_bytes,
-                bool(made.device_slots or made.layer_slots),
-                made.compute_threads,
-                made.compute_cpus,
+            self._weights.loader_attached()
+        elif worker.kind == "attention":
+            cpus = made.attention_cpus[_number(worker)]
+            worker.send(
+                messages.AttachAttention(spec.attention, self._exchange, self._kv, made.attention_threads, cpus)
             )
-        )
-
-    def _open_endpoint(self) -> None:
-        """From here on clients can connect."""
-        endpoint = self._config.endpoint or f"ipc://{self._run_dir}/engine.sock"
-        path = Path(endpoint.removeprefix("ipc://"))
-        _refuse_taken(path)
-        clients = self._context.socket(zmq.ROUTER)
-        clients.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        clients.setsockopt(zmq.SNDHWM, 0)  # bounded by what clients may have open
-        clients.linger = 0
-        try:
-            clients.bind(endpoint)
-        except zmq.ZMQError as error:
-            clients.close()
-            raise plan.PlanError(f"cannot listen on {endpoint}: {error.strerror}: choose another endpoint") from error
-        path.chmod(0o600)
-        self._clients, self._endpoint_path = clients, path
-        self._watch(clients, self._from_client)
-        emit("ready", endpoint=endpoint)
+        else:
+            worker.send(
+                messages.AttachCompute(
+                    made.slot_offsets,
+                    made.weights_bytes,
+                    self._exchange,
+                    made.device_slots,
+                    made.layer_slot_bytes,
+                    bool(made.device_slots or made.layer_slots),
+                    made.compute_threads,
+                    made.compute_cpus,
+                )
+            )
+            self._weights.compute_attached()
 
     # ------------------------------------------------------------------------------------------------ workers
 
-    def _receive(self, worker: WorkerProcess) -> None:
-        while worker.socket.poll(0):
-            self._handle(worker, worker.receive())
+    @property
+    def _scheduler(self) -> Schedule:
+        assert self._schedule is not None, "work before the model was opened"
+        return self._schedule
+
+    @property
+    def _flow(self) -> WeightFlow:
+        assert self._weights is not None, "work before the model was opened"
+        return self._weights
+
+    @property
+    def _queue(self) -> Requests:
+        assert self._requests is not None, "work before the model was opened"
+        return self._requests
 
     def _handle(self, worker: WorkerProcess, message: Any) -> None:
         match message:
@@ -335,89 +322,104 @@ class Coordinator:
                 self._attended(worker, message)
             case messages.Loaded():
                 self._lanes.add("disk", "disk", f"load {message.unit}", message.start_ns, message.end_ns)
-                self._loaded(message)
+                self._crew.did_something(worker)
+                self._flow.loaded(message)
             case messages.Packed():
                 self._lanes.span("compute", f"pack {message.unit}", message.start_ns, message.end_ns)
-                self._at_hand(message.unit)
+                self._flow.was_packed(message)
             case messages.Uploaded():
-                self._lanes.add(
-                    "host-to-device", "host-to-device", f"upload {message.unit}", message.start_ns, message.end_ns
-                )
-                self._run_orders(self._scheduler.uploaded(message.unit))
+                name = f"upload {message.unit}"
+                self._lanes.add("host-to-device", "host-to-device", name, message.start_ns, message.end_ns)
+                self._flow.uploaded(message)
             case messages.ModelOpened():
                 self._model_opened(message)
             case messages.Ready():
-                self._not_ready.discard(worker.name)
-                if worker is self._loader:
-                    self._run_orders(self._scheduler.start())
-
-    @property
-    def _scheduler(self) -> Schedule:
-        assert self._schedule is not None, "work before the model was opened"
-        return self._schedule
-
-    def _run_orders(self, orders: Iterable[Order]) -> None:
-        for order in orders:
-            match order:
-                case RunColumns():
-                    self._progress = time.monotonic()
-                    columns = messages.Segments(self._pass_id, order.layer, order.slots)
-                    self._compute.send(columns, expects_answer=False)
-                case LoadUnit():
-                    self._loads_open += 1
-                    self._loader.send(messages.Load(order.unit, order.slot))
-                case UploadUnit():
-                    self._compute.send(messages.Upload(order.unit, order.slot, order.device_slot))
-
-    def _loaded(self, message: messages.Loaded) -> None:
-        """What stays where it is gets rearranged once for the CPU that computes with it."""
-        assert self._plan is not None
-        if not self._plan.staged and message.unit not in self._streamed:
-            self._compute.send(messages.Pack(message.unit, message.slot, self._plan.copy_head))
-        else:
-            self._at_hand(message.unit)
-
-    def _at_hand(self, unit: int) -> None:
-        self._loads_open -= 1
-        self._run_orders(self._scheduler.loaded(unit))
+                self._crew.ready(worker)
+            case messages.Abandoned():
+                self._abandoning = False
+        self._go_on()
 
     def _computed(self, report: messages.ComputeReport) -> None:
-        assert report.pass_id == self._pass_id, f"report of pass {report.pass_id} in pass {self._pass_id}"
+        if report.pass_id != self._pass_id or self._suspended:
+            return
         self._progress = time.monotonic()
         for done in report.done:
             name = f"{'before ' * done.left_only}layer {done.layer} micro-batch {done.micro_batch}"
             self._lanes.add("compute", "compute", name, done.start_ns, done.end_ns)
             self._copy_ns += done.copy_ns
             if done.left_only:
-                self._run_orders(self._scheduler.layer_left(done.layer, done.micro_batch))
+                self._flow.carry_out(self._scheduler.layer_left(done.layer, done.micro_batch))
                 continue
             if done.layer == self._scheduler.num_layers:
                 self._pass_tokens[done.micro_batch] = done.token_ids
-            self._run_orders(self._scheduler.segment_done(done.layer, done.micro_batch))
+            self._flow.carry_out(self._scheduler.segment_done(done.layer, done.micro_batch))
         if self._scheduler.pass_done:
             self._end_pass()
 
     def _attended(self, worker: WorkerProcess, report: messages.AttentionReport) -> None:
         self._progress = time.monotonic()
-        index = int(worker.name.rpartition(" ")[2])
         for done in report.done:
             name = f"layer {done.layer} micro-batch {done.micro_batch}"
             self._lanes.add("attention", worker.name, name, done.start_ns, done.end_ns)
-            if report.pass_id == self._pass_id and self._pass:
-                self._scheduler.attended(done.layer, done.micro_batch, index)
+            if report.pass_id == self._pass_id and self._pass and not self._suspended:
+                self._scheduler.attended(done.layer, done.micro_batch, _number(worker))
 
-    def _died(self, worker: WorkerProcess) -> None:
-        raise worker.death()
+    def _compute_columns(self, order: RunColumns) -> None:
+        self._progress = time.monotonic()
+        self._crew.compute.send(messages.Segments(self._pass_id, order.layer, order.slots), expects_answer=False)
 
-    def _forward_output(self, worker: WorkerProcess) -> None:
-        data = worker.read_output()
-        if not data:  # its end: the pidfd tells the rest
-            self._poller.unregister(worker.output)
-            del self._sources[worker.output]
+    # ------------------------------------------------------------------------------------------------ losses
+
+    def _lost(self, worker: WorkerProcess, error: WorkerDied) -> None:
+        """A worker's process is gone: another takes its place. Without the compute worker or an attention worker the
+        pass ends without a result; what was stored before it is still there."""
+        broken = bool(self._pass) and worker.kind != "loader" and not self._suspended
+        log(f"{error}; starting it again{'; the pass is repeated' if broken else ''}")
+        if self._weights is not None and self._schedule is not None:
+            if worker.kind == "loader":
+                self._weights.loader_lost()
+            elif worker.kind == "compute":
+                self._weights.compute_lost()
+                self._abandoning = False
+            if broken or worker.kind == "compute":
+                self._schedule.suspend()
+                self._suspended = True
+        if broken:
+            self._crew.did_something(worker)  # how often a pass may fail is a matter of its own
+            if worker.kind == "attention":
+                self._crew.compute.send(messages.Abandon())
+                self._abandoning = True
+            self._broken = error
+        self._bring_up(self._crew.start_again(worker))
+
+    def _go_on(self) -> None:
+        """Back to work once everyone is there and nothing is on its way."""
+        if self._weights is None or self._crew.not_ready:
             return
-        for line in data.decode(errors="replace").splitlines():
-            if line.strip():
-                emit("log", message=f"{worker.name}: {line}")
+        if self._suspended:
+            if self._abandoning or not self._weights.is_quiet:
+                return
+            self._suspended = False
+            self._weights.carry_out(self._scheduler.abandon_pass())
+        if self._broken is not None:
+            error, self._broken = self._broken, None
+            self._retry(error)
+        elif not self._pass and self._begin_at is None:
+            self._begin_pass()
+
+    def _retry(self, error: WorkerDied) -> None:
+        """The pass again, or one with less in it."""
+        ids = [piece.request.id for micro_batch in self._pass for piece in micro_batch.pieces]
+        as_it_is, guilty = self._suspects.failed(ids)
+        if as_it_is:
+            self._start_pass()
+            return
+        self._pass = []
+        if guilty is not None:
+            text = f"{TRIES} times in a row a worker was lost while it computed this request alone, at last: {error}"
+            self._answer(self._queue.fail(guilty, text))
+            log(f"a request is given up: {text}")
+        self._begin_pass()
 
     # ------------------------------------------------------------------------------------------------ passes
 
@@ -429,36 +431,45 @@ class Coordinator:
             self._begin_at = min(now + GATHER_PAUSE, self._gathering_since + GATHER_SECONDS)
 
     def _begin_pass(self) -> None:
-        """Compose and start the next pass, if there is work and none is running."""
-        assert self._requests is not None and self._plan is not None
-        if self._pass:
+        """Compose and start the next pass, if there is work, nothing running, and nobody missing."""
+        if self._pass or self._suspended or self._crew.not_ready:
             return
         self._begin_at = None
-        self._pass = self._requests.next_pass()
-        if not self._pass:
-            return
+        self._pass = self._queue.next_pass(self._suspects.group)
+        while not self._pass and self._suspects.group is not None:  # they were cancelled
+            self._suspects.skip()
+            self._pass = self._queue.next_pass(self._suspects.group)
+        if self._pass:
+            self._pass_start_ns = time.monotonic_ns()
+            self._start_pass()
+
+    def _start_pass(self) -> None:
+        """The composed pass, under a number of its own."""
+        assert self._plan is not None
         self._pass_id += 1
-        self._pass_start_ns = time.monotonic_ns()
+        self._progress = time.monotonic()
         self._pass_tokens = [()] * len(self._pass)
         token_batches = tuple(m.token_batch(k) for k, m in enumerate(self._pass))
-        self._compute.send(
+        self._crew.compute.send(
             messages.BeginCompute(self._pass_id, self._plan.compute_threads, token_batches), expects_answer=False
         )
         for index in range(self._plan.attention_workers):
             batches = tuple(m.kv_batch(k, index) for k, m in enumerate(self._pass) if index in m.workers())
-            self._attention(index).send(
+            self._crew.attention(index).send(
                 messages.BeginAttention(self._pass_id, self._plan.attention_threads, batches), expects_answer=False
             )
-        self._run_orders(self._scheduler.begin_pass([m.workers() for m in self._pass]))
+        self._flow.carry_out(self._scheduler.begin_pass([m.workers() for m in self._pass]))
 
     def _end_pass(self) -> None:
-        assert self._requests is not None
         now = time.monotonic_ns()
         self._busy_ns += now - self._pass_start_ns
         self._lanes.end_pass(f"pass {self._pass_id}", self._pass_start_ns, now)
         done, self._pass = self._pass, []
-        answers = self._requests.end_pass(done, self._pass_tokens)
-        self._requests.totals["passes"] += 1
+        self._suspects.passed()
+        for worker in self._crew:
+            self._crew.did_something(worker)
+        answers = self._queue.end_pass(done, self._pass_tokens)
+        self._queue.totals["passes"] += 1
         self._begin_pass()  # first, so that the workers are busy while the answers go out
         self._answer(answers)
         self._memory.sample()
@@ -471,30 +482,21 @@ class Coordinator:
 
     # ------------------------------------------------------------------------------------------------ clients
 
-    def _from_client(self) -> None:
-        assert self._clients is not None
-        frames = self._clients.recv_multipart()  # one a time: the workers' messages come in between
-        if len(frames) != 2:
-            return
-        try:
-            message = self._codecs[0].decode(frames[1])
-        except MessageError as error:
-            emit("log", message=f"a client sent what is not a message: {error}")
-            return
-        self._handle_client(frames[0], message)
-
     def _handle_client(self, client: bytes, message: Any) -> None:
-        assert self._requests is not None
         match message:
             case messages.Connect():
-                self._send_client(client, self._welcome())
+                self._door.send(client, self._welcome())
             case messages.Submit():
-                self._answer(self._requests.submit(client, message))
+                self._answer(self._queue.submit(client, message))
                 self._begin_soon()
             case messages.Cancel():
-                self._answer(self._requests.cancel(client, message.job_id))
+                self._answer(self._queue.cancel(client, message.job_id))
             case messages.GetStatus():
-                self._send_client(client, self._status())
+                self._door.send(client, self._status())
+
+    def _answer(self, answers: Iterable[Answer]) -> None:
+        for client, message in answers:
+            self._door.send(client, message)
 
     def _welcome(self) -> messages.Welcome:
         assert self._opened is not None and self._plan is not None
@@ -504,7 +506,7 @@ class Coordinator:
         )
 
     def _status(self) -> messages.Status:
-        assert self._requests is not None and self._plan is not None
+        assert self._plan is not None
         now = time.monotonic_ns()
         since, busy = self._lane_history[0] if self._lane_history else (now, self._lanes.busy_ns)
         lanes = {
@@ -512,61 +514,34 @@ class Coordinator:
             for lane, total in self._lanes.busy_ns.items()
         }
         running_ns = now - self._pass_start_ns if self._pass else 0
-        totals = {key: float(value) for key, value in self._requests.totals.items()}
+        totals = {key: float(value) for key, value in self._queue.totals.items()}
+        totals["restarts"] = float(self._crew.restarts)
         totals["busy_seconds"] = (self._busy_ns + running_ns) / 1e9
         totals["overhead_seconds"] = (self._lanes.overhead_ns + self._copy_ns) / 1e9
         for lane, total in self._lanes.busy_ns.items():
             totals[f"{lane}_seconds"] = total / 1e9
         used = self._memory.sample()
         return messages.Status(
-            running=self._requests.num_running,
-            waiting=self._requests.num_waiting,
-            done=self._requests.totals["requests_done"],
+            running=self._queue.num_running,
+            waiting=self._queue.num_waiting,
+            done=self._queue.totals["requests_done"],
             lanes=lanes,
             totals=totals,
             memory={"budget": self._plan.ram, "used": used, "peak": self._memory.peak},
         )
 
-    def _answer(self, answers: Iterable[Answer]) -> None:
-        for client, message in answers:
-            self._send_client(client, message)
 
-    def _send_client(self, client: bytes, message: Any) -> None:
-        assert self._clients is not None and self._requests is not None
-        try:
-            self._clients.send_multipart([client, self._codecs[1].encode(message)], zmq.NOBLOCK)
-        except zmq.ZMQError:  # it is gone: nobody waits for its requests
-            self._requests.forget(client)
-
-    def _tell_clients(self, error: BaseException | None) -> None:
-        if self._clients is None or self._requests is None:
-            return
-        text = "the engine was stopped" if error is None or isinstance(error, Stopping) else str(error)
-        for client in self._requests.clients():
-            with contextlib.suppress(zmq.ZMQError):
-                frames = [client, self._codecs[1].encode(messages.EngineFailed(text))]
-                self._clients.send_multipart(frames, zmq.NOBLOCK)
+def _number(attention_worker: WorkerProcess) -> int:
+    return int(attention_worker.name.rpartition(" ")[2])
 
 
-def _refuse_taken(path: Path) -> None:
-    """Binding would replace whatever is at the path; only a socket that nobody listens to may go.
-
-    Raises:
-        PlanError: something else is there.
-    """
-    if not path.exists():
-        if not path.parent.is_dir():
-            raise plan.PlanError(f"endpoint ipc://{path}: {path.parent} is not a directory: make it first")
-        return
-    if not path.is_socket():
-        raise plan.PlanError(f"endpoint ipc://{path}: there is a file of that name: choose another endpoint")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink()
-        else:
-            raise plan.PlanError(f"endpoint ipc://{path} is in use by another engine: choose another endpoint")
+def _make_requests(opened: messages.ModelOpened, made: plan.Plan) -> Requests:
+    spec = opened.spec
+    pages = PageTable(made.num_pages, made.page_tokens, made.attention_workers)
+    batcher = Batcher(pages, made.max_sequences, made.micro_batches, made.micro_batch_tokens, made.spread)
+    eos = tuple(token for token in spec.eos_token_ids if 0 <= token < spec.vocab_size)
+    limits = Limits(spec.max_length, pages.max_tokens, spec.vocab_size, eos)
+    return Requests(batcher, limits, TextTokenizer(opened.tokenizer_file) if opened.tokenizer_file else None)
 
 
 def _make_schedule(spec: ModelSpec, made: plan.Plan) -> Schedule:

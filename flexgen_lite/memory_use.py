@@ -37,6 +37,9 @@ class MemoryUse:
     def watch(self, pid: int) -> None:
         self._pids.append(pid)
 
+    def forget(self, pid: int) -> None:
+        self._pids.remove(pid)
+
     def sample(self) -> int:
         """Bytes in use now (or up to a second ago: reading it is not free)."""
         now = time.monotonic()

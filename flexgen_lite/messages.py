@@ -265,6 +265,16 @@ class BeginCompute:
 
 
 @dataclass(frozen=True, slots=True)
+class Abandon:
+    """Drop the pass that has begun; the slots and regions that it uses are no longer touched after the answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Abandoned:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
 class Upload:
     """Copy layer `unit` from host slot `slot` to device slot `device_slot`."""
 
@@ -285,11 +295,13 @@ class Uploaded:
 @dataclass(frozen=True, slots=True)
 class Pack:
     """Rearrange the weights of `unit`, which stays in host slot `slot`, in place for this processor's products;
-    `copy_shared`: take a copy of those that must stay as they are."""
+    `copy_shared`: take a copy of those that must stay as they are. `in_order`: a compute worker before this one has
+    rearranged them."""
 
     unit: int
     slot: int
     copy_shared: bool
+    in_order: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,8 +349,8 @@ class ComputeReport:
     done: tuple[SegmentDone, ...]
 
 
-ToCompute = OpenModel | AttachCompute | BeginCompute | Upload | Pack | Segments | Stop
-FromCompute = Hello | ModelOpened | Ready | Uploaded | Packed | ComputeReport | Failed
+ToCompute = OpenModel | AttachCompute | BeginCompute | Abandon | Upload | Pack | Segments | Stop
+FromCompute = Hello | ModelOpened | Ready | Abandoned | Uploaded | Packed | ComputeReport | Failed
 
 
 # ---------------------------------------------------------------------------------------------- clients

@@ -106,8 +106,19 @@ class Requests:
 
     # ------------------------------------------------------------------------------------------------ passes
 
-    def next_pass(self) -> list[MicroBatch]:
-        return self._batcher.compose(self._waiting)
+    def next_pass(self, only: frozenset[int] | None = None) -> list[MicroBatch]:
+        """What the next pass computes; with `only`, nothing but these running requests."""
+        return self._batcher.compose(self._waiting, only)
+
+    def fail(self, request_id: int, error: str) -> list[Answer]:
+        """A running request ends with an error."""
+        request = self._batcher.running.get(request_id)
+        if request is None:
+            return []
+        self._batcher.release(request)
+        self._cancelled.discard(request_id)
+        self.totals["requests_failed"] += 1
+        return [_answer(self._origins.pop(request_id), error=error)]
 
     def end_pass(self, micro_batches: list[MicroBatch], token_ids: list[tuple[int, ...]]) -> list[Answer]:
         """Commit a pass's tokens; answers for the requests that it completed, or that were cancelled meanwhile."""

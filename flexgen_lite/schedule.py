@@ -66,6 +66,7 @@ class Schedule:
         self._attended: list[dict[int, int]] = []  # per micro-batch and attention worker: layers reported as done
         self._left: list[int] = []  # layers that each micro-batch has left
         self._leavers: list[int] = []  # per layer: micro-batches that have left it
+        self._suspended = False
 
     # ------------------------------------------------------------------------------------------------ events
 
@@ -82,6 +83,21 @@ class Schedule:
         self._attended = [dict.fromkeys(workers, 0) for workers in parts]
         self._left = [0] * len(parts)
         self._leavers = [0] * self.num_layers
+        return self._advance()
+
+    def suspend(self) -> None:
+        """No orders from now on, whatever is told: the pass is to be given up."""
+        self._suspended = True
+
+    def abandon_pass(self) -> list[Order]:
+        """Ends a suspended pass without a result, and the suspension. No load may be on its way; device slots, and
+        uploads on their way, are lost."""
+        self._suspended = False
+        self._next_layer = []
+        self._pending_upload = None
+        self._host.rewind()
+        if self._device is not None:
+            self._device.reset()
         return self._advance()
 
     def loaded(self, unit: int) -> list[Order]:
@@ -141,6 +157,8 @@ class Schedule:
 
     def _advance(self) -> list[Order]:
         orders: list[Order] = []
+        if self._suspended:
+            return orders
         while fill := self._host.next_fill():
             orders.append(LoadUnit(*fill))
         if self._device is not None:

@@ -59,10 +59,36 @@ class SlotRing:
             return None
         return self._pinned[unit] if unit in self._pinned else self._held[unit]
 
+    def rewind(self) -> None:
+        """Starts over with the first streamed unit; the first ones that are READY stay, the others' slots are free.
+        No slot may be FILLING."""
+        assert self._held.keys() <= self._ready, "a slot is still being filled"
+        if self._stays():
+            return
+        kept = 0
+        while kept < len(self._streamed) and self._streamed[kept] in self._held:
+            kept += 1
+        for unit in set(self._held) - set(self._streamed[:kept]):
+            self._ready.remove(unit)
+            self._free.append(self._held.pop(unit))
+        self._cursor = kept
+
+    def reset(self) -> None:
+        """All slots are empty: what was in them is lost, what was on its way will not come."""
+        self._unfilled = deque(self._pinned)
+        self._free.extend(self._held.values())
+        self._held.clear()
+        self._ready.clear()
+        self._cursor = 0
+
+    def _stays(self) -> bool:
+        """There is a slot for every streamed unit: none is ever given up."""
+        return len(self._held) + len(self._free) >= len(self._streamed)
+
     def release(self, unit: int) -> None:
         """No reader needs the unit before the next pass."""
         assert unit in self._ready, f"unit {unit} released before it was filled"
-        if unit in self._pinned or len(self._held) + len(self._free) >= len(self._streamed):
-            return  # it stays: there is a slot for every streamed unit
+        if unit in self._pinned or self._stays():
+            return
         self._ready.remove(unit)
         self._free.append(self._held.pop(unit))

@@ -35,7 +35,7 @@ class ComputeWorker(serve.Worker):
         self._pass_id = -1
         self._forwards: dict[int, Forward] = {}
         self._queue = SegmentQueue((), 1)
-        self._ended: collections.deque[messages.SegmentDone] = collections.deque()  # filled by any thread
+        self._ended: collections.deque[tuple[int, messages.SegmentDone]] = collections.deque()  # pass; by any thread
         self._streaming = False
         torch.set_grad_enabled(False)
 
@@ -43,6 +43,7 @@ class ComputeWorker(serve.Worker):
         handlers: dict[type, Callable[[Any], None]] = {
             messages.Segments: self._grant,
             messages.BeginCompute: self._begin,
+            messages.Abandon: self._abandon,
             messages.Upload: self._upload,
             messages.Pack: self._pack,
             messages.OpenModel: self._open,
@@ -113,7 +114,7 @@ class ComputeWorker(serve.Worker):
         assert self._device is not None and self._opened is not None
         if order.threads != torch.get_num_threads():
             torch.set_num_threads(order.threads)
-        assert not self._ended and all(forward.dead for forward in self._forwards.values())
+        assert all(forward.dead for forward in self._forwards.values())
         self._pass_id = order.pass_id
         self._batches = {batch.micro_batch: batch for batch in order.batches}
         self._forwards = {
@@ -128,6 +129,16 @@ class ComputeWorker(serve.Worker):
             for batch in order.batches
         }
         self._queue = SegmentQueue([len(batch.workers) for batch in order.batches], self._device.credit)
+
+    def _abandon(self, order: messages.Abandon) -> None:
+        assert self._device is not None
+        self._device.synchronize()
+        for forward in self._forwards.values():
+            forward.abandon()
+        self._forwards, self._batches, self._pass_id = {}, {}, -1
+        self._queue = SegmentQueue((), 1)
+        self._context.forget_items()
+        self._context.post(messages.Abandoned())
 
     def _upload(self, order: messages.Upload) -> None:
         assert self._device is not None and self._opened is not None
@@ -146,7 +157,7 @@ class ComputeWorker(serve.Worker):
         assert self._device is not None and self._opened is not None
         start_ns = time.monotonic_ns()
         self._bind(order.unit, order.slot)
-        self._opened.products.pack(self._opened.modules(order.unit), order.copy_shared)
+        self._opened.products.pack(self._opened.modules(order.unit), order.copy_shared, order.in_order)
         self._device.give_back_memory()
         self._context.post(messages.Packed(order.unit, start_ns, time.monotonic_ns()))
 
@@ -163,7 +174,9 @@ class ComputeWorker(serve.Worker):
     def work(self) -> bool:
         """Tells of the segments that have ended, and starts the next one that may run."""
         while self._ended:
-            done = self._ended.popleft()
+            pass_id, done = self._ended.popleft()
+            if pass_id != self._pass_id:
+                continue
             self._queue.done()
             self._context.tell(done, at_once=self._streaming or self._is_last(done.layer))
         segment = self._queue.take()
@@ -195,9 +208,8 @@ class ComputeWorker(serve.Worker):
                     ring(self._context.bells[str(worker)], Note(pass_id, layer, micro_batch))
             tokens = () if forward.token_ids is None else tuple(forward.token_ids.tolist())
             end_ns = time.monotonic_ns()
-            self._ended.append(
-                messages.SegmentDone(layer, micro_batch, slot is None, start_ns, end_ns, copy_ns, tokens)
-            )
+            report = messages.SegmentDone(layer, micro_batch, slot is None, start_ns, end_ns, copy_ns, tokens)
+            self._ended.append((pass_id, report))
             self._context.wake()
 
         self._device.when_done(done)

@@ -70,6 +70,9 @@ class CpuDevice:
         """Context in which the model's operations are enqueued."""
         return torch.no_grad()
 
+    def synchronize(self) -> None:
+        """Waits for all that was enqueued."""
+
     def close(self) -> None:
         """Nothing to end."""
 
@@ -143,6 +146,9 @@ class CudaDevice:
 
     def compute(self) -> Any:
         return torch.cuda.stream(self._compute)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.torch_device)
 
     def close(self) -> None:
         self._waiting.close()

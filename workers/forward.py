@@ -71,6 +71,11 @@ class Forward(ModelGreenlet):
             self.switch()
         assert not self._stops_at_entry and not self.dead, "no entry of a layer behind the attention call"
 
+    def abandon(self) -> None:
+        """Leave the model, wherever the forward stands in it."""
+        if self:  # it has begun, and not ended
+            self.throw(greenlet.GreenletExit)
+
     def enter(self) -> None:
         """Called by the model, inside the greenlet, at each layer's entry."""
         if self._stops_at_entry:

@@ -22,6 +22,7 @@ import ctypes
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +65,15 @@ class Products:
         finally:
             self._wanted.rows_N = None
 
-    def pack(self, modules: Iterable[nn.Module], copy_shared: bool = False) -> None:
+    def pack(self, modules: Iterable[nn.Module], copy_shared: bool = False, in_order: bool = False) -> None:
         """Rearranges the weights of the linear layers among `modules` in place.
 
         A weight that would need more room stays as it is; so does one that other modules read too (the head's, where it
         is the embedding's), unless `copy_shared`: then its product uses a rearranged copy. The parameter of a weight
         that was rearranged in place becomes a tensor without data, so that nobody can read it by mistake.
+
+        Args:
+            in_order: those that can be are rearranged already, by another process on this machine.
         """
         if not self._available:
             return
@@ -78,7 +82,7 @@ class Products:
             if not self._is_ours(module):
                 continue
             if readers[id(module.weight)] == 1:
-                _pack(module, self._wanted)
+                _pack(module, self._wanted, in_order)
             elif copy_shared and type(module) is nn.Linear:
                 packed = _ops._reorder_linear_weight(module.weight.data)
                 _replace_forward(module, _Product(module, self._wanted, packed))
@@ -103,18 +107,26 @@ class _Wanted:
     num_rows: int = 0
 
 
-def _pack(module: nn.Module, wanted: _Wanted) -> None:
+def _pack(module: nn.Module, wanted: _Wanted, in_order: bool = False) -> None:
     target: torch.Tensor = module.weight.data  # type: ignore[assignment]
-    weight_NK = target if type(module) is nn.Linear else target.t().contiguous()
-    packed = _ops._reorder_linear_weight(weight_NK)
-    num_bytes = _ops._nbytes(packed)
+    weight_NK = target if type(module) is nn.Linear else target.t()
+    shape = tuple(weight_NK.shape)
+    num_bytes, metadata = _order(shape, target.dtype)
     if not target.is_contiguous() or num_bytes > target.numel() * target.element_size():
         return
-    ctypes.memmove(target.data_ptr(), _ops.data_ptr(packed), num_bytes)
-    metadata = bytes(_ops._get_mkldnn_serialized_md(packed).tolist())
-    view = _from_memory(target.data_ptr(), tuple(weight_NK.shape), target.dtype, metadata)
+    if not in_order:
+        packed = _ops._reorder_linear_weight(weight_NK.contiguous())
+        ctypes.memmove(target.data_ptr(), _ops.data_ptr(packed), num_bytes)
+    view = _from_memory(target.data_ptr(), shape, target.dtype, metadata)
     _replace_forward(module, _Product(module, wanted, view, target))
     module._parameters["weight"] = nn.Parameter(target.to("meta"), requires_grad=False)
+
+
+@cache
+def _order(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[int, bytes]:
+    """The order that oneDNN wants of a weight, which its shape and dtype decide: bytes of the weight, description."""
+    packed = _ops._reorder_linear_weight(torch.zeros(shape, dtype=dtype))
+    return _ops._nbytes(packed), bytes(_ops._get_mkldnn_serialized_md(packed).tolist())
 
 
 class _Product:

@@ -91,6 +91,10 @@ class Context:
         if at_once:
             self._tell_at = 0.0
 
+    def forget_items(self) -> None:
+        """What was to be reported matters no more."""
+        self._items = []
+
     def due(self) -> tuple[Any, ...]:
         """What has to be reported now."""
         if not self._items or time.monotonic() < self._tell_at:

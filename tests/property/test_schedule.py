@@ -77,14 +77,34 @@ class Machine:
         if layer > 0 and (layer, k) not in self.left:
             assert layer - 1 in units, "the layer behind the attention is gone"
 
-    def run_pass(self, parts: list[tuple[int, ...]]) -> None:
+    def abandon(self, compute_lost: bool) -> None:
+        """A worker is lost in the middle of a pass: what is on its way comes to its end, and the pass to none."""
+        self.schedule.suspend()
+        self.segments, self.ended, self.attending, self.attended = [], [], [], []
+        while self.loading or (self.uploading and not compute_lost):
+            if self.loading:
+                load = self.loading.pop(0)
+                self.host[load.slot] = load.unit
+                assert self.schedule.loaded(load.unit) == []
+            else:
+                assert self.schedule.uploaded(self.uploading.pop(0).unit) == []
+        self.uploading = []
+        self.device.clear()
+        self.take(self.schedule.abandon_pass())
+
+    def run_pass(self, parts: list[tuple[int, ...]], num_events: int | None = None) -> bool:
+        """False where `num_events` were carried out before its end."""
         ran: Counter[tuple[int, int]] = Counter()
         attended: Counter[tuple[int, int, int]] = Counter()
         self.width = len(parts)
         self.left.clear()
         self.queue = SegmentQueue([len(workers) for workers in parts], self.credit)
         self.take(self.schedule.begin_pass(parts))
-        while not self.schedule.pass_done:
+        for done in itertools.count():
+            if self.schedule.pass_done:
+                break
+            if done == num_events:
+                return False
             while segment := self.queue.take():
                 self.check_segment(*segment)
                 self.segments.append(segment)
@@ -131,6 +151,7 @@ class Machine:
         self.attended.clear()  # reports of a pass that is over
         expected = {(layer, k): 1 for layer in range(self.num_layers + 1) for k in range(len(parts))}
         assert ran == expected, "every (layer, micro-batch) exactly once"
+        return True
 
 
 @st.composite
@@ -154,6 +175,19 @@ PASSES = st.lists(
 @given(machines(), PASSES)
 def test_every_pass_runs_in_order_and_ends(machine: Machine, passes: list[list[tuple[int, ...]]]) -> None:
     for parts in passes:
+        machine.run_pass(parts)
+
+
+@given(machines(), PASSES, st.lists(st.tuples(st.integers(0, 120), st.booleans()), max_size=4))
+def test_a_pass_that_is_given_up_can_be_begun_again(
+    machine: Machine, passes: list[list[tuple[int, ...]]], losses: list[tuple[int, bool]]
+) -> None:
+    for parts in passes:
+        while losses:
+            num_events, compute_lost = losses.pop()
+            if machine.run_pass(parts, num_events):
+                break
+            machine.abandon(compute_lost)
         machine.run_pass(parts)
 
 

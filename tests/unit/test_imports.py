@@ -43,7 +43,9 @@ def test_no_tensor_library_outside_the_workers(name: str) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "workers").glob("*.py")), ids=lambda path: path.stem)
 def test_workers_do_not_know_the_coordinator(path: Path) -> None:
-    forbidden = {"coordinator", "supervisor", "client", "llm", "cli", "engine_process", "requests", "batching"}
+    forbidden = {
+        "coordinator", "worker_process", "crew", "client", "llm", "cli", "engine_process", "requests", "batching",
+    }  # fmt: skip
     used = {n.split(".")[1] for n in imported(path) if n.startswith("flexgen_lite.") and n.count(".")}
     assert not used & forbidden
 

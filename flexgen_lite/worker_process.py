@@ -1,10 +1,9 @@
-"""Starts the worker processes, watches them, and sees that they are gone at the end."""
+"""One worker process: started, listened to, and gone at the end."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -17,11 +16,11 @@ from typing import Any
 import zmq
 
 from flexgen_lite import messages
-from flexgen_lite.codec import Codec
+from flexgen_lite.codec import Codec, MessageError
 
 LAST_WORDS_BYTES = 4096
 STOP_SECONDS = 5.0
-GONE_SECONDS = 1.0  # between a socket's end and that of its process
+KILL_SECONDS = 10.0  # for the system to clear away a process that was killed
 CODECS = {
     "loader": (Codec(messages.ToLoader), Codec(messages.FromLoader)),
     "attention": (Codec(messages.ToAttention), Codec(messages.FromAttention)),
@@ -30,11 +29,15 @@ CODECS = {
 
 
 class WorkerDied(Exception):
-    """A worker process ended, or failed, or did not answer; the message says which and gives its last words."""
+    """A worker process ended, or failed, or did not answer; the message says which and gives its last words.
 
-    def __init__(self, message: str, details: str = "", user_error: bool = False) -> None:
+    `kind`: the exception that it failed with, "" for another end. `user_error`: the message says it all.
+    """
+
+    def __init__(self, message: str, details: str = "", kind: str = "", user_error: bool = False) -> None:
         super().__init__(message)
         self.details = details
+        self.kind = kind
         self.user_error = user_error
 
 
@@ -44,6 +47,7 @@ class WorkerProcess:
     Args:
         kind: "loader", "attention" or "compute": the module in flexgen_lite.workers.
         name: for people: "attention worker 1".
+        number: how many of that name there were before.
         arenas, bells: name -> file descriptor, inherited.
     """
 
@@ -51,6 +55,7 @@ class WorkerProcess:
         self,
         kind: str,
         name: str,
+        number: int,
         context: zmq.Context[zmq.Socket[bytes]],
         run_dir: Path,
         arenas: Mapping[str, int],
@@ -59,13 +64,15 @@ class WorkerProcess:
     ) -> None:
         self.kind = kind
         self.name = name
+        self.number = number
+        self.started = time.monotonic()
         self.greeted = False  # it has said Hello
         self.outstanding = 0  # orders without an answer
         self.waiting_since = 0.0
         self._encoder, self._decoder = CODECS[kind]
         self._last_words = b""
         self._before_hello: deque[bytes] = deque()  # a socket without a peer takes nothing
-        address = f"ipc://{run_dir}/{name.replace(' ', '-')}.sock"
+        address = f"ipc://{run_dir}/{name.replace(' ', '-')}-{number}.sock"
         self.socket = context.socket(zmq.PAIR)
         self.socket.linger = 0
         self.socket.sndhwm = self.socket.rcvhwm = 0  # what is on its way is bounded by the orders of a pass
@@ -103,22 +110,19 @@ class WorkerProcess:
             self._before_hello.append(data)
 
     def _send_now(self, data: bytes) -> None:
-        """Never waits: the socket of a worker that is gone takes nothing."""
-        try:
+        """Never waits. The socket of a worker that is gone takes nothing: its descriptor tells the rest."""
+        with contextlib.suppress(zmq.Again):
             self.socket.send(data, zmq.NOBLOCK)
-        except zmq.Again:
-            if select.select([self.pidfd], [], [], GONE_SECONDS)[0]:
-                raise self.death() from None
-            raise WorkerDied(
-                f"{self.name} (process {self.pid}) lives but takes no orders: {self.outstanding} wait"
-            ) from None
 
     def receive(self) -> Any:
         """The next message. Raises WorkerDied for a worker's own report of failure."""
-        message = self._decoder.decode(self.socket.recv())
+        try:
+            message = self._decoder.decode(self.socket.recv())
+        except MessageError as error:
+            raise WorkerDied(f"{self.name} (process {self.pid}) sent what is not a message: {error}") from error
         if isinstance(message, messages.Failed):
             text = message.message if message.user_error else f"{self.name} failed: {message.kind}: {message.message}"
-            raise WorkerDied(text, message.details, message.user_error)
+            raise WorkerDied(text, message.details, message.kind, message.user_error)
         if isinstance(message, messages.Hello):
             self.greeted = True
             while self._before_hello:
@@ -128,13 +132,15 @@ class WorkerProcess:
             self.waiting_since = time.monotonic()
         return message
 
-    def read_output(self) -> bytes:
-        """What the worker printed since the last call; its end is kept as its last words."""
-        with contextlib.suppress(BlockingIOError):
+    def read_output(self) -> bytes | None:
+        """What the worker printed since the last call, None where nothing, b"" at its end; the last of it is kept as
+        its last words."""
+        try:
             data = os.read(self.output, 65536)
-            self._last_words = (self._last_words + data)[-LAST_WORDS_BYTES:]
-            return data
-        return b""
+        except BlockingIOError:
+            return None
+        self._last_words = (self._last_words + data)[-LAST_WORDS_BYTES:]
+        return data
 
     def death(self) -> WorkerDied:
         """Why the process, whose pidfd has spoken, ended."""
@@ -151,6 +157,11 @@ class WorkerProcess:
         words = self._last_words.decode(errors="replace").strip()
         ending = f"; its last words: {words.splitlines()[-1]}" if words else ""
         return WorkerDied(f"{self.name} (process {self.pid}) {how}{ending}", words)
+
+    def kill(self) -> None:
+        """Afterwards the process is gone, and touches no arena any more."""
+        self.process.kill()
+        self.process.wait(KILL_SECONDS)
 
     def close(self) -> None:
         """The process must have ended."""
