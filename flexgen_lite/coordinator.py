@@ -24,23 +24,20 @@ import zmq
 
 from flexgen_lite import messages, plan
 from flexgen_lite.arena import Arena
-from flexgen_lite.batching import Batcher, MicroBatch
+from flexgen_lite.batching import MicroBatch
 from flexgen_lite.client_door import ClientDoor
 from flexgen_lite.config import ConfigError, EngineConfig
 from flexgen_lite.crew import Crew, overdue
+from flexgen_lite.engine_setup import Setup, set_up
 from flexgen_lite.event_loop import EventLoop
 from flexgen_lite.expected_work import ExpectedWork
-from flexgen_lite.kv_layout import kv_spec
+from flexgen_lite.gauges import Gauges
 from flexgen_lite.lanes import Lanes
 from flexgen_lite.machine import inspect_machine
 from flexgen_lite.memory_use import MemoryUse
-from flexgen_lite.model_spec import ModelSpec
-from flexgen_lite.page_table import PageTable
-from flexgen_lite.requests import Answer, Limits, Requests
+from flexgen_lite.requests import Answer, Requests
 from flexgen_lite.schedule import RunColumns, Schedule
-from flexgen_lite.slot_ring import SlotRing
 from flexgen_lite.suspects import TRIES, Suspects
-from flexgen_lite.tokenizer import TextTokenizer
 from flexgen_lite.weight_flow import WeightFlow
 from flexgen_lite.worker_process import WorkerDied, WorkerProcess
 
@@ -73,11 +70,11 @@ class Coordinator:
         self._expected = expected
         self._machine = inspect_machine()
         try:
-            self._lanes = Lanes(config.trace)
+            lanes = Lanes(config.trace)
         except OSError as error:
             raise plan.PlanError(f"trace={config.trace} cannot be written: {error.strerror}") from error
         self._arenas = {name: Arena(name) for name in ("weights", "kv", "exchange")}
-        self._memory = MemoryUse(self._arenas.values())
+        self._gauges = Gauges(lanes, MemoryUse(self._arenas.values()))
         self._loop = EventLoop()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._crew = Crew(
@@ -85,7 +82,7 @@ class Coordinator:
             self._context,
             run_dir,
             self._arenas,
-            self._memory,
+            self._gauges.memory,
             self._handle,
             lambda name, line: log(f"{name}: {line}"),
             self._lost,
@@ -97,8 +94,7 @@ class Coordinator:
             lambda text: log(f"a client sent what is not a message: {text}"),
             lambda client: self._queue.forget(client),
         )
-        self._opened: messages.ModelOpened | None = None
-        self._plan: plan.Plan | None = None
+        self._setup: Setup | None = None
         self._schedule: Schedule | None = None
         self._weights: WeightFlow | None = None
         self._requests: Requests | None = None
@@ -107,15 +103,11 @@ class Coordinator:
         self._pass_id = 0
         self._pass: list[MicroBatch] = []
         self._pass_tokens: list[tuple[int, ...]] = []
-        self._pass_start_ns = 0
         self._progress = 0.0  # when something of the pass was last heard of, monotonic seconds
         self._suspended = False  # a worker was lost: nothing begins until all is quiet and everyone is there again
         self._broken: WorkerDied | None = None  # what ended the present pass without a result
         self._abandoning = False  # the compute worker was told to drop the pass, and has not answered
         self._suspects = Suspects()
-        self._copy_ns = 0
-        self._busy_ns = 0
-        self._lane_history: list[tuple[int, dict[str, int]]] = []
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     # ------------------------------------------------------------------------------------------------ life
@@ -133,7 +125,7 @@ class Coordinator:
             text = "the engine was stopped" if error is None or isinstance(error, Stopping) else str(error)
             self._door.tell_the_end(self._requests.clients(), text)
         self._crew.stop()
-        self._lanes.close()
+        self._gauges.lanes.close()
         self._door.close()
         self._context.destroy(linger=500)
         for arena in self._arenas.values():
@@ -207,95 +199,49 @@ class Coordinator:
 
     def _bring_up(self, worker: WorkerProcess) -> None:
         """Gives a new worker process what it needs, as far as it is known; the rest when it is."""
+        config = self._config
         if worker.kind == "compute":
-            known = self._opened.spec.dtype if self._opened else None
+            dtype = self._setup.spec.dtype if self._setup else config.dtype  # "auto" is measured: it might differ
             worker.send(
-                messages.OpenModel(
-                    model=self._config.model,
-                    load_format=self._config.load_format,
-                    dtype=known or self._config.dtype,  # "auto" is measured: it could come out otherwise
-                    device=self._config.device,
-                    always_probe=False,
-                    max_model_len=self._config.max_model_len,
-                )
+                messages.OpenModel(config.model, config.load_format, dtype, config.device, False, config.max_model_len)
             )
-        elif self._plan is not None:
+        elif self._setup is not None:
             self._attach(worker)
 
     def _model_opened(self, message: messages.ModelOpened) -> None:
-        if self._opened is None:
-            self._make_plan(message)
+        if self._setup is None:
+            self._make_setup(message)
             return
-        if (message.spec, message.fingerprint) != (self._opened.spec, self._opened.fingerprint):
+        opened = self._setup.opened
+        if (message.spec, message.fingerprint) != (opened.spec, opened.fingerprint):
             raise plan.PlanError(f"{self._config.model} changed while it was in use: start again")
         self._attach(self._crew.compute)
 
-    def _make_plan(self, message: messages.ModelOpened) -> None:
-        spec = message.spec
-        made = plan.make_plan(
-            self._config,
-            spec,
-            self._machine,
-            message.resident_bytes,
-            message.device_total_bytes > 0,
-            message.device_total_bytes,
-            self._expected,
-        )
-        self._opened, self._plan = message, made
-        emit("plan", text=plan.describe(made, spec))
-        for warning in (*spec.warnings, *made.warnings):
+    def _make_setup(self, message: messages.ModelOpened) -> None:
+        setup = self._setup = set_up(message, self._config, self._machine, self._expected)
+        emit("plan", text=plan.describe(setup.plan, setup.spec))
+        for warning in (*setup.spec.warnings, *setup.plan.warnings):
             log(f"warning: {warning}")
-        self._kv = kv_spec(spec.attention, made.num_pages, made.page_tokens, spec.dtype)
-        self._exchange = messages.ExchangeSpec(
-            made.micro_batches, made.region_bytes, made.micro_batch_tokens, spec.dtype
+        for name, num_bytes in setup.arena_bytes.items():
+            self._arenas[name].resize(num_bytes)
+        self._schedule, self._requests = setup.make_schedule(), setup.make_requests()
+        self._weights = WeightFlow(
+            self._crew, self._schedule, setup.packed_units, setup.plan.copy_head, self._compute_columns
         )
-        self._arenas["weights"].resize(made.weights_bytes)
-        self._arenas["kv"].resize(self._kv.arena_bytes)
-        self._arenas["exchange"].resize(self._exchange.num_regions * self._exchange.region_bytes)
-        self._schedule = _make_schedule(spec, made)
-        streamed = made.streamed_layers(spec.num_layers)
-        packed = frozenset() if made.staged else frozenset(range(spec.num_layers + 1)) - frozenset(streamed)
-        self._weights = WeightFlow(self._crew, self._schedule, packed, made.copy_head, self._compute_columns)
-        self._requests = _make_requests(message, made)
         for worker in self._crew:
             self._attach(worker)
         self._weights.carry_out(self._schedule.start())
 
     def _attach(self, worker: WorkerProcess) -> None:
-        assert self._opened is not None and self._plan is not None and self._weights is not None
-        made, spec = self._plan, self._opened.spec
+        assert self._setup is not None
         if worker.kind == "loader":
-            worker.send(
-                messages.AttachLoader(
-                    spec.files,
-                    spec.units,
-                    made.slot_offsets,
-                    made.weights_bytes,
-                    self._config.load_format,
-                    made.loader_threads,
-                    made.loader_cpus,
-                )
-            )
-            self._weights.loader_attached()
+            worker.send(self._setup.for_loader(self._config.load_format))
+            self._flow.loader_attached()
         elif worker.kind == "attention":
-            cpus = made.attention_cpus[_number(worker)]
-            worker.send(
-                messages.AttachAttention(spec.attention, self._exchange, self._kv, made.attention_threads, cpus)
-            )
+            worker.send(self._setup.for_attention(_number(worker)))
         else:
-            worker.send(
-                messages.AttachCompute(
-                    made.slot_offsets,
-                    made.weights_bytes,
-                    self._exchange,
-                    made.device_slots,
-                    made.layer_slot_bytes,
-                    bool(made.device_slots or made.layer_slots),
-                    made.compute_threads,
-                    made.compute_cpus,
-                )
-            )
-            self._weights.compute_attached()
+            worker.send(self._setup.for_compute())
+            self._flow.compute_attached()
 
     # ------------------------------------------------------------------------------------------------ workers
 
@@ -314,6 +260,11 @@ class Coordinator:
         assert self._requests is not None, "work before the model was opened"
         return self._requests
 
+    @property
+    def _plan(self) -> plan.Plan:
+        assert self._setup is not None, "work before the model was opened"
+        return self._setup.plan
+
     def _handle(self, worker: WorkerProcess, message: Any) -> None:
         match message:
             case messages.ComputeReport():
@@ -321,15 +272,15 @@ class Coordinator:
             case messages.AttentionReport():
                 self._attended(worker, message)
             case messages.Loaded():
-                self._lanes.add("disk", "disk", f"load {message.unit}", message.start_ns, message.end_ns)
+                self._gauges.lanes.add("disk", "disk", f"load {message.unit}", message.start_ns, message.end_ns)
                 self._crew.did_something(worker)
                 self._flow.loaded(message)
             case messages.Packed():
-                self._lanes.span("compute", f"pack {message.unit}", message.start_ns, message.end_ns)
+                self._gauges.lanes.span("compute", f"pack {message.unit}", message.start_ns, message.end_ns)
                 self._flow.was_packed(message)
             case messages.Uploaded():
                 name = f"upload {message.unit}"
-                self._lanes.add("host-to-device", "host-to-device", name, message.start_ns, message.end_ns)
+                self._gauges.lanes.add("host-to-device", "host-to-device", name, message.start_ns, message.end_ns)
                 self._flow.uploaded(message)
             case messages.ModelOpened():
                 self._model_opened(message)
@@ -345,8 +296,8 @@ class Coordinator:
         self._progress = time.monotonic()
         for done in report.done:
             name = f"{'before ' * done.left_only}layer {done.layer} micro-batch {done.micro_batch}"
-            self._lanes.add("compute", "compute", name, done.start_ns, done.end_ns)
-            self._copy_ns += done.copy_ns
+            self._gauges.lanes.add("compute", "compute", name, done.start_ns, done.end_ns)
+            self._gauges.copy_ns += done.copy_ns
             if done.left_only:
                 self._flow.carry_out(self._scheduler.layer_left(done.layer, done.micro_batch))
                 continue
@@ -360,7 +311,7 @@ class Coordinator:
         self._progress = time.monotonic()
         for done in report.done:
             name = f"layer {done.layer} micro-batch {done.micro_batch}"
-            self._lanes.add("attention", worker.name, name, done.start_ns, done.end_ns)
+            self._gauges.lanes.add("attention", worker.name, name, done.start_ns, done.end_ns)
             if report.pass_id == self._pass_id and self._pass and not self._suspended:
                 self._scheduler.attended(done.layer, done.micro_batch, _number(worker))
 
@@ -415,6 +366,7 @@ class Coordinator:
             self._start_pass()
             return
         self._pass = []
+        self._gauges.pass_ends(f"pass {self._pass_id}, given up")
         if guilty is not None:
             text = f"{TRIES} times in a row a worker was lost while it computed this request alone, at last: {error}"
             self._answer(self._queue.fail(guilty, text))
@@ -440,30 +392,28 @@ class Coordinator:
             self._suspects.skip()
             self._pass = self._queue.next_pass(self._suspects.group)
         if self._pass:
-            self._pass_start_ns = time.monotonic_ns()
+            self._gauges.pass_begins()
             self._start_pass()
 
     def _start_pass(self) -> None:
         """The composed pass, under a number of its own."""
-        assert self._plan is not None
+        made = self._plan
         self._pass_id += 1
         self._progress = time.monotonic()
         self._pass_tokens = [()] * len(self._pass)
         token_batches = tuple(m.token_batch(k) for k, m in enumerate(self._pass))
         self._crew.compute.send(
-            messages.BeginCompute(self._pass_id, self._plan.compute_threads, token_batches), expects_answer=False
+            messages.BeginCompute(self._pass_id, made.compute_threads, token_batches), expects_answer=False
         )
-        for index in range(self._plan.attention_workers):
+        for index in range(made.attention_workers):
             batches = tuple(m.kv_batch(k, index) for k, m in enumerate(self._pass) if index in m.workers())
             self._crew.attention(index).send(
-                messages.BeginAttention(self._pass_id, self._plan.attention_threads, batches), expects_answer=False
+                messages.BeginAttention(self._pass_id, made.attention_threads, batches), expects_answer=False
             )
         self._flow.carry_out(self._scheduler.begin_pass([m.workers() for m in self._pass]))
 
     def _end_pass(self) -> None:
-        now = time.monotonic_ns()
-        self._busy_ns += now - self._pass_start_ns
-        self._lanes.end_pass(f"pass {self._pass_id}", self._pass_start_ns, now)
+        self._gauges.pass_ends(f"pass {self._pass_id}")
         done, self._pass = self._pass, []
         self._suspects.passed()
         for worker in self._crew:
@@ -472,13 +422,7 @@ class Coordinator:
         self._queue.totals["passes"] += 1
         self._begin_pass()  # first, so that the workers are busy while the answers go out
         self._answer(answers)
-        self._memory.sample()
-        self._remember_lanes(now)
-
-    def _remember_lanes(self, now: int) -> None:
-        self._lane_history.append((now, self._lanes.busy_ns))
-        while len(self._lane_history) > 2 and now - self._lane_history[1][0] > 5e9:
-            self._lane_history.pop(0)
+        self._gauges.memory.sample()
 
     # ------------------------------------------------------------------------------------------------ clients
 
@@ -499,61 +443,19 @@ class Coordinator:
             self._door.send(client, message)
 
     def _welcome(self) -> messages.Welcome:
-        assert self._opened is not None and self._plan is not None
-        opened, text = self._opened, plan.describe(self._plan, self._opened.spec)
+        assert self._setup is not None
+        opened, text = self._setup.opened, plan.describe(self._plan, self._setup.spec)
         return messages.Welcome(
             messages.PROTOCOL, self._config.model, opened.fingerprint, opened.spec.max_length, WINDOW, text
         )
 
     def _status(self) -> messages.Status:
-        assert self._plan is not None
-        now = time.monotonic_ns()
-        since, busy = self._lane_history[0] if self._lane_history else (now, self._lanes.busy_ns)
-        lanes = {
-            lane: min(1.0, (total - busy.get(lane, 0)) / max(1, now - since))
-            for lane, total in self._lanes.busy_ns.items()
-        }
-        running_ns = now - self._pass_start_ns if self._pass else 0
-        totals = {key: float(value) for key, value in self._queue.totals.items()}
-        totals["restarts"] = float(self._crew.restarts)
-        totals["busy_seconds"] = (self._busy_ns + running_ns) / 1e9
-        totals["overhead_seconds"] = (self._lanes.overhead_ns + self._copy_ns) / 1e9
-        for lane, total in self._lanes.busy_ns.items():
-            totals[f"{lane}_seconds"] = total / 1e9
-        used = self._memory.sample()
-        return messages.Status(
-            running=self._queue.num_running,
-            waiting=self._queue.num_waiting,
-            done=self._queue.totals["requests_done"],
-            lanes=lanes,
-            totals=totals,
-            memory={"budget": self._plan.ram, "used": used, "peak": self._memory.peak},
-        )
+        queue, totals = self._queue, {**self._queue.totals, "restarts": self._crew.restarts}
+        return self._gauges.status(queue.num_running, queue.num_waiting, totals, self._plan.ram)
 
 
 def _number(attention_worker: WorkerProcess) -> int:
     return int(attention_worker.name.rpartition(" ")[2])
-
-
-def _make_requests(opened: messages.ModelOpened, made: plan.Plan) -> Requests:
-    spec = opened.spec
-    pages = PageTable(made.num_pages, made.page_tokens, made.attention_workers)
-    batcher = Batcher(pages, made.max_sequences, made.micro_batches, made.micro_batch_tokens, made.spread)
-    eos = tuple(token for token in spec.eos_token_ids if 0 <= token < spec.vocab_size)
-    limits = Limits(spec.max_length, pages.max_tokens, spec.vocab_size, eos)
-    return Requests(batcher, limits, TextTokenizer(opened.tokenizer_file) if opened.tokenizer_file else None)
-
-
-def _make_schedule(spec: ModelSpec, made: plan.Plan) -> Schedule:
-    """Slot numbers: resident layers in order, then the ring, then everything outside the layers."""
-    last = len(made.slot_offsets) - 1
-    pinned = {spec.num_layers: last} | {layer: slot for slot, layer in enumerate(made.resident_layers)}
-    ring = range(len(made.resident_layers), last)
-    host = SlotRing(pinned, made.streamed_layers(spec.num_layers), tuple(ring))
-    if not made.staged:
-        return Schedule(spec.num_layers, host)
-    device = SlotRing({spec.num_layers: made.device_slots}, range(spec.num_layers), range(made.device_slots))
-    return Schedule(spec.num_layers, host, device)
 
 
 def main() -> int:

@@ -1,0 +1,109 @@
+"""What follows from an opened model and its plan: the arenas' layout, what each worker is told, schedule and queue."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flexgen_lite import messages, plan
+from flexgen_lite.batching import Batcher
+from flexgen_lite.config import EngineConfig
+from flexgen_lite.expected_work import ExpectedWork
+from flexgen_lite.kv_layout import kv_spec
+from flexgen_lite.machine import Machine
+from flexgen_lite.model_spec import ModelSpec
+from flexgen_lite.page_table import PageTable
+from flexgen_lite.requests import Limits, Requests
+from flexgen_lite.schedule import Schedule
+from flexgen_lite.slot_ring import SlotRing
+from flexgen_lite.tokenizer import TextTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    opened: messages.ModelOpened
+    plan: plan.Plan
+    kv: messages.KvSpec
+    exchange: messages.ExchangeSpec
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.opened.spec
+
+    @property
+    def arena_bytes(self) -> dict[str, int]:
+        exchange = self.exchange.num_regions * self.exchange.region_bytes
+        return {"weights": self.plan.weights_bytes, "kv": self.kv.arena_bytes, "exchange": exchange}
+
+    @property
+    def packed_units(self) -> frozenset[int]:
+        """Those that stay where they are loaded to and are computed with there: for the order that products want."""
+        layers = self.spec.num_layers
+        stay = frozenset(range(layers + 1)) - frozenset(self.plan.streamed_layers(layers))
+        return frozenset() if self.plan.staged else stay
+
+    # ------------------------------------------------------------------------------------------------ for workers
+
+    def for_loader(self, load_format: str) -> messages.AttachLoader:
+        made, spec = self.plan, self.spec
+        return messages.AttachLoader(
+            spec.files,
+            spec.units,
+            made.slot_offsets,
+            made.weights_bytes,
+            load_format,
+            made.loader_threads,
+            made.loader_cpus,
+        )
+
+    def for_attention(self, index: int) -> messages.AttachAttention:
+        made = self.plan
+        return messages.AttachAttention(
+            self.spec.attention, self.exchange, self.kv, made.attention_threads, made.attention_cpus[index]
+        )
+
+    def for_compute(self) -> messages.AttachCompute:
+        made = self.plan
+        return messages.AttachCompute(
+            made.slot_offsets,
+            made.weights_bytes,
+            self.exchange,
+            made.device_slots,
+            made.layer_slot_bytes,
+            bool(made.device_slots or made.layer_slots),
+            made.compute_threads,
+            made.compute_cpus,
+        )
+
+    # ------------------------------------------------------------------------------------------------ for the passes
+
+    def make_schedule(self) -> Schedule:
+        """Slot numbers: resident layers in order, then the ring, then everything outside the layers."""
+        made, layers = self.plan, self.spec.num_layers
+        last = len(made.slot_offsets) - 1
+        pinned = {layers: last} | {layer: slot for slot, layer in enumerate(made.resident_layers)}
+        ring = range(len(made.resident_layers), last)
+        host = SlotRing(pinned, made.streamed_layers(layers), tuple(ring))
+        if not made.staged:
+            return Schedule(layers, host)
+        device = SlotRing({layers: made.device_slots}, range(layers), range(made.device_slots))
+        return Schedule(layers, host, device)
+
+    def make_requests(self) -> Requests:
+        made, spec = self.plan, self.spec
+        pages = PageTable(made.num_pages, made.page_tokens, made.attention_workers)
+        batcher = Batcher(pages, made.max_sequences, made.micro_batches, made.micro_batch_tokens, made.spread)
+        eos = tuple(token for token in spec.eos_token_ids if 0 <= token < spec.vocab_size)
+        limits = Limits(spec.max_length, pages.max_tokens, spec.vocab_size, eos)
+        file = self.opened.tokenizer_file
+        return Requests(batcher, limits, TextTokenizer(file) if file else None)
+
+
+def set_up(
+    opened: messages.ModelOpened, config: EngineConfig, machine: Machine, expected: ExpectedWork | None
+) -> Setup:
+    """Raises PlanError where the budget does not hold even the smallest plan."""
+    spec, device_bytes = opened.spec, opened.device_total_bytes
+    made = plan.make_plan(config, spec, machine, opened.resident_bytes, device_bytes > 0, device_bytes, expected)
+    kv = kv_spec(spec.attention, made.num_pages, made.page_tokens, spec.dtype)
+    exchange = messages.ExchangeSpec(made.micro_batches, made.region_bytes, made.micro_batch_tokens, spec.dtype)
+    return Setup(opened, made, kv, exchange)

@@ -1,0 +1,57 @@
+"""What the engine is doing, in numbers: busy lanes, memory, counters."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from flexgen_lite.lanes import Lanes
+from flexgen_lite.memory_use import MemoryUse
+from flexgen_lite.messages import Status
+
+LANE_SECONDS = 5.0  # over which busy shares are shown
+
+
+class Gauges:
+    def __init__(self, lanes: Lanes, memory: MemoryUse) -> None:
+        self.lanes = lanes
+        self.memory = memory
+        self.copy_ns = 0  # of the compute worker's time, on copies from and to other processes
+        self._busy_ns = 0
+        self._pass_start_ns: int | None = None
+        self._history: list[tuple[int, dict[str, int]]] = []
+
+    def pass_begins(self) -> None:
+        self._pass_start_ns = time.monotonic_ns()
+
+    def pass_ends(self, name: str) -> None:
+        assert self._pass_start_ns is not None
+        now = time.monotonic_ns()
+        self._busy_ns += now - self._pass_start_ns
+        self.lanes.end_pass(name, self._pass_start_ns, now)
+        self._pass_start_ns = None
+        self._history.append((now, self.lanes.busy_ns))
+        while len(self._history) > 2 and now - self._history[1][0] > LANE_SECONDS * 1e9:
+            self._history.pop(0)
+
+    def status(self, running: int, waiting: int, totals: Mapping[str, int], budget: int) -> Status:
+        """`budget`: of main memory, bytes."""
+        now = time.monotonic_ns()
+        since, busy = self._history[0] if self._history else (now, self.lanes.busy_ns)
+        busy_now = self.lanes.busy_ns
+        lanes = {name: min(1.0, (ns - busy.get(name, 0)) / max(1, now - since)) for name, ns in busy_now.items()}
+        running_ns = 0 if self._pass_start_ns is None else now - self._pass_start_ns
+        seconds = {
+            "busy_seconds": (self._busy_ns + running_ns) / 1e9,
+            "overhead_seconds": (self.lanes.overhead_ns + self.copy_ns) / 1e9,
+            **{f"{name}_seconds": ns / 1e9 for name, ns in busy_now.items()},
+        }
+        used = self.memory.sample()
+        return Status(
+            running=running,
+            waiting=waiting,
+            done=totals.get("requests_done", 0),
+            lanes=lanes,
+            totals={name: float(value) for name, value in totals.items()} | seconds,
+            memory={"budget": budget, "used": used, "peak": self.memory.peak},
+        )

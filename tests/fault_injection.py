@@ -1,0 +1,95 @@
+"""Faults in real worker processes: a worker's n-th call of a function kills it, stops it, or raises.
+
+Workers are fresh interpreters: a `sitecustomize` on their PYTHONPATH wraps the functions before anything runs. Each
+fault strikes once, whichever process of that name comes by.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pytest
+
+SITECUSTOMIZE = """
+import importlib, json, os, signal, sys
+from pathlib import Path
+
+PLACES = {
+    "advance": ("compute", "flexgen_lite.workers.forward", "Forward", "advance"),
+    "leave": ("compute", "flexgen_lite.workers.forward", "Forward", "leave"),
+    "open": ("compute", "flexgen_lite.workers.products", "Products", "__init__"),
+    "pack": ("compute", "flexgen_lite.workers.products", "Products", "pack"),
+    "begin": ("attention", "flexgen_lite.workers.attention_state", "AttentionState", "begin"),
+    "attend": ("attention", "flexgen_lite.workers.attention_state", "AttentionState", "attend"),
+    "load": ("loader", "flexgen_lite.workers.loader_state", "LoaderState", "load"),
+}
+
+def strike(action, name):
+    if action == "raise":
+        raise RuntimeError("injected: " + name)
+    if action == "exit":
+        os._exit(3)
+    os.kill(os.getpid(), getattr(signal, action))
+
+def wrap(place, faults, folder):
+    _, module, owner, name = PLACES[place]
+    cls = getattr(importlib.import_module(module), owner)
+    function, calls = getattr(cls, name), 0
+
+    def wrapped(self, *args, **kwargs):
+        nonlocal calls
+        calls += 1
+        struck = [(i, f) for i, f in faults if calls == f["call"] and f["token"] is None]
+        batch = getattr(self, "_batch", None)
+        struck += [(i, f) for i, f in faults if f["token"] is not None and batch and f["token"] in batch.token_ids]
+        def hit(after):
+            for i, f in struck:
+                marker = folder / str(i)
+                if f["after"] == after and (f["again"] or not marker.exists()):
+                    marker.touch()
+                    strike(f["action"], name)
+        hit(False)
+        result = function(self, *args, **kwargs)
+        hit(True)
+        return result
+
+    setattr(cls, name, wrapped)
+
+command = " ".join(sys.orig_argv)
+given = json.loads(os.environ["FLEXGEN_LITE_TEST_FAULTS"])
+for place, (kind, *_) in PLACES.items():
+    faults = [(i, f) for i, f in enumerate(given) if f["place"] == place and f["worker"] in command]
+    if faults and f"flexgen_lite.workers.{kind} " in command:
+        wrap(place, faults, Path(__file__).parent)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """`worker`: a part of its name. `action`: "SIGKILL", "SIGSTOP", "SIGSEGV", "raise" or "exit". `token`: strike when
+    a micro-batch has it, whatever `call`. `again`: strike every time."""
+
+    place: str
+    call: int = 1
+    action: str = "SIGKILL"
+    after: bool = False
+    worker: str = "worker"
+    token: int | None = None
+    again: bool = False
+
+
+def inject(monkeypatch: pytest.MonkeyPatch, folder: Path, *faults: Fault) -> None:
+    """The engines started from now on meet these faults."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    monkeypatch.setenv("FLEXGEN_LITE_TEST_FAULTS", json.dumps([asdict(fault) for fault in faults]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *(path for path in sys.path if path)]))
+
+
+def struck(folder: Path) -> set[int]:
+    """The faults that have struck, by their place in the list."""
+    return {int(path.name) for path in folder.iterdir() if path.name.isdigit()}

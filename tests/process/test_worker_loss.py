@@ -1,0 +1,203 @@
+"""Any worker may be lost at any moment: the job ends with the same tokens as if nothing had happened."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from flexgen_lite import EngineError, FlexGenLite, SamplingParams
+from tests.fault_injection import Fault, inject, struck
+from tests.tiny_models import make_model, ragged_prompts
+
+WORKERS = ("compute worker", "disk loader", "attention worker 1")
+PROMPTS = ragged_prompts(40, longest=20)
+SAMPLED = SamplingParams(max_tokens=24, temperature=0.9, top_k=50, seed=7, ignore_eos=True)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "resident": {},
+    "streamed": {"layer_slots": 2},
+    "staged": {"stage_weights": True, "layer_slots": 2},
+    "several micro-batches": {"micro_batches": 3, "micro_batch_tokens": 64, "max_sequences": 24},
+}
+
+
+def start(model: Path, **options: Any) -> FlexGenLite:
+    return FlexGenLite(model, attention_workers=2, attention_threads=1, dtype="float32", **options)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model("opt", tmp_path_factory.mktemp("opt"))
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path) -> list[list[int]]:
+    with start(model) as engine:
+        return tokens(engine)
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A private place for runtime directories; nothing may be left in it, nor in /dev/shm.
+
+    Its path is short, as that of a socket has to be.
+    """
+    shm_before = set(os.listdir("/dev/shm"))
+    with tempfile.TemporaryDirectory(prefix="fgl-") as folder:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
+        yield Path(folder)
+        assert os.listdir(folder) == []
+    assert set(os.listdir("/dev/shm")) <= shm_before
+
+
+def tokens(engine: FlexGenLite, params: SamplingParams = SAMPLED) -> list[list[int]]:
+    return [list(completion.token_ids) for completion in engine.generate(PROMPTS, params)]
+
+
+def worker_processes(engine: FlexGenLite) -> dict[str, psutil.Process]:
+    """The engine's workers by the names that it gives them."""
+    found = {}
+    for child in psutil.Process(engine._engine.pid).children():
+        line = child.cmdline()
+        found[line[line.index("--name") + 1]] = child
+    return found
+
+
+def restarts(engine: FlexGenLite) -> int:
+    return int(engine.status().totals["restarts"])
+
+
+@pytest.mark.parametrize("victim", WORKERS)
+def test_a_killed_worker_is_started_again(
+    victim: str, model: Path, expected: list[list[int]], runtime: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "flexgen_lite")
+    with start(model, layer_slots=2) as engine:
+        before = worker_processes(engine)
+        job = engine.submit(PROMPTS, SAMPLED)
+        time.sleep(0.15)
+        before[victim].send_signal(signal.SIGKILL)
+        assert [list(c.token_ids) for c in job.results()] == expected
+        assert tokens(engine) == expected, "and it goes on"
+        assert restarts(engine) == 1
+        after = worker_processes(engine)
+        assert {name for name in before if before[name].pid != after[name].pid} == {victim}
+    lines = [record.getMessage() for record in caplog.records if "was killed by SIGKILL" in record.getMessage()]
+    assert len(lines) == 1 and lines[0].startswith(victim) and "starting it again" in lines[0]
+
+
+@pytest.mark.parametrize("victim", WORKERS)
+def test_a_worker_killed_while_idle(victim: str, model: Path, expected: list[list[int]], runtime: Path) -> None:
+    with start(model, stage_weights=True, layer_slots=2) as engine:
+        assert tokens(engine) == expected
+        worker_processes(engine)[victim].kill()
+        assert tokens(engine) == expected
+        assert restarts(engine) == 1
+
+
+def test_all_workers_killed_at_once(model: Path, expected: list[list[int]], runtime: Path) -> None:
+    with start(model, layer_slots=2) as engine:
+        job = engine.submit(PROMPTS, SAMPLED)
+        time.sleep(0.2)
+        for process in worker_processes(engine).values():
+            process.kill()
+        assert [list(c.token_ids) for c in job.results()] == expected
+        assert restarts(engine) == 4
+
+
+def test_a_worker_that_hangs_is_replaced(model: Path, expected: list[list[int]], runtime: Path) -> None:
+    with start(model, worker_timeout=2) as engine:
+        for victim in ("attention worker 0", "compute worker"):
+            job = engine.submit(PROMPTS, SAMPLED)
+            worker_processes(engine)[victim].send_signal(signal.SIGSTOP)
+            assert [list(c.token_ids) for c in job.results()] == expected
+        assert restarts(engine) == 2
+
+
+FAULTS = [
+    ("resident", Fault("advance", 1)),
+    ("resident", Fault("advance", 20, "SIGSEGV", after=True)),
+    ("resident", Fault("attend", 17, "raise", worker="worker 1")),
+    ("resident", Fault("open", 1)),
+    ("resident", Fault("pack", 2, after=True)),
+    ("resident", Fault("load", 3)),
+    ("streamed", Fault("leave", 5)),
+    ("streamed", Fault("advance", 33, "raise", after=True)),
+    ("streamed", Fault("load", 40, after=True)),
+    ("streamed", Fault("attend", 40, after=True, worker="worker 1")),
+    ("staged", Fault("advance", 15, "exit")),
+    ("staged", Fault("attend", 31, worker="worker 0")),
+    ("staged", Fault("load", 21, "SIGSEGV")),
+    ("several micro-batches", Fault("advance", 50, "SIGKILL", after=True)),
+    ("several micro-batches", Fault("attend", 50, "exit", worker="worker 0")),
+    ("several micro-batches", Fault("begin", 4, after=True, worker="worker 1")),
+]
+
+
+@pytest.mark.parametrize(("layout", "fault"), FAULTS, ids=[f"{layout}-{f.place}-{f.call}" for layout, f in FAULTS])
+def test_a_fault_in_the_middle_of_the_work(
+    layout: str,
+    fault: Fault,
+    model: Path,
+    expected: list[list[int]],
+    runtime: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inject(monkeypatch, tmp_path / "faults", fault)
+    with start(model, **OPTIONS[layout]) as engine:
+        assert tokens(engine) == expected
+        assert restarts(engine) == 1
+    assert struck(tmp_path / "faults") == {0}
+
+
+def test_a_schedule_of_faults_drawn_at_random(
+    model: Path, expected: list[list[int]], runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = random.Random(20)
+    faults = [
+        Fault(
+            draw.choice(["advance", "attend", "load", "begin", "leave"]),
+            draw.randrange(1, 60),
+            draw.choice(["SIGKILL", "SIGSEGV", "exit", "raise"]),
+            after=draw.random() < 0.5,
+        )
+        for _ in range(8)
+    ]
+    inject(monkeypatch, tmp_path / "faults", *faults)
+    with start(model, layer_slots=3, micro_batches=2) as engine:
+        assert tokens(engine) == expected
+        # A fault may strike both attention workers before either has left its mark.
+        assert restarts(engine) >= len(struck(tmp_path / "faults")) >= 3
+
+
+def test_a_request_that_kills_its_worker_is_given_up_alone(
+    model: Path, expected: list[list[int]], runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = {token for prompt, out in zip(PROMPTS, expected, strict=True) for token in (*prompt, *out)}
+    poison = next(token for token in range(5, 1000) if token not in used)
+    inject(monkeypatch, tmp_path / "faults", Fault("advance", token=poison, again=True))
+    prompts = [*PROMPTS[:3], [7, poison, 8], *PROMPTS[3:6]]
+    with start(model) as engine:
+        found = engine.generate(prompts, SAMPLED)
+        assert [c.finish_reason == "error" for c in found] == [prompt == [7, poison, 8] for prompt in prompts]
+        assert "times in a row a worker was lost while it computed this request alone" in (found[3].error or "")
+        assert [list(c.token_ids) for c in found if c.error is None] == expected[:6]
+        assert tokens(engine) == expected
+
+
+def test_a_worker_that_cannot_be_started_ends_the_engine(
+    model: Path, runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inject(monkeypatch, tmp_path / "faults", Fault("open", again=True))
+    with pytest.raises(EngineError, match=r"compute worker .* was killed by SIGKILL"):
+        start(model)
