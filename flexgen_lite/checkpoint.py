@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flexgen_lite.model_spec import ITEM_BYTES
+from flexgen_lite.model_spec import ITEM_BYTES, FileStamp
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -63,6 +64,7 @@ class StoredTensor:
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     files: tuple[str, ...]
+    stamps: tuple[FileStamp, ...]  # of the files, taken before their headers were read
     tensors: dict[str, StoredTensor]
 
 
@@ -137,6 +139,7 @@ def _open_shards(directory: Path) -> Checkpoint:
 
 def _collect(paths: tuple[Path, ...], weight_map: dict[str, str]) -> Checkpoint:
     tensors: dict[str, StoredTensor] = {}
+    stamps = tuple(stamp(path.stat()) for path in paths)
     for file, path in enumerate(paths):
         for stored in _read_header(path, file):
             other = tensors.get(stored.name)
@@ -148,7 +151,11 @@ def _collect(paths: tuple[Path, ...], weight_map: dict[str, str]) -> Checkpoint:
                     f"{INDEX_NAME} names neither: "
                     "download the model again"
                 )
-    return Checkpoint(tuple(str(path) for path in paths), tensors)
+    return Checkpoint(tuple(str(path) for path in paths), stamps, tensors)
+
+
+def stamp(status: os.stat_result) -> FileStamp:
+    return FileStamp(status.st_size, status.st_mtime_ns, status.st_ino)
 
 
 def _read_header(path: Path, file: int) -> list[StoredTensor]:

@@ -73,6 +73,11 @@ class EngineConfig(BaseModel):
         description='"dummy" takes random weights from config.json alone, for benchmarks.',
         json_schema_extra=expects('"auto" or "dummy"'),
     )
+    verify_weights: Switch = Field(
+        default=None,
+        description="Compare weights, whenever they are read, with the checksums of their first load; auto does not.",
+        json_schema_extra=expects('true, false or "auto"'),
+    )
     ram: Size = Field(
         default=None,
         gt=0,

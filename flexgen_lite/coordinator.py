@@ -235,7 +235,7 @@ class Coordinator:
     def _attach(self, worker: WorkerProcess) -> None:
         assert self._setup is not None
         if worker.kind == "loader":
-            worker.send(self._setup.for_loader(self._config.load_format))
+            worker.send(self._setup.for_loader(self._config.load_format, self._config.verify_weights is True))
             self._flow.loader_attached()
         elif worker.kind == "attention":
             worker.send(self._setup.for_attention(_number(worker)))

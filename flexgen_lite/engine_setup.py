@@ -43,14 +43,16 @@ class Setup:
 
     # ------------------------------------------------------------------------------------------------ for workers
 
-    def for_loader(self, load_format: str) -> messages.AttachLoader:
+    def for_loader(self, load_format: str, verify: bool) -> messages.AttachLoader:
         made, spec = self.plan, self.spec
         return messages.AttachLoader(
             spec.files,
+            spec.stamps,
             spec.units,
             made.slot_offsets,
             made.weights_bytes,
             load_format,
+            verify,
             made.loader_threads,
             made.loader_cpus,
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from flexgen_lite.model_spec import AttentionSpec, ModelSpec, UnitSpec
+from flexgen_lite.model_spec import AttentionSpec, FileStamp, ModelSpec, UnitSpec
 
 PROTOCOL = 2
 """Version of the messages between clients and the coordinator."""
@@ -53,13 +53,16 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class AttachLoader:
-    """`slot_offsets[s]` is where slot s begins in the weights arena of `arena_bytes`."""
+    """`slot_offsets[s]` is where slot s begins in the weights arena of `arena_bytes`. `verify`: compare what is read
+    with the checksums of the first time."""
 
     files: tuple[str, ...]
+    stamps: tuple[FileStamp, ...]
     units: tuple[UnitSpec, ...]
     slot_offsets: tuple[int, ...]
     arena_bytes: int
     load_format: str  # "auto" or "dummy"
+    verify: bool
     threads: int
     cpus: tuple[int, ...]  # empty: no affinity
 

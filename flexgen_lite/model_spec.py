@@ -12,6 +12,15 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4,
 
 
 @dataclass(frozen=True, slots=True)
+class FileStamp:
+    """A file as it was when the model was opened; another stamp means another content."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
     """One source tensor of a checkpoint, and the part of a parameter that it fills.
 
@@ -107,6 +116,7 @@ class ModelSpec:
     bos_token_id: int | None
     num_parameters: int
     files: tuple[str, ...]
+    stamps: tuple[FileStamp, ...]  # of the files
     units: tuple[UnitSpec, ...]
     attention: tuple[AttentionSpec, ...]
     head_copy_bytes: int = 0  # of a copy of the tied head that suits the processor's products better; 0: no use

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 SITECUSTOMIZE = """
-import importlib, json, os, signal, sys
+import errno, importlib, json, os, signal, sys
 from pathlib import Path
 
 PLACES = {
@@ -26,30 +26,37 @@ PLACES = {
     "begin": ("attention", "flexgen_lite.workers.attention_state", "AttentionState", "begin"),
     "attend": ("attention", "flexgen_lite.workers.attention_state", "AttentionState", "attend"),
     "load": ("loader", "flexgen_lite.workers.loader_state", "LoaderState", "load"),
+    "preadv": ("loader", "os", None, "preadv"),
 }
 
 def strike(action, name):
     if action == "raise":
         raise RuntimeError("injected: " + name)
+    if action == "EIO":
+        raise OSError(errno.EIO, "injected")
     if action == "exit":
         os._exit(3)
     os.kill(os.getpid(), getattr(signal, action))
 
 def wrap(place, faults, folder):
     _, module, owner, name = PLACES[place]
-    cls = getattr(importlib.import_module(module), owner)
+    cls = importlib.import_module(module)
+    cls = getattr(cls, owner) if owner else cls
     function, calls = getattr(cls, name), 0
 
     def wrapped(self, *args, **kwargs):
         nonlocal calls
         calls += 1
-        struck = [(i, f) for i, f in faults if calls == f["call"] and f["token"] is None]
+        if any(f["action"] == "short" and calls % f["call"] == 0 for _, f in faults):
+            args = ([args[0][0][: max(1, len(args[0][0]) // 3)]], *args[1:])
+        struck = [(i, f) for i, f in faults if f["call"] <= calls < f["call"] + f["times"] and f["token"] is None]
+        struck = [(i, f) for i, f in struck if f["action"] != "short"]
         batch = getattr(self, "_batch", None)
         struck += [(i, f) for i, f in faults if f["token"] is not None and batch and f["token"] in batch.token_ids]
         def hit(after):
             for i, f in struck:
                 marker = folder / str(i)
-                if f["after"] == after and (f["again"] or not marker.exists()):
+                if f["after"] == after and (f["again"] or f["times"] > 1 or not marker.exists()):
                     marker.touch()
                     strike(f["action"], name)
         hit(False)
@@ -70,8 +77,9 @@ for place, (kind, *_) in PLACES.items():
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """`worker`: a part of its name. `action`: "SIGKILL", "SIGSTOP", "SIGSEGV", "raise" or "exit". `token`: strike when
-    a micro-batch has it, whatever `call`. `again`: strike every time."""
+    """`worker`: a part of its name. `action`: "SIGKILL", "SIGSTOP", "SIGSEGV", "raise", "exit", or at a "preadv" "EIO"
+    or "short" (every `call`-th read gives a third of what is wanted). `token`: strike when a micro-batch has it,
+    whatever `call`. `again`: strike in every process; `times`: so many calls in a row."""
 
     place: str
     call: int = 1
@@ -80,6 +88,7 @@ class Fault:
     worker: str = "worker"
     token: int | None = None
     again: bool = False
+    times: int = 1
 
 
 def inject(monkeypatch: pytest.MonkeyPatch, folder: Path, *faults: Fault) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import mmap
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from flexgen_lite.checkpoint import open_checkpoint
+from flexgen_lite.checkpoint import open_checkpoint, stamp
 from flexgen_lite.messages import AttachLoader, Load
 from flexgen_lite.model_spec import UnitSpec
 from flexgen_lite.workers.loader_state import LoaderState
@@ -24,10 +25,12 @@ def attach_message(units: tuple[UnitSpec, ...], files: tuple[str, ...], load_for
         offsets.append(offsets[-1] + unit.num_bytes)
     return AttachLoader(
         files=files,
+        stamps=tuple(stamp(os.stat(file)) for file in files),
         units=units,
         slot_offsets=tuple(offsets[:-1]),
         arena_bytes=offsets[-1],
         load_format=load_format,
+        verify=False,
         threads=3,
         cpus=(),
     )

@@ -6,13 +6,17 @@ import errno
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from flexgen_lite.checkpoint import CheckpointError
+from flexgen_lite.checkpoint import CheckpointError, stamp
+from flexgen_lite.model_spec import FileStamp
+from flexgen_lite.workers.checksums import Checksums
 
 READ_BYTES = 8 << 20  # of one read: large enough for full speed, small enough to keep every thread busy
 BLOCK_BYTES = 4096
+IO_TRIES, IO_PAUSE = 4, 0.25  # of one read, seconds between them
 
 logger = logging.getLogger(__name__)
 
@@ -34,16 +38,22 @@ class ReadOrder:
 class _OpenFile:
     path: str
     descriptor: int
-    size: int
-    mtime_ns: int
+    stamp: FileStamp
     direct: bool
 
 
 class DiskReader:
-    """The checkpoint's files, opened at first use. `read` may be called from several threads at once."""
+    """The checkpoint's files, opened at first use. `read` may be called from several threads at once.
 
-    def __init__(self, files: Sequence[str]) -> None:
+    Args:
+        stamps: of the files; they must still be the same.
+        checksums: that what is read is compared with, where given.
+    """
+
+    def __init__(self, files: Sequence[str], stamps: Sequence[FileStamp], checksums: Checksums | None = None) -> None:
         self._paths = tuple(files)
+        self._stamps = tuple(stamps)
+        self._checksums = checksums
         self._open: dict[int, _OpenFile] = {}
         self._lock = threading.Lock()
 
@@ -57,21 +67,15 @@ class DiskReader:
         """Raises CheckpointError if one of `files` is no longer what it was when it was opened."""
         for file in files:
             opened = self._file(file)
-            status = os.fstat(opened.descriptor)
-            if (status.st_size, status.st_mtime_ns) != (opened.size, opened.mtime_ns):
-                raise CheckpointError(
-                    f"{opened.path} changed while it was in use ({opened.size} bytes at the start, "
-                    f"{status.st_size} now): "
-                    "leave the model's files alone and start again"
-                )
+            _check_stamp(opened)
 
     def read(self, order: ReadOrder) -> int:
         """Read until the order is full or the file ends; the number of bytes. Raises CheckpointError."""
         opened = self._file(order.file)
-        wanted = min(order.num_bytes, opened.size - order.file_offset)
+        wanted = min(order.num_bytes, opened.stamp.size - order.file_offset)
         if wanted <= 0:
             raise CheckpointError(
-                f"{opened.path} has {opened.size} bytes, but weights are expected at "
+                f"{opened.path} has {opened.stamp.size} bytes, but weights are expected at "
                 f"{order.file_offset}: download it again"
             )
         done = 0
@@ -90,11 +94,14 @@ class DiskReader:
                     self._reopen_buffered(opened)
         if not opened.direct:
             os.posix_fadvise(opened.descriptor, order.file_offset, order.num_bytes, os.POSIX_FADV_DONTNEED)
+        if self._checksums is not None:
+            self._checksums.check(order.file, order.file_offset, order.target[:wanted])
         return wanted
 
     def _read_some(self, opened: _OpenFile, order: ReadOrder, done: int) -> int:
         position = order.file_offset + done
         target = order.target[done : order.num_bytes]
+        tries = 0
         while True:
             try:
                 return os.preadv(opened.descriptor, [target], position)
@@ -103,6 +110,10 @@ class DiskReader:
             except OSError as error:
                 if error.errno == errno.EINVAL and opened.direct:
                     self._reopen_buffered(opened)
+                    continue
+                tries += 1
+                if error.errno == errno.EIO and tries < IO_TRIES:  # a disk may find its way after all
+                    time.sleep(IO_PAUSE)
                     continue
                 raise CheckpointError(
                     f"{opened.path}: reading {len(target)} bytes at {position} failed: {error.strerror}; check the disk"
@@ -114,7 +125,7 @@ class DiskReader:
             with self._lock:
                 opened = self._open.get(file)
                 if opened is None:
-                    opened = self._open[file] = _open(self._paths[file])
+                    opened = self._open[file] = _open(self._paths[file], self._stamps[file])
         return opened
 
     def _reopen_buffered(self, opened: _OpenFile) -> None:
@@ -128,7 +139,7 @@ class DiskReader:
                 _say_buffered(opened.path)
 
 
-def _open(path: str) -> _OpenFile:
+def _open(path: str, expected: FileStamp) -> _OpenFile:
     direct = hasattr(os, "O_DIRECT")
     flags = os.O_RDONLY | os.O_CLOEXEC
     try:
@@ -143,8 +154,18 @@ def _open(path: str) -> _OpenFile:
         raise CheckpointError(f"{path} cannot be opened ({error.strerror}): restore it and start again") from error
     if not direct:
         _say_buffered(path)
-    status = os.fstat(descriptor)
-    return _OpenFile(path, descriptor, status.st_size, status.st_mtime_ns, direct)
+    opened = _OpenFile(path, descriptor, expected, direct)
+    _check_stamp(opened)
+    return opened
+
+
+def _check_stamp(opened: _OpenFile) -> None:
+    now = stamp(os.fstat(opened.descriptor))
+    if now != opened.stamp:
+        raise CheckpointError(
+            f"{opened.path} changed while it was in use ({opened.stamp.size} bytes at the start, {now.size} now): "
+            "leave the model's files alone and start again"
+        )
 
 
 _said_buffered = False

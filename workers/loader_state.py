@@ -9,6 +9,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 
 from flexgen_lite.messages import AttachLoader, Load
 from flexgen_lite.workers.bounce_plan import Batch, plan_batches
+from flexgen_lite.workers.checksums import Checksums, cache_folder
 from flexgen_lite.workers.disk_reader import READ_BYTES, DiskReader, ReadOrder, split_order
 from flexgen_lite.workers.dummy_weights import DummyWeights
 
@@ -35,7 +36,8 @@ class LoaderState:
         self._arena = arena
         self._bytes = memoryview(arena)
         self._pool = ThreadPoolExecutor(attach.threads, thread_name_prefix="reader")
-        self._reader = DiskReader(attach.files)
+        self._checksums = Checksums(attach.files, attach.stamps, attach.verify, cache_folder())
+        self._reader = DiskReader(attach.files, attach.stamps, self._checksums)
         self._dummy = DummyWeights() if attach.load_format == "dummy" else None
         self._batches: dict[int, list[Batch]] = {}
         self._chunk_bytes = min(MAX_CHUNK_BYTES, BOUNCE_BYTES // attach.threads // mmap.PAGESIZE * mmap.PAGESIZE)
@@ -71,6 +73,7 @@ class LoaderState:
             if batch.num_bytes > self._chunk_bytes:
                 num_bytes += self._convert_whole(batch, slot_offset)
         self._reader.check_unchanged(files)
+        self._checksums.save()
         return num_bytes
 
     def _run(self, tasks: Iterable[Task]) -> int:

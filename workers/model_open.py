@@ -85,6 +85,7 @@ def open_model(order: OpenModel, device: Device, run_dir: str) -> OpenedModel:
         bos_token_id=config.bos_token_id,
         num_parameters=sum(p.numel() for p in model.parameters()),
         files=tuple(str(file) for file in checkpoint.files) if checkpoint else (),
+        stamps=checkpoint.stamps if checkpoint else (),
         units=units,
         attention=attention,
         head_copy_bytes=products.copied_bytes(_modules_outside(model, layers)),

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from flexgen_lite.checkpoint import CheckpointError
+from flexgen_lite.checkpoint import CheckpointError, stamp
 from flexgen_lite.messages import AttachLoader, Load
 from flexgen_lite.model_spec import ITEM_BYTES, Piece, TensorSpec, UnitSpec
 from flexgen_lite.unit_layout import TensorSource, layout_unit
@@ -37,7 +37,10 @@ def piece(offset: int, shape: tuple[int, ...], dtype: str = "float16", **options
 
 def attach(units: tuple[UnitSpec, ...], path: Path | str, load_format: str = "auto") -> AttachLoader:
     size = max(unit.num_bytes for unit in units)
-    return AttachLoader((str(path),), units, (0, size + 4096), 2 * size + 4096, load_format, 3, ())
+    stamps = (stamp(os.stat(path)),) if load_format == "auto" else ()
+    return AttachLoader(
+        (str(path),) if stamps else (), stamps, units, (0, size + 4096), 2 * size + 4096, load_format, False, 3, ()
+    )
 
 
 def run(message: AttachLoader, *orders: Load) -> mmap.mmap:
@@ -212,8 +215,10 @@ def test_file_shorter_than_expected(tmp_path: Path) -> None:
 
 def test_missing_file(tmp_path: Path) -> None:
     unit = direct_unit(tmp_path / "w")
-    with pytest.raises(CheckpointError, match="gone cannot be opened"):
-        run(attach((unit,), tmp_path / "gone"), Load(0, 0))
+    message = attach((unit,), tmp_path / "w")
+    (tmp_path / "w").rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="w cannot be opened"):
+        run(message, Load(0, 0))
 
 
 def test_read_error_names_file_and_offset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
