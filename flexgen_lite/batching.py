@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 from flexgen_lite.messages import KvBatch, KvSpan, Sample, TokenBatch, TokenSpan, WireParams
 from flexgen_lite.page_table import PageTable
 
+EXPECTED_MARGIN = 1.25  # over the average life
+EXPECTED_WEIGHT = 0.02  # of the last request that ended, in the average
+
 
 @dataclass(slots=True, eq=False)
 class RunningRequest:
@@ -29,6 +32,7 @@ class RunningRequest:
     stored: int = 0
     worker: int = -1
     pages: tuple[int, ...] = ()
+    times_sent_back: int = 0
 
     @property
     def num_generated(self) -> int:
@@ -119,8 +123,14 @@ class MicroBatch:
 class Batcher:
     """Composes passes and commits their results.
 
+    A request is admitted if its whole expected life has room beside those of the running ones. It gets pages as it
+    grows; where there are none left, the youngest sequences of the same worker are sent back to wait, and computed
+    again from their tokens later. The oldest always goes on, so there is no deadlock.
+
+    How long a life to expect is learnt from those that ended: at first all of `max_tokens`.
+
     Args:
-        pages: the KV pages; a request gets all that it can ever need when it is admitted.
+        pages: the KV pages.
         max_sequences: most requests running at once.
         micro_batches: most micro-batches of a pass.
         micro_batch_tokens: most rows of a micro-batch.
@@ -139,30 +149,78 @@ class Batcher:
         self._micro_batches = micro_batches
         self._micro_batch_tokens = micro_batch_tokens
         self._spread = spread
+        self._expected_share = 1.0  # of max_tokens that a request generates
         self.running: dict[int, RunningRequest] = {}
+        self.num_sent_back = 0
 
     def compose(self, waiting: deque[RunningRequest], only: frozenset[int] | None = None) -> list[MicroBatch]:
         """The micro-batches of the next pass, taking requests from the left of `waiting`; empty if there is no work.
         With `only`, nothing but these running requests."""
         bins = [MicroBatch() for _ in range(self._micro_batches)]
-        running = [r for r in self.running.values() if only is None or r.id in only]
-        for request in running:
-            if len(request.tokens) - request.stored == 1:
-                self._place(bins, request, 1)
-        for request in running:  # the rest of long prompts, oldest first, as far as there is room
-            if len(request.tokens) - request.stored > 1:
-                self._place(bins, request, len(request.tokens) - request.stored)
-        while only is None and waiting and len(self.running) < self._max_sequences:
+        sent_back = self.num_sent_back
+        running = sorted((r for r in self.running.values() if only is None or r.id in only), key=lambda r: r.id)
+        decoding = [r for r in running if len(r.tokens) - r.stored == 1]
+        prompts = [r for r in running if len(r.tokens) - r.stored > 1]  # the rest of long ones
+        placed: set[int] = set()
+        for request in (*decoding, *prompts):
+            rows = min(len(request.tokens) - request.stored, self._most_room(bins))
+            if rows and request.id in self.running and self._has_pages(request, rows, placed, waiting):
+                self._place(bins, request, rows)
+                placed.add(request.id)
+        if only is None and self.num_sent_back == sent_back:
+            self._admit(bins, waiting)
+        return [micro_batch for micro_batch in bins if micro_batch.pieces]
+
+    def _has_pages(self, request: RunningRequest, rows: int, placed: set[int], waiting: deque[RunningRequest]) -> bool:
+        """Sees to it that the next rows have pages, at the cost of younger sequences if need be."""
+        while True:
+            pages = self._pages.grow(request.id, request.stored + rows)
+            if pages is not None:
+                request.pages = pages
+                return True
+            younger = [
+                r
+                for r in self.running.values()
+                if r.worker == request.worker and r.id > request.id and r.id not in placed
+            ]
+            if not younger:
+                return False  # those that are in the pass will end
+            self._send_back(max(younger, key=lambda r: r.id), waiting)
+
+    def _send_back(self, request: RunningRequest, waiting: deque[RunningRequest]) -> None:
+        self.release(request)
+        request.stored, request.worker, request.pages = 0, -1, ()
+        request.times_sent_back += 1
+        self.num_sent_back += 1
+        self._expected_share = 1.0  # too much was hoped for
+        waiting.appendleft(request)
+
+    def _admit(self, bins: list[MicroBatch], waiting: deque[RunningRequest]) -> None:
+        """Takes requests from the left of `waiting` as far as rows, places and pages go."""
+        promised = [0] * self._pages.num_workers  # pages that the running ones are expected to need in the end
+        for request in self.running.values():
+            promised[request.worker] += self._expected_pages(request)
+        while waiting and len(self.running) < self._max_sequences:
             request = waiting[0]
             room = self._most_room(bins)
-            fits = len(request.tokens) <= room or (len(request.tokens) > self._micro_batch_tokens and room > 0)
-            owned = self._pages.allocate(request.id, request.most_stored) if fits else None
-            if owned is None:
-                break
-            request.worker, request.pages = owned
+            if len(request.tokens) > room and (len(request.tokens) <= self._micro_batch_tokens or room == 0):
+                return
+            needed = self._expected_pages(request)
+            worker = min(range(self._pages.num_workers), key=lambda w: promised[w] / self._pages.size(w))
+            if promised[worker] and promised[worker] + needed > self._pages.size(worker):
+                return
+            pages = self._pages.allocate(request.id, len(request.tokens), worker)
+            if pages is None:
+                return
+            promised[worker] += needed
+            request.worker, request.pages = worker, pages
             self.running[request.id] = waiting.popleft()
             self._place(bins, request, len(request.tokens))
-        return [micro_batch for micro_batch in bins if micro_batch.pieces]
+
+    def _expected_pages(self, request: RunningRequest) -> int:
+        share = min(1.0, EXPECTED_MARGIN * self._expected_share)
+        generated = max(request.num_generated + self._pages.page_tokens, int(share * request.params.max_tokens))
+        return self._pages.pages_for(min(request.num_prompt_tokens + generated, request.most_stored))
 
     def commit(self, micro_batches: list[MicroBatch], token_ids: list[tuple[int, ...]]) -> list[RunningRequest]:
         """The pass is over: take its tokens, `token_ids[k]` in the order of micro-batch k's rows; the requests that it
@@ -178,6 +236,8 @@ class Batcher:
                 if request.finish_reason is not None:
                     finished.append(request)
         for request in finished:
+            share = request.num_generated / request.params.max_tokens
+            self._expected_share += (share - self._expected_share) * EXPECTED_WEIGHT
             self.release(request)
         return finished
 

@@ -450,7 +450,8 @@ class Coordinator:
         )
 
     def _status(self) -> messages.Status:
-        queue, totals = self._queue, {**self._queue.totals, "restarts": self._crew.restarts}
+        queue, totals = self._queue, {**self._queue.totals}
+        totals |= {"restarts": self._crew.restarts, "sent_back": queue.num_sent_back}
         return self._gauges.status(queue.num_running, queue.num_waiting, totals, self._plan.ram)
 
 

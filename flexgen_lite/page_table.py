@@ -33,18 +33,39 @@ class PageTable:
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_tokens)
 
-    def allocate(self, sequence: int, num_tokens: int) -> tuple[int, tuple[int, ...]] | None:
-        """Pages for `num_tokens` on the worker with the most free pages: (worker, pages), or None if none has room."""
+    def size(self, worker: int) -> int:
+        """Pages of a worker."""
+        return self._sizes[worker]
+
+    def num_free(self, worker: int) -> int:
+        return len(self._free[worker])
+
+    def allocate(self, sequence: int, num_tokens: int, worker: int) -> tuple[int, ...] | None:
+        """Pages of `worker` for `num_tokens`, or None if it has not as many left."""
         assert sequence not in self._owned, f"sequence {sequence} has its pages already"
-        count = self.pages_for(num_tokens)
-        worker = max(range(self.num_workers), key=lambda w: len(self._free[w]) / self._sizes[w])
+        pages = self._take(worker, self.pages_for(num_tokens))
+        if pages is not None:
+            self._owned[sequence] = (worker, pages)
+        return pages
+
+    def grow(self, sequence: int, num_tokens: int) -> tuple[int, ...] | None:
+        """All pages of a sequence, now at least enough for `num_tokens`, or None if its worker has not as many left."""
+        worker, pages = self._owned[sequence]
+        more = self._take(worker, self.pages_for(num_tokens) - len(pages))
+        if more is None:
+            return None
+        self._owned[sequence] = (worker, pages + more)
+        return pages + more
+
+    def _take(self, worker: int, count: int) -> tuple[int, ...] | None:
         free = self._free[worker]
+        if count <= 0:
+            return ()
         if len(free) < count:
             return None
         pages = tuple(free[len(free) - count :][::-1])
         del free[len(free) - count :]
-        self._owned[sequence] = (worker, pages)
-        return worker, pages
+        return pages
 
     def release(self, sequence: int) -> None:
         worker, pages = self._owned.pop(sequence)

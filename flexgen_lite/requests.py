@@ -66,6 +66,11 @@ class Requests:
         return len(self._waiting)
 
     @property
+    def num_sent_back(self) -> int:
+        """How often a running request had to make room."""
+        return self._batcher.num_sent_back
+
+    @property
     def num_running(self) -> int:
         return len(self._batcher.running)
 
@@ -124,7 +129,7 @@ class Requests:
         """Commit a pass's tokens; answers for the requests that it completed, or that were cancelled meanwhile."""
         self.totals["generated_tokens"] += sum(len(tokens) for tokens in token_ids)
         self.totals["prompt_tokens"] += sum(
-            p.num_rows for m in micro_batches for p in m.pieces if _in_prompt(p.request)
+            p.num_rows for m in micro_batches for p in m.pieces if _is_new_prompt(p.request)
         )
         finished = self._batcher.commit(micro_batches, token_ids)
         answers = [self._finish(request, request.finish_reason or "") for request in finished]
@@ -193,8 +198,8 @@ class Requests:
         )
 
 
-def _in_prompt(request: RunningRequest) -> bool:
-    return request.stored < request.num_prompt_tokens
+def _is_new_prompt(request: RunningRequest) -> bool:
+    return request.stored < request.num_prompt_tokens and not request.times_sent_back
 
 
 def _answer(

@@ -55,13 +55,18 @@ def test_every_request_is_served(prompts, pages, workers, max_sequences, micro_b
     finished: list[RunningRequest] = []
     stored: Counter[int] = Counter()
     while waiting or batcher.running:
-        running = set(batcher.running)
+        running, sent_back = set(batcher.running), batcher.num_sent_back
         composed = batcher.compose(waiting)
         assert composed, "requests wait or run, but the pass is empty"
         assert len(composed) <= micro_batches and len(batcher.running) <= max_sequences
         seen = [piece.request.id for micro_batch in composed for piece in micro_batch.pieces]
         assert len(seen) == len(set(seen)), "a request rides once in a pass"
-        if running - set(seen):
+        for number in [r.id for r in waiting if stored[r.id]]:
+            assert requests[number].stored == 0 and requests[number].pages == ()
+            stored[number] = 0  # sent back: it will be computed again
+        assert not running or min(running) in seen, "the oldest goes on"
+        short = any(table.num_free(w) == 0 for w in range(workers)) or batcher.num_sent_back > sent_back
+        if running - set(seen) and not short:
             full = len(composed) == micro_batches and all(m.num_rows == tokens for m in composed)
             assert full, "a running request stood still though there were rows"
         sampled = []
@@ -123,3 +128,24 @@ def test_spread_fills_micro_batches_evenly() -> None:
     waiting = deque(request(i, 4, 1) for i in range(6))
     batcher = Batcher(PageTable(40, 8, 1), 8, 3, 64, spread=True)
     assert [m.num_rows for m in batcher.compose(waiting)] == [8, 8, 8]
+
+
+def test_short_answers_let_more_run_at_once_and_long_ones_send_the_youngest_back() -> None:
+    """At first whole lives are reckoned with; when answers turn out short, more are admitted; when they are long after
+    all, the youngest wait."""
+    table = PageTable(40, 8, 1)
+    batcher = Batcher(table, 64, 1, 64, spread=False)
+    waiting = deque(request(i, 8, 100) for i in range(400))
+    most, finished = [], 0
+    while finished < 300:
+        composed = batcher.compose(waiting)
+        most.append(len(batcher.running))
+        tokens = [tuple(EOS if p.request.num_generated > 3 else 1 for p in m.pieces if p.completes) for m in composed]
+        finished += len(batcher.commit(composed, tokens))
+    assert most[0] == 2 and max(most) > 8 and batcher.num_sent_back == 0
+    ended: list[int] = []
+    while waiting or batcher.running:
+        composed = batcher.compose(waiting)
+        ended += [r.id for r in batcher.commit(composed, [(1,) * sum(p.completes for p in m.pieces) for m in composed])]
+    assert batcher.num_sent_back > 0
+    assert table.used_pages == 0 and len(ended) == 400 - finished

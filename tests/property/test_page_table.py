@@ -20,14 +20,28 @@ class PageTableMachine(RuleBasedStateMachine):
     @rule(tokens=st.integers(1, 200))
     def allocate(self, tokens: int) -> None:
         before = self.table.used_pages
-        answer = self.table.allocate(self.next, tokens)
-        if answer is None:
+        worker = self.next % self.table.num_workers
+        pages = self.table.allocate(self.next, tokens, worker)
+        if pages is None:
             assert self.table.used_pages == before
             assert self.owned or tokens > self.table.max_tokens, "an empty table holds every sequence up to its limit"
             return
-        assert len(answer[1]) == -(-tokens // self.table.page_tokens)
-        self.owned[self.next] = answer
+        assert len(pages) == -(-tokens // self.table.page_tokens)
+        self.owned[self.next] = worker, pages
         self.next += 1
+
+    @precondition(lambda self: self.owned)
+    @rule(data=st.data(), tokens=st.integers(1, 300))
+    def grow(self, data: st.DataObject, tokens: int) -> None:
+        sequence = data.draw(st.sampled_from(sorted(self.owned)))
+        worker, before = self.owned[sequence]
+        missing = -(-tokens // self.table.page_tokens) - len(before)
+        free = self.table.num_free(worker)
+        pages = self.table.grow(sequence, tokens)
+        assert (pages is None) == (missing > free)
+        if pages is not None:
+            assert pages[: len(before)] == before and len(pages) == len(before) + max(0, missing)
+            self.owned[sequence] = worker, pages
 
     @precondition(lambda self: self.owned)
     @rule(data=st.data())
