@@ -6,9 +6,11 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from itertools import count, repeat
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from flexgen_lite.access import read_key_file
 from flexgen_lite.completion import Prompt
 from flexgen_lite.connection import Connection
 from flexgen_lite.job import Job
@@ -20,14 +22,16 @@ class Client:
     """Submits requests to the engine at an endpoint. May be used by several threads, for several jobs at once.
 
     Args:
-        endpoint: as `flexgen-lite launch` prints it, "ipc:///...".
+        endpoint: as `flexgen-lite launch` prints it, "ipc:///..." or "tcp://HOST:PORT".
         connect_timeout: seconds within which the engine must answer.
         heartbeat: after so many seconds of silence the engine is asked whether it is there.
         answer_timeout: after so many seconds without an answer to that the engine is given up.
         epitaph: for the process that started the engine: waits up to so many seconds for it to end and returns its
             last words, or None while it lives.
+        key_file: of an engine that was started with one.
 
     Raises:
+        KeyFileError: the key file cannot be used.
         EngineError: no engine answers there, or it speaks another protocol.
     """
 
@@ -39,6 +43,7 @@ class Client:
         heartbeat: float = 15.0,
         answer_timeout: float = 300.0,
         epitaph: Callable[[float], str | None] | None = None,
+        key_file: str | Path | None = None,
     ) -> None:
         self._connection = Connection(
             endpoint,
@@ -46,6 +51,7 @@ class Client:
             heartbeat=heartbeat,
             answer_timeout=answer_timeout,
             epitaph=epitaph,
+            keys=None if key_file is None else read_key_file(Path(key_file)),
         )
         self._welcome = self._connection.open()
         self._job_prefix = f"{os.getpid()}-{os.urandom(6).hex()}"
@@ -61,6 +67,9 @@ class Client:
         self,
         prompts: Prompt | Iterable[Prompt],
         params: SamplingParams | Iterable[SamplingParams] | None = None,
+        *,
+        job_id: str | None = None,
+        keep: bool = False,
     ) -> Job:
         """Submit prompts and return at once.
 
@@ -70,26 +79,40 @@ class Client:
         Args:
             prompts: texts or lists of token ids; a single one is a job of one request.
             params: for all prompts, or one for each; None is greedy, 16 tokens.
+            job_id: a name for the job; by default one that nobody else has.
+            keep: the job goes on when this client goes, and the engine keeps its results until `Job.cancel`. Submit it
+                again, with the same id, prompts and params, to get all of them: nothing is computed twice. By default a
+                job ends with its client.
 
         Raises:
-            ValueError: there are not as many params as prompts.
+            ValueError: there are not as many params as prompts, or the job_id is not of 1 to 200 characters.
             EngineError: the engine is gone, or the client is closed.
         """
         each: Iterable[Prompt] = [prompts] if is_one_prompt(prompts) else prompts  # type: ignore[assignment,list-item]
         length = len(each) if isinstance(each, list | tuple) else None
         if isinstance(params, list | tuple) and length is not None and len(params) != length:
             raise ValueError(f"{len(params)} params for {length} prompts: give one, or one for each prompt")
-        return self.submit_pairs(_pair(each, GREEDY if params is None else params), length)
+        return self.submit_pairs(_pair(each, GREEDY if params is None else params), length, job_id=job_id, keep=keep)
 
-    def submit_pairs(self, pairs: Iterable[tuple[Prompt, SamplingParams]], length: int | None = None) -> Job:
+    def submit_pairs(
+        self,
+        pairs: Iterable[tuple[Prompt, SamplingParams]],
+        length: int | None = None,
+        *,
+        job_id: str | None = None,
+        keep: bool = False,
+    ) -> Job:
         """Submit prompts that come with their params; `length` is how many, if that is known."""
+        if job_id is not None and not 1 <= len(job_id) <= 200:
+            raise ValueError(f"job_id has {len(job_id)} characters: give 1 to 200")
         job = Job(
-            f"{self._job_prefix}-{next(self._job_numbers)}",
+            job_id or f"{self._job_prefix}-{next(self._job_numbers)}",
             pairs,
             length,
             max(1, self._welcome.window),
             self._connection.wake,
             self._connection.cancel,
+            keep,
         )
         self._connection.add(job)
         return job

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,15 @@ from typing import Any
 import zmq
 
 from flexgen_lite import messages
+from flexgen_lite.access import ZAP_ENDPOINT, Keys
 from flexgen_lite.codec import Codec, MessageError
 from flexgen_lite.event_loop import EventLoop
 from flexgen_lite.plan import PlanError
+from flexgen_lite.requests import MAX_OPEN
 
-MAX_MESSAGE_BYTES = 256 << 20
+MAX_MESSAGE_BYTES = 64 << 20
+MAX_UNREAD = 3 * MAX_OPEN  # messages for a client that does not read them; beyond that it counts as gone
+GARBAGE_LINES, GARBAGE_SECONDS = 5, 60.0  # so many lines of the log in so many seconds are about garbage
 
 
 class ClientDoor:
@@ -39,24 +44,47 @@ class ClientDoor:
         self._decode = Codec(messages.ToEngine, max_bytes=MAX_MESSAGE_BYTES).decode
         self._encode = Codec(messages.ToClient).encode
         self._socket: zmq.Socket[bytes] | None = None
+        self._judge: zmq.Socket[bytes] | None = None
         self._path: Path | None = None
+        self._complaining_since = 0.0
+        self._num_complaints = 0
 
-    def open(self, endpoint: str) -> None:
-        """From here on clients can connect. Raises PlanError where the endpoint cannot be had."""
-        path = Path(endpoint.removeprefix("ipc://"))
-        _refuse_taken(path)
+    def open(self, endpoint: str, keys: Keys | None) -> str:
+        """From here on clients can connect; with `keys`, those that hold them. Returns the endpoint, with a port where
+        "*" was given. Raises PlanError where it cannot be had."""
+        path = Path(endpoint.removeprefix("ipc://")) if endpoint.startswith("ipc://") else None
+        if path is not None:
+            _refuse_taken(path)
         clients = self._context.socket(zmq.ROUTER)
         clients.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        clients.setsockopt(zmq.SNDHWM, 0)  # bounded by what clients may have open
+        clients.setsockopt(zmq.SNDHWM, MAX_UNREAD)
+        clients.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)  # who sends more is disconnected
         clients.linger = 0
+        if keys is not None:
+            self._ask_for(keys)
+            keys.guard(clients)
         try:
             clients.bind(endpoint)
         except zmq.ZMQError as error:
             clients.close()
             raise PlanError(f"cannot listen on {endpoint}: {error.strerror}: choose another endpoint") from error
-        path.chmod(0o600)
+        if path is not None:
+            path.chmod(0o600)
         self._socket, self._path = clients, path
         self._loop.watch(clients, self._receive)
+        return clients.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0") if path is None else endpoint
+
+    def _ask_for(self, keys: Keys) -> None:
+        """ZeroMQ asks here whether somebody who knocks may come in."""
+        judge = self._context.socket(zmq.REP)
+        judge.linger = 0
+        judge.bind(ZAP_ENDPOINT)
+
+        def answer() -> None:
+            judge.send_multipart(keys.answer(judge.recv_multipart()))
+
+        self._judge = judge
+        self._loop.watch(judge, answer)
 
     def send(self, client: bytes, message: Any) -> None:
         assert self._socket is not None
@@ -78,6 +106,9 @@ class ClientDoor:
             self._loop.forget(self._socket)
             self._socket.close(linger=500)
             self._socket = None
+        if self._judge is not None:
+            self._loop.forget(self._judge)
+            self._judge.close()
         if self._path is not None:
             self._path.unlink(missing_ok=True)
 
@@ -89,9 +120,17 @@ class ClientDoor:
         try:
             message = self._decode(frames[1])
         except MessageError as error:
-            self._on_garbage(str(error))
+            self._complain(str(error))
             return
         self._on_message(frames[0], message)
+
+    def _complain(self, text: str) -> None:
+        now = time.monotonic()
+        if now - self._complaining_since > GARBAGE_SECONDS:
+            self._complaining_since, self._num_complaints = now, 0
+        self._num_complaints += 1
+        if self._num_complaints <= GARBAGE_LINES:
+            self._on_garbage(text)
 
 
 def _refuse_taken(path: Path) -> None:

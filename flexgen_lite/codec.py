@@ -7,6 +7,7 @@ union; whatever else arrives is a MessageError that names the message, the field
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 import types
 import typing
 from collections.abc import Callable
@@ -21,9 +22,13 @@ class MessageError(ValueError):
 
 Check = Callable[[Any], Any]
 
+_shown = reprlib.Repr()
+_shown.maxlevel, _shown.maxlist, _shown.maxdict, _shown.maxstring, _shown.maxother = 3, 4, 4, 60, 60
+
 
 def _expected(what: str, value: object) -> MessageError:
-    shown = repr(value)
+    """The value may be large, and nested as deeply as MessagePack goes."""
+    shown = _shown.repr(value)
     return MessageError(f"expected {what}, got {shown if len(shown) <= 60 else shown[:60] + '...'}")
 
 

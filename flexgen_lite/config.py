@@ -127,8 +127,13 @@ class EngineConfig(BaseModel):
         default=None,
         description="Where clients connect; by default a socket in the engine's private directory.",
         json_schema_extra=expects(
-            f"ipc:// and the path of a socket, at most {MAX_SOCKET_PATH} bytes (other transports are not supported)"
+            f"ipc:// and the path of a socket, at most {MAX_SOCKET_PATH} bytes, or tcp://HOST:PORT with a key_file"
         ),
+    )
+    key_file: PathValue = Field(
+        default=None,
+        description="Key that clients have to hold; an endpoint on tcp:// must have one (flexgen-lite keygen).",
+        json_schema_extra=expects("the path of a file made by `flexgen-lite keygen`"),
     )
     start_timeout: float = Field(
         default=600.0,
@@ -150,6 +155,17 @@ class EngineConfig(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise ConfigError(_problems(error)) from None
+
+    @model_validator(mode="after")
+    def _no_open_port(self) -> Self:
+        if self.endpoint is not None and self.endpoint.startswith("tcp://") and self.key_file is None:
+            raise ConfigError(
+                {
+                    "endpoint": f"endpoint={self.endpoint} needs a key_file, for whoever reaches the port could use "
+                    "the engine: make one with `flexgen-lite keygen FILE` and give it to the engine and its clients"
+                }
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_cpu_set_per_worker(self) -> Self:

@@ -73,9 +73,11 @@ def _page_tokens(value: object) -> object:
 def _endpoint(value: object) -> object:
     if value is None or value == "auto":
         return None
+    if isinstance(value, str) and re.fullmatch(r"tcp://[^\s/:]+:(\d{1,5}|\*)", value, re.ASCII):
+        return value
     path = value.removeprefix("ipc://") if isinstance(value, str) and value.startswith("ipc://") else ""
     if not path or path.startswith("@") or len(path.encode()) > MAX_SOCKET_PATH:
-        raise ValueError("not an ipc endpoint")
+        raise ValueError("not an endpoint")
     return value
 
 

@@ -14,6 +14,7 @@ from concurrent.futures import Future
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from flexgen_lite.access import Keys
 from flexgen_lite.codec import Codec, MessageError
 from flexgen_lite.errors import EngineError
 from flexgen_lite.job import Job
@@ -34,6 +35,7 @@ from flexgen_lite.messages import (
 _HIGH_WATER = 1000  # messages
 _FAREWELL_MS = 500  # for the last Cancel messages to go out
 _CLOSE_SECONDS = 5.0
+_REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 
 
 class Connection:
@@ -54,8 +56,10 @@ class Connection:
         heartbeat: float,
         answer_timeout: float,
         epitaph: Callable[[float], str | None] | None = None,
+        keys: Keys | None = None,
     ) -> None:
         self.endpoint = endpoint
+        self._keys = keys
         self._connect_timeout = connect_timeout
         self._heartbeat = heartbeat
         self._answer_timeout = answer_timeout
@@ -78,14 +82,7 @@ class Connection:
 
     def open(self) -> Welcome:
         """Connect and wait for the engine's welcome."""
-        path = self.endpoint.removeprefix("ipc://")
-        if path == self.endpoint or not path:
-            raise EngineError(f"endpoint {self.endpoint!r} is not supported: give ipc:// and a path", user_error=True)
-        if not path.startswith("@") and not os.path.exists(path):
-            raise EngineError(
-                f"no engine at {self.endpoint}: there is no such socket, start one with `flexgen-lite launch`",
-                user_error=True,
-            )
+        _check_endpoint(self.endpoint, self._keys)
         self._ear, self._bell = socket.socketpair()
         self._ear.setblocking(False)
         self._bell.setblocking(False)
@@ -95,12 +92,16 @@ class Connection:
     def add(self, job: Job) -> None:
         with self._lock:
             self._check()
+            if job.id in self._jobs:
+                raise EngineError(
+                    f"a job {job.id!r} is open already on this client: give another job_id", user_error=True
+                )
             self._jobs[job.id] = job
         job.start()
 
     def cancel(self, job_id: str) -> None:
         with self._lock:
-            if job_id not in self._jobs:
+            if self._closing or self._error is not None:
                 return
             self._orders.append(Cancel(job_id))
         self.wake()
@@ -147,7 +148,9 @@ class Connection:
         dealer.set(zmq.LINGER, 0)
         dealer.set(zmq.SNDHWM, _HIGH_WATER)
         dealer.set(zmq.RCVHWM, _HIGH_WATER)
-        monitor = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        monitor = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED | _REFUSED)
+        if self._keys is not None:
+            self._keys.identify(dealer)
         try:
             dealer.connect(self.endpoint)
             self._serve(dealer, monitor)
@@ -182,8 +185,13 @@ class Connection:
                     self._ear.recv(4096)
             self._receive(dealer)
             if monitor in ready:
-                recv_monitor_message(monitor)
+                event = recv_monitor_message(monitor)["event"]
                 self._receive(dealer)
+                if event & _REFUSED:
+                    raise EngineError(
+                        f"the engine at {self.endpoint} does not take this key: give the key_file it was started with",
+                        user_error=True,
+                    )
                 raise self._gone("closed the connection", patience=2.0)
             self._check_time(welcome_by)
 
@@ -206,7 +214,7 @@ class Connection:
             for job in jobs:
                 if part := job.take(window - self._num_in_flight):
                     self._num_in_flight += len(part)
-                    self._backlog.append(self._encode(Submit(job.id, part)))
+                    self._backlog.append(self._encode(Submit(job.id, part, job.keep)))
                     sent = True
                     with self._lock:  # next time it is the others' turn first
                         self._jobs[job.id] = self._jobs.pop(job.id)
@@ -275,7 +283,7 @@ class Connection:
         """Tell the engine that nobody waits for what is still open."""
         dealer.set(zmq.LINGER, _FAREWELL_MS)
         for job in list(self._jobs.values()):
-            if not job.is_settled:
+            if not job.is_settled and not job.keep:
                 self._backlog.append(self._encode(Cancel(job.id)))
         self._flush(dealer)
 
@@ -293,3 +301,19 @@ class Connection:
                 waiter.set_exception(EngineError(str(error)))
         if not self._welcomed.done():
             self._welcomed.set_exception(error)
+
+
+def _check_endpoint(endpoint: str, keys: Keys | None) -> None:
+    if endpoint.startswith("tcp://"):
+        if keys is None:
+            raise EngineError(f"the engine at {endpoint} needs the key_file that it was started with", user_error=True)
+        return
+    path = endpoint.removeprefix("ipc://")
+    if path == endpoint or not path:
+        raise EngineError(
+            f"endpoint {endpoint!r} is not supported: give ipc:// and a path, or tcp://HOST:PORT", user_error=True
+        )
+    if not path.startswith("@") and not os.path.exists(path):
+        raise EngineError(
+            f"no engine at {endpoint}: there is no such socket, start one with `flexgen-lite launch`", user_error=True
+        )

@@ -23,6 +23,7 @@ from typing import Any, Self
 import zmq
 
 from flexgen_lite import messages, plan
+from flexgen_lite.access import KeyFileError, read_key_file
 from flexgen_lite.arena import Arena
 from flexgen_lite.batching import MicroBatch
 from flexgen_lite.client_door import ClientDoor
@@ -35,13 +36,12 @@ from flexgen_lite.gauges import Gauges
 from flexgen_lite.lanes import Lanes
 from flexgen_lite.machine import inspect_machine
 from flexgen_lite.memory_use import MemoryUse
-from flexgen_lite.requests import Answer, Requests
+from flexgen_lite.requests import MAX_OPEN, Answer, Requests
 from flexgen_lite.schedule import RunColumns, Schedule
 from flexgen_lite.suspects import TRIES, Suspects
 from flexgen_lite.weight_flow import WeightFlow
 from flexgen_lite.worker_process import WorkerDied, WorkerProcess
 
-WINDOW = 4096  # requests that a client may have submitted and not got back
 GATHER_PAUSE = 0.02  # seconds without a new request after which an idle engine begins
 GATHER_SECONDS = 0.5  # at most, since the first request
 
@@ -144,7 +144,7 @@ class Coordinator:
                 )
             self._step(deadline)
         endpoint = self._config.endpoint or f"ipc://{self._run_dir}/engine.sock"
-        self._door.open(endpoint)
+        endpoint = self._door.open(endpoint, read_key_file(self._config.key_file) if self._config.key_file else None)
         emit("ready", endpoint=endpoint)
         while True:
             self._step(None)
@@ -446,7 +446,7 @@ class Coordinator:
         assert self._setup is not None
         opened, text = self._setup.opened, plan.describe(self._plan, self._setup.spec)
         return messages.Welcome(
-            messages.PROTOCOL, self._config.model, opened.fingerprint, opened.spec.max_length, WINDOW, text
+            messages.PROTOCOL, self._config.model, opened.fingerprint, opened.spec.max_length, MAX_OPEN, text
         )
 
     def _status(self) -> messages.Status:
@@ -469,7 +469,7 @@ def main() -> int:
             coordinator.run()
     except Stopping:
         return 0
-    except (ConfigError, plan.PlanError) as error:
+    except (ConfigError, KeyFileError, plan.PlanError) as error:
         emit("failed", message=str(error), user_error=True, details="")
         return 2
     except WorkerDied as error:

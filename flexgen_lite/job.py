@@ -13,6 +13,7 @@ from flexgen_lite.sampling_params import MAX_TOKEN_ID, SamplingParams
 
 PART_REQUESTS = 256
 PART_PROMPT_UNITS = 1 << 20  # characters or token ids in one part
+MAX_PROMPT_UNITS = 8 << 20  # of one prompt
 
 
 class Job:
@@ -35,8 +36,10 @@ class Job:
         window: int,
         wake: Callable[[], None],
         cancel: Callable[[str], None],
+        keep: bool = False,
     ) -> None:
         self.id = job_id
+        self.keep = keep
         self._source = source
         self._length = length
         self._window = window
@@ -74,11 +77,13 @@ class Job:
         return sorted(self, key=lambda completion: completion.index)
 
     def cancel(self) -> None:
-        """Send no further request and ask the engine to drop those it has; they end as "cancelled"."""
+        """Send no further request and ask the engine to drop those it has; they end as "cancelled". What is kept of a
+        kept job is dropped too, also when all is done."""
         with self._changed:
-            if self._is_over() or self._cancelled:
+            if not self.keep and (self._is_over() or self._cancelled):
                 return
-            self._drop_rest()
+            if not self._is_over():
+                self._drop_rest()
         self._send_cancel(self.id)
 
     def __len__(self) -> int:
@@ -229,6 +234,9 @@ def _completion(message: RequestDone, prompt: Prompt) -> Completion:
 
 
 def _wire_prompt(index: int, prompt: object) -> str | tuple[int, ...]:
+    if isinstance(prompt, str | list | tuple) and len(prompt) > MAX_PROMPT_UNITS:
+        unit = "characters" if isinstance(prompt, str) else "tokens"
+        raise ValueError(f"prompt {index} has {len(prompt)} {unit}, {MAX_PROMPT_UNITS} allowed: no model takes as many")
     if isinstance(prompt, str):
         try:
             prompt.encode()

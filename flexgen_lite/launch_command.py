@@ -21,7 +21,7 @@ def serve(config: EngineConfig) -> None:
         with (
             signals_interrupt(),
             EngineProcess(config, on_log=log, on_plan=_print) as engine,
-            Client(engine.endpoint, epitaph=engine.last_words) as client,
+            Client(engine.endpoint, epitaph=engine.last_words, key_file=config.key_file) as client,
         ):
             _print(f"endpoint: {engine.endpoint}")
             _watch(client)

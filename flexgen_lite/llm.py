@@ -39,7 +39,7 @@ class FlexGenLite:
             self.config = EngineConfig.load(config, {**options, "model": str(model)})
         self._engine = EngineProcess(self.config, on_log=_log)
         try:
-            self._client = Client(self._engine.endpoint, epitaph=self._engine.last_words)
+            self._client = Client(self._engine.endpoint, epitaph=self._engine.last_words, key_file=self.config.key_file)
         except BaseException:
             self._engine.stop()
             raise

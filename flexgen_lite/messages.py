@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from flexgen_lite.model_spec import AttentionSpec, FileStamp, ModelSpec, UnitSpec
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Version of the messages between clients and the coordinator."""
 
 REPORT_SECONDS = 0.1
@@ -409,14 +409,20 @@ class Connect:
 @dataclass(frozen=True, slots=True)
 class Submit:
     """Requests of a job; a job may be submitted in several parts, with rising indices: one not above those before it
-    was submitted already, and is ignored."""
+    was submitted already, and is ignored.
+
+    With `keep` the job belongs to no client: it goes on when its client goes, and its results are kept until it is
+    cancelled. Whoever submits it again, with the same requests from index 0 on, gets all results, old and new."""
 
     job_id: str
     requests: tuple[WireRequest, ...]
+    keep: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
+    """Drop what is left of a job, and what is kept of it."""
+
     job_id: str
 
 

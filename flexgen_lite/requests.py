@@ -10,9 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from flexgen_lite.batching import Batcher, MicroBatch, RunningRequest
+from flexgen_lite.kept_jobs import KeptJob
 from flexgen_lite.messages import RequestDone, Submit, WireRequest
 
 MAX_SEED = 2**63
+MAX_OPEN = 4096  # requests of a client, or a kept job, that wait or run
+MAX_KEPT_JOBS = 1000
 
 
 class Tokenizer(Protocol):
@@ -37,7 +40,9 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    client: bytes
+    """Where a request came from; `client` is None for a kept job's."""
+
+    client: bytes | None
     job_id: str
     index: int
 
@@ -57,6 +62,9 @@ class Requests:
         self._waiting: deque[RunningRequest] = deque()
         self._origins: dict[int, Origin] = {}  # of every request that waits or runs
         self._next_index: dict[tuple[bytes, str], int] = {}
+        self._num_open: Counter[bytes] = Counter()  # requests per client, those of kept jobs left out
+        self._kept: dict[str, KeptJob] = {}
+        self._close_when_empty: set[str] = set()  # kept jobs that were cancelled
         self._cancelled: set[int] = set()
         self._next_id = 0
         self.totals: Counter[str] = Counter()
@@ -77,35 +85,62 @@ class Requests:
     # ------------------------------------------------------------------------------------------------ from clients
 
     def submit(self, client: bytes, message: Submit) -> list[Answer]:
-        """Queue the requests; answers at once for those that cannot be served. Repeated ones are ignored."""
-        answers = []
+        """Queue the requests; answers at once for those that cannot be served. Repeated ones are ignored; of a kept job
+        they are answered again, if they are done."""
+        if message.keep:
+            return self._submit_kept(client, message)
+        answers: list[Answer] = []
         key = (client, message.job_id)
         for request in message.requests:
             if request.index < self._next_index.get(key, 0):
                 continue
             self._next_index[key] = request.index + 1
+            answers += self._take(Origin(client, message.job_id, request.index), request, self._num_open[client])
+        return answers
+
+    def _submit_kept(self, client: bytes, message: Submit) -> list[Answer]:
+        job = self._kept.get(message.job_id)
+        if job is None:
+            if len(self._kept) >= MAX_KEPT_JOBS:
+                text = f"the engine keeps {MAX_KEPT_JOBS} jobs already: cancel one that is not needed any more"
+                return [(client, _done(Origin(client, message.job_id, r.index), error=text)) for r in message.requests]
+            job = self._kept[message.job_id] = KeptJob()
+        job.client = client
+        answers: list[Answer] = []
+        for request in message.requests:
             origin = Origin(client, message.job_id, request.index)
-            try:
-                running = self._accept(request)
-            except RequestError as error:
-                self.totals["requests_failed"] += 1
-                answers.append(_answer(origin, error=str(error)))
-                continue
-            self._origins[running.id] = origin
-            self._waiting.append(running)
+            is_new = request.index == job.num_submitted
+            wrong = job.submit(request)
+            if wrong is not None:
+                answers.append((client, _done(origin, error=wrong)))
+            elif is_new:
+                answers += self._take(Origin(None, message.job_id, request.index), request, job.num_open - 1)
+            elif (done := job.result(request.index)) is not None:
+                answers.append((client, done))
         return answers
 
     def cancel(self, client: bytes, job_id: str | None) -> list[Answer]:
-        """Drop a client's job, or all of its jobs: waiting requests now, running ones at the end of the pass."""
-        ids = {i for i, o in self._origins.items() if o.client == client and job_id in (None, o.job_id)}
+        """Drop a client's job, or all of its jobs, or a kept one: waiting requests now, running ones at the end of the
+        pass."""
+        if job_id in self._kept:
+            assert job_id is not None
+            ids = {i for i, o in self._origins.items() if o.client is None and o.job_id == job_id}
+        else:
+            ids = {i for i, o in self._origins.items() if o.client == client and job_id in (None, o.job_id)}
         dropped = [request for request in self._waiting if request.id in ids]
         self._waiting = deque(request for request in self._waiting if request.id not in ids)
         self._cancelled |= ids & self._batcher.running.keys()
-        return [self._finish(request, "cancelled") for request in dropped]
+        answers = [answer for request in dropped for answer in self._finish(request, "cancelled")]
+        if job_id in self._kept:
+            self._close_when_empty.add(job_id)
+            self._close_cancelled_jobs()
+        return answers
 
     def forget(self, client: bytes) -> None:
-        """The client is gone: nobody is to be told."""
+        """The client is gone: nobody is to be told. Its kept jobs go on."""
         self.cancel(client, None)
+        for job in self._kept.values():
+            job.client = None if job.client == client else job.client
         for key in [key for key in self._next_index if key[0] == client]:
             del self._next_index[key]
 
@@ -123,7 +158,8 @@ class Requests:
         self._batcher.release(request)
         self._cancelled.discard(request_id)
         self.totals["requests_failed"] += 1
-        return [_answer(self._origins.pop(request_id), error=error)]
+        origin = self._pop_origin(request)
+        return self._address(origin, _done(origin, error=error))
 
     def end_pass(self, micro_batches: list[MicroBatch], token_ids: list[tuple[int, ...]]) -> list[Answer]:
         """Commit a pass's tokens; answers for the requests that it completed, or that were cancelled meanwhile."""
@@ -132,18 +168,57 @@ class Requests:
             p.num_rows for m in micro_batches for p in m.pieces if _is_new_prompt(p.request)
         )
         finished = self._batcher.commit(micro_batches, token_ids)
-        answers = [self._finish(request, request.finish_reason or "") for request in finished]
+        answers = [answer for request in finished for answer in self._finish(request, request.finish_reason or "")]
         for request in [r for r in self._batcher.running.values() if r.id in self._cancelled]:
             self._batcher.release(request)
-            answers.append(self._finish(request, "cancelled"))
+            answers += self._finish(request, "cancelled")
         self._cancelled.clear()
+        self._close_cancelled_jobs()
         return answers
 
     def clients(self) -> set[bytes]:
         """Those that have ever submitted a job and are not known to be gone."""
-        return {client for client, _ in self._next_index}
+        keeping = {job.client for job in self._kept.values() if job.client is not None}
+        return keeping | {client for client, _ in self._next_index}
 
     # ------------------------------------------------------------------------------------------------ inside
+
+    def _take(self, origin: Origin, request: WireRequest, num_open: int) -> list[Answer]:
+        """Into the queue, or refused. `num_open`: requests of the same client, or kept job, that are open already."""
+        try:
+            if num_open >= MAX_OPEN:
+                raise RequestError(f"{num_open} requests are open already, {MAX_OPEN} allowed: wait for results first")
+            running = self._accept(request)
+        except RequestError as error:
+            self.totals["requests_failed"] += 1
+            return self._address(origin, _done(origin, error=str(error)))
+        self._origins[running.id] = origin
+        if origin.client is not None:
+            self._num_open[origin.client] += 1
+        self._waiting.append(running)
+        return []
+
+    def _address(self, origin: Origin, done: RequestDone) -> list[Answer]:
+        """To whom it goes, if anyone is there; what is to be kept is kept."""
+        if origin.client is not None:
+            return [(origin.client, done)]
+        job = self._kept[origin.job_id]
+        job.add(done)
+        return [] if job.client is None else [(job.client, done)]
+
+    def _close_cancelled_jobs(self) -> None:
+        busy = {origin.job_id for origin in self._origins.values() if origin.client is None}
+        for job_id in self._close_when_empty - busy:
+            self._close_when_empty.discard(job_id)
+            self._kept.pop(job_id).close()
+
+    def _pop_origin(self, request: RunningRequest) -> Origin:
+        origin = self._origins.pop(request.id)
+        if origin.client is not None:
+            self._num_open[origin.client] -= 1
+            if not self._num_open[origin.client]:
+                del self._num_open[origin.client]
+        return origin
 
     def _accept(self, request: WireRequest) -> RunningRequest:
         tokens = self._tokenize(request.prompt)
@@ -184,31 +259,32 @@ class Requests:
             raise RequestError("the model has no tokenizer: give the prompt as token ids")
         return self._tokenizer.encode(prompt)
 
-    def _finish(self, request: RunningRequest, reason: str) -> Answer:
+    def _finish(self, request: RunningRequest, reason: str) -> list[Answer]:
         self.totals["requests_cancelled" if reason == "cancelled" else "requests_done"] += 1
         token_ids = list(request.tokens[request.num_prompt_tokens :])
         shown = token_ids[:-1] if reason == "stop" else token_ids
         decode: Callable[[list[int], bool], str] = self._tokenizer.decode if self._tokenizer else lambda *_: ""
-        return _answer(
-            self._origins.pop(request.id),
+        origin = self._pop_origin(request)
+        done = _done(
+            origin,
             text=decode(shown, request.params.skip_special_tokens),
             token_ids=tuple(token_ids),
             num_prompt_tokens=request.num_prompt_tokens,
             finish_reason=reason,
         )
+        return self._address(origin, done)
 
 
 def _is_new_prompt(request: RunningRequest) -> bool:
     return request.stored < request.num_prompt_tokens and not request.times_sent_back
 
 
-def _answer(
+def _done(
     origin: Origin,
     text: str = "",
     token_ids: tuple[int, ...] = (),
     num_prompt_tokens: int = 0,
     finish_reason: str = "error",
     error: str | None = None,
-) -> Answer:
-    done = RequestDone(origin.job_id, origin.index, text, token_ids, num_prompt_tokens, finish_reason, error)
-    return origin.client, done
+) -> RequestDone:
+    return RequestDone(origin.job_id, origin.index, text, token_ids, num_prompt_tokens, finish_reason, error)

@@ -21,7 +21,7 @@ def test_defaults_are_auto() -> None:
 
 def test_auto_can_be_written_everywhere() -> None:
     given = {name: "auto" for name in EngineConfig.model_fields if not name.endswith("_timeout")}
-    assert EngineConfig(**{**given, "model": "m", "trace": None}) == EngineConfig(model="m")
+    assert EngineConfig(**{**given, "model": "m", "trace": None, "key_file": None}) == EngineConfig(model="m")
 
 
 def test_values_are_read_as_people_write_them() -> None:
@@ -72,7 +72,8 @@ def test_it_is_frozen() -> None:
         ("loader_cpus", [-1]),
         ("stage_weights", 1),
         ("trace", 5),
-        ("endpoint", "tcp://127.0.0.1:5555"),
+        ("endpoint", "tcp://127.0.0.1"),
+        ("endpoint", "udp://127.0.0.1:5555"),
         ("endpoint", "ipc://"),
         ("endpoint", "ipc:///" + "x" * 107),
         ("start_timeout", 0),

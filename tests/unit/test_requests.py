@@ -33,7 +33,7 @@ def requests() -> Requests:
 def submit(
     requests: Requests, prompt: str | tuple[int, ...], params: WireParams = PARAMS, index: int = 0
 ) -> str | None:
-    answers = requests.submit(b"client", Submit("job", (WireRequest(index, prompt, params),)))
+    answers = requests.submit(b"client", Submit("job", (WireRequest(index, prompt, params),), False))
     return answers[0][1].error if answers else None
 
 
@@ -81,7 +81,7 @@ def test_a_request_submitted_again_is_ignored(requests: Requests) -> None:
 
 def test_answers_go_to_those_who_asked(requests: Requests) -> None:
     for client in (b"a", b"b"):
-        requests.submit(client, Submit("job", (WireRequest(0, (5, 6, 7), replace(PARAMS, max_tokens=1)),)))
+        requests.submit(client, Submit("job", (WireRequest(0, (5, 6, 7), replace(PARAMS, max_tokens=1)),), False))
     composed = requests.next_pass()
     answers = requests.end_pass(composed, [(8, 9)])
     assert [(client, done.token_ids) for client, done in answers] == [(b"a", (8,)), (b"b", (9,))]

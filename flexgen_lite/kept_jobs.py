@@ -1,0 +1,66 @@
+"""Jobs that outlive their client: what came of their requests is kept until somebody fetches or discards it."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from array import array
+
+from flexgen_lite.codec import Codec
+from flexgen_lite.messages import RequestDone, WireRequest
+
+_CODEC = Codec(RequestDone)
+_REQUEST_CODEC = Codec(WireRequest)
+
+
+class KeptJob:
+    """Results lie in a file without a name, so that nothing of them is left when the engine ends; a request takes some
+    dozen bytes of memory.
+
+    `client`: who is to be told, the last that submitted it; None where it is gone.
+    """
+
+    def __init__(self) -> None:
+        self.client: bytes | None = None
+        self._digests = array("Q")  # of the requests, by index
+        self._places: dict[int, tuple[int, int]] = {}  # index -> offset, size
+        self._file = tempfile.TemporaryFile(prefix="flexgen-lite-")  # noqa: SIM115  # as long as the job
+        self._end = 0
+
+    @property
+    def num_submitted(self) -> int:
+        return len(self._digests)
+
+    @property
+    def num_open(self) -> int:
+        return len(self._digests) - len(self._places)
+
+    def submit(self, request: WireRequest) -> str | None:
+        """Takes note of a request; what is wrong with it, if anything. Its index must be known already or the next."""
+        digest = int.from_bytes(hashlib.blake2b(_REQUEST_CODEC.encode(request), digest_size=8).digest(), "little")
+        if request.index == len(self._digests):
+            self._digests.append(digest)
+        elif not 0 <= request.index < len(self._digests):
+            return f"request {request.index} of a kept job was submitted, {len(self._digests)} comes next"
+        elif self._digests[request.index] != digest:
+            return f"the job is known, and its request {request.index} was another one: give the job another id"
+        return None
+
+    def add(self, done: RequestDone) -> None:
+        data = _CODEC.encode(done)
+        self._file.seek(self._end)
+        self._file.write(data)
+        self._places[done.index] = self._end, len(data)
+        self._end += len(data)
+
+    def result(self, index: int) -> RequestDone | None:
+        """What came of a request; None while it is open."""
+        place = self._places.get(index)
+        if place is None:
+            return None
+        self._file.seek(place[0])
+        done: RequestDone = _CODEC.decode(self._file.read(place[1]))
+        return done
+
+    def close(self) -> None:
+        self._file.close()

@@ -1,0 +1,213 @@
+"""Clients that vanish, send garbage, flood, or do not read: nobody else is hurt, and kept jobs are not done twice."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import zmq
+
+from flexgen_lite import Client, EngineError, FlexGenLite, SamplingParams
+from flexgen_lite.client_door import MAX_MESSAGE_BYTES
+from flexgen_lite.codec import Codec
+from flexgen_lite.messages import Cancel, Connect, GetStatus, RequestDone, Submit, ToClient, ToEngine, WireRequest
+from flexgen_lite.requests import MAX_OPEN
+from tests.tiny_models import make_model, ragged_prompts
+
+PROMPTS = ragged_prompts(60, longest=20)
+PARAMS = SamplingParams(max_tokens=40, temperature=0.8, seed=1, ignore_eos=True)
+ENCODE, DECODE = Codec(ToEngine).encode, Codec(ToClient).decode
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FlexGenLite]:
+    with FlexGenLite(make_model("opt", tmp_path_factory.mktemp("opt")), dtype="float32") as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def expected(engine: FlexGenLite) -> list[list[int]]:
+    return tokens(engine)
+
+
+@pytest.fixture
+def raw(engine: FlexGenLite) -> Iterator[zmq.Socket[bytes]]:
+    """A socket to the engine that does as it likes."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
+        dealer.linger = 0
+        dealer.sndtimeo = dealer.rcvtimeo = 20_000
+        dealer.connect(engine.endpoint)
+        yield dealer
+
+
+def tokens(engine: FlexGenLite) -> list[list[int]]:
+    return [list(completion.token_ids) for completion in engine.generate(PROMPTS, PARAMS)]
+
+
+def generated(engine: FlexGenLite) -> float:
+    return engine.status().totals["generated_tokens"]
+
+
+def coordinator_bytes(engine: FlexGenLite) -> int:
+    return int(psutil.Process(engine._engine.pid).memory_info().rss)
+
+
+VANISHING = """
+import os, sys
+from flexgen_lite import Client, SamplingParams
+from tests.process.test_bad_clients import PARAMS, PROMPTS
+client = Client(sys.argv[1])
+job = client.submit(PROMPTS, PARAMS, job_id=sys.argv[2], keep=sys.argv[3] == "keep")
+next(iter(job))
+os._exit(9)
+"""
+
+
+def vanish(engine: FlexGenLite, job_id: str, how: str) -> None:
+    command = [sys.executable, "-c", VANISHING, engine.endpoint, job_id, how]
+    assert subprocess.run(command, cwd=Path(__file__).parents[2], timeout=60).returncode == 9
+
+
+def wait_idle(engine: FlexGenLite) -> None:
+    while (status := engine.status()).running or status.waiting:
+        time.sleep(0.05)
+
+
+def test_a_kept_job_outlives_its_client_and_is_not_done_twice(engine: FlexGenLite, expected: list[list[int]]) -> None:
+    before = generated(engine)
+    vanish(engine, "kept", "keep")
+    wait_idle(engine)
+    for _ in range(2):  # as often as it is asked for
+        with Client(engine.endpoint) as client:
+            job = client.submit(PROMPTS, PARAMS, job_id="kept", keep=True)
+            assert [list(c.token_ids) for c in job.results()] == expected
+    assert generated(engine) - before == sum(map(len, expected)), "every request once"
+    with Client(engine.endpoint) as client:
+        others = client.submit([[5, 6]], PARAMS, job_id="kept", keep=True).results()
+        assert "was another one: give the job another id" in (others[0].error or "")
+        job = client.submit(PROMPTS, PARAMS, job_id="kept", keep=True)
+        job.cancel()
+        wait_idle(engine)
+    with Client(engine.endpoint) as client:
+        assert client.submit([[5, 6]], PARAMS, job_id="kept", keep=True).results()[0].error is None, "it is forgotten"
+
+
+def test_a_kept_job_is_taken_over_while_it_runs(engine: FlexGenLite, expected: list[list[int]]) -> None:
+    before = generated(engine)
+    vanish(engine, "taken over", "keep")
+    with Client(engine.endpoint) as client:
+        job = client.submit(PROMPTS, PARAMS, job_id="taken over", keep=True)
+        assert [list(c.token_ids) for c in job.results()] == expected
+    assert generated(engine) - before == sum(map(len, expected))
+
+
+def test_a_job_that_is_not_kept_ends_with_its_client(engine: FlexGenLite, expected: list[list[int]]) -> None:
+    vanish(engine, "not kept", "drop")
+    assert tokens(engine) == expected
+    wait_idle(engine)
+
+
+def test_one_client_cannot_open_the_same_job_twice(engine: FlexGenLite) -> None:
+    with Client(engine.endpoint) as client:
+        job = client.submit(PROMPTS, PARAMS, job_id="twice")
+        with pytest.raises(EngineError, match="open already on this client"):
+            client.submit(PROMPTS, PARAMS, job_id="twice")
+        job.cancel()
+
+
+def damaged(draw: random.Random) -> list[bytes]:
+    """Frames that are nearly a message."""
+    request = WireRequest(0, (5, 6, 7), PARAMS.to_wire())
+    good = ENCODE(
+        draw.choice([Connect(3), Submit("j", (request,) * draw.randrange(4), False), Cancel("j"), GetStatus()])
+    )
+    match draw.randrange(8):
+        case 0:
+            return [draw.randbytes(draw.randrange(200))]
+        case 1:
+            return [good[: draw.randrange(len(good))]]
+        case 2:
+            at, changed = draw.randrange(len(good)), bytearray(good)
+            changed[at] ^= 1 << draw.randrange(8)
+            return [bytes(changed)]
+        case 3:
+            return [b"\x91" * draw.choice([10, 1000, 100_000]) + good]
+        case 4:
+            return [draw.choice([b"\xdd", b"\xdf", b"\xc6", b"\xdb"]) + b"\xff\xff\xff\xff" + good]
+        case 5:
+            return [good] * draw.randrange(2, 5)
+        case 6:
+            return [b""]
+        case _:
+            at = draw.randrange(len(good))
+            return [good[:at] + draw.randbytes(draw.randrange(1, 6)) + good[at:]]
+
+
+def test_thousands_of_damaged_messages(
+    engine: FlexGenLite, expected: list[list[int]], raw: zmq.Socket[bytes], capfd: pytest.CaptureFixture[str]
+) -> None:
+    draw = random.Random(4)
+    job = engine.submit(PROMPTS, PARAMS)
+    before = coordinator_bytes(engine)
+    for _ in range(5000):
+        raw.send_multipart(damaged(draw))
+        while raw.poll(0):
+            raw.recv_multipart()
+    assert [list(c.token_ids) for c in job.results()] == expected
+    wait_idle(engine)
+    assert tokens(engine) == expected
+    assert coordinator_bytes(engine) - before < 40e6
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_message_that_is_too_long_ends_the_connection_of_its_sender(
+    engine: FlexGenLite, expected: list[list[int]], raw: zmq.Socket[bytes]
+) -> None:
+    before = coordinator_bytes(engine)
+    raw.send(b"\x00" * (MAX_MESSAGE_BYTES + 1))
+    assert tokens(engine) == expected
+    assert coordinator_bytes(engine) - before < 40e6
+
+
+def test_a_flood_is_refused_beyond_the_window(
+    engine: FlexGenLite, expected: list[list[int]], raw: zmq.Socket[bytes]
+) -> None:
+    long = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True).to_wire()
+    for part in range(20):
+        indices = range(part * 512, part * 512 + 512)
+        raw.send(ENCODE(Submit("flood", tuple(WireRequest(i, (5, 6, 7), long) for i in indices), False)))
+    refused = 0
+    while refused < 20 * 512 - MAX_OPEN - 512:  # some may have ended meanwhile
+        message = DECODE(raw.recv())
+        assert isinstance(message, RequestDone)
+        refused += message.error is not None and "are open already" in message.error
+    raw.send(ENCODE(Cancel("flood")))
+    assert tokens(engine) == expected
+    wait_idle(engine)
+
+
+def test_a_client_that_does_not_read_is_dropped(
+    engine: FlexGenLite, expected: list[list[int]], raw: zmq.Socket[bytes]
+) -> None:
+    """Refusals are answered at once, so they pile up first."""
+    before = coordinator_bytes(engine)
+    bad = SamplingParams(max_tokens=2, stop_token_ids=[10**6]).to_wire()
+    for part in range(100):
+        raw.send(ENCODE(Submit(f"deaf {part}", tuple(WireRequest(i, (5,), bad) for i in range(1000)), False)))
+    assert tokens(engine) == expected
+    assert coordinator_bytes(engine) - before < 60e6
+
+
+def test_many_clients_at_once(engine: FlexGenLite, expected: list[list[int]]) -> None:
+    clients = [Client(engine.endpoint) for _ in range(20)]
+    jobs = [client.submit(PROMPTS, PARAMS) for client in clients]
+    for job in jobs:
+        assert [list(c.token_ids) for c in job.results()] == expected
+    for client in clients:
+        client.close()

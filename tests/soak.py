@@ -1,0 +1,172 @@
+"""Hours of work under fire: engines whose workers are killed, stopped and broken at random, and batch runs that are
+killed and started again; every token is compared with an undisturbed run.
+
+    python -m tests.soak [--minutes 60] [--seed 0]
+
+Each round prints a line; the last lines are the totals. Exits with 1 at the first difference or leak, with the seed
+that shows it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from flexgen_lite import FlexGenLite, SamplingParams
+from tests.fault_injection import Fault, inject, struck
+from tests.tiny_models import make_model, ragged_prompts
+
+PROMPTS = ragged_prompts(300, longest=40)
+BODY: dict[str, Any] = {"max_tokens": 40, "temperature": 0.9, "top_k": 50, "seed": 7, "ignore_eos": True}
+SAMPLED = SamplingParams(**BODY)
+LAYOUTS: list[dict[str, Any]] = [
+    {},
+    {"layer_slots": 2},
+    {"layer_slots": 3, "micro_batches": 2},
+    {"stage_weights": True, "layer_slots": 2},
+    {"micro_batches": 3, "micro_batch_tokens": 64, "max_sequences": 24},
+]
+FIXED = {"dtype": "float32", "attention_workers": 2, "attention_threads": 1, "worker_timeout": 4}
+
+
+class Soak:
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder = folder
+        self.draw = random.Random(seed)
+        self.counts: Counter[str] = Counter()
+        self.model = make_model("opt", folder / "model")
+        with FlexGenLite(self.model, **FIXED) as engine:
+            self.expected = [list(c.token_ids) for c in engine.generate(PROMPTS, SAMPLED)]
+        self.requests = folder / "requests.jsonl"
+        with self.requests.open("w") as file:
+            for number, prompt in enumerate(PROMPTS):
+                body = {**BODY, "prompt": prompt, "return_token_ids": True}
+                row = {"custom_id": str(number), "method": "POST", "url": "/v1/completions", "body": body}
+                file.write(json.dumps(row) + "\n")
+
+    def round(self, number: int) -> None:
+        before = _left_behind()
+        (self.batch_round if number % 3 == 2 else self.engine_round)(number)
+        deadline = time.monotonic() + 15
+        while (after := _left_behind()) != before and time.monotonic() < deadline:
+            time.sleep(0.2)
+        _check(after == before, f"left behind: {after} instead of {before}")
+
+    def engine_round(self, number: int) -> None:
+        """Faults inside the workers and signals from outside, on one engine."""
+        draw, faults = self.draw, self.folder / f"faults-{number}"
+        drawn = [
+            Fault(
+                draw.choice(["advance", "leave", "attend", "begin", "load", "pack", "open"]),
+                draw.randrange(1, 150),
+                draw.choice(["SIGKILL", "SIGSEGV", "exit", "raise"]),
+                after=draw.random() < 0.5,
+                worker=draw.choice(["worker", "worker 0", "worker 1", "loader"]),
+            )
+            for _ in range(draw.randrange(0, 6))
+        ]
+        drawn = [fault for fault in drawn if fault.action != "raise" or fault.place not in ("open", "pack")]
+        with pytest.MonkeyPatch.context() as patch:
+            inject(patch, faults, *drawn)
+            with FlexGenLite(self.model, **FIXED, **draw.choice(LAYOUTS)) as engine:
+                job = engine.submit(PROMPTS, SAMPLED)
+                over = threading.Event()
+                shooter = threading.Thread(target=self._shoot, args=(engine._engine.pid, over))
+                shooter.start()
+                try:
+                    found = [list(completion.token_ids) for completion in job.results()]
+                finally:
+                    over.set()
+                    shooter.join()
+                self.counts["workers replaced"] += int(engine.status().totals["restarts"])
+        self.counts["engine runs"] += 1
+        self.counts["faults inside workers"] += len(struck(faults))
+        self._compare(found)
+
+    def _shoot(self, coordinator: int, over: threading.Event) -> None:
+        while not over.wait(self.draw.uniform(0.3, 3.0)):
+            workers = [w for w in psutil.Process(coordinator).children() if "flexgen_lite.workers" in str(w.cmdline())]
+            if workers:
+                number = self.draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV])
+                self.draw.choice(workers).send_signal(number)
+                self.counts[f"{number.name} from outside"] += 1
+                over.wait(6)  # no worker is lost three times in a row without a chance to work
+
+    def batch_round(self, number: int) -> None:
+        """run-batch, its coordinator or a worker killed at any moment, started again until it ends."""
+        output = self.folder / f"out-{number}.jsonl"
+        command = [sys.executable, "-m", "flexgen_lite", "run-batch", "-i", str(self.requests), "-o", str(output)]
+        command += ["--model", str(self.model), "--dtype", "float32"]
+        for attempt in range(100):
+            run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            if attempt < 6:
+                time.sleep(self.draw.uniform(2.0, 9.0))
+                coordinators = psutil.Process(run.pid).children()
+                victim = self.draw.choice(["run-batch", "coordinator"]) if coordinators else "run-batch"
+                if run.poll() is None:
+                    os.kill(run.pid if victim == "run-batch" else coordinators[0].pid, signal.SIGKILL)
+                    self.counts[f"{victim} killed"] += 1
+            _, errors = run.communicate(timeout=300)
+            _check("Traceback" not in errors, errors)
+            if run.returncode == 0:
+                break
+        rows = [json.loads(line) for line in output.read_bytes().splitlines()]
+        found = {row["custom_id"]: row["response"]["body"]["choices"][0]["token_ids"] for row in rows}
+        _check(len(rows) == len(found) == len(PROMPTS), f"{len(rows)} rows, {len(found)} of them different")
+        self.counts["batch runs"] += 1
+        self._compare([found[str(number)] for number in range(len(PROMPTS))])
+
+    def _compare(self, found: list[list[int]]) -> None:
+        wrong = [i for i, (a, b) in enumerate(zip(found, self.expected, strict=True)) if a != b]
+        _check(not wrong, f"rows {wrong[:5]} differ from the undisturbed run")
+        self.counts["rows compared"] += len(found)
+
+
+def _left_behind() -> tuple[int, tuple[str, ...], tuple[str, ...]]:
+    """Descriptors of this process, entries of /dev/shm, and of the runtime directory but for dead ones."""
+    runtime = Path(os.environ["XDG_RUNTIME_DIR"])
+    alive = [p.name for p in runtime.iterdir() if psutil.pid_exists(int(p.name.split("-")[2]))]
+    return psutil.Process().num_fds(), tuple(sorted(os.listdir("/dev/shm"))), tuple(sorted(alive))
+
+
+def _check(good: bool, text: str) -> None:
+    if not good:
+        raise AssertionError(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="fgs-") as folder:
+        (Path(folder) / "r").mkdir()
+        os.environ["XDG_RUNTIME_DIR"] = f"{folder}/r"
+        os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
+        soak = Soak(Path(folder), args.seed)
+        soak.engine_round(-1)  # libraries open descriptors of their own at first
+        number = 0
+        while time.monotonic() - start < 60 * args.minutes:
+            soak.round(number)
+            number += 1
+            print(f"{(time.monotonic() - start) / 60:6.1f} min  " + json.dumps(soak.counts), flush=True)
+    print(f"seed {args.seed}: {number} rounds, no row lost, none different")
+
+
+if __name__ == "__main__":
+    main()
