@@ -14,6 +14,7 @@ from flexgen_lite.config import EngineConfig
 from flexgen_lite.engine_process import EngineProcess
 from flexgen_lite.errors import EngineError
 from flexgen_lite.expected_work import survey
+from flexgen_lite.result_file import ResultWriter
 from flexgen_lite.terminal import log, signals_interrupt
 
 _BAR_SECONDS = 0.5
@@ -24,28 +25,56 @@ def run_on_own_engine(config: EngineConfig, input_file: Path, output_file: Path,
     """Start an engine, run the file, stop the engine."""
     with (
         signals_interrupt(),
+        ResultWriter(output_file, overwrite=overwrite, warn=_warn) as results,
         EngineProcess(config, expected=survey(input_file), on_log=log, on_plan=log) as engine,
-        Client(engine.endpoint, epitaph=engine.last_words) as client,
+        Client(engine.endpoint, epitaph=engine.last_words, key_file=config.key_file) as client,
     ):
-        _run(client, input_file, output_file, overwrite)
+        _run(client, input_file, results)
 
 
-def run_on_endpoint(endpoint: str, model: str | None, input_file: Path, output_file: Path, overwrite: bool) -> None:
+def run_on_endpoint(
+    endpoint: str, key_file: Path | None, model: str | None, input_file: Path, output_file: Path, overwrite: bool
+) -> None:
     """Run the file on a running engine.
 
     Raises:
         EngineError: it serves another model than `model`.
     """
-    with signals_interrupt(), Client(endpoint) as client:
+    with (
+        signals_interrupt(),
+        ResultWriter(output_file, overwrite=overwrite, warn=_warn) as results,
+        Client(endpoint, key_file=key_file) as client,
+    ):
         served = client.welcome.model
         if model is not None and os.path.realpath(model) != os.path.realpath(served):
             raise EngineError(f"the engine at {endpoint} serves {served}, not {model}", user_error=True)
-        _run(client, input_file, output_file, overwrite)
+        _run(client, input_file, results)
 
 
-def _run(client: Client, input_file: Path, output_file: Path, overwrite: bool) -> None:
-    run = BatchRun(client, input_file, output_file, overwrite=overwrite, warn=lambda text: log(f"warning: {text}"))
-    print(watch(run).summary(), flush=True)
+def _run(client: Client, input_file: Path, results: ResultWriter) -> None:
+    run = BatchRun(client, input_file, results, warn=_warn)
+    if num_rows := results.there.num_rows:
+        _tell_what_is_there(run, num_rows)
+    try:
+        last = watch(run)
+    except EngineError as error:
+        if error.user_error:
+            raise
+        raise EngineError(f"{error}; the same command goes on where it stopped", details=error.details) from error
+    print(last.summary(), flush=True)
+
+
+def _tell_what_is_there(run: BatchRun, num_rows: int) -> None:
+    text = f"resuming: {num_rows} rows are there already"
+    if run.num_new is not None and num_rows > run.num_earlier:
+        text += f", {num_rows - run.num_earlier} of them for no line of the input"
+    log(text)
+    if run.num_new == 0:
+        log("nothing to do: every line of the input has its row")
+
+
+def _warn(text: str) -> None:
+    log(f"warning: {text}")
 
 
 def watch(run: BatchRun) -> Progress:

@@ -1,19 +1,16 @@
-"""The OpenAI batch file format: one request a line in, one result a line out."""
+"""Requests in the OpenAI batch file format, one a line."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import threading
-import time
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from flexgen_lite.completion import Completion, Prompt
+from flexgen_lite.completion import Prompt
 from flexgen_lite.sampling_params import MAX_TOKEN_ID, SamplingParams
 
 URL = "/v1/completions"
@@ -50,10 +47,19 @@ class BatchRequest:
 
 @dataclass(frozen=True, slots=True)
 class BadLine:
-    """A line that is no request; `custom_id` is None where none could be read."""
+    """A line that is no request.
+
+    Attributes:
+        custom_id: None where none could be read.
+        message: what is wrong with it.
+        digest: 16 hexadecimal digits of the line's bytes, and of how many lines before it were the same.
+        is_repeat: it is none only because an earlier line has its custom_id.
+    """
 
     custom_id: str | None
     message: str
+    digest: str
+    is_repeat: bool = False
 
 
 class IdSet:
@@ -68,8 +74,7 @@ class IdSet:
 
     def add(self, text: str) -> bool:
         """Add it; False if it was there already."""
-        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        if not self._place(int.from_bytes(digest, "little") or 1):
+        if not self._place(_hash(text)):
             return False
         self._count += 1
         if 3 * self._count > 2 * len(self._slots):
@@ -79,6 +84,13 @@ class IdSet:
                 if value:
                     self._place(value)
         return True
+
+    def __contains__(self, text: str) -> bool:
+        value, slots, mask = _hash(text), self._slots, len(self._slots) - 1
+        at = value & mask
+        while slots[at] not in (0, value):
+            at = (at + 1) & mask
+        return slots[at] == value
 
     def _place(self, value: int) -> bool:
         slots, mask = self._slots, len(self._slots) - 1
@@ -91,24 +103,47 @@ class IdSet:
         return True
 
 
+def _hash(text: str) -> int:
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") or 1
+
+
+class _Digests:
+    """Digests of bad lines; lines that are the same get different ones, by their order."""
+
+    def __init__(self) -> None:
+        self._seen = IdSet()
+        self._repeats: dict[str, int] = {}
+
+    def of(self, line: bytes) -> str:
+        digest = hashlib.blake2b(line.strip(), digest_size=8)
+        first = digest.hexdigest()
+        if self._seen.add(first):
+            return first
+        self._repeats[first] = self._repeats.get(first, 0) + 1
+        digest.update(b"\n%d" % self._repeats[first])
+        return digest.hexdigest()
+
+
 def read_requests(lines: Iterator[bytes]) -> Iterator[BatchRequest | BadLine]:
     """Read requests one by one; blank lines are passed over.
 
-    Memory: the line at hand and 12 to 24 bytes for each custom_id seen.
+    Memory: the line at hand and 12 to 24 bytes for each custom_id and bad line seen.
     """
-    seen = IdSet()
+    seen, digests = IdSet(), _Digests()
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        custom_id = None
+        custom_id, is_repeat = None, False
         try:
             row = _parse_line(line)
             custom_id = _custom_id(row)
             if not seen.add(custom_id):
+                is_repeat = True
                 raise RequestError(f"custom_id {custom_id!r} was used by an earlier line: give each its own")
             yield _request(custom_id, row)
         except RequestError as error:
-            yield BadLine(custom_id, f"line {number}: {error}")
+            yield BadLine(custom_id, f"line {number}: {error}", digests.of(line), is_repeat)
 
 
 def count_lines(path: Path) -> int | None:
@@ -189,86 +224,3 @@ def _refuse_unknown(where: str, given: dict[str, Any], known: frozenset[str]) ->
 def _shown(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:60] + "..."
-
-
-def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Raise FileExistsError if there are results that would be lost."""
-    if not overwrite and path.exists() and path.stat().st_size > 0:
-        raise FileExistsError(f"{path} has results already: give another output file, or --overwrite")
-
-
-class ResultWriter:
-    """Appends result rows to a file, whole and flushed. May be used by several threads.
-
-    Raises:
-        FileExistsError: the file has something in it, and `overwrite` is not set.
-    """
-
-    def __init__(self, path: Path, *, model: str, overwrite: bool = False) -> None:
-        refuse_existing(path, overwrite)
-        self._file: IO[bytes] = path.open("wb")
-        self._lock = threading.Lock()
-        self._model = model
-        self._run_id = os.urandom(8).hex()
-        self._num_rows = 0
-
-    def write(self, request: BatchRequest, completion: Completion) -> None:
-        """The result of a request, good or failed."""
-        if completion.error is not None:
-            self._append(request.custom_id, None, completion.error)
-        else:
-            self._append(request.custom_id, _body(request, completion, self._model), None)
-
-    def write_bad_line(self, line: BadLine) -> None:
-        self._append(line.custom_id, None, line.message)
-
-    def close(self) -> None:
-        """No further row is written. Safe to call twice."""
-        with self._lock:
-            self._file.close()
-
-    def _append(self, custom_id: str | None, body: dict[str, Any] | None, error: str | None) -> None:
-        with self._lock:
-            if self._file.closed:
-                return
-            row_id = f"{self._run_id}{self._num_rows:08x}"
-            self._num_rows += 1
-            if body is not None:
-                body = {"id": f"cmpl-{row_id}", **body}
-            row = {
-                "id": f"batch_req_{row_id}",
-                "custom_id": custom_id,
-                "response": {
-                    "status_code": 200 if error is None else 400,
-                    "request_id": f"req_{row_id}",
-                    "body": body,
-                },
-                "error": None if error is None else {"message": error, "type": "BadRequestError", "code": 400},
-            }
-            # A lone surrogate, which UTF-8 cannot hold, becomes the JSON escape that it came from.
-            line = json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace")
-            self._file.write(line + b"\n")
-            self._file.flush()
-
-
-def _body(request: BatchRequest, completion: Completion, model: str) -> dict[str, Any]:
-    choice: dict[str, Any] = {
-        "index": 0,
-        "text": completion.text,
-        "finish_reason": completion.finish_reason,
-        "logprobs": None,
-    }
-    if request.return_token_ids:
-        choice["token_ids"] = completion.token_ids
-    prompt_tokens, completion_tokens = completion.num_prompt_tokens, len(completion.token_ids)
-    return {
-        "object": "text_completion",
-        "created": int(time.time()),
-        "model": model,
-        "choices": [choice],
-        "usage": {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
-        },
-    }

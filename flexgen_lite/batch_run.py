@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from flexgen_lite.batch_file import (
-    BadLine,
-    BatchRequest,
-    ResultWriter,
-    count_lines,
-    read_requests,
-    refuse_existing,
-)
+from flexgen_lite.batch_file import BadLine, BatchRequest, count_lines, read_requests
 from flexgen_lite.client import Client
 from flexgen_lite.completion import Prompt
 from flexgen_lite.messages import Status
+from flexgen_lite.result_file import ResultWriter
+from flexgen_lite.result_row import request_id
 from flexgen_lite.sampling_params import SamplingParams
 from flexgen_lite.sizes import format_size
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a batch is. `rate` is generated tokens per second in which passes were running."""
+    """How far a batch is: requests and bad lines of all runs into the output, tokens of this one.
+
+    `rate` is generated tokens per second in which passes were running.
+    """
 
     done: int
     failed: int
+    earlier: int  # of those that are done, by earlier runs
     total: int | None
     prompt_tokens: int
     generated_tokens: int
     busy_seconds: float
     lanes: dict[str, float]  # busy share since the start
+    restarts: int  # of workers
     overhead: float | None  # share of the passes in which no lane was busy, or only copied to another
     peak_bytes: int
     budget_bytes: int
@@ -56,8 +55,9 @@ class Progress:
 
     def summary(self) -> str:
         """The last line of a run."""
+        earlier = f", {self.earlier} by earlier runs" if self.earlier else ""
         text = (
-            f"done: {self.done} requests ({self.failed} failed), {self.prompt_tokens} prompt tokens, "
+            f"done: {self.done} requests ({self.failed} failed{earlier}), {self.prompt_tokens} prompt tokens, "
             f"{self.generated_tokens} generated tokens in {self.busy_seconds:.1f} s, {self.rate:.1f} tok/s"
         )
         if self.lanes:
@@ -65,48 +65,54 @@ class Progress:
             text += f"; busiest lane {busiest} {self.lanes[busiest]:.0%}"
         if self.overhead is not None:
             text += f"; between processes {self.overhead:.1%}"
+        if self.restarts:
+            text += f"; workers started again: {self.restarts}"
         if self.budget_bytes:
             text += f"; peak memory {format_size(self.peak_bytes)} of {format_size(self.budget_bytes)}"
         return text
 
 
-def check_files(input_file: Path, output_file: Path, overwrite: bool) -> None:
+def check_files(input_file: Path, output_file: Path) -> None:
     """Refuse what would fail after the engine has been started.
 
     Raises:
-        OSError: the input cannot be read, or the output not written.
+        OSError: the input cannot be read, or the output is the input or in no directory.
     """
     with input_file.open("rb"):
         pass
     if output_file.exists():
         if output_file.samefile(input_file):
             raise FileExistsError(f"{output_file} is the input file: give another output file")
-        refuse_existing(output_file, overwrite)
     elif not output_file.parent.is_dir():
         raise FileNotFoundError(f"{output_file.parent} is not a directory: make it first")
-    if not os.access(output_file if output_file.exists() else output_file.parent, os.W_OK):
-        raise PermissionError(f"{output_file} cannot be written")
 
 
 class BatchRun:
     """One run. The calling thread shows progress; another takes results and writes them, so that an interrupt in
-    the former never cuts a row.
+    the former never cuts a row. Lines whose row is there already are passed over.
 
     Args:
         client: of the engine.
         input_file: one request a line.
-        output_file: one result a line, in the order in which they finish.
-        overwrite: the output may have something in it.
+        results: one result a line, in the order in which they finish. Closed when the run ends.
         warn: is given what a user should know, on another thread.
+
+    Attributes:
+        num_earlier: lines that earlier runs have given a row.
+        num_new: the others; None where there is no row yet, or looking beforehand takes long or would use the input
+            up. Then `num_earlier` grows while the run goes on.
+
+    Raises:
+        FileExistsError: a row that is there answers another request than the input has. `run` raises it where nobody
+            looked beforehand.
     """
 
     def __init__(
         self,
         client: Client,
         input_file: Path,
-        output_file: Path,
+        results: ResultWriter,
         *,
-        overwrite: bool = False,
         warn: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._client = client
@@ -114,13 +120,18 @@ class BatchRun:
         self._total = count_lines(input_file)
         self._model = client.welcome.model
         self._warn = warn
-        self._writer = ResultWriter(output_file, model=self._model, overwrite=overwrite)
-        self._open: dict[int, BatchRequest] = {}
-        self._num_bad = 0
+        self._results = results
+        self._open: dict[int, tuple[BatchRequest, str]] = {}
+        self._num_bad = self._num_earlier_failed = 0
         self._warned = False
         self._failure: Exception | None = None
         self._finished = threading.Event()
         self._first = client.status()
+        self.num_earlier = 0
+        self.num_new: int | None = None
+        if results.there.num_rows and self._total is not None:
+            self.num_new = sum(1 for _ in self._new_items(count=True))
+        results.begin(self._model)
 
     def run(self, show: Callable[[Progress], None], interval: float) -> Progress:
         """Run to the end, calling `show` every `interval` seconds.
@@ -145,29 +156,41 @@ class BatchRun:
             writing.join(timeout=5)  # what has come back is still written
             raise
         finally:
-            self._writer.close()
+            self._results.close()
+
+    def _new_items(self, count: bool) -> Iterator[tuple[BatchRequest | BadLine, str]]:
+        """Lines that have no row yet, with the `request_id` of the row to come; the others may be counted."""
+        there, engine = self._results.there, self._client.welcome.fingerprint
+        with self._input_file.open("rb") as lines:
+            for item in read_requests(lines):
+                answers = request_id(item, engine)
+                if there.has(item, answers):
+                    if count:
+                        self.num_earlier += 1
+                        self._num_earlier_failed += there.is_failed(item, answers)
+                else:
+                    yield item, answers
 
     def _requests(self) -> Iterator[tuple[Prompt, SamplingParams]]:
         index = 0
-        with self._input_file.open("rb") as lines:
-            for item in read_requests(lines):
-                if isinstance(item, BadLine):
-                    self._writer.write_bad_line(item)
-                    self._num_bad += 1
-                    continue
-                if item.model not in (None, self._model) and not self._warned:
-                    self._warned = True
-                    self._warn(f"requests name the model {item.model!r}; {self._model!r} answers them")
-                self._open[index] = item
-                index += 1
-                yield item.prompt, item.params
+        for item, answers in self._new_items(count=self.num_new is None):
+            if isinstance(item, BadLine):
+                self._results.write_bad_line(item, answers)
+                self._num_bad += 1
+                continue
+            if item.model not in (None, self._model) and not self._warned:
+                self._warned = True
+                self._warn(f"requests name the model {item.model!r}; {self._model!r} answers them")
+            self._open[index] = (item, answers)
+            index += 1
+            yield item.prompt, item.params
 
     def _write_results(self) -> None:
         try:
             for completion in self._job:
-                request = self._open.pop(completion.index)
+                request, answers = self._open.pop(completion.index)
                 if completion.finish_reason != "cancelled":
-                    self._writer.write(request, completion)
+                    self._results.write(request, answers, completion)
         except Exception as error:
             self._failure = error
         self._finished.set()
@@ -183,13 +206,15 @@ class BatchRun:
             if busy > 0
         }
         return Progress(
-            done=self._job.done + self._num_bad,
-            failed=self._job.failed + self._num_bad,
+            done=self._job.done + self._num_bad + self.num_earlier,
+            failed=self._job.failed + self._num_bad + self._num_earlier_failed,
+            earlier=self.num_earlier,
             total=self._total,
             prompt_tokens=self._job.prompt_tokens,
             generated_tokens=self._job.generated_tokens,
             busy_seconds=busy,
             lanes=lanes,
+            restarts=int(since_start("restarts")),
             overhead=since_start("overhead_seconds") / busy
             if busy > 0 and "overhead_seconds" in status.totals
             else None,

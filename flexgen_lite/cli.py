@@ -50,7 +50,8 @@ LoadFormat = Annotated[str | None, typer.Option(help="auto, or dummy for random 
 Trace = Annotated[Path | None, typer.Option(help="Write a trace of all lanes to this file.")]
 MaxModelLen = Annotated[str | None, typer.Option(help="Most tokens of one sequence, or auto.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other configuration key.")]
-Endpoint = Annotated[str | None, typer.Option(help="Endpoint of a running engine, ipc://...")]
+Endpoint = Annotated[str | None, typer.Option(help="Endpoint of a running engine, ipc://... or tcp://HOST:PORT.")]
+KeyFile = Annotated[Path | None, typer.Option(help="Key file of the engine at --endpoint, where it has one.")]
 
 
 def main() -> None:
@@ -81,7 +82,8 @@ def run_batch(
     output_file: Annotated[Path, typer.Option("-o", "--output-file", help="Results, one a line.")],
     model: Model = None,
     endpoint: Endpoint = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over earlier results.")] = False,
+    key_file: KeyFile = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard results that are there, not resume.")] = False,
     config: Config = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -93,7 +95,10 @@ def run_batch(
     max_model_len: MaxModelLen = None,
     settings: Set = None,
 ) -> None:
-    """Run a file of requests, on an engine of its own or on a running one (--endpoint)."""
+    """Run a file of requests, on an engine of its own or on a running one (--endpoint).
+
+    Given the same arguments again, it goes on where it stopped.
+    """
     from flexgen_lite.batch_command import run_on_endpoint, run_on_own_engine
     from flexgen_lite.batch_run import check_files
 
@@ -107,12 +112,14 @@ def run_batch(
         "trace": trace,
         "max_model_len": max_model_len,
     }
-    check_files(input_file, output_file, overwrite)
+    check_files(input_file, output_file)
     if endpoint is None:
+        if key_file is not None:
+            flags["key_file"] = str(key_file)
         run_on_own_engine(_engine_config(config, model, flags, settings), input_file, output_file, overwrite)
     else:
         _refuse_engine_flags({"config": config, "set": settings, **flags})
-        run_on_endpoint(endpoint, model, input_file, output_file, overwrite)
+        run_on_endpoint(endpoint, key_file, model, input_file, output_file, overwrite)
 
 
 @app.command()
@@ -160,14 +167,24 @@ def demo(
 
 @app.command()
 def status(
-    endpoint: Annotated[str, typer.Option(help="Endpoint of a running engine, ipc://...")],
+    endpoint: Annotated[str, typer.Option(help="Endpoint of a running engine, ipc://... or tcp://HOST:PORT.")],
+    key_file: KeyFile = None,
 ) -> None:
     """Print what a running engine is doing."""
     from flexgen_lite.client import Client
 
-    with Client(endpoint) as client:
+    with Client(endpoint, key_file=key_file) as client:
         typer.echo(f"model: {client.welcome.model}")
         typer.echo(_describe(client.status()))
+
+
+@app.command()
+def keygen(key_file: Annotated[Path, typer.Argument(help="The file to make.")]) -> None:
+    """Make a key for an engine that listens on tcp:// and for its clients."""
+    from flexgen_lite.access import make_key_file
+
+    make_key_file(key_file)
+    typer.echo(f"{key_file}: start the engine with --set key_file={key_file}, give clients a copy")
 
 
 def _describe(status: Status) -> str:

@@ -229,7 +229,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
         raise ConfigError({key: f'"{text}" is not a setting: write key=value'})
     if key not in EngineConfig.model_fields:
         raise ConfigError({key: _unknown_key(key)})
-    if key in ("model", "trace", "endpoint"):
+    if key in ("model", "trace", "endpoint", "key_file"):
         return key, raw
     try:
         return key, yaml.load(raw, StrictLoader)

@@ -52,12 +52,14 @@ class FakeEngine:
         silent: bool = False,
         on_submit: Callable[[Submit], list[Any] | None] | None = None,
         model: str = "fake",
+        fingerprint: str = "0" * 16,
     ) -> None:
         self.endpoint = f"ipc://{path}"
         self.received: queue.Queue[Any] = queue.Queue()
         self.most_outstanding = 0
         self._outstanding: dict[tuple[str, int], tuple[bytes, WireRequest]] = {}
         self._window, self._protocol, self._model = window, protocol, model
+        self._fingerprint = fingerprint
         self._hold, self._silent, self._on_submit = hold, silent, on_submit
         self._done = 0
         self._clients: set[bytes] = set()
@@ -115,7 +117,7 @@ class FakeEngine:
     def _handle(self, client: bytes, message: Any) -> None:
         self._clients.add(client)
         if isinstance(message, Connect):
-            self._send(client, Welcome(self._protocol, self._model, "0" * 16, 100, self._window, "the plan"))
+            self._send(client, Welcome(self._protocol, self._model, self._fingerprint, 100, self._window, "the plan"))
         elif isinstance(message, Submit):
             self._submit(client, message)
         elif isinstance(message, Cancel):

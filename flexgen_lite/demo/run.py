@@ -16,6 +16,7 @@ from flexgen_lite.client import Client
 from flexgen_lite.config import EngineConfig
 from flexgen_lite.demo.records import Record, generate, is_correct, prompt
 from flexgen_lite.engine_process import EngineProcess
+from flexgen_lite.result_file import ResultWriter
 from flexgen_lite.sizes import format_size
 from flexgen_lite.terminal import log
 
@@ -39,8 +40,9 @@ def run_demo(records: int, ram: str | None) -> None:
         with (
             EngineProcess(config, on_log=log, on_plan=log) as engine,
             Client(engine.endpoint, epitaph=engine.last_words) as client,
+            ResultWriter(results) as writer,
         ):
-            last = watch(BatchRun(client, requests, results))
+            last = watch(BatchRun(client, requests, writer))
         answers = _read_answers(results)
     texts = [answers.get(f"record-{number}", "") for number in range(records)]
     _show_examples(labelled, texts)

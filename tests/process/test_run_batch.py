@@ -144,7 +144,7 @@ def test_an_engine_that_fails_on_the_way(tmp_path: Path) -> None:
     with FakeEngine(tmp_path / "e", on_submit=answer_then_fail) as engine:
         args = ["run-batch", "-i", requests, "-o", tmp_path / "out", "--endpoint", engine.endpoint]
         code, output, errors = run(*args)
-    assert (code, output, errors) == (1, "", "error: the loader died\n")
+    assert (code, output, errors) == (1, "", "error: the loader died; the same command goes on where it stopped\n")
     assert set(rows(tmp_path / "out")) == {"id-0"}
 
 

@@ -6,14 +6,12 @@ import json
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexgen_lite.batch_file import BadLine, BatchRequest, IdSet, ResultWriter, count_lines, read_requests
-from flexgen_lite.completion import Completion
+from flexgen_lite.batch_file import BadLine, BatchRequest, IdSet, count_lines, read_requests
 from flexgen_lite.sampling_params import SamplingParams
 
 
@@ -98,13 +96,25 @@ def test_a_custom_id_may_come_once() -> None:
     found = read(line("a"), line("b"), line("a"))
     assert isinstance(found[2], BadLine)
     assert found[2].message == "line 3: custom_id 'a' was used by an earlier line: give each its own"
+    assert found[2].is_repeat
+
+
+def test_bad_lines_are_told_apart_wherever_they_stand() -> None:
+    def digests(*lines: bytes) -> list[str]:
+        return [item.digest for item in read(*lines) if isinstance(item, BadLine)]
+
+    first, second, again, third = digests(b"{x\n", b"{y\n", b"{x", b"{x\r\n")
+    assert len({first, second, again, third}) == 4
+    assert digests(line("good"), b"{y", b"\n", b"{x\n", b"{x\n", b"{x\n") == [second, first, again, third]
 
 
 @given(st.lists(st.text(st.characters(codec=None), max_size=3)))
 def test_the_id_set_is_a_set(texts: list[str]) -> None:
     ids, seen = IdSet(), set()
     for text in texts:
+        assert (text in ids) == (text in seen)
         assert ids.add(text) == (text not in seen)
+        assert text in ids
         seen.add(text)
 
 
@@ -125,51 +135,3 @@ def test_memory_does_not_grow_with_the_file() -> None:
 def test_count_lines(tmp_path: Path, text: bytes, count: int) -> None:
     (tmp_path / "f").write_bytes(text)
     assert count_lines(tmp_path / "f") == count
-
-
-def rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(text) for text in path.read_bytes().splitlines()]
-
-
-def test_a_result_row(tmp_path: Path) -> None:
-    writer = ResultWriter(tmp_path / "o", model="m")
-    request = BatchRequest("a", "hi", SamplingParams(), True, None)
-    writer.write(request, Completion(0, "hi", "grüß", [5, 6], 2, "stop"))
-    (row,) = rows(tmp_path / "o")  # it is there at once
-    writer.close()
-    body = row["response"].pop("body")
-    assert isinstance(body.pop("created"), int)
-    assert body.pop("id").startswith("cmpl-")
-    assert row.pop("id").startswith("batch_req_")
-    assert row["response"].pop("request_id").startswith("req_")
-    assert row == {"custom_id": "a", "response": {"status_code": 200}, "error": None}
-    assert body == {
-        "object": "text_completion",
-        "model": "m",
-        "choices": [{"index": 0, "text": "grüß", "finish_reason": "stop", "logprobs": None, "token_ids": [5, 6]}],
-        "usage": {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4},
-    }
-
-
-def test_rows_of_errors(tmp_path: Path) -> None:
-    writer = ResultWriter(tmp_path / "o", model="m")
-    request = BatchRequest("\ud800", "hi", SamplingParams(), False, None)
-    writer.write(request, Completion(0, "hi", "", [], 0, "error", "the prompt is too long"))
-    writer.write_bad_line(BadLine(None, "line 2: not JSON"))
-    writer.close()
-    writer.write_bad_line(BadLine(None, "after the end"))
-    first, second = rows(tmp_path / "o")
-    assert first["custom_id"] == "\ud800"
-    assert (first["response"]["status_code"], first["response"]["body"]) == (400, None)
-    assert first["error"] == {"message": "the prompt is too long", "type": "BadRequestError", "code": 400}
-    assert second["custom_id"] is None
-    assert first["id"] != second["id"]
-
-
-def test_results_are_not_written_over_unasked(tmp_path: Path) -> None:
-    (tmp_path / "o").write_text("earlier\n")
-    with pytest.raises(FileExistsError, match="has results already"):
-        ResultWriter(tmp_path / "o", model="m")
-    ResultWriter(tmp_path / "o", model="m", overwrite=True).close()
-    assert rows(tmp_path / "o") == []
-    ResultWriter(tmp_path / "o", model="m").close()  # an empty file is no result

@@ -132,7 +132,7 @@ def test_run_batch_looks_at_the_files_first(tmp_path: Path, requests: Path) -> N
     output.write_text("earlier\n")
     code, text = run("run-batch", "-i", requests, "-o", output, "--model", "m")
     assert code == 2
-    assert "has results already: give another output file, or --overwrite" in text
+    assert "line 1 is not a result row of run-batch: give another output file, or --overwrite" in text
     assert output.read_text() == "earlier\n"
 
 

@@ -1,0 +1,194 @@
+"""A batch run that was ended by anything goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexgen_lite.messages import Submit
+from tests.fake_engine import FakeEngine
+
+pytestmark = pytest.mark.timeout(120)
+NUM_LINES = 3000
+
+
+@pytest.fixture(autouse=True)
+def paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+
+
+def write_requests(path: Path, count: int = NUM_LINES, **body: object) -> Path:
+    """With a bad line and one whose custom_id was used already."""
+    with path.open("w") as file:
+        for number in range(count):
+            row = {"custom_id": f"id-{number}", "method": "POST", "url": "/v1/completions"}
+            file.write(json.dumps({**row, "body": {"prompt": f"prompt {number}", **body}}) + "\n")
+        file.write(
+            '{broken\n{"custom_id": "id-0", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}}\n'
+        )
+    return path
+
+
+def start(requests: Path, output: Path, engine: FakeEngine, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "flexgen_lite", "run-batch", "-i", str(requests), "-o", str(output)]
+    return subprocess.Popen(
+        [*command, "--endpoint", engine.endpoint, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def run(requests: Path, output: Path, engine: FakeEngine, *more: str) -> tuple[int, str, str]:
+    program = start(requests, output, engine, *more)
+    text, errors = program.communicate(timeout=100)
+    assert "Traceback" not in errors
+    return program.returncode, text, errors
+
+
+def answers(path: Path) -> list[str]:
+    """What the rows say, without what differs from run to run."""
+    found = []
+    for line in path.read_bytes().splitlines():
+        row: dict[str, Any] = json.loads(line)
+        body = row["response"]["body"] or {}
+        found.append(json.dumps([row["custom_id"], row["error"], body.get("choices"), body.get("usage")]))
+    return sorted(found)
+
+
+def submitted(engine: FakeEngine) -> int:
+    """Requests that came in since it was last asked."""
+    count = 0
+    while not engine.received.empty():
+        message = engine.received.get()
+        count += len(message.requests) if isinstance(message, Submit) else 0
+    return count
+
+
+def num_lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_killed_again_and_again(tmp_path: Path) -> None:
+    draw = random.Random(2)
+    requests, output = write_requests(tmp_path / "in"), tmp_path / "out"
+    with FakeEngine(tmp_path / "e", window=32) as engine:
+        assert run(requests, tmp_path / "undisturbed", engine)[0] == 0
+        submitted(engine)
+        for _ in range(4):
+            before, more = num_lines(output), draw.randrange(10, 300)
+            program = start(requests, output, engine)
+            while num_lines(output) < before + more and program.poll() is None:
+                time.sleep(0.001)
+            program.kill()
+            program.communicate()
+        kept = num_lines(output)
+        submitted(engine)
+        code, text, errors = run(requests, output, engine)
+        assert code == 0, errors
+        assert f"resuming: {kept} rows are there already" in errors
+        assert f"done: {NUM_LINES + 2} requests (2 failed, {kept} by earlier runs)" in text
+        assert NUM_LINES - kept <= submitted(engine) <= NUM_LINES - kept + 2, "nothing was done twice"
+        assert answers(output) == answers(tmp_path / "undisturbed")
+        code, text, errors = run(requests, output, engine)
+        assert code == 0 and "nothing to do: every line of the input has its row" in errors
+        assert submitted(engine) == 0
+
+
+def test_an_input_that_has_grown(tmp_path: Path) -> None:
+    requests, output = write_requests(tmp_path / "in", 50), tmp_path / "out"
+    with FakeEngine(tmp_path / "e") as engine:
+        assert run(requests, output, engine)[0] == 0
+        submitted(engine)
+        with requests.open("a") as file:
+            row = {"custom_id": "new", "method": "POST", "url": "/v1/completions", "body": {"prompt": "new"}}
+            file.write(json.dumps(row) + "\n")
+        assert run(requests, output, engine)[0] == 0
+        assert submitted(engine) == 1
+    assert len(answers(output)) == 53
+
+
+def test_other_arguments_are_refused(tmp_path: Path) -> None:
+    requests, output = write_requests(tmp_path / "in", 20), tmp_path / "out"
+    with FakeEngine(tmp_path / "e") as engine:
+        assert run(requests, output, engine)[0] == 0
+        before = output.read_bytes()
+        write_requests(requests, 20, temperature=0.5)
+        code, _, errors = run(requests, output, engine)
+        assert code == 2 and "answers another request" in errors and "--overwrite" in errors
+    write_requests(requests, 20)
+    with FakeEngine(tmp_path / "e2", fingerprint="1" * 16) as other:
+        code, _, errors = run(requests, output, other)
+        assert code == 2 and "the model or the dtype has changed" in errors
+        assert output.read_bytes() == before
+        assert run(requests, output, other, "--overwrite")[0] == 0
+        assert len(answers(output)) == 22
+
+
+def test_a_file_of_something_else_is_not_touched(tmp_path: Path) -> None:
+    requests, output = write_requests(tmp_path / "in", 5), tmp_path / "out"
+    output.write_text('{"name": "mine"}\n')
+    with FakeEngine(tmp_path / "e") as engine:
+        code, _, errors = run(requests, output, engine)
+    assert code == 2 and "out, line 1 is not a result row of run-batch" in errors
+    assert output.read_text() == '{"name": "mine"}\n'
+
+
+def test_two_runs_do_not_write_to_one_file(tmp_path: Path) -> None:
+    requests, output = write_requests(tmp_path / "in", 50), tmp_path / "out"
+    with FakeEngine(tmp_path / "e", hold=True) as engine:
+        first = start(requests, output, engine)
+        engine.next_of(Submit)
+        code, _, errors = run(requests, output, engine)
+        assert code == 2 and "is being written by another run" in errors
+        engine.release()
+        first.communicate(timeout=60)
+        assert first.returncode == 0
+    assert len(answers(output)) == 52
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Any:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("no small disk can be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_waited_for(tmp_path: Path, small_disk: Path) -> None:
+    requests, output = write_requests(tmp_path / "in", 1500), small_disk / "out"
+    with FakeEngine(tmp_path / "e", window=64) as engine:
+        assert run(requests, tmp_path / "undisturbed", engine)[0] == 0
+        program = start(requests, output, engine)
+        assert program.stderr is not None
+        lines = []
+        while "waiting for room" not in "".join(lines):
+            lines.append(program.stderr.readline())
+            assert program.poll() is None, lines
+        assert answers(output), "whole rows only"
+        subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
+        _, errors = program.communicate(timeout=60)
+        assert program.returncode == 0 and "there is room again" in errors
+        assert answers(output) == answers(tmp_path / "undisturbed")
+
+
+def test_a_full_disk_can_be_interrupted(tmp_path: Path, small_disk: Path) -> None:
+    requests, output = write_requests(tmp_path / "in", 1500), small_disk / "out"
+    with FakeEngine(tmp_path / "e", window=64) as engine:
+        program = start(requests, output, engine)
+        assert program.stderr is not None
+        while "waiting for room" not in program.stderr.readline():
+            assert program.poll() is None
+        program.send_signal(signal.SIGINT)
+        program.communicate(timeout=30)
+        assert program.returncode == 130
+        assert answers(output), "whole rows only"

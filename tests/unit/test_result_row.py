@@ -1,0 +1,156 @@
+"""Result rows, and what those of an earlier run answer."""
+
+from __future__ import annotations
+
+import io
+import json
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexgen_lite.batch_file import BadLine, BatchRequest, read_requests
+from flexgen_lite.completion import Completion
+from flexgen_lite.result_row import RowsThere, completion_body, encode_row, request_id
+from flexgen_lite.sampling_params import SamplingParams
+
+OUT = Path("out.jsonl")
+ENGINE = "0" * 16
+
+
+def request(custom_id: str = "a", prompt: Any = "hi", ids: bool = False, **params: Any) -> BatchRequest:
+    return BatchRequest(custom_id, prompt, SamplingParams(**params), ids, None)
+
+
+def row(item: BatchRequest | BadLine, *, error: str | None = None, engine: str = ENGINE) -> bytes:
+    body = None
+    if isinstance(item, BatchRequest) and error is None:
+        body = completion_body(item, Completion(0, item.prompt, "grüß 🙂\0", [5], 2, "stop"), "m")
+    return encode_row("0" * 24, item.custom_id, request_id(item, engine), body, error)
+
+
+def there(*lines: bytes) -> RowsThere:
+    return RowsThere(OUT, io.BytesIO(b"".join(lines)))
+
+
+def test_the_same_request_has_the_same_id_whatever_it_is_called() -> None:
+    assert request_id(request("a"), ENGINE) == request_id(request("b", temperature=1), ENGINE)
+    given = "/v1/completions"
+    lines = [
+        {"custom_id": "1", "method": "POST", "url": given, "body": {"prompt": [1], "temperature": 0, "model": "x"}},
+        {"custom_id": "2", "body": {"temperature": 0.0, "n": 1, "seed": None, "prompt": [1]}, "url": given},
+    ]
+    lines[1]["method"] = "POST"
+    one, two = read_requests(iter(json.dumps(line).encode() for line in lines))
+    assert request_id(one, ENGINE) == request_id(two, ENGINE)
+
+
+def test_whatever_decides_about_the_answer_changes_the_id() -> None:
+    items = [
+        request(),
+        request(prompt="ho"),
+        request(prompt=[1, 23]),
+        request(prompt=[12, 3]),
+        request(ids=True),
+        request(temperature=0),
+        request(seed=1),
+        request(max_tokens=17),
+        request(stop_token_ids=[1]),
+    ]
+    found = {request_id(item, ENGINE) for item in items} | {request_id(request(), "1" * 16)}
+    assert len(found) == len(items) + 1
+    assert all(len(text) == 20 and text.startswith("req_") for text in found)
+
+
+def test_rows_are_found_again() -> None:
+    bad, repeat = BadLine(None, "not JSON", "1" * 16), BadLine("a", "again", "2" * 16, True)
+    late = request("\ud800\0", seed=4)
+    rows = there(row(request()), row(bad, error="x"), row(repeat, error="x"), row(late, error="too long"))
+    assert rows.num_rows == 4
+    for item, failed in ((request(), False), (bad, True), (repeat, True), (late, True)):
+        assert rows.has(item, request_id(item, ENGINE))
+        assert rows.is_failed(item, request_id(item, ENGINE)) == failed
+    for item in (request("b"), BadLine(None, "not JSON", "3" * 16), BadLine("a", "again", "4" * 16, True)):
+        assert not rows.has(item, request_id(item, ENGINE))
+
+
+@pytest.mark.parametrize(
+    ("item", "engine"),
+    [
+        (request(temperature=0), ENGINE),
+        (request(prompt="ho"), ENGINE),
+        (request(), "1" * 16),
+        (BadLine("a", "body is missing", "1" * 16), ENGINE),
+    ],
+)
+def test_a_row_that_answers_something_else_is_no_answer(item: BatchRequest | BadLine, engine: str) -> None:
+    with pytest.raises(FileExistsError, match=r"out\.jsonl has a row for 'a' that answers another .*--overwrite"):
+        there(row(request())).has(item, request_id(item, engine))
+
+
+def test_a_line_that_was_bad_may_be_mended() -> None:
+    bad = BadLine("a", "body is missing", "1" * 16)
+    assert not there(row(bad, error="x")).has(request(), request_id(request(), ENGINE))
+
+
+@pytest.mark.parametrize("before", [b"", row(request("before"))])
+def test_a_last_row_torn_anywhere_is_passed_over(before: bytes) -> None:
+    last = row(request("last"))
+    for length in range(len(last)):
+        rows = there(before, last[:length])
+        assert (rows.num_rows, rows.num_bytes) == (bool(before), len(before))
+        assert not rows.has(request("last"), request_id(request("last"), ENGINE))
+    assert there(before, last).num_bytes == len(before + last)
+
+
+@pytest.mark.parametrize("tail", [b"\0" * 5000, b"\0\n", b'{"id": "batch_req_0\0\0\0', b'{"id": "batch_req_0\n'])
+def test_what_a_power_cut_leaves_is_passed_over(tail: bytes) -> None:
+    assert there(tail).num_bytes == 0
+    assert there(row(request()), tail).num_bytes == len(row(request()))
+
+
+GOOD = json.loads(row(request()))
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        b"a note\n",
+        b"a note",
+        b"[1]\n",
+        b"7",
+        b"null\n",
+        b"\xff\xfe\n",
+        b"[" * 100_000,
+        json.dumps({**GOOD, "custom_id": 7}).encode() + b"\n",
+        json.dumps({**GOOD, "response": None}).encode() + b"\n",
+        json.dumps({**GOOD, "response": {"request_id": "req_" + "0" * 24}}).encode() + b"\n",
+        json.dumps({"custom_id": "a", "response": {"request_id": "req_" + "0" * 16}}).encode(),
+    ],
+)
+def test_a_line_of_others_is_refused(foreign: bytes) -> None:
+    with pytest.raises(FileExistsError, match=r"out\.jsonl, line 1 is not a result row of run-batch: give another"):
+        there(foreign)
+    after = foreign if foreign.endswith(b"\n") else foreign + b"\n"
+    with pytest.raises(FileExistsError, match=r"out\.jsonl, line 2 is not"):
+        there(row(request()), after, row(request("b")))
+
+
+def test_a_torn_row_in_the_middle_is_refused() -> None:
+    with pytest.raises(FileExistsError, match="line 2 is not"):
+        there(row(request()), row(request("b"))[:40] + b"\n", row(request("c")))
+
+
+def test_memory_is_a_few_dozen_bytes_a_row() -> None:
+    def lines(count: int) -> Iterator[bytes]:
+        return (row(request(f"id-{n}", "x" * 2000), error="x") for n in range(count))
+
+    tracemalloc.start()
+    try:
+        rows = RowsThere(OUT, lines(8000))
+        assert tracemalloc.get_traced_memory()[1] < 100 * 8000
+        assert rows.num_rows == 8000
+    finally:
+        tracemalloc.stop()
