@@ -34,8 +34,8 @@ def main(mode: str) -> int:
         return 0
     emit(event="plan", text="weights: 1.0 GiB\nkv: 2.0 GiB")
     print("a library prints this")
-    if mode == "serves":
-        return serve(run_dir / "clients")
+    if mode in ("serves", "dies on the way"):
+        return serve(run_dir / "clients", die_after=200 if mode == "dies on the way" else None)
     emit(event="ready", endpoint=f"ipc://{run_dir}/clients")
     if mode == "talks a lot":
         for number in range(20_000):
@@ -49,16 +49,25 @@ def main(mode: str) -> int:
     return 0
 
 
-def serve(path: Path) -> int:
+def serve(path: Path, die_after: int | None) -> int:
+    """Answer requests; after so many, be killed."""
     from fake_engine import FakeEngine
 
-    from flexgen_lite.messages import EngineFailed
+    from flexgen_lite.messages import EngineFailed, Submit
 
     def stop(*_: object) -> None:
         raise SystemExit(0)
 
     signal.signal(signal.SIGTERM, stop)
-    with FakeEngine(path, window=64) as engine:
+    num_seen = 0
+
+    def count(submit: Submit) -> None:
+        nonlocal num_seen
+        num_seen += len(submit.requests)
+        if die_after is not None and num_seen > die_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with FakeEngine(path, window=64, on_submit=count) as engine:
         emit(event="ready", endpoint=engine.endpoint)
         try:
             sys.stdin.buffer.read()

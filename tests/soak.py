@@ -30,8 +30,8 @@ from flexgen_lite import FlexGenLite, SamplingParams
 from tests.fault_injection import Fault, inject, struck
 from tests.tiny_models import make_model, ragged_prompts
 
-PROMPTS = ragged_prompts(300, longest=40)
-BODY: dict[str, Any] = {"max_tokens": 40, "temperature": 0.9, "top_k": 50, "seed": 7, "ignore_eos": True}
+PROMPTS = ragged_prompts(1200, longest=40)
+BODY: dict[str, Any] = {"max_tokens": 60, "temperature": 0.9, "top_k": 50, "seed": 7, "ignore_eos": True}
 SAMPLED = SamplingParams(**BODY)
 LAYOUTS: list[dict[str, Any]] = [
     {},
@@ -114,7 +114,7 @@ class Soak:
         for attempt in range(100):
             run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
             if attempt < 6:
-                time.sleep(self.draw.uniform(2.0, 9.0))
+                time.sleep(self.draw.uniform(1.0, 12.0))
                 coordinators = psutil.Process(run.pid).children()
                 victim = self.draw.choice(["run-batch", "coordinator"]) if coordinators else "run-batch"
                 if run.poll() is None:

@@ -15,15 +15,44 @@ from typing import Any
 import pytest
 
 from flexgen_lite.messages import Submit
+from tests import fake_coordinator
 from tests.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.timeout(120)
 NUM_LINES = 3000
 
+KILLED_WITHIN_A_ROW = """
+import os, signal, sys
+from flexgen_lite import cli
+num_rows, num_bytes, write = int(sys.argv.pop(1)), int(sys.argv.pop(1)), os.write
+
+def write_and_be_killed(fd, data):
+    global num_rows
+    if bytes(data[:18]) == b'{"id": "batch_req_':
+        num_rows -= 1
+        if num_rows < 0:
+            write(fd, data[:num_bytes])
+            os.kill(os.getpid(), signal.SIGKILL)
+    return write(fd, data)
+
+os.write = write_and_be_killed
+cli.main()
+"""
+
+WITH_FAKE_COORDINATOR = f"""
+import sys
+from flexgen_lite import cli, engine_process
+engine_process.COMMAND = [sys.executable, {fake_coordinator.__file__!r}, sys.argv.pop(1)]
+cli.main()
+"""
+
 
 @pytest.fixture(autouse=True)
-def paths(monkeypatch: pytest.MonkeyPatch) -> None:
+def runtime_base(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    base = tmp_path_factory.mktemp("r")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(base))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+    return base
 
 
 def write_requests(path: Path, count: int = NUM_LINES, **body: object) -> Path:
@@ -99,6 +128,45 @@ def test_killed_again_and_again(tmp_path: Path) -> None:
         code, text, errors = run(requests, output, engine)
         assert code == 0 and "nothing to do: every line of the input has its row" in errors
         assert submitted(engine) == 0
+
+
+def test_killed_within_a_row(tmp_path: Path) -> None:
+    draw = random.Random(5)
+    requests, output = write_requests(tmp_path / "in", 300), tmp_path / "out"
+    with FakeEngine(tmp_path / "e") as engine:
+        assert run(requests, tmp_path / "undisturbed", engine)[0] == 0
+        for _ in range(4):
+            before, more = num_lines(output), draw.randrange(60)
+            command = [sys.executable, "-c", KILLED_WITHIN_A_ROW, str(more), str(draw.randrange(200)), "run-batch"]
+            command += ["-i", str(requests), "-o", str(output), "--endpoint", engine.endpoint]
+            assert subprocess.run(command, capture_output=True, check=False, timeout=60).returncode == -signal.SIGKILL
+            assert num_lines(output) == before + more
+        assert run(requests, output, engine)[0] == 0
+    assert answers(output) == answers(tmp_path / "undisturbed")
+
+
+def test_the_death_of_its_own_engine(tmp_path: Path, runtime_base: Path) -> None:
+    requests, output = write_requests(tmp_path / "in", 500), tmp_path / "out"
+
+    def run_with(mode: str, output: Path) -> tuple[int, str]:
+        command = [sys.executable, "-c", WITH_FAKE_COORDINATOR, mode, "run-batch", "--model", "m"]
+        command += ["-i", str(requests), "-o", str(output)]
+        program = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        assert "Traceback" not in program.stderr
+        return program.returncode, program.stderr
+
+    assert run_with("serves", tmp_path / "undisturbed")[0] == 0
+    code, errors = run_with("dies on the way", output)
+    assert (code, errors.splitlines()[-1]) == (
+        1,
+        "error: the engine ended unexpectedly, killed by SIGKILL; the same command goes on where it stopped",
+    )
+    kept = num_lines(output)
+    assert 0 < kept < 500 and len(answers(output)) == kept
+    code, errors = run_with("serves", output)
+    assert code == 0 and f"resuming: {kept} rows are there already" in errors
+    assert answers(output) == answers(tmp_path / "undisturbed")
+    assert list(runtime_base.iterdir()) == []
 
 
 def test_an_input_that_has_grown(tmp_path: Path) -> None:
