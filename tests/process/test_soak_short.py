@@ -1,0 +1,23 @@
+"""A few rounds of the soak: workers killed, stopped and broken at random, batch runs killed and started again."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests import soak
+
+
+@pytest.mark.timeout(600)
+def test_a_few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(soak, "PROMPTS", soak.PROMPTS[:300])
+    with tempfile.TemporaryDirectory(prefix="fgs-") as folder:
+        (Path(folder) / "r").mkdir()
+        monkeypatch.setenv("XDG_RUNTIME_DIR", f"{folder}/r")
+        under_fire = soak.Soak(Path(folder), seed=5)
+        under_fire.engine_round(-1)
+        for number in range(3):
+            under_fire.round(number)
+        assert under_fire.counts["rows compared"] == 4 * 300
