@@ -60,7 +60,10 @@ class Keys:
 
 def make_key_file(path: Path) -> None:
     """A new secret in a new file that its owner alone may read. Raises FileExistsError."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        raise FileExistsError(f"{path} is there already: give another name") from None
     with os.fdopen(descriptor, "w", encoding="ascii") as file:
         file.write(f"{_PREFIX}{secrets.token_hex(_SECRET_BYTES)}\n")
 
