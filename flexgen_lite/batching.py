@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import MutableSequence
 from dataclasses import dataclass, field
 
-from flexgen_lite.messages import KvBatch, KvSpan, Sample, TokenBatch, TokenSpan, WireParams
+from flexgen_lite.messages import NO_TOKEN, KvBatch, KvSpan, Sample, TokenBatch, TokenSpan, WireParams
 from flexgen_lite.page_table import PageTable
 
 EXPECTED_MARGIN = 1.25  # over the average life
@@ -33,6 +33,7 @@ class RunningRequest:
     worker: int = -1
     pages: tuple[int, ...] = ()
     times_sent_back: int = 0
+    overflowed: bool = False  # the model's numbers did, so that there is no next token
 
     @property
     def num_generated(self) -> int:
@@ -231,9 +232,12 @@ class Batcher:
             for _, piece in micro_batch.in_rows():
                 request, completes = piece.request, piece.completes
                 if completes:
-                    request.tokens.append(next(sampled))
+                    token = next(sampled)
+                    request.overflowed = token == NO_TOKEN
+                    if not request.overflowed:
+                        request.tokens.append(token)
                 request.stored += piece.num_rows
-                if request.finish_reason is not None:
+                if request.finish_reason is not None or request.overflowed:
                     finished.append(request)
         for request in finished:
             share = request.num_generated / request.params.max_tokens

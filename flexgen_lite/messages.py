@@ -15,6 +15,9 @@ PROTOCOL = 3
 
 REPORT_SECONDS = 0.1
 
+NO_TOKEN = -1
+"""In the place of a sampled token: the model's logits were not finite."""
+
 # ---------------------------------------------------------------------------------------------- any worker
 
 

@@ -11,11 +11,12 @@ from typing import Protocol
 
 from flexgen_lite.batching import Batcher, MicroBatch, RunningRequest
 from flexgen_lite.kept_jobs import KeptJob
-from flexgen_lite.messages import RequestDone, Submit, WireRequest
+from flexgen_lite.messages import NO_TOKEN, RequestDone, Submit, WireRequest
 
 MAX_SEED = 2**63
 MAX_OPEN = 4096  # requests of a client, or a kept job, that wait or run
 MAX_KEPT_JOBS = 1000
+OVERFLOW = "the model's logits are not finite: its numbers overflow in this dtype, use bfloat16 or float32"
 
 
 class Tokenizer(Protocol):
@@ -157,18 +158,20 @@ class Requests:
             return []
         self._batcher.release(request)
         self._cancelled.discard(request_id)
-        self.totals["requests_failed"] += 1
-        origin = self._pop_origin(request)
-        return self._address(origin, _done(origin, error=error))
+        return self._fail(request, error)
 
     def end_pass(self, micro_batches: list[MicroBatch], token_ids: list[tuple[int, ...]]) -> list[Answer]:
         """Commit a pass's tokens; answers for the requests that it completed, or that were cancelled meanwhile."""
-        self.totals["generated_tokens"] += sum(len(tokens) for tokens in token_ids)
+        self.totals["generated_tokens"] += sum(token != NO_TOKEN for tokens in token_ids for token in tokens)
         self.totals["prompt_tokens"] += sum(
             p.num_rows for m in micro_batches for p in m.pieces if _is_new_prompt(p.request)
         )
-        finished = self._batcher.commit(micro_batches, token_ids)
-        answers = [answer for request in finished for answer in self._finish(request, request.finish_reason or "")]
+        answers: list[Answer] = []
+        for request in self._batcher.commit(micro_batches, token_ids):
+            if request.overflowed:
+                answers += self._fail(request, OVERFLOW)
+            else:
+                answers += self._finish(request, request.finish_reason or "")
         for request in [r for r in self._batcher.running.values() if r.id in self._cancelled]:
             self._batcher.release(request)
             answers += self._finish(request, "cancelled")
@@ -258,6 +261,11 @@ class Requests:
         if self._tokenizer is None:
             raise RequestError("the model has no tokenizer: give the prompt as token ids")
         return self._tokenizer.encode(prompt)
+
+    def _fail(self, request: RunningRequest, error: str) -> list[Answer]:
+        self.totals["requests_failed"] += 1
+        origin = self._pop_origin(request)
+        return self._address(origin, _done(origin, error=error))
 
     def _finish(self, request: RunningRequest, reason: str) -> list[Answer]:
         self.totals["requests_cancelled" if reason == "cancelled" else "requests_done"] += 1

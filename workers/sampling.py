@@ -12,29 +12,25 @@ from collections.abc import Sequence
 
 import torch
 
-from flexgen_lite.messages import Sample
-from flexgen_lite.workers.serve import UserError
+from flexgen_lite.messages import NO_TOKEN, Sample
 
 GREEDY_BELOW = 1e-5  # a temperature below this leaves nothing to draw
 
 
 def sample(logits_NV: torch.Tensor, samples: Sequence[Sample]) -> torch.Tensor:
-    """One token id per row, int64 `[N]`, on the device of the logits.
+    """One token id per row, int64 `[N]`, on the device of the logits; NO_TOKEN for a row whose logits are not finite.
 
     Temperature, then top-k, then top-p, as Transformers applies them. Changes `logits_NV`.
     """
-    if not torch.isfinite(logits_NV.amax(dim=-1)).all():
-        raise UserError(
-            "the model's logits are not finite: its numbers overflow in this dtype, use bfloat16 or float32"
-        )
+    finite_N = torch.isfinite(logits_NV.amax(dim=-1))
     for row, how in enumerate(samples):
         if how.banned:
             logits_NV[row, list(how.banned)] = float("-inf")
     tokens_N = logits_NV.argmax(dim=-1)
     for row, how in enumerate(samples):
-        if how.temperature >= GREEDY_BELOW:
+        if how.temperature >= GREEDY_BELOW and finite_N[row]:
             tokens_N[row] = _draw(logits_NV[row].float(), how)
-    return tokens_N
+    return torch.where(finite_N, tokens_N, NO_TOKEN)
 
 
 def uniform(seed: int, step: int) -> float:

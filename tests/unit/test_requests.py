@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from flexgen_lite.batching import Batcher
-from flexgen_lite.messages import Submit, WireParams, WireRequest
+from flexgen_lite.messages import NO_TOKEN, Submit, WireParams, WireRequest
 from flexgen_lite.page_table import PageTable
-from flexgen_lite.requests import Limits, Requests
+from flexgen_lite.requests import OVERFLOW, Limits, Requests
 
 PARAMS = WireParams(4, 0, 0.0, 0, 1.0, None, (), True, True)
 
@@ -97,3 +97,15 @@ def test_cancel_drops_waiting_requests_now_and_running_ones_with_the_pass(reques
     ended = requests.end_pass(composed, [(8,) * 4])
     assert [done.finish_reason for _, done in [*dropped, *ended]] == ["cancelled"] * 6
     assert requests.num_running == requests.num_waiting == 0
+
+
+def test_a_request_whose_numbers_overflow_fails_alone(requests: Requests) -> None:
+    for index in range(2):
+        assert submit(requests, (5, 6, 7), PARAMS, index) is None
+    answers = requests.end_pass(requests.next_pass(), [(NO_TOKEN, 9)])
+    assert [(done.index, done.error) for _, done in answers] == [(0, OVERFLOW)]
+    for _ in range(3):
+        answers = requests.end_pass(requests.next_pass(), [(9,)])
+    assert [(done.index, done.token_ids, done.error) for _, done in answers] == [(1, (9, 9, 9, 9), None)]
+    assert requests.totals["generated_tokens"] == 4
+    assert requests.totals["requests_failed"] == 1

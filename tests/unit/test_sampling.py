@@ -8,9 +8,8 @@ import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from flexgen_lite.messages import Sample
+from flexgen_lite.messages import NO_TOKEN, Sample
 from flexgen_lite.workers.sampling import sample, uniform
-from flexgen_lite.workers.serve import UserError
 
 VOCAB = 40
 DRAWS = 4000
@@ -60,11 +59,13 @@ def test_banned_tokens_never_come() -> None:
     assert int(sample(LOGITS[None].clone(), [Sample(0.0, 0, 1.0, 0, 0, (best,))])) != best
 
 
-def test_logits_that_are_not_finite_are_an_error() -> None:
-    rows = LOGITS.repeat(2, 1)
-    rows[1, 7] = float("nan")
-    with pytest.raises(UserError, match="not finite"):
-        sample(rows, [how(0), how(0)])
+def test_a_row_of_logits_that_are_not_finite_has_no_token() -> None:
+    rows = LOGITS.repeat(5, 1)
+    rows[1, 7], rows[2, 7], rows[3] = float("nan"), float("inf"), float("-inf")
+    ways = [how(0), how(0), how(0, temperature=0.0), how(0), how(0)]
+    tokens = sample(rows, ways).tolist()
+    assert tokens[1:4] == [NO_TOKEN] * 3
+    assert tokens[0] == tokens[4] == int(sample(LOGITS[None].clone(), [how(0)]))
 
 
 def test_random_numbers_are_uniform_and_repeatable() -> None:
