@@ -11,11 +11,13 @@ from flexgen_lite.messages import RequestDone, WireRequest
 
 _CODEC = Codec(RequestDone)
 _REQUEST_CODEC = Codec(WireRequest)
+_OPEN = 2**64 - 1
+_SIZE_BYTES = 8
 
 
 class KeptJob:
-    """Results lie in a file without a name, so that nothing of them is left when the engine ends; a request takes some
-    dozen bytes of memory.
+    """Results lie in a file without a name, so that nothing of them is left when the engine ends; a request takes 16
+    bytes of memory.
 
     `client`: who is to be told, the last that submitted it; None where it is gone.
     """
@@ -23,7 +25,8 @@ class KeptJob:
     def __init__(self) -> None:
         self.client: bytes | None = None
         self._digests = array("Q")  # of the requests, by index
-        self._places: dict[int, tuple[int, int]] = {}  # index -> offset, size
+        self._places = array("Q")  # in the file, of the results, by index; _OPEN where there is none yet
+        self._num_done = 0
         self._file = tempfile.TemporaryFile(prefix="flexgen-lite-")  # noqa: SIM115  # as long as the job
         self._end = 0
 
@@ -33,13 +36,14 @@ class KeptJob:
 
     @property
     def num_open(self) -> int:
-        return len(self._digests) - len(self._places)
+        return len(self._digests) - self._num_done
 
     def submit(self, request: WireRequest) -> str | None:
         """Takes note of a request; what is wrong with it, if anything. Its index must be known already or the next."""
         digest = int.from_bytes(hashlib.blake2b(_REQUEST_CODEC.encode(request), digest_size=8).digest(), "little")
         if request.index == len(self._digests):
             self._digests.append(digest)
+            self._places.append(_OPEN)
         elif not 0 <= request.index < len(self._digests):
             return f"request {request.index} of a kept job was submitted, {len(self._digests)} comes next"
         elif self._digests[request.index] != digest:
@@ -49,17 +53,18 @@ class KeptJob:
     def add(self, done: RequestDone) -> None:
         data = _CODEC.encode(done)
         self._file.seek(self._end)
-        self._file.write(data)
-        self._places[done.index] = self._end, len(data)
-        self._end += len(data)
+        self._file.write(len(data).to_bytes(_SIZE_BYTES, "little") + data)
+        self._num_done += self._places[done.index] == _OPEN
+        self._places[done.index] = self._end
+        self._end += _SIZE_BYTES + len(data)
 
     def result(self, index: int) -> RequestDone | None:
         """What came of a request; None while it is open."""
-        place = self._places.get(index)
-        if place is None:
+        if self._places[index] == _OPEN:
             return None
-        self._file.seek(place[0])
-        done: RequestDone = _CODEC.decode(self._file.read(place[1]))
+        self._file.seek(self._places[index])
+        size = int.from_bytes(self._file.read(_SIZE_BYTES), "little")
+        done: RequestDone = _CODEC.decode(self._file.read(size))
         return done
 
     def close(self) -> None:
