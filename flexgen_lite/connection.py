@@ -92,7 +92,7 @@ class Connection:
     def add(self, job: Job) -> None:
         with self._lock:
             self._check()
-            if job.id in self._jobs:
+            if job.id in self._jobs and not self._jobs[job.id].is_settled:
                 raise EngineError(
                     f"a job {job.id!r} is open already on this client: give another job_id", user_error=True
                 )
