@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from flexgen_lite.batch_file import BadLine, BatchRequest, count_lines, read_requests
 from flexgen_lite.client import Client
 from flexgen_lite.completion import Prompt
+from flexgen_lite.errors import NoStatus
 from flexgen_lite.messages import Status
 from flexgen_lite.result_file import ResultWriter
 from flexgen_lite.result_row import request_id
@@ -126,7 +128,7 @@ class BatchRun:
         self._warned = False
         self._failure: Exception | None = None
         self._finished = threading.Event()
-        self._first = client.status()
+        self._first = self._last = client.status()
         self.num_earlier = 0
         self.num_new: int | None = None
         if results.there.num_rows and self._total is not None:
@@ -145,10 +147,14 @@ class BatchRun:
         writing.start()
         try:
             while not self._finished.wait(interval):
-                show(self._progress(self._client.status()))
+                with contextlib.suppress(NoStatus):
+                    self._last = self._client.status()
+                    show(self._progress(self._last))
             if self._failure is not None:
                 raise self._failure
-            last = self._progress(self._client.status())
+            with contextlib.suppress(NoStatus):
+                self._last = self._client.status()
+            last = self._progress(self._last)
             show(last)
             return last
         except Exception:

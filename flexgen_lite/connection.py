@@ -16,7 +16,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from flexgen_lite.access import Keys
 from flexgen_lite.codec import Codec, MessageError
-from flexgen_lite.errors import EngineError
+from flexgen_lite.errors import EngineError, NoStatus
 from flexgen_lite.job import Job
 from flexgen_lite.messages import (
     PROTOCOL,
@@ -116,7 +116,7 @@ class Connection:
         try:
             return answer.result(timeout)
         except TimeoutError:
-            raise EngineError(f"the engine at {self.endpoint} gave no status within {timeout:g} s") from None
+            raise NoStatus(f"the engine at {self.endpoint} gave no status within {timeout:g} s") from None
 
     def wait_for_end(self, timeout: float) -> None:
         self._thread.join(timeout)

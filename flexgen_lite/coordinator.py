@@ -44,6 +44,7 @@ from flexgen_lite.worker_process import WorkerDied, WorkerProcess
 
 GATHER_PAUSE = 0.02  # seconds without a new request after which an idle engine begins
 GATHER_SECONDS = 0.5  # at most, since the first request
+MOST_GUILTY = 5  # requests in a row that make workers fail; that all do so is no fault of theirs
 
 
 class Stopping(Exception):
@@ -106,7 +107,8 @@ class Coordinator:
         self._progress = 0.0  # when something of the pass was last heard of, monotonic seconds
         self._suspended = False  # a worker was lost: nothing begins until all is quiet and everyone is there again
         self._broken: WorkerDied | None = None  # what ended the present pass without a result
-        self._abandoning = False  # the compute worker was told to drop the pass, and has not answered
+        self._abandoning: set[str] = set()  # workers that were told to drop the pass, and have not answered
+        self._given_up: list[tuple[int, str]] = []  # requests found guilty, and why; told once another pass has ended
         self._suspects = Suspects()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
@@ -287,7 +289,7 @@ class Coordinator:
             case messages.Ready():
                 self._crew.ready(worker)
             case messages.Abandoned():
-                self._abandoning = False
+                self._abandoning.discard(worker.name)
         self._go_on()
 
     def _computed(self, report: messages.ComputeReport) -> None:
@@ -324,6 +326,7 @@ class Coordinator:
     def _lost(self, worker: WorkerProcess, error: WorkerDied) -> None:
         """A worker's process is gone: another takes its place. Without the compute worker or an attention worker the
         pass ends without a result; what was stored before it is still there."""
+        self._abandoning.discard(worker.name)
         broken = bool(self._pass) and worker.kind != "loader" and not self._suspended
         log(f"{error}; starting it again{'; the pass is repeated' if broken else ''}")
         if self._weights is not None and self._schedule is not None:
@@ -331,17 +334,21 @@ class Coordinator:
                 self._weights.loader_lost()
             elif worker.kind == "compute":
                 self._weights.compute_lost()
-                self._abandoning = False
             if broken or worker.kind == "compute":
                 self._schedule.suspend()
                 self._suspended = True
         if broken:
             self._crew.did_something(worker)  # how often a pass may fail is a matter of its own
-            if worker.kind == "attention":
-                self._crew.compute.send(messages.Abandon())
-                self._abandoning = True
+            self._abandon_pass()
             self._broken = error
         self._bring_up(self._crew.start_again(worker))
+
+    def _abandon_pass(self) -> None:
+        """Nobody who is left writes anything of the pass once all have answered."""
+        for worker in self._crew:
+            if worker.kind != "loader" and self._crew.is_ready(worker):
+                worker.send(messages.Abandon())
+                self._abandoning.add(worker.name)
 
     def _go_on(self) -> None:
         """Back to work once everyone is there and nothing is on its way."""
@@ -369,9 +376,19 @@ class Coordinator:
         self._gauges.pass_ends(f"pass {self._pass_id}, given up")
         if guilty is not None:
             text = f"{TRIES} times in a row a worker was lost while it computed this request alone, at last: {error}"
-            self._answer(self._queue.fail(guilty, text))
-            log(f"a request is given up: {text}")
+            self._queue.set_aside(guilty)
+            self._given_up.append((guilty, text))
+            if len(self._given_up) >= MOST_GUILTY:  # it is not the requests
+                raise error
         self._begin_pass()
+        if not self._pass:
+            self._tell_the_guilty()
+
+    def _tell_the_guilty(self) -> None:
+        for request_id, text in self._given_up:
+            log(f"a request is given up: {text}")
+            self._answer(self._queue.fail(request_id, text))
+        self._given_up.clear()
 
     # ------------------------------------------------------------------------------------------------ passes
 
@@ -387,6 +404,7 @@ class Coordinator:
         if self._pass or self._suspended or self._crew.not_ready:
             return
         self._begin_at = None
+        self._answer(self._queue.drop_cancelled())
         self._pass = self._queue.next_pass(self._suspects.group)
         while not self._pass and self._suspects.group is not None:  # they were cancelled
             self._suspects.skip()
@@ -416,6 +434,7 @@ class Coordinator:
         self._gauges.pass_ends(f"pass {self._pass_id}")
         done, self._pass = self._pass, []
         self._suspects.passed()
+        self._tell_the_guilty()
         for worker in self._crew:
             self._crew.did_something(worker)
         answers = self._queue.end_pass(done, self._pass_tokens)

@@ -99,8 +99,10 @@ class Crew:
 
     def lose(self, worker: WorkerProcess, error: WorkerDied) -> None:
         """The worker is gone, or has to go. Raises `error` where another process in its place would fare no better."""
-        worker.kill()
-        self._forget(worker)
+        try:
+            worker.kill()
+        finally:
+            self._forget(worker)
         self._losses[worker.name] = self._losses.get(worker.name, 0) + 1
         if error.user_error or error.kind in FINAL or self._losses[worker.name] > LOSSES_IN_A_ROW:
             raise error
@@ -129,6 +131,8 @@ class Crew:
         ends |= {f"attention worker {i}": {"compute": pair[1]} for i, pair in enumerate(self._bells)}
         bells = {end: sock.fileno() for end, sock in ends.get(name, {}).items()}
         environment = ENVIRONMENT | (COMPUTE_ENVIRONMENT if kind == "compute" else {})
+        if number > 0:
+            environment |= {"HF_HUB_OFFLINE": "1"}  # the model is there, and may be a newer one elsewhere
         worker = WorkerProcess(kind, name, number, self._context, self._run_dir, arenas, bells, environment)
         self._workers[name] = worker
         self.not_ready.add(name)

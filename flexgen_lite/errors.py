@@ -15,3 +15,7 @@ class EngineError(RuntimeError):
         super().__init__(message)
         self.user_error = user_error
         self.details = details
+
+
+class NoStatus(EngineError):
+    """The engine has not told its status in time. It may be busy: whether it is there at all is found out otherwise."""

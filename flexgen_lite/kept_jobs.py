@@ -11,7 +11,7 @@ from flexgen_lite.messages import RequestDone, WireRequest
 
 _CODEC = Codec(RequestDone)
 _REQUEST_CODEC = Codec(WireRequest)
-_OPEN = 2**64 - 1
+_OPEN, _IN_MEMORY = 2**64 - 1, 2**64 - 2
 _SIZE_BYTES = 8
 
 
@@ -26,6 +26,7 @@ class KeptJob:
         self.client: bytes | None = None
         self._digests = array("Q")  # of the requests, by index
         self._places = array("Q")  # in the file, of the results, by index; _OPEN where there is none yet
+        self._in_memory: dict[int, RequestDone] = {}  # results that the file had no room for
         self._num_done = 0
         self._file = tempfile.TemporaryFile(prefix="flexgen-lite-")  # noqa: SIM115  # as long as the job
         self._end = 0
@@ -51,10 +52,16 @@ class KeptJob:
         return None
 
     def add(self, done: RequestDone) -> None:
-        data = _CODEC.encode(done)
-        self._file.seek(self._end)
-        self._file.write(len(data).to_bytes(_SIZE_BYTES, "little") + data)
         self._num_done += self._places[done.index] == _OPEN
+        data = _CODEC.encode(done)
+        try:
+            self._file.seek(self._end)
+            self._file.write(len(data).to_bytes(_SIZE_BYTES, "little") + data)
+            self._file.flush()
+        except OSError:  # no room for temporary files
+            self._in_memory[done.index] = done
+            self._places[done.index] = _IN_MEMORY
+            return
         self._places[done.index] = self._end
         self._end += _SIZE_BYTES + len(data)
 
@@ -62,6 +69,8 @@ class KeptJob:
         """What came of a request; None while it is open."""
         if self._places[index] == _OPEN:
             return None
+        if self._places[index] == _IN_MEMORY:
+            return self._in_memory[index]
         self._file.seek(self._places[index])
         size = int.from_bytes(self._file.read(_SIZE_BYTES), "little")
         done: RequestDone = _CODEC.decode(self._file.read(size))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from flexgen_lite.client import Client
 from flexgen_lite.config import EngineConfig
 from flexgen_lite.engine_process import EngineProcess
+from flexgen_lite.errors import NoStatus
 from flexgen_lite.messages import Status
 from flexgen_lite.terminal import log, signals_interrupt
 
@@ -33,9 +36,10 @@ def _watch(client: Client) -> None:
     """Print a line whenever something has changed. Ends with an error only."""
     line = ""
     while True:
-        before, line = line, _line(client.status())
-        if line != before:
-            _print(line)
+        with contextlib.suppress(NoStatus):  # it is busy
+            before, line = line, _line(client.status())
+            if line != before:
+                _print(line)
         client.wait_for_end(_STATUS_SECONDS)
 
 

@@ -51,6 +51,16 @@ class Failed:
     user_error: bool  # True: `message` says it all and the user can act on it
 
 
+@dataclass(frozen=True, slots=True)
+class Abandon:
+    """Drop the pass that has begun; the slots and regions that it uses are no longer touched after the answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Abandoned:
+    pass
+
+
 # ---------------------------------------------------------------------------------------------- loader
 
 
@@ -182,8 +192,8 @@ class AttentionReport:
     done: tuple[Attended, ...]
 
 
-ToAttention = AttachAttention | BeginAttention | Stop
-FromAttention = Hello | Ready | AttentionReport | Failed
+ToAttention = AttachAttention | BeginAttention | Abandon | Stop
+FromAttention = Hello | Ready | Abandoned | AttentionReport | Failed
 
 
 # ---------------------------------------------------------------------------------------------- compute
@@ -268,16 +278,6 @@ class BeginCompute:
     pass_id: int
     threads: int
     batches: tuple[TokenBatch, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Abandon:
-    """Drop the pass that has begun; the slots and regions that it uses are no longer touched after the answer."""
-
-
-@dataclass(frozen=True, slots=True)
-class Abandoned:
-    pass
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from flexgen_lite.messages import NO_TOKEN, RequestDone, Submit, WireRequest
 
 MAX_SEED = 2**63
 MAX_OPEN = 4096  # requests of a client, or a kept job, that wait or run
-MAX_KEPT_JOBS = 1000
+MAX_KEPT_JOBS = 200  # each has a file
+CHARACTERS_PER_TOKEN = 256  # at most: longer texts are refused before they are cut into tokens
 OVERFLOW = "the model's logits are not finite: its numbers overflow in this dtype, use bfloat16 or float32"
 
 
@@ -67,6 +68,7 @@ class Requests:
         self._kept: dict[str, KeptJob] = {}
         self._close_when_empty: set[str] = set()  # kept jobs that were cancelled
         self._cancelled: set[int] = set()
+        self._set_aside: dict[int, RunningRequest] = {}
         self._next_id = 0
         self.totals: Counter[str] = Counter()
 
@@ -105,7 +107,12 @@ class Requests:
             if len(self._kept) >= MAX_KEPT_JOBS:
                 text = f"the engine keeps {MAX_KEPT_JOBS} jobs already: cancel one that is not needed any more"
                 return [(client, _done(Origin(client, message.job_id, r.index), error=text)) for r in message.requests]
-            job = self._kept[message.job_id] = KeptJob()
+            try:
+                job = KeptJob()
+            except OSError as error:
+                text = f"the engine cannot keep another job: {error.strerror}"
+                return [(client, _done(Origin(client, message.job_id, r.index), error=text)) for r in message.requests]
+            self._kept[message.job_id] = job
         job.client = client
         answers: list[Answer] = []
         for request in message.requests:
@@ -151,14 +158,26 @@ class Requests:
         """What the next pass computes; with `only`, nothing but these running requests."""
         return self._batcher.compose(self._waiting, only)
 
-    def fail(self, request_id: int, error: str) -> list[Answer]:
-        """A running request ends with an error."""
-        request = self._batcher.running.get(request_id)
-        if request is None:
-            return []
+    def set_aside(self, request_id: int) -> None:
+        """A running request runs no more; it will `fail`."""
+        request = self._batcher.running[request_id]
         self._batcher.release(request)
         self._cancelled.discard(request_id)
-        return self._fail(request, error)
+        self._set_aside[request_id] = request
+
+    def fail(self, request_id: int, error: str) -> list[Answer]:
+        """A request that was set aside ends with an error."""
+        return self._fail(self._set_aside.pop(request_id), error)
+
+    def drop_cancelled(self) -> list[Answer]:
+        """Running requests that were cancelled run no more; between passes."""
+        answers: list[Answer] = []
+        for request in [r for r in self._batcher.running.values() if r.id in self._cancelled]:
+            self._batcher.release(request)
+            answers += self._finish(request, "cancelled")
+        self._cancelled.clear()
+        self._close_cancelled_jobs()
+        return answers
 
     def end_pass(self, micro_batches: list[MicroBatch], token_ids: list[tuple[int, ...]]) -> list[Answer]:
         """Commit a pass's tokens; answers for the requests that it completed, or that were cancelled meanwhile."""
@@ -172,12 +191,7 @@ class Requests:
                 answers += self._fail(request, OVERFLOW)
             else:
                 answers += self._finish(request, request.finish_reason or "")
-        for request in [r for r in self._batcher.running.values() if r.id in self._cancelled]:
-            self._batcher.release(request)
-            answers += self._finish(request, "cancelled")
-        self._cancelled.clear()
-        self._close_cancelled_jobs()
-        return answers
+        return answers + self.drop_cancelled()
 
     def clients(self) -> set[bytes]:
         """Those that have ever submitted a job and are not known to be gone."""
@@ -260,6 +274,11 @@ class Requests:
             return list(prompt)
         if self._tokenizer is None:
             raise RequestError("the model has no tokenizer: give the prompt as token ids")
+        if len(prompt) > CHARACTERS_PER_TOKEN * self._limits.max_length:
+            raise RequestError(
+                f"the prompt has {len(prompt)} characters, the model takes {self._limits.max_length} tokens: "
+                "shorten the prompt"
+            )
         return self._tokenizer.encode(prompt)
 
     def _fail(self, request: RunningRequest, error: str) -> list[Answer]:

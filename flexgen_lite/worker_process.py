@@ -128,7 +128,8 @@ class WorkerProcess:
             while self._before_hello:
                 self._send_now(self._before_hello.popleft())
         else:
-            self.outstanding = max(0, self.outstanding - 1)
+            if not isinstance(message, messages.ComputeReport | messages.AttentionReport):  # answers to no order
+                self.outstanding = max(0, self.outstanding - 1)
             self.waiting_since = time.monotonic()
         return message
 
@@ -161,7 +162,12 @@ class WorkerProcess:
     def kill(self) -> None:
         """Afterwards the process is gone, and touches no arena any more."""
         self.process.kill()
-        self.process.wait(KILL_SECONDS)
+        try:
+            self.process.wait(KILL_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise WorkerDied(
+                f"{self.name} (process {self.pid}) cannot be killed: it waits for the system, mostly for a disk"
+            ) from None
 
     def close(self) -> None:
         """The process must have ended."""
@@ -189,6 +195,7 @@ def stop_all(workers: Iterable[WorkerProcess], seconds: float = STOP_SECONDS) ->
             worker.process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             worker.process.kill()
-            worker.process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.process.wait(KILL_SECONDS)
     for worker in workers:
         worker.close()

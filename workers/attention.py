@@ -23,11 +23,17 @@ class AttentionWorker(serve.Worker):
         self._state: AttentionState | None = None
         self._prefaulted = threading.Event()  # enough, or no more time for it
         self._pass_id = -1
+        self._abandoned = -1  # the last pass that was dropped: its notes are void
         self._num_layers = 0
         self._left = 0  # attentions of the pass that are still to come
         self._notes: deque[Note] = deque()  # what the compute worker asked for, in order
 
-    def handle(self, message: messages.AttachAttention | messages.BeginAttention) -> None:
+    def handle(self, message: messages.AttachAttention | messages.BeginAttention | messages.Abandon) -> None:
+        if isinstance(message, messages.Abandon):
+            self._abandoned = self._pass_id
+            self._context.forget_items()
+            self._context.post(messages.Abandoned())
+            return
         if isinstance(message, messages.AttachAttention):
             serve.set_affinity(message.cpus)
             kv = map_arena(self._context.arenas["kv"], message.kv.arena_bytes)
@@ -51,7 +57,7 @@ class AttentionWorker(serve.Worker):
 
     def work(self) -> bool:
         """The oldest note's attention. Notes of a pass that has not begun here wait; those of an old one are void."""
-        while self._notes and self._notes[0].pass_id < self._pass_id:
+        while self._notes and (self._notes[0].pass_id < self._pass_id or self._notes[0].pass_id <= self._abandoned):
             self._notes.popleft()
         if not self._notes or self._notes[0].pass_id > self._pass_id:
             return False

@@ -103,12 +103,13 @@ class DiskReader:
         target = order.target[done : order.num_bytes]
         tries = 0
         while True:
+            direct = opened.direct  # another thread may change it meanwhile
             try:
                 return os.preadv(opened.descriptor, [target], position)
             except InterruptedError:
                 continue
             except OSError as error:
-                if error.errno == errno.EINVAL and opened.direct:
+                if error.errno == errno.EINVAL and direct:
                     self._reopen_buffered(opened)
                     continue
                 tries += 1

@@ -201,3 +201,15 @@ def test_a_worker_that_cannot_be_started_ends_the_engine(
     inject(monkeypatch, tmp_path / "faults", Fault("open", again=True))
     with pytest.raises(EngineError, match=r"compute worker .* was killed by SIGKILL"):
         start(model)
+
+
+def test_a_failure_that_has_nothing_to_do_with_requests_ends_the_engine(
+    model: Path, runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No request gets an error row for it, so that the rest of the job can be done when it is mended."""
+    inject(monkeypatch, tmp_path / "faults", Fault("attend", again=True))
+    with FlexGenLite(model, dtype="float32", attention_threads=1) as engine:
+        job = engine.submit([[5, 6, 7]] * 8, SAMPLED)
+        with pytest.raises(EngineError, match=r"attention worker 0 .* was killed by SIGKILL"):
+            job.results()
+        assert job.failed == 0

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
+import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -328,3 +331,24 @@ def test_light_imports() -> None:
 def test_unknown_view_is_refused() -> None:
     with pytest.raises(ValueError, match="flip"):
         bounce_plan.apply_views(np.zeros(3, np.uint16), (("flip", 0),))
+
+
+def test_direct_reads_that_are_refused_to_several_threads_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file system opens with O_DIRECT and does not read so: whichever thread finds out first."""
+    real_preadv = os.preadv
+
+    def preadv(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        time.sleep(0.001)
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            time.sleep(random.random() / 200)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real_preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(disk_reader.os, "preadv", preadv)
+    monkeypatch.setattr(disk_reader, "READ_BYTES", 8192)
+    monkeypatch.setattr(loader_state, "split_order", lambda order: disk_reader.split_order(order, 8192))
+    unit = direct_unit(tmp_path / "w")
+    for _ in range(10):
+        run(attach((unit,), tmp_path / "w"), Load(0, 0))

@@ -109,3 +109,16 @@ def test_a_request_whose_numbers_overflow_fails_alone(requests: Requests) -> Non
     assert [(done.index, done.token_ids, done.error) for _, done in answers] == [(1, (9, 9, 9, 9), None)]
     assert requests.totals["generated_tokens"] == 4
     assert requests.totals["requests_failed"] == 1
+
+
+def test_a_cancelled_request_does_not_come_back(requests: Requests) -> None:
+    assert submit(requests, (5, 6, 7)) is None
+    requests.next_pass()
+    requests.cancel(b"client", "job")
+    assert [done.finish_reason for _, done in requests.drop_cancelled()] == ["cancelled"]
+    assert requests.next_pass() == []
+    assert requests.num_running == requests.num_waiting == 0
+
+
+def test_an_endless_text_is_refused_before_it_is_cut_into_tokens(requests: Requests) -> None:
+    assert "characters, the model takes 100 tokens" in (submit(requests, "1 " * 20_000) or "")
