@@ -256,7 +256,7 @@ def test_no_engine_there(socket_path: Path) -> None:
     with pytest.raises(EngineError, match=r"no engine at ipc://.*there is no such socket"):
         Client(f"ipc://{socket_path}")
     with pytest.raises(EngineError, match="not supported"):
-        Client("tcp://127.0.0.1:1")
+        Client("udp://127.0.0.1:1")
 
 
 def test_nobody_answers(socket_path: Path) -> None:
