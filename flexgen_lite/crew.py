@@ -30,6 +30,7 @@ COMPUTE_ENVIRONMENT = {
     "GOMP_SPINCOUNT": "2000",
 }
 LOSSES_IN_A_ROW = 3  # of one worker that has got nothing done in between
+IDLE_LOSS = 0.2  # of one that had started well, and was lost with nothing to do
 FINAL = ("CheckpointError", "UserError")  # failures that the next process would run into as well
 
 
@@ -61,7 +62,7 @@ class Crew:
         self._on_loss = on_loss
         self._workers: dict[str, WorkerProcess] = {}
         self._bells: list[tuple[socket.socket, socket.socket]] = []  # of each attention worker, with the compute worker
-        self._losses: dict[str, int] = {}  # in a row
+        self._losses: dict[str, float] = {}  # in a row
         self.not_ready: set[str] = set()
         self.restarts = 0
 
@@ -103,7 +104,8 @@ class Crew:
             worker.kill()
         finally:
             self._forget(worker)
-        self._losses[worker.name] = self._losses.get(worker.name, 0) + 1
+        weight = 1.0 if worker.name in self.not_ready else IDLE_LOSS
+        self._losses[worker.name] = self._losses.get(worker.name, 0.0) + weight
         if error.user_error or error.kind in FINAL or self._losses[worker.name] > LOSSES_IN_A_ROW:
             raise error
         if error.kind and worker.number == 0 and worker.name in self.not_ready:

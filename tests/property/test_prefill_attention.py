@@ -79,5 +79,5 @@ def test_prompt_attention_is_that_of_the_reference(
             seen = slice(start, start + i + 1)
             expected = reference(spec, q[start + i], k[seen], v[seen], sinks_H)
             error = np.abs(out_THE[start + i].double().numpy() - expected)
-            allowed = STEP[dtype] * (np.abs(expected) + np.abs(v[seen]).max()) + 2e-5
+            allowed = STEP[dtype] * (np.abs(expected) + np.abs(v[seen]).max()) + 5e-5  # scores of 100
             np.testing.assert_array_less(error, allowed, err_msg=f"prompt at {start}, row {i} of {count}")
