@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -21,20 +19,6 @@ NOTICE_SECONDS = 2.0
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model("opt", tmp_path_factory.mktemp("opt"))
-
-
-@pytest.fixture
-def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A private place for runtime directories; nothing may be left in it, nor in /dev/shm.
-
-    Its path is short, as that of a socket has to be.
-    """
-    shm_before = set(os.listdir("/dev/shm"))
-    with tempfile.TemporaryDirectory(prefix="fgl-") as folder:
-        monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
-        yield Path(folder)
-        assert os.listdir(folder) == []
-    assert set(os.listdir("/dev/shm")) <= shm_before
 
 
 def processes_of(engine: FlexGenLite) -> dict[str, psutil.Process]:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import random
 import signal
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,20 +40,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def expected(model: Path) -> list[list[int]]:
     with start(model) as engine:
         return tokens(engine)
-
-
-@pytest.fixture
-def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A private place for runtime directories; nothing may be left in it, nor in /dev/shm.
-
-    Its path is short, as that of a socket has to be.
-    """
-    shm_before = set(os.listdir("/dev/shm"))
-    with tempfile.TemporaryDirectory(prefix="fgl-") as folder:
-        monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
-        yield Path(folder)
-        assert os.listdir(folder) == []
-    assert set(os.listdir("/dev/shm")) <= shm_before
 
 
 def tokens(engine: FlexGenLite, params: SamplingParams = SAMPLED) -> list[list[int]]:
