@@ -154,6 +154,11 @@ class Batcher:
         self.running: dict[int, RunningRequest] = {}
         self.num_sent_back = 0
 
+    def limit_rows(self, rows: int) -> int:
+        """A micro-batch has at most so many rows from now on, if that is fewer than before; at least one."""
+        self._micro_batch_tokens = max(1, min(rows, self._micro_batch_tokens))
+        return self._micro_batch_tokens
+
     def compose(self, waiting: deque[RunningRequest], only: frozenset[int] | None = None) -> list[MicroBatch]:
         """The micro-batches of the next pass, taking requests from the left of `waiting`; empty if there is no work.
         With `only`, nothing but these running requests."""

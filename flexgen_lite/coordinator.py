@@ -368,7 +368,7 @@ class Coordinator:
     def _retry(self, error: WorkerDied) -> None:
         """The pass again, or one with less in it."""
         ids = [piece.request.id for micro_batch in self._pass for piece in micro_batch.pieces]
-        as_it_is, guilty = self._suspects.failed(ids)
+        as_it_is, guilty = self._suspects.failed(ids, max(micro_batch.num_rows for micro_batch in self._pass))
         if as_it_is:
             self._start_pass()
             return
@@ -378,8 +378,13 @@ class Coordinator:
             text = f"{TRIES} times in a row a worker was lost while it computed this request alone, at last: {error}"
             self._queue.set_aside(guilty)
             self._given_up.append((guilty, text))
-            if len(self._given_up) >= MOST_GUILTY:  # it is not the requests
-                raise error
+            if len(self._given_up) >= MOST_GUILTY:
+                raise WorkerDied(
+                    f"a worker was lost again and again with each of {MOST_GUILTY} requests in a row, so it is not the "
+                    f"requests; the last time: {error}",
+                    error.details,
+                    error.kind,
+                )
         self._begin_pass()
         if not self._pass:
             self._tell_the_guilty()
@@ -433,7 +438,9 @@ class Coordinator:
     def _end_pass(self) -> None:
         self._gauges.pass_ends(f"pass {self._pass_id}")
         done, self._pass = self._pass, []
-        self._suspects.passed()
+        if too_many := self._suspects.passed():
+            rows = self._queue.limit_rows(too_many // 2)
+            log(f"passes of {too_many} rows made a worker fail, parts of them did not: at most {rows} from now on")
         self._tell_the_guilty()
         for worker in self._crew:
             self._crew.did_something(worker)

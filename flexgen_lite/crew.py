@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -29,8 +30,8 @@ COMPUTE_ENVIRONMENT = {
     # them last. Decoding 64 sequences gains 2 to 8 per cent; more gains nothing.
     "GOMP_SPINCOUNT": "2000",
 }
-LOSSES_IN_A_ROW = 3  # of one worker that has got nothing done in between
-IDLE_LOSS = 0.2  # of one that had started well, and was lost with nothing to do
+FAILED_STARTS = 3  # in a row of one worker: the next one ends the engine
+IDLE_LOSSES = 15  # in a row of one worker that started well each time, and was lost before anything was done
 FINAL = ("CheckpointError", "UserError")  # failures that the next process would run into as well
 
 
@@ -62,7 +63,8 @@ class Crew:
         self._on_loss = on_loss
         self._workers: dict[str, WorkerProcess] = {}
         self._bells: list[tuple[socket.socket, socket.socket]] = []  # of each attention worker, with the compute worker
-        self._losses: dict[str, float] = {}  # in a row
+        self._failed_starts: Counter[str] = Counter()  # in a row, by worker
+        self._idle_losses: Counter[str] = Counter()
         self.not_ready: set[str] = set()
         self.restarts = 0
 
@@ -93,10 +95,11 @@ class Crew:
     def ready(self, worker: WorkerProcess) -> None:
         """The worker has all that it needs."""
         self.not_ready.discard(worker.name)
+        del self._failed_starts[worker.name]
 
     def did_something(self, worker: WorkerProcess) -> None:
         """What it did would not have to be done again: losses before that do not count any more."""
-        self._losses.pop(worker.name, None)
+        del self._idle_losses[worker.name]
 
     def lose(self, worker: WorkerProcess, error: WorkerDied) -> None:
         """The worker is gone, or has to go. Raises `error` where another process in its place would fare no better."""
@@ -104,10 +107,15 @@ class Crew:
             worker.kill()
         finally:
             self._forget(worker)
-        weight = 1.0 if worker.name in self.not_ready else IDLE_LOSS
-        self._losses[worker.name] = self._losses.get(worker.name, 0.0) + weight
-        if error.user_error or error.kind in FINAL or self._losses[worker.name] > LOSSES_IN_A_ROW:
+        losses, limit, when = self._idle_losses, IDLE_LOSSES, "with nothing done in between"
+        if worker.name in self.not_ready:
+            losses, limit, when = self._failed_starts, FAILED_STARTS, "before it had started"
+        losses[worker.name] += 1
+        if error.user_error or error.kind in FINAL:
             raise error
+        if losses[worker.name] > limit:
+            text = f"{worker.name} was lost {losses[worker.name]} times in a row {when}; the last time: {error}"
+            raise WorkerDied(text, error.details, error.kind)
         if error.kind and worker.number == 0 and worker.name in self.not_ready:
             raise error  # an exception before it was ever ready is no accident
         self._on_loss(worker, error)

@@ -15,6 +15,7 @@ from flexgen_lite.messages import NO_TOKEN, RequestDone, Submit, WireRequest
 
 MAX_SEED = 2**63
 MAX_OPEN = 4096  # requests of a client, or a kept job, that wait or run
+MAX_JOBS = 10_000  # that are remembered, so that nothing of them is done twice
 MAX_KEPT_JOBS = 200  # each has a file
 CHARACTERS_PER_TOKEN = 256  # at most: longer texts are refused before they are cut into tokens
 OVERFLOW = "the model's logits are not finite: its numbers overflow in this dtype, use bfloat16 or float32"
@@ -98,6 +99,7 @@ class Requests:
             if request.index < self._next_index.get(key, 0):
                 continue
             self._next_index[key] = request.index + 1
+            self._forget_old_jobs()
             answers += self._take(Origin(client, message.job_id, request.index), request, self._num_open[client])
         return answers
 
@@ -158,6 +160,10 @@ class Requests:
         """What the next pass computes; with `only`, nothing but these running requests."""
         return self._batcher.compose(self._waiting, only)
 
+    def limit_rows(self, rows: int) -> int:
+        """A micro-batch of the next passes has at most so many rows, or as many as there is a limit on already."""
+        return self._batcher.limit_rows(rows)
+
     def set_aside(self, request_id: int) -> None:
         """A running request runs no more; it will `fail`."""
         request = self._batcher.running[request_id]
@@ -214,6 +220,14 @@ class Requests:
             self._num_open[origin.client] += 1
         self._waiting.append(running)
         return []
+
+    def _forget_old_jobs(self) -> None:
+        """Of clients that have left without a word, the longest ago: they would add up under an engine that runs on."""
+        if len(self._next_index) > MAX_JOBS:
+            open_jobs = {(origin.client, origin.job_id) for origin in self._origins.values()}
+            old = list(self._next_index)[: MAX_JOBS // 2]
+            for key in [key for key in old if key not in open_jobs]:
+                del self._next_index[key]
 
     def _address(self, origin: Origin, done: RequestDone) -> list[Answer]:
         """To whom it goes, if anyone is there; what is to be kept is kept."""

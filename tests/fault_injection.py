@@ -49,10 +49,11 @@ def wrap(place, faults, folder):
         calls += 1
         if any(f["action"] == "short" and calls % f["call"] == 0 for _, f in faults):
             args = ([args[0][0][: max(1, len(args[0][0]) // 3)]], *args[1:])
-        struck = [(i, f) for i, f in faults if f["call"] <= calls < f["call"] + f["times"] and f["token"] is None]
-        struck = [(i, f) for i, f in struck if f["action"] != "short"]
+        plain = [(i, f) for i, f in faults if f["token"] is f["rows"] is None and f["action"] != "short"]
+        struck = [(i, f) for i, f in plain if f["call"] <= calls < f["call"] + f["times"]]
         batch = getattr(self, "_batch", None)
         struck += [(i, f) for i, f in faults if f["token"] is not None and batch and f["token"] in batch.token_ids]
+        struck += [(i, f) for i, f in faults if f["rows"] is not None and batch and len(batch.token_ids) > f["rows"]]
         def hit(after):
             for i, f in struck:
                 marker = folder / str(i)
@@ -79,7 +80,8 @@ for place, (kind, *_) in PLACES.items():
 class Fault:
     """`worker`: a part of its name. `action`: "SIGKILL", "SIGSTOP", "SIGSEGV", "raise", "exit", or at a "preadv" "EIO"
     or "short" (every `call`-th read gives a third of what is wanted). `token`: strike when a micro-batch has it,
-    whatever `call`. `again`: strike in every process; `times`: so many calls in a row."""
+    whatever `call`; `rows`: when it has more than so many. `again`: strike in every process; `times`: so many
+    calls in a row."""
 
     place: str
     call: int = 1
@@ -87,6 +89,7 @@ class Fault:
     after: bool = False
     worker: str = "worker"
     token: int | None = None
+    rows: int | None = None
     again: bool = False
     times: int = 1
 

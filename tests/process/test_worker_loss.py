@@ -178,11 +178,22 @@ def test_a_request_that_kills_its_worker_is_given_up_alone(
         assert tokens(engine) == expected
 
 
+def test_a_pass_that_is_too_large_is_not_tried_for_every_token(
+    model: Path, expected: list[list[int]], runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inject(monkeypatch, tmp_path / "faults", Fault("advance", rows=12, again=True))
+    prompts = [prompt[:1] for prompt in PROMPTS[:14]]
+    with start(model) as engine:
+        found = engine.generate(prompts, SAMPLED)
+        assert [c.finish_reason for c in found] == ["length"] * 14
+        assert restarts(engine) == 3
+
+
 def test_a_worker_that_cannot_be_started_ends_the_engine(
     model: Path, runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inject(monkeypatch, tmp_path / "faults", Fault("open", again=True))
-    with pytest.raises(EngineError, match=r"compute worker .* was killed by SIGKILL"):
+    with pytest.raises(EngineError, match=r"4 times in a row before it had started; .* was killed by SIGKILL"):
         start(model)
 
 
@@ -193,6 +204,6 @@ def test_a_failure_that_has_nothing_to_do_with_requests_ends_the_engine(
     inject(monkeypatch, tmp_path / "faults", Fault("attend", again=True))
     with FlexGenLite(model, dtype="float32", attention_threads=1) as engine:
         job = engine.submit([[5, 6, 7]] * 8, SAMPLED)
-        with pytest.raises(EngineError, match=r"attention worker 0 .* was killed by SIGKILL"):
+        with pytest.raises(EngineError, match=r"each of 5 requests in a row.* worker 0 .* was killed by SIGKILL"):
             job.results()
         assert job.failed == 0

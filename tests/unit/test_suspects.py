@@ -17,7 +17,7 @@ def run(ids: Sequence[int], fails: Callable[[Sequence[int]], bool]) -> tuple[set
         group = suspects.group
         running = [i for i in left if group is None or i in group]
         while running and fails(running):
-            as_it_is, found = suspects.failed(running)
+            as_it_is, found = suspects.failed(running, len(running))
             if found is not None:
                 guilty.add(found)
                 left.remove(found)
@@ -26,7 +26,10 @@ def run(ids: Sequence[int], fails: Callable[[Sequence[int]], bool]) -> tuple[set
         else:
             if group is None:
                 return guilty, passes
-            suspects.passed() if running else suspects.skip()
+            if running:
+                assert not suspects.passed() or not guilty, "guilty ones were found: the pass was not too large"
+            else:
+                suspects.skip()
     raise AssertionError("it never ends")
 
 
@@ -41,24 +44,26 @@ def test_exactly_the_guilty_are_given_up(case: tuple[int, set[int]]) -> None:
 def test_a_pass_that_is_too_much_at_once_is_nobodys_fault(count: int, most: int) -> None:
     suspects = Suspects()
     done: set[int] = set()
+    too_many = 0
     for _ in range(1000):
         group = suspects.group
         running = [i for i in range(count) if group is None or i in group]
         if len(running) > most:
-            _, guilty = suspects.failed(running)
+            _, guilty = suspects.failed(running, len(running))
             assert guilty is None
         else:
-            suspects.passed()
+            too_many = suspects.passed()
             done |= set(running)
             if suspects.group is None:
                 break
     assert done == set(range(count))
+    assert too_many == (count if count > most else 0)
 
 
 def test_failures_that_do_not_come_back_change_nothing() -> None:
     suspects = Suspects()
     for _ in range(10):
         for _ in range(TRIES - 1):
-            assert suspects.failed([1, 2, 3]) == (True, None)
+            assert suspects.failed([1, 2, 3], 3) == (True, None)
         suspects.passed()
         assert suspects.group is None
