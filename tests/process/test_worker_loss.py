@@ -6,6 +6,7 @@ import logging
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,13 @@ def restarts(engine: FlexGenLite) -> int:
     return int(engine.status().totals["restarts"])
 
 
+def wait_until(true: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize("victim", WORKERS)
 def test_a_killed_worker_is_started_again(
     victim: str, model: Path, expected: list[list[int]], runtime: Path, caplog: pytest.LogCaptureFixture
@@ -104,6 +112,26 @@ def test_a_worker_that_hangs_is_replaced(model: Path, expected: list[list[int]],
             worker_processes(engine)[victim].send_signal(signal.SIGSTOP)
             assert [list(c.token_ids) for c in job.results()] == expected
         assert restarts(engine) == 2
+
+
+def test_a_worker_lost_often_while_another_holds_up_the_work(
+    model: Path, expected: list[list[int]], runtime: Path
+) -> None:
+    """It started well each time: that nothing got done in between is not its fault."""
+    with start(model) as engine:
+        workers = worker_processes(engine)
+        job = engine.submit(PROMPTS, SAMPLED)
+        time.sleep(0.1)
+        workers["compute worker"].suspend()
+        for number in range(6):
+            victim = worker_processes(engine)["attention worker 1"]
+            wait_until(lambda victim=victim: any("kv" in line.path and "memfd" in line.path for line in victim.memory_maps()))
+            time.sleep(0.3)  # it says so next
+            victim.kill()
+            wait_until(lambda number=number: restarts(engine) == number + 1)
+        workers["compute worker"].resume()
+        assert [list(c.token_ids) for c in job.results()] == expected
+        assert restarts(engine) == 6
 
 
 FAULTS = [
