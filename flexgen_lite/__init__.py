@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flexgen_lite.client import Client
-    from flexgen_lite.completion import Completion
+    from flexgen_lite.completion import Completion, Logprob
     from flexgen_lite.config import ConfigError, EngineConfig
     from flexgen_lite.errors import EngineError
     from flexgen_lite.llm import FlexGenLite
@@ -22,6 +22,7 @@ __all__ = [
     "EngineConfig",
     "EngineError",
     "FlexGenLite",
+    "Logprob",
     "SamplingParams",
     "__version__",
 ]
@@ -33,6 +34,7 @@ _HOMES = {
     "EngineConfig": "config",
     "EngineError": "errors",
     "FlexGenLite": "llm",
+    "Logprob": "completion",
     "SamplingParams": "sampling_params",
 }
 

@@ -24,6 +24,15 @@ _PARAMS = (
     "seed",
     "stop_token_ids",
     "ignore_eos",
+    "skip_special_tokens",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "stop",
+    "include_stop_str_in_output",
+    "logprobs",
 )
 _BODY = frozenset({"model", "prompt", "n", "return_token_ids", *_PARAMS})
 _LINE = frozenset({"custom_id", "method", "url", "body"})
@@ -192,11 +201,23 @@ def _request(custom_id: str, row: dict[str, Any]) -> BatchRequest:
         raise RequestError("body.model is not a string")
     if type(return_token_ids := body.get("return_token_ids", False)) is not bool:
         raise RequestError(f"body.return_token_ids is {_shown(return_token_ids)}: give true or false")
+    if "logit_bias" in body:
+        body["logit_bias"] = _logit_bias(body["logit_bias"])
     try:
         params = SamplingParams(**{key: body[key] for key in _PARAMS if key in body})
     except ValueError as error:
         raise RequestError(f"body.{error}") from None
     return BatchRequest(custom_id, _prompt(body.get("prompt")), params, return_token_ids, body.get("model"))
+
+
+def _logit_bias(value: object) -> object:
+    """JSON has no numbers as keys."""
+    if not isinstance(value, dict):
+        return value
+    try:
+        return {int(token_id): bias for token_id, bias in value.items()}
+    except ValueError:
+        raise RequestError(f"body.logit_bias is {_shown(value)}: its keys must be token ids") from None
 
 
 def _prompt(prompt: object) -> Prompt:

@@ -11,8 +11,10 @@ from collections import deque
 from collections.abc import MutableSequence
 from dataclasses import dataclass, field
 
-from flexgen_lite.messages import NO_TOKEN, KvBatch, KvSpan, Sample, TokenBatch, TokenSpan, WireParams
+from flexgen_lite.messages import KvBatch, KvSpan, TokenBatch, TokenSpan
 from flexgen_lite.page_table import PageTable
+from flexgen_lite.sampling_wire import NO_TOKEN, Penalties, Sample, TokenLogprobs, WireParams
+from flexgen_lite.stop_strings import StopStrings
 
 EXPECTED_MARGIN = 1.25  # over the average life
 EXPECTED_WEIGHT = 0.02  # of the last request that ended, in the average
@@ -34,6 +36,8 @@ class RunningRequest:
     pages: tuple[int, ...] = ()
     times_sent_back: int = 0
     overflowed: bool = False  # the model's numbers did, so that there is no next token
+    stop_strings: StopStrings | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the generated tokens, if asked for
 
     @property
     def num_generated(self) -> int:
@@ -50,14 +54,56 @@ class RunningRequest:
         generated = self.num_generated
         if generated == 0:
             return None
-        if generated >= self.params.min_tokens and self.tokens[-1] in self.end_ids:
+        if generated >= self.params.min_tokens and (self.tokens[-1] in self.end_ids or self.has_stop_string):
             return "stop"
         return "length" if generated >= self.params.max_tokens else None
 
+    @property
+    def has_stop_string(self) -> bool:
+        """Whether the generated text has one, as of its last token."""
+        return self.stop_strings is not None and self.stop_strings.found
+
+    def add(self, token: int) -> None:
+        """The next token, as it was drawn."""
+        self.tokens.append(token)
+        if self.stop_strings is not None and self.num_generated >= self.params.min_tokens:
+            self.stop_strings.look(self.tokens, self.num_prompt_tokens)
+
     def next_sample(self) -> Sample:
         params = self.params
-        banned = tuple(sorted(self.end_ids)) if self.num_generated < params.min_tokens else ()
-        return Sample(params.temperature, params.top_k, params.top_p, self.seed, self.num_generated, banned)
+        return Sample(
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            seed=self.seed,
+            step=self.num_generated,
+            banned=tuple(sorted(self.end_ids)) if self.num_generated < params.min_tokens else (),
+            min_p=params.min_p,
+            bias=params.logit_bias,
+            penalties=self._penalties(),
+            num_logprobs=-1 if params.logprobs is None else params.logprobs,
+        )
+
+    def _penalties(self) -> Penalties | None:
+        params, first = self.params, self.num_prompt_tokens
+        if params.repetition_penalty == 1 and params.presence_penalty == 0 and params.frequency_penalty == 0:
+            return None
+        prompt = sorted(set(self.tokens[:first])) if params.repetition_penalty != 1 else ()
+        return Penalties(
+            params.repetition_penalty,
+            params.presence_penalty,
+            params.frequency_penalty,
+            tuple(prompt),
+            tuple(self.tokens[first:]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Of a micro-batch: the drawn tokens in the order of its rows, and the logprobs of those that asked for them."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,19 +274,21 @@ class Batcher:
         generated = max(request.num_generated + self._pages.page_tokens, int(share * request.params.max_tokens))
         return self._pages.pages_for(min(request.num_prompt_tokens + generated, request.most_stored))
 
-    def commit(self, micro_batches: list[MicroBatch], token_ids: list[tuple[int, ...]]) -> list[RunningRequest]:
-        """The pass is over: take its tokens, `token_ids[k]` in the order of micro-batch k's rows; the requests that it
+    def commit(self, micro_batches: list[MicroBatch], results: list[Result]) -> list[RunningRequest]:
+        """The pass is over: take its tokens, `results[k]` in the order of micro-batch k's rows; the requests that it
         completed, their pages freed."""
         finished = []
-        for micro_batch, tokens in zip(micro_batches, token_ids, strict=True):
-            sampled = iter(tokens)
+        for micro_batch, result in zip(micro_batches, results, strict=True):
+            sampled, logprobs = iter(result.token_ids), iter(result.logprobs)
             for _, piece in micro_batch.in_rows():
                 request, completes = piece.request, piece.completes
                 if completes:
                     token = next(sampled)
                     request.overflowed = token == NO_TOKEN
+                    if request.params.logprobs is not None:
+                        request.logprobs.append(next(logprobs))
                     if not request.overflowed:
-                        request.tokens.append(token)
+                        request.add(token)
                 request.stored += piece.num_rows
                 if request.finish_reason is not None or request.overflowed:
                     finished.append(request)

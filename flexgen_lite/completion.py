@@ -9,6 +9,21 @@ Prompt = str | Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
+class Logprob:
+    """Of one token in one place.
+
+    Attributes:
+        logprob: natural logarithm of its probability, by the model's own logits.
+        rank: 1 for the most likely token.
+        decoded_token: its text; empty where the model has no tokenizer.
+    """
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """One finished request.
 
@@ -20,6 +35,8 @@ class Completion:
         num_prompt_tokens: tokens of the prompt.
         finish_reason: "stop", "length" or "cancelled"; "error" where `error` is set.
         error: why this request failed, or None.
+        logprobs: for each generated token, token id -> Logprob of that token and of the most likely ones; None where
+            they were not asked for.
     """
 
     index: int
@@ -29,6 +46,7 @@ class Completion:
     num_prompt_tokens: int
     finish_reason: str
     error: str | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
 
     def __str__(self) -> str:
         return self.text

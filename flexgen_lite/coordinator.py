@@ -25,7 +25,7 @@ import zmq
 from flexgen_lite import messages, plan
 from flexgen_lite.access import KeyFileError, read_key_file
 from flexgen_lite.arena import Arena
-from flexgen_lite.batching import MicroBatch
+from flexgen_lite.batching import MicroBatch, Result
 from flexgen_lite.client_door import ClientDoor
 from flexgen_lite.config import ConfigError, EngineConfig
 from flexgen_lite.crew import Crew, overdue
@@ -103,7 +103,7 @@ class Coordinator:
         self._gathering_since = 0.0
         self._pass_id = 0
         self._pass: list[MicroBatch] = []
-        self._pass_tokens: list[tuple[int, ...]] = []
+        self._pass_results: list[Result] = []
         self._progress = 0.0  # when something of the pass was last heard of, monotonic seconds
         self._suspended = False  # a worker was lost: nothing begins until all is quiet and everyone is there again
         self._broken: WorkerDied | None = None  # what ended the present pass without a result
@@ -304,7 +304,7 @@ class Coordinator:
                 self._flow.carry_out(self._scheduler.layer_left(done.layer, done.micro_batch))
                 continue
             if done.layer == self._scheduler.num_layers:
-                self._pass_tokens[done.micro_batch] = done.token_ids
+                self._pass_results[done.micro_batch] = Result(done.token_ids, done.logprobs)
             self._flow.carry_out(self._scheduler.segment_done(done.layer, done.micro_batch))
         if self._scheduler.pass_done:
             self._end_pass()
@@ -423,7 +423,7 @@ class Coordinator:
         made = self._plan
         self._pass_id += 1
         self._progress = time.monotonic()
-        self._pass_tokens = [()] * len(self._pass)
+        self._pass_results = [Result(())] * len(self._pass)
         token_batches = tuple(m.token_batch(k) for k, m in enumerate(self._pass))
         self._crew.compute.send(
             messages.BeginCompute(self._pass_id, made.compute_threads, token_batches), expects_answer=False
@@ -444,7 +444,7 @@ class Coordinator:
         self._tell_the_guilty()
         for worker in self._crew:
             self._crew.did_something(worker)
-        answers = self._queue.end_pass(done, self._pass_tokens)
+        answers = self._queue.end_pass(done, self._pass_results)
         self._queue.totals["passes"] += 1
         self._begin_pass()  # first, so that the workers are busy while the answers go out
         self._answer(answers)

@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
-from flexgen_lite.completion import Completion, Prompt
+from flexgen_lite.completion import Completion, Logprob, Prompt
 from flexgen_lite.errors import EngineError
 from flexgen_lite.messages import RequestDone, WireRequest
 from flexgen_lite.sampling_params import MAX_TOKEN_ID, SamplingParams
@@ -230,7 +230,19 @@ def _completion(message: RequestDone, prompt: Prompt) -> Completion:
         num_prompt_tokens=message.num_prompt_tokens,
         finish_reason="error" if message.error is not None else message.finish_reason,
         error=message.error,
+        logprobs=_logprobs(message) if message.logprobs else None,
     )
+
+
+def _logprobs(message: RequestDone) -> list[dict[int, Logprob]]:
+    texts = message.token_texts
+    places = []
+    for token, found in zip(message.token_ids, message.logprobs, strict=False):
+        place = {token: Logprob(found.logprob, found.rank, texts.get(token, ""))}
+        for rank, (other, logprob) in enumerate(found.top, start=1):
+            place.setdefault(other, Logprob(logprob, rank, texts.get(other, "")))
+        places.append(place)
+    return places
 
 
 def _wire_prompt(index: int, prompt: object) -> str | tuple[int, ...]:

@@ -5,18 +5,15 @@ Times are `time.monotonic_ns()` (CLOCK_MONOTONIC, the same in all processes of a
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flexgen_lite.model_spec import AttentionSpec, FileStamp, ModelSpec, UnitSpec
+from flexgen_lite.sampling_wire import Sample, TokenLogprobs, WireParams
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Version of the messages between clients and the coordinator."""
 
 REPORT_SECONDS = 0.1
-
-NO_TOKEN = -1
-"""In the place of a sampled token: the model's logits were not finite."""
 
 # ---------------------------------------------------------------------------------------------- any worker
 
@@ -236,18 +233,6 @@ class AttachCompute:
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """How to draw one sequence's next token. `seed` and `step` alone decide the random number."""
-
-    temperature: float  # 0: greedy
-    top_k: int  # 0: all
-    top_p: float
-    seed: int
-    step: int  # tokens generated so far
-    banned: tuple[int, ...]  # token ids that may not come (end of sequence before min_tokens)
-
-
-@dataclass(frozen=True, slots=True)
 class TokenSpan:
     """Rows `row .. row + num_rows` of a micro-batch are tokens `position ..` of one sequence.
 
@@ -335,7 +320,8 @@ class Segments:
 @dataclass(frozen=True, slots=True)
 class SegmentDone:
     """`copy_ns` of its time went into the exchange arena and back. `token_ids`: the sampled tokens in the order of the
-    spans that asked for one, after the last segment. `left_only`: only layer `layer` - 1 was finished."""
+    spans that asked for one, after the last segment; `logprobs`: of those of them that asked for it. `left_only`: only
+    layer `layer` - 1 was finished."""
 
     layer: int
     micro_batch: int
@@ -344,6 +330,7 @@ class SegmentDone:
     end_ns: int
     copy_ns: int
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,37 +347,6 @@ FromCompute = Hello | ModelOpened | Ready | Abandoned | Uploaded | Packed | Comp
 
 
 # ---------------------------------------------------------------------------------------------- clients
-
-
-@dataclass(frozen=True, slots=True)
-class WireParams:
-    """SamplingParams on the wire; see there for what each means."""
-
-    max_tokens: int
-    min_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    seed: int | None
-    stop_token_ids: tuple[int, ...]
-    ignore_eos: bool
-    skip_special_tokens: bool
-
-    def problem(self) -> str | None:
-        """What is wrong with the values, or None: a client need not have used SamplingParams."""
-        if not self.max_tokens >= 1:
-            return f"max_tokens={self.max_tokens} is not allowed: give 1 or more"
-        if not 0 <= self.min_tokens <= self.max_tokens:
-            return f"min_tokens={self.min_tokens} is not allowed: give 0 to max_tokens ({self.max_tokens})"
-        if not 0 <= self.temperature < math.inf:
-            return f"temperature={self.temperature} is not allowed: give 0 (greedy) or more"
-        if self.top_k < 0:
-            return f"top_k={self.top_k} is not allowed: give 0 (all) or more"
-        if not 0 < self.top_p <= 1:
-            return f"top_p={self.top_p} is not allowed: give a number above 0 and up to 1"
-        if self.seed is not None and self.seed < 0:
-            return f"seed={self.seed} is not allowed: give 0 or more"
-        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -449,7 +405,8 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class RequestDone:
-    """`error` is None for a finished request. finish_reason: "stop", "length" or "cancelled"."""
+    """`error` is None for a finished request. finish_reason: "stop", "length" or "cancelled". `logprobs`: of each
+    generated token, if asked for; then `token_texts` has the text of every token that occurs in them."""
 
     job_id: str
     index: int
@@ -458,6 +415,8 @@ class RequestDone:
     num_prompt_tokens: int
     finish_reason: str
     error: str | None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    token_texts: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

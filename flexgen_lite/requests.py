@@ -5,13 +5,17 @@ from __future__ import annotations
 import random
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from types import MappingProxyType
 from typing import Protocol
 
-from flexgen_lite.batching import Batcher, MicroBatch, RunningRequest
+from flexgen_lite.batching import Batcher, MicroBatch, Result, RunningRequest
 from flexgen_lite.kept_jobs import KeptJob
-from flexgen_lite.messages import NO_TOKEN, RequestDone, Submit, WireRequest
+from flexgen_lite.messages import RequestDone, Submit, WireRequest
+from flexgen_lite.sampling_wire import NO_TOKEN, TokenLogprobs
+from flexgen_lite.stop_strings import StopStrings
 
 MAX_SEED = 2**63
 MAX_OPEN = 4096  # requests of a client, or a kept job, that wait or run
@@ -71,6 +75,7 @@ class Requests:
         self._cancelled: set[int] = set()
         self._set_aside: dict[int, RunningRequest] = {}
         self._next_id = 0
+        self._texts: dict[int, str] = {}  # of tokens that were asked for
         self.totals: Counter[str] = Counter()
 
     @property
@@ -98,8 +103,9 @@ class Requests:
         for request in message.requests:
             if request.index < self._next_index.get(key, 0):
                 continue
+            if key not in self._next_index:
+                self._forget_old_jobs()
             self._next_index[key] = request.index + 1
-            self._forget_old_jobs()
             answers += self._take(Origin(client, message.job_id, request.index), request, self._num_open[client])
         return answers
 
@@ -185,14 +191,14 @@ class Requests:
         self._close_cancelled_jobs()
         return answers
 
-    def end_pass(self, micro_batches: list[MicroBatch], token_ids: list[tuple[int, ...]]) -> list[Answer]:
+    def end_pass(self, micro_batches: list[MicroBatch], results: list[Result]) -> list[Answer]:
         """Commit a pass's tokens; answers for the requests that it completed, or that were cancelled meanwhile."""
-        self.totals["generated_tokens"] += sum(token != NO_TOKEN for tokens in token_ids for token in tokens)
+        self.totals["generated_tokens"] += sum(token != NO_TOKEN for r in results for token in r.token_ids)
         self.totals["prompt_tokens"] += sum(
             p.num_rows for m in micro_batches for p in m.pieces if _is_new_prompt(p.request)
         )
         answers: list[Answer] = []
-        for request in self._batcher.commit(micro_batches, token_ids):
+        for request in self._batcher.commit(micro_batches, results):
             if request.overflowed:
                 answers += self._fail(request, OVERFLOW)
             else:
@@ -259,7 +265,9 @@ class Requests:
             raise RequestError(wrong)
         if not tokens:
             raise RequestError("the prompt is empty: give at least one token")
-        for token in (*tokens, *params.stop_token_ids):
+        if params.stop and self._tokenizer is None:
+            raise RequestError("the model has no tokenizer: give stop_token_ids instead of stop")
+        for token in (*tokens, *params.stop_token_ids, *(token for token, _ in params.logit_bias)):
             if not 0 <= token < limits.vocab_size:
                 raise RequestError(f"token id {token} is outside the vocabulary of {limits.vocab_size}")
         room = limits.max_length - len(tokens)
@@ -270,11 +278,16 @@ class Requests:
             )
         if params.max_tokens > room:
             params = replace(params, max_tokens=room, min_tokens=min(params.min_tokens, room))
+        if params.logprobs is not None:
+            params = replace(params, logprobs=min(params.logprobs, limits.vocab_size))
         end_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else limits.eos_token_ids)
         seed = random.randrange(MAX_SEED) if params.seed is None else params.seed
         self._next_id += 1
         kept = array("i", tokens)  # thousands may wait: four bytes a token
         running = RunningRequest(self._next_id, kept, len(tokens), params, seed, end_ids)
+        if params.stop and self._tokenizer is not None:
+            decode = partial(self._tokenizer.decode, skip_special_tokens=params.skip_special_tokens)
+            running.stop_strings = StopStrings(params.stop, decode)
         if running.most_stored > limits.kv_tokens:
             raise RequestError(
                 f"the request needs {running.most_stored} tokens of KV cache ({len(tokens)} in the prompt, up to "
@@ -303,17 +316,36 @@ class Requests:
     def _finish(self, request: RunningRequest, reason: str) -> list[Answer]:
         self.totals["requests_cancelled" if reason == "cancelled" else "requests_done"] += 1
         token_ids = list(request.tokens[request.num_prompt_tokens :])
-        shown = token_ids[:-1] if reason == "stop" else token_ids
+        shown = token_ids[:-1] if reason == "stop" and not request.has_stop_string else token_ids
         decode: Callable[[list[int], bool], str] = self._tokenizer.decode if self._tokenizer else lambda *_: ""
+        text = decode(shown, request.params.skip_special_tokens)
+        if request.stop_strings is not None and request.has_stop_string:
+            text = request.stop_strings.cut(text, request.params.include_stop_str_in_output)
         origin = self._pop_origin(request)
         done = _done(
             origin,
-            text=decode(shown, request.params.skip_special_tokens),
+            text=text,
             token_ids=tuple(token_ids),
             num_prompt_tokens=request.num_prompt_tokens,
             finish_reason=reason,
+            logprobs=tuple(request.logprobs),
+            token_texts=self._token_texts(request),
         )
         return self._address(origin, done)
+
+    def _token_texts(self, request: RunningRequest) -> dict[int, str]:
+        """Of all tokens in its logprobs."""
+        if not request.logprobs or self._tokenizer is None:
+            return {}
+        ids = {token for logprobs in request.logprobs for token, _ in logprobs.top}
+        return {token: self._token_text(token) for token in ids.union(request.tokens[request.num_prompt_tokens :])}
+
+    def _token_text(self, token: int) -> str:
+        """As it would stand within a text: many tokenizers drop a space in front of the first token."""
+        if token not in self._texts and self._tokenizer is not None:
+            one, two = (self._tokenizer.decode([token] * count, False) for count in (1, 2))
+            self._texts[token] = two[len(one) :] if two.startswith(one) else one
+        return self._texts[token]
 
 
 def _is_new_prompt(request: RunningRequest) -> bool:
@@ -327,5 +359,17 @@ def _done(
     num_prompt_tokens: int = 0,
     finish_reason: str = "error",
     error: str | None = None,
+    logprobs: tuple[TokenLogprobs, ...] = (),
+    token_texts: Mapping[int, str] = MappingProxyType({}),
 ) -> RequestDone:
-    return RequestDone(origin.job_id, origin.index, text, token_ids, num_prompt_tokens, finish_reason, error)
+    return RequestDone(
+        origin.job_id,
+        origin.index,
+        text,
+        token_ids,
+        num_prompt_tokens,
+        finish_reason,
+        error,
+        logprobs,
+        dict(token_texts),
+    )

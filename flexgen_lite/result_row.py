@@ -68,7 +68,7 @@ def completion_body(request: BatchRequest, completion: Completion, model: str) -
         "index": 0,
         "text": completion.text,
         "finish_reason": completion.finish_reason,
-        "logprobs": None,
+        "logprobs": None if completion.logprobs is None else _logprobs(completion),
     }
     if request.return_token_ids:
         choice["token_ids"] = completion.token_ids
@@ -84,6 +84,18 @@ def completion_body(request: BatchRequest, completion: Completion, model: str) -
             "total_tokens": prompt_tokens + completion_tokens,
         },
     }
+
+
+def _logprobs(completion: Completion) -> dict[str, Any]:
+    """In the form of the OpenAI completions API."""
+    texts, values, top, offsets, offset = [], [], [], [], 0
+    for token, place in zip(completion.token_ids, completion.logprobs or (), strict=False):
+        texts.append(place[token].decoded_token)
+        values.append(place[token].logprob)
+        top.append({found.decoded_token: found.logprob for found in place.values()})
+        offsets.append(offset)
+        offset += len(texts[-1])
+    return {"tokens": texts, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
 
 
 class RowsThere:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from flexgen_lite.messages import WireParams
+from flexgen_lite.sampling_wire import WireParams
 
 _MAX_INT = (1 << 63) - 1
 MAX_TOKEN_ID = (1 << 31) - 1
@@ -29,6 +29,28 @@ def _require_float(name: str, value: object) -> float:
     return float(value)  # type: ignore[arg-type]
 
 
+def _require_bias(value: object) -> dict[int, float]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"logit_bias={value!r} is not allowed: give token ids and what is added to their logits")
+    for token_id in value:
+        _require_int("logit_bias", token_id, 0, MAX_TOKEN_ID)
+    return {token_id: _require_float("logit_bias", bias) for token_id, bias in value.items()}
+
+
+def _require_strings(name: str, value: object) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    strings = (value,) if isinstance(value, str) else value
+    if not isinstance(strings, list | tuple) or not all(isinstance(text, str) for text in strings):
+        raise ValueError(f"{name}={value!r} is not allowed: give a string or a list of strings")
+    for text in strings:
+        if any(0xD800 <= ord(character) < 0xE000 for character in text):
+            raise ValueError(f"{name}={text!r} has characters that are not Unicode text")
+    return tuple(strings)
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to generate the tokens of one request.
@@ -40,9 +62,19 @@ class SamplingParams:
         top_k: draw among the k most likely tokens; 0 and -1 mean all.
         top_p: draw among the most likely tokens that together have this probability, above 0 and up to 1.
         seed: makes the draw repeatable, whatever else is in the batch; None lets the engine choose.
+        min_p: draw among tokens at least this many times as likely as the most likely one; 0 means all.
+        repetition_penalty: above 1, tokens of the prompt and of what was generated become less likely: positive logits
+            are divided by it, negative ones multiplied.
+        presence_penalty: taken off the logit of every token generated so far, from -2 to 2.
+        frequency_penalty: the same for each time that it was generated.
+        logit_bias: token id -> what is added to its logit, from -100 to 100.
+        stop: a string, or several, that end the text; the first one is where it is cut.
+        include_stop_str_in_output: leave the string in the text.
         stop_token_ids: tokens that end the sequence besides the model's own.
         ignore_eos: go on after the model's end of sequence.
         skip_special_tokens: leave special tokens out of the text.
+        logprobs: tell the logprob of each generated token, and so many of the most likely ones, up to 20, by the
+            model's own logits, before anything above changes them. None: no logprobs.
 
     Raises:
         ValueError: a value is not allowed; the message names it and what would be.
@@ -57,6 +89,14 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    stop: str | Sequence[str] | None = None
+    include_stop_str_in_output: bool = False
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         _require_int("max_tokens", self.max_tokens, 1)
@@ -80,9 +120,19 @@ class SamplingParams:
             _require_int("stop_token_ids", token_id, 0, MAX_TOKEN_ID)
         _require_bool("ignore_eos", self.ignore_eos)
         _require_bool("skip_special_tokens", self.skip_special_tokens)
+        _require_bool("include_stop_str_in_output", self.include_stop_str_in_output)
+        if self.logprobs is not None:
+            _require_int("logprobs", self.logprobs, 0)
         object.__setattr__(self, "temperature", temperature)
         object.__setattr__(self, "top_p", top_p)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for name in ("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+            object.__setattr__(self, name, _require_float(name, getattr(self, name)))
+        object.__setattr__(self, "logit_bias", _require_bias(self.logit_bias))
+        object.__setattr__(self, "stop", _require_strings("stop", self.stop))
+        wrong = self.to_wire().problem()
+        if wrong is not None:
+            raise ValueError(wrong)
 
     def to_wire(self) -> WireParams:
         """The form that a request carries them in."""
@@ -96,6 +146,14 @@ class SamplingParams:
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
             skip_special_tokens=self.skip_special_tokens,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=tuple(sorted((self.logit_bias or {}).items())),
+            stop=tuple(self.stop or ()),
+            include_stop_str_in_output=self.include_stop_str_in_output,
+            logprobs=self.logprobs,
         )
 
 

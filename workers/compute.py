@@ -20,6 +20,7 @@ from flexgen_lite.workers.device import Device, open_device
 from flexgen_lite.workers.exchange_region import ExchangeRegion
 from flexgen_lite.workers.forward import Forward, stop_at_layers
 from flexgen_lite.workers.model_open import OpenedModel, fingerprint, open_model
+from flexgen_lite.workers.sampling import read
 
 
 class ComputeWorker(serve.Worker):
@@ -206,9 +207,9 @@ class ComputeWorker(serve.Worker):
             if slot is not None and not self._is_last(layer):
                 for worker in batch.workers:
                     ring(self._context.bells[str(worker)], Note(pass_id, layer, micro_batch))
-            tokens = () if forward.token_ids is None else tuple(forward.token_ids.tolist())
+            drawn = ((), ()) if forward.drawn is None else read(forward.drawn, forward.samples)
             end_ns = time.monotonic_ns()
-            report = messages.SegmentDone(layer, micro_batch, slot is None, start_ns, end_ns, copy_ns, tokens)
+            report = messages.SegmentDone(layer, micro_batch, slot is None, start_ns, end_ns, copy_ns, *drawn)
             self._ended.append((pass_id, report))
             self._context.wake()
 

@@ -32,9 +32,9 @@ class CpuDevice:
         """Nothing to lock."""
         return None
 
-    def host_buffer(self, size: int) -> torch.Tensor:
-        """Int64 host memory that results can be copied into."""
-        return torch.empty(size, dtype=torch.long)
+    def host_buffer(self, size: int, dtype: torch.dtype) -> torch.Tensor:
+        """Host memory that results can be copied into."""
+        return torch.empty(size, dtype=dtype)
 
     def to_host(self, host: torch.Tensor, value: torch.Tensor) -> None:
         """Copy a result into host memory; done when the next `when_done` calls back.
@@ -115,8 +115,8 @@ class CudaDevice:
                 )
         return None
 
-    def host_buffer(self, size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=torch.long, pin_memory=True)
+    def host_buffer(self, size: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, pin_memory=True)
 
     def to_host(self, host: torch.Tensor, value: torch.Tensor) -> None:
         self._to_host.wait_event(self._compute.record_event())

@@ -26,11 +26,11 @@ from flexgen_lite.workers.device import Device
 from flexgen_lite.workers.exchange_region import ExchangeRegion
 from flexgen_lite.workers.prefill_attention import prompt_attention
 from flexgen_lite.workers.products import Products
-from flexgen_lite.workers.sampling import sample
+from flexgen_lite.workers.sampling import Drawn, sample
 
 
 class Forward(ModelGreenlet):
-    """Runs `batch` up to each attention call in turn; `token_ids` holds the sampled tokens at the end."""
+    """Runs `batch` up to each attention call in turn; `drawn` holds what came of it at the end."""
 
     def __init__(
         self,
@@ -53,7 +53,8 @@ class Forward(ModelGreenlet):
         self._reached = -1  # layer whose attention call the forward stands at
         self._num_attended = sum(span.num_rows for span in batch.spans if not span.prefill)
         self.copy_ns = 0  # spent on the way into the exchange region and back
-        self.token_ids: torch.Tensor | None = None  # [N], on the host once the device is done
+        self.samples = [span.sample for span in batch.spans if span.sample is not None]
+        self.drawn: Drawn | None = None  # of `samples`; on the host once the device is done
 
     def advance(self, layer: int) -> None:
         """Run up to the attention call of `layer`, or to the end if there is no such layer."""
@@ -101,9 +102,13 @@ class Forward(ModelGreenlet):
                 logits_NV = self._model(**inputs).logits[0]
             else:
                 logits_NV = self._model(**inputs).logits[0, last_rows]
-        tokens_N = sample(logits_NV.float(), [span.sample for span in asking if span.sample is not None])
-        self.token_ids = self._device.host_buffer(len(asking))
-        self._device.to_host(self.token_ids, tokens_N)
+        drawn = sample(logits_NV.float(), self.samples)
+        self.drawn = Drawn(self._on_host(drawn.integers), self._on_host(drawn.floats))
+
+    def _on_host(self, value: torch.Tensor) -> torch.Tensor:
+        buffer = self._device.host_buffer(value.numel(), value.dtype)
+        self._device.to_host(buffer, value)
+        return buffer
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
         """See ModelGreenlet.attend: called by the model, inside the greenlet."""

@@ -7,9 +7,9 @@ from collections import Counter, deque
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexgen_lite.batching import Batcher, MicroBatch, RunningRequest
-from flexgen_lite.messages import WireParams
+from flexgen_lite.batching import Batcher, MicroBatch, Result, RunningRequest
 from flexgen_lite.page_table import PageTable
+from flexgen_lite.sampling_wire import WireParams
 
 EOS = 7
 
@@ -77,7 +77,7 @@ def test_every_request_is_served(prompts, pages, workers, max_sequences, micro_b
                 stored[piece.request.id] += piece.num_rows
                 assert stored[piece.request.id] <= len(piece.request.pages) * 8
             wanted = sum(span.sample is not None for span in micro_batch.token_batch(index).spans)
-            sampled.append(tuple(random.choice([1, 2, EOS]) for _ in range(wanted)))
+            sampled.append(Result(tuple(random.choice([1, 2, EOS]) for _ in range(wanted))))
         finished += batcher.commit(composed, sampled)
     assert sorted(r.id for r in finished) == list(range(len(prompts)))
     assert table.used_pages == 0
@@ -95,7 +95,7 @@ def test_a_long_prompt_comes_in_chunks() -> None:
         (micro_batch,) = batcher.compose(waiting)
         batch = micro_batch.token_batch(0)
         rows.append([(s.position, s.num_rows, s.prefill, s.sample is not None) for s in batch.spans])
-        batcher.commit([micro_batch], [(1,) * sum(s.sample is not None for s in batch.spans)])
+        batcher.commit([micro_batch], [Result((1,) * sum(s.sample is not None for s in batch.spans))])
     assert rows == [
         [(0, 16, True, False)],
         [(16, 16, False, False)],
@@ -110,7 +110,7 @@ def test_a_long_prompt_is_not_starved_by_short_ones() -> None:
     passes = 0
     while any(r.id == 0 for r in waiting) or 0 in batcher.running:
         composed = batcher.compose(waiting)
-        batcher.commit(composed, [(1,) * sum(p.completes for p in m.pieces) for m in composed])
+        batcher.commit(composed, [Result((1,) * sum(p.completes for p in m.pieces)) for m in composed])
         passes += 1
     assert passes < 12
 
@@ -119,7 +119,7 @@ def test_a_finished_sequence_is_replaced_in_the_next_pass() -> None:
     batcher = Batcher(PageTable(40, 8, 1), 1, 1, 16, spread=False)
     waiting = deque([request(0, 3, 1), request(1, 3, 1)])
     first = batcher.compose(waiting)
-    batcher.commit(first, [(1,)])
+    batcher.commit(first, [Result((1,))])
     second = batcher.compose(waiting)
     assert [piece.request.id for piece in second[0].pieces] == [1]
 
@@ -140,12 +140,15 @@ def test_short_answers_let_more_run_at_once_and_long_ones_send_the_youngest_back
     while finished < 300:
         composed = batcher.compose(waiting)
         most.append(len(batcher.running))
-        tokens = [tuple(EOS if p.request.num_generated > 3 else 1 for p in m.pieces if p.completes) for m in composed]
-        finished += len(batcher.commit(composed, tokens))
+        results = [
+            Result(tuple(EOS if p.request.num_generated > 3 else 1 for p in m.pieces if p.completes)) for m in composed
+        ]
+        finished += len(batcher.commit(composed, results))
     assert most[0] == 2 and max(most) > 8 and batcher.num_sent_back == 0
     ended: list[int] = []
     while waiting or batcher.running:
         composed = batcher.compose(waiting)
-        ended += [r.id for r in batcher.commit(composed, [(1,) * sum(p.completes for p in m.pieces) for m in composed])]
+        results = [Result((1,) * sum(p.completes for p in m.pieces)) for m in composed]
+        ended += [r.id for r in batcher.commit(composed, results)]
     assert batcher.num_sent_back > 0
     assert table.used_pages == 0 and len(ended) == 400 - finished

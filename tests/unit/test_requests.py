@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from flexgen_lite.batching import Batcher
-from flexgen_lite.messages import NO_TOKEN, Submit, WireParams, WireRequest
+from flexgen_lite.batching import Batcher, Result
+from flexgen_lite.messages import Submit, WireRequest
 from flexgen_lite.page_table import PageTable
 from flexgen_lite.requests import OVERFLOW, Limits, Requests
+from flexgen_lite.sampling_wire import NO_TOKEN, WireParams
 
 PARAMS = WireParams(4, 0, 0.0, 0, 1.0, None, (), True, True)
 
@@ -54,6 +55,14 @@ def submit(
         ((1,), {"top_p": 0.0}, "top_p=0.0"),
         ((1,), {"top_k": -5}, "top_k=-5"),
         ((1,), {"seed": -1}, "seed=-1"),
+        ((1,), {"min_p": float("nan")}, "min_p=nan"),
+        ((1,), {"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
+        ((1,), {"presence_penalty": 2.5}, "presence_penalty=2.5"),
+        ((1,), {"frequency_penalty": float("nan")}, "frequency_penalty=nan"),
+        ((1,), {"logit_bias": ((3, 101.0),)}, "logit_bias=101.0"),
+        ((1,), {"logit_bias": ((50, 1.0),)}, "token id 50"),
+        ((1,), {"logprobs": 21}, "logprobs=21"),
+        ((1,), {"stop": ("",)}, "0 characters"),
     ],
 )
 def test_bad_requests_are_refused_one_by_one(
@@ -83,7 +92,7 @@ def test_answers_go_to_those_who_asked(requests: Requests) -> None:
     for client in (b"a", b"b"):
         requests.submit(client, Submit("job", (WireRequest(0, (5, 6, 7), replace(PARAMS, max_tokens=1)),), False))
     composed = requests.next_pass()
-    answers = requests.end_pass(composed, [(8, 9)])
+    answers = requests.end_pass(composed, [Result((8, 9))])
     assert [(client, done.token_ids) for client, done in answers] == [(b"a", (8,)), (b"b", (9,))]
     assert requests.totals["prompt_tokens"] == 6
 
@@ -94,7 +103,7 @@ def test_cancel_drops_waiting_requests_now_and_running_ones_with_the_pass(reques
     composed = requests.next_pass()
     dropped = requests.cancel(b"client", "job")
     assert len(dropped) == 2
-    ended = requests.end_pass(composed, [(8,) * 4])
+    ended = requests.end_pass(composed, [Result((8,) * 4)])
     assert [done.finish_reason for _, done in [*dropped, *ended]] == ["cancelled"] * 6
     assert requests.num_running == requests.num_waiting == 0
 
@@ -102,10 +111,10 @@ def test_cancel_drops_waiting_requests_now_and_running_ones_with_the_pass(reques
 def test_a_request_whose_numbers_overflow_fails_alone(requests: Requests) -> None:
     for index in range(2):
         assert submit(requests, (5, 6, 7), PARAMS, index) is None
-    answers = requests.end_pass(requests.next_pass(), [(NO_TOKEN, 9)])
+    answers = requests.end_pass(requests.next_pass(), [Result((NO_TOKEN, 9))])
     assert [(done.index, done.error) for _, done in answers] == [(0, OVERFLOW)]
     for _ in range(3):
-        answers = requests.end_pass(requests.next_pass(), [(9,)])
+        answers = requests.end_pass(requests.next_pass(), [Result((9,))])
     assert [(done.index, done.token_ids, done.error) for _, done in answers] == [(1, (9, 9, 9, 9), None)]
     assert requests.totals["generated_tokens"] == 4
     assert requests.totals["requests_failed"] == 1

@@ -150,7 +150,7 @@ def test_memory_is_a_few_dozen_bytes_a_row() -> None:
     tracemalloc.start()
     try:
         rows = RowsThere(OUT, lines(8000))
-        assert tracemalloc.get_traced_memory()[1] < 100 * 8000
+        assert tracemalloc.get_traced_memory()[1] < 100 * 8000 + 20_000, "the row at hand included"
         assert rows.num_rows == 8000
     finally:
         tracemalloc.stop()

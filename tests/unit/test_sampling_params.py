@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from flexgen_lite import SamplingParams
-from flexgen_lite.messages import WireParams
 from flexgen_lite.sampling_params import GREEDY
+from flexgen_lite.sampling_wire import WireParams
 
 
 def test_defaults_and_wire_form() -> None:

@@ -1,0 +1,114 @@
+"""Penalties, bias, logprobs and stop strings through the whole engine, against Transformers on the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from flexgen_lite import FlexGenLite, SamplingParams
+from flexgen_lite.demo.run import MODEL
+from tests.tiny_models import make_model, ragged_prompts
+
+PROMPTS = ragged_prompts(6, longest=30)
+FIXED: dict[str, Any] = {"max_tokens": 12, "temperature": 0.0, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def engine(model: Path) -> Iterator[FlexGenLite]:
+    with FlexGenLite(model, dtype="float32", max_sequences=8, attention_threads=1) as engine:
+        yield engine
+
+
+def reference(model: Path, prompt: list[int], **options: Any) -> tuple[list[int], torch.Tensor]:
+    """Greedy tokens of Transformers' generate, and the logprobs of its own logits, `[12, V]`."""
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
+    loaded.generation_config.eos_token_id = None
+    output = loaded.generate(
+        torch.tensor([prompt]),
+        max_new_tokens=12,
+        do_sample=False,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **options,
+    )
+    return output.sequences[0, len(prompt) :].tolist(), torch.cat(output.logits).log_softmax(dim=-1)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({"repetition_penalty": 1.4}, {"repetition_penalty": 1.4}),
+        ({"repetition_penalty": 0.8}, {"repetition_penalty": 0.8}),
+        ({"logit_bias": {9: 3.0, 40: -100}}, {"sequence_bias": [[[9], 3.0], [[40], -100.0]]}),
+    ],
+)
+def test_tokens_and_logprobs_are_those_of_transformers(
+    engine: FlexGenLite, model: Path, ours: dict[str, Any], theirs: dict[str, Any]
+) -> None:
+    found = engine.generate(PROMPTS, SamplingParams(**FIXED, logprobs=4, **ours))
+    for prompt, completion in zip(PROMPTS, found, strict=True):
+        tokens, logprobs = reference(model, prompt, **theirs)
+        assert completion.token_ids == tokens
+        assert completion.logprobs is not None and len(completion.logprobs) == 12
+        for step, place in enumerate(completion.logprobs):
+            ids = logprobs[step].topk(4).indices
+            assert place.keys() == {tokens[step], *ids.tolist()}
+            for token, entry in place.items():
+                assert entry.logprob == pytest.approx(float(logprobs[step, token]), abs=2e-4)
+                assert entry.rank == 1 + int((logprobs[step] > logprobs[step, token]).sum())
+
+
+def test_presence_and_frequency_penalty(engine: FlexGenLite) -> None:
+    """The largest ones hardly let a token come twice; negative ones bring it again and again."""
+    plain, rare, often = (
+        engine.generate(PROMPTS[2], SamplingParams(**{**FIXED, "max_tokens": 40}, **options)).token_ids
+        for options in ({}, {"presence_penalty": 2, "frequency_penalty": 2}, {"frequency_penalty": -2})
+    )
+    assert len(set(rare)) > len(set(plain)) > len(set(often))
+
+
+def test_options_of_one_request_leave_the_others_alone(engine: FlexGenLite) -> None:
+    alone = [engine.generate(prompt, SamplingParams(**FIXED)).token_ids for prompt in PROMPTS]
+    odd = SamplingParams(**FIXED, repetition_penalty=1.9, logprobs=20, logit_bias={5: 50})
+    mixed = engine.generate(PROMPTS, [odd if i % 2 else SamplingParams(**FIXED) for i in range(len(PROMPTS))])
+    for i, completion in enumerate(mixed):
+        assert (completion.logprobs is not None) == bool(i % 2)
+        assert (completion.token_ids == alone[i]) == (not i % 2)
+
+
+def test_stop_strings_cut_the_text() -> None:
+    prompt = "Record: "
+    with FlexGenLite(MODEL, ram="1GiB") as engine:
+        free = engine.generate(prompt, SamplingParams(max_tokens=40, temperature=0, ignore_eos=True))
+        stop = free.text[len(free.text) // 2 :][:3]
+        for include in (False, True):
+            params = SamplingParams(
+                max_tokens=40,
+                temperature=0,
+                ignore_eos=True,
+                stop=["never comes", stop],
+                include_stop_str_in_output=include,
+                logprobs=1,
+            )
+            found = engine.generate(prompt, params)
+            assert found.text == free.text[: free.text.index(stop) + len(stop) * include]
+            assert found.finish_reason == "stop"
+            assert found.token_ids == free.token_ids[: len(found.token_ids)] and len(found.token_ids) < 40
+            assert found.logprobs is not None and len(found.logprobs) == len(found.token_ids)
+            texts = [place[token].decoded_token for token, place in zip(found.token_ids, found.logprobs, strict=True)]
+            assert stop in "".join(texts) and found.text in "".join(texts)
+        late = engine.generate(
+            prompt, SamplingParams(max_tokens=40, min_tokens=40, temperature=0, ignore_eos=True, stop=stop)
+        )
+        assert len(late.token_ids) == 40
