@@ -102,10 +102,10 @@ class WireParams:
             if not abs(bias) <= MAX_LOGIT_BIAS:
                 return f"logit_bias={bias} of token {token_id} is not allowed: give a number from -100 to 100"
         if len(self.stop) > MAX_STOPS:
-            return f"stop has {len(self.stop)} strings: give at most {MAX_STOPS}"
+            return f"stop=<{len(self.stop)} strings> is not allowed: give at most {MAX_STOPS}"
         for text in self.stop:
             if not 0 < len(text) <= MAX_STOP_CHARACTERS:
-                return f"stop has a string of {len(text)} characters: give 1 to {MAX_STOP_CHARACTERS}"
+                return f"stop=<{len(text)} characters> is not allowed: give 1 to {MAX_STOP_CHARACTERS}"
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
             return f"logprobs={self.logprobs} is not allowed: give 0 to {MAX_LOGPROBS}, or None"
         return None

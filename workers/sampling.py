@@ -51,7 +51,9 @@ def sample(logits_NV: torch.Tensor, samples: Sequence[Sample]) -> Drawn:
             values, ids = logits_V.topk(how.num_logprobs)
             rank = (logits_V > logits_V[token]).sum() + 1
             integers += [rank.view(1), ids]
-            floats.append(torch.cat([logits_V[token].view(1), values]) - logits_V.logsumexp(dim=-1))
+            best = logits_V.max()  # taken off first, as in log_softmax: near 0 logprobs keep their digits
+            chosen = torch.cat([logits_V[token].view(1), values])
+            floats.append((chosen - best) - (logits_V - best).exp().sum().log())
     return Drawn(torch.cat(integers), torch.cat(floats) if floats else logits_NV.new_empty(0))
 
 

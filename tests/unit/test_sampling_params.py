@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,17 @@ def test_values_arrive_with_the_types_of_the_wire() -> None:
     wire = SamplingParams(temperature=0, top_p=1, stop_token_ids=[5, 6], seed=7).to_wire()
     assert (type(wire.temperature), type(wire.top_p)) == (float, float)
     assert (wire.stop_token_ids, wire.seed) == ((5, 6), 7)
+
+
+def test_the_documented_parameters_are_those_there_are() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "sampling.md").read_text()
+    rows = [line.split("|") for line in page.splitlines() if line.startswith("| `")]
+    documented = {row[1].strip().strip("`"): row[2].strip() for row in rows}
+    fields = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
+    assert documented.keys() == fields.keys()
+    for name, default in fields.items():
+        shown = "none" if default in (None, ()) else str(default).lower()
+        assert documented[name] == ("drawn" if name == "seed" else shown)
 
 
 def test_it_is_frozen() -> None:
@@ -55,6 +67,23 @@ def test_it_is_frozen() -> None:
         ("stop_token_ids", [-1]),
         ("stop_token_ids", [1.0]),
         ("ignore_eos", 1),
+        ("min_p", 1.5),
+        ("min_p", "0.1"),
+        ("repetition_penalty", 0),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", -2.1),
+        ("logit_bias", [1]),
+        ("logit_bias", {"5": 1.0}),
+        ("logit_bias", {5: "1"}),
+        ("logit_bias", {5: 100.5}),
+        ("stop", 5),
+        ("stop", [5]),
+        ("stop", [""]),
+        ("stop", "\ud800"),
+        ("stop", ["x"] * 65),
+        ("include_stop_str_in_output", 1),
+        ("logprobs", 21),
+        ("logprobs", True),
         ("skip_special_tokens", None),
     ],
 )
