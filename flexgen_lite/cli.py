@@ -179,6 +179,17 @@ def status(
 
 
 @app.command()
+def doctor(
+    model: Annotated[Path | None, typer.Option(help="Model directory; its largest file is read for 2 s.")] = None,
+) -> None:
+    """Print what this machine offers, and what auto makes of it."""
+    from flexgen_lite.doctor import examine
+
+    for subject, finding in examine(model):
+        typer.echo(f"{subject:<13}{finding}")
+
+
+@app.command()
 def keygen(key_file: Annotated[Path, typer.Argument(help="The file to make.")]) -> None:
     """Make a key for an engine that listens on tcp:// and for its clients."""
     from flexgen_lite.access import make_key_file

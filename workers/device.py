@@ -187,6 +187,12 @@ class _Completions:
 Device = CpuDevice | CudaDevice
 
 
+def cuda_devices() -> list[tuple[str, int]]:
+    """Name and bytes of each GPU that PyTorch sees."""
+    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [(properties.name, properties.total_memory) for properties in found]
+
+
 def open_device(name: str) -> Device:
     """The device for "auto", "cpu", "cuda" or "cuda:N"."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):

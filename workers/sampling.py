@@ -42,7 +42,7 @@ def sample(logits_NV: torch.Tensor, samples: Sequence[Sample]) -> Drawn:
     finite_N = torch.isfinite(logits_NV.amax(dim=-1))
     tokens_N = logits_NV.argmax(dim=-1)
     for row, how in enumerate(samples):
-        if finite_N[row] and not _takes_the_best(how):
+        if not _takes_the_best(how) and finite_N[row]:
             tokens_N[row] = _choose(_changed(logits_NV[row], how), how)
     integers, floats = [torch.where(finite_N, tokens_N, NO_TOKEN)], []
     for row, how in enumerate(samples):

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PURE = ("slot_ring", "schedule", "batching", "page_table", "model_spec", "exchange", "kv_layout", "messages")
+PURE = (
+    "slot_ring", "schedule", "batching", "page_table", "model_spec", "exchange", "kv_layout", "messages",
+    "sampling_wire", "stop_strings",
+)  # fmt: skip
 HEAVY = {"torch", "transformers", "numba", "greenlet"}
 COORDINATOR_SIDE = sorted(p.stem for p in (ROOT / "flexgen_lite").glob("*.py"))
 

@@ -1,0 +1,57 @@
+"""What the machine offers, in lines for people."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from flexgen_lite import doctor
+from flexgen_lite.cli import app
+from flexgen_lite.machine import inspect_machine
+
+SUBJECTS = ["processors", "instructions", "memory", "/dev/shm", "GPU", "disk", "auto", "versions"]
+
+
+def test_every_subject_has_a_line(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(os.urandom((17 << 20) + 5))
+    (tmp_path / "small.safetensors").write_bytes(b"x")
+    result = CliRunner().invoke(app, ["doctor", "--model", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert [line.split()[0] for line in result.output.splitlines()] == SUBJECTS
+    assert "17.0 MiB of model.safetensors" in result.output
+    assert f"{inspect_machine().num_threads} threads" in result.output
+
+
+def test_a_directory_without_weights(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["doctor", "--model", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "has no .safetensors file" in result.output
+
+
+def test_without_a_model_no_file_is_read() -> None:
+    assert dict(doctor.examine())["disk"] == "not measured: give --model"
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("model name\t: A\nflags\t\t: fpu avx2 avx512_bf16 fma\n", ["avx2", "fma", "avx512_bf16"]),
+        ("Features\t: fp asimd bf16\n", ["asimd", "bf16"]),
+        ("", []),
+    ],
+)
+def test_instructions(tmp_path: Path, text: str, names: list[str]) -> None:
+    path = tmp_path / "cpuinfo"
+    path.write_text(text)
+    assert doctor._instructions(path) == names
+
+
+def test_the_whole_of_a_short_file_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(3 * doctor.READ_BYTES + 4097))
+    rate, num_bytes, _ = doctor.read_rate(path, seconds=60)
+    assert num_bytes == 3 * doctor.READ_BYTES + 4097
+    assert rate > 0
