@@ -231,6 +231,8 @@ def _refuse_engine_flags(flags: dict[str, Any]) -> None:
 def _report(error: Exception) -> int:
     """Print one sentence; the exit code."""
     import logging
+    import os
+    import sys
 
     from flexgen_lite.errors import EngineError
 
@@ -238,6 +240,9 @@ def _report(error: Exception) -> int:
     if isinstance(error, EngineError):
         typer.echo(f"error: {error}", err=True)
         return 2 if error.user_error else 1
+    if isinstance(error, BrokenPipeError):  # whoever read the output has had enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         typer.echo(f"error: {where}{error.strerror}", err=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,17 @@ def test_every_subject_has_a_line(tmp_path: Path) -> None:
     assert [line.split()[0] for line in result.output.splitlines()] == SUBJECTS
     assert "17.0 MiB of model.safetensors" in result.output
     assert f"{inspect_machine().num_threads} threads" in result.output
+
+
+def test_a_reader_that_has_had_enough() -> None:
+    """`flexgen-lite doctor | head -1`: no word on standard error."""
+    with subprocess.Popen(
+        [sys.executable, "-u", "-m", "flexgen_lite", "doctor"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline().startswith(b"processors")
+        process.stdout.close()
+        assert process.stderr.read() == b""
 
 
 def test_a_directory_without_weights(tmp_path: Path) -> None:
