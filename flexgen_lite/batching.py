@@ -214,7 +214,10 @@ class Batcher:
         decoding = [r for r in running if len(r.tokens) - r.stored == 1]
         prompts = [r for r in running if len(r.tokens) - r.stored > 1]  # the rest of long ones
         placed: set[int] = set()
-        for request in (*decoding, *prompts):
+        order = [*decoding, *prompts]
+        if len(running) > self._micro_batches * self._micro_batch_tokens:  # after `limit_rows`: the oldest goes on
+            order.sort(key=lambda request: request.id)
+        for request in order:
             rows = min(len(request.tokens) - request.stored, self._most_room(bins))
             if rows and request.id in self.running and self._has_pages(request, rows, placed, waiting):
                 self._place(bins, request, rows)
