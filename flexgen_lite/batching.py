@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import MutableSequence
 from dataclasses import dataclass, field
 
+from flexgen_lite.kept_logprobs import KeptLogprobs
 from flexgen_lite.messages import KvBatch, KvSpan, TokenBatch, TokenSpan
 from flexgen_lite.page_table import PageTable
 from flexgen_lite.sampling_wire import NO_TOKEN, Penalties, Sample, TokenLogprobs, WireParams
@@ -37,7 +38,7 @@ class RunningRequest:
     times_sent_back: int = 0
     overflowed: bool = False  # the model's numbers did, so that there is no next token
     stop_strings: StopStrings | None = None
-    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the generated tokens, if asked for
+    logprobs: KeptLogprobs | None = None  # of the generated tokens, if asked for
 
     @property
     def num_generated(self) -> int:
@@ -288,7 +289,7 @@ class Batcher:
                 if completes:
                     token = next(sampled)
                     request.overflowed = token == NO_TOKEN
-                    if request.params.logprobs is not None:
+                    if request.logprobs is not None:
                         request.logprobs.append(next(logprobs))
                     if not request.overflowed:
                         request.add(token)

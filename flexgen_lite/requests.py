@@ -13,6 +13,7 @@ from typing import Protocol
 
 from flexgen_lite.batching import Batcher, MicroBatch, Result, RunningRequest
 from flexgen_lite.kept_jobs import KeptJob
+from flexgen_lite.kept_logprobs import KeptLogprobs
 from flexgen_lite.messages import RequestDone, Submit, WireRequest
 from flexgen_lite.sampling_wire import NO_TOKEN, TokenLogprobs
 from flexgen_lite.stop_strings import StopStrings
@@ -285,6 +286,8 @@ class Requests:
         self._next_id += 1
         kept = array("i", tokens)  # thousands may wait: four bytes a token
         running = RunningRequest(self._next_id, kept, len(tokens), params, seed, end_ids)
+        if params.logprobs is not None:
+            running.logprobs = KeptLogprobs(params.logprobs)
         if params.stop and self._tokenizer is not None:
             decode = partial(self._tokenizer.decode, skip_special_tokens=params.skip_special_tokens)
             running.stop_strings = StopStrings(params.stop, decode)
@@ -322,23 +325,22 @@ class Requests:
         if request.stop_strings is not None and request.has_stop_string:
             text = request.stop_strings.cut(text, request.params.include_stop_str_in_output)
         origin = self._pop_origin(request)
+        logprobs = tuple(request.logprobs or ())
         done = _done(
             origin,
             text=text,
             token_ids=tuple(token_ids),
             num_prompt_tokens=request.num_prompt_tokens,
             finish_reason=reason,
-            logprobs=tuple(request.logprobs),
-            token_texts=self._token_texts(request),
+            logprobs=logprobs,
+            token_texts=self._token_texts({*token_ids, *(token for found in logprobs for token, _ in found.top)})
+            if logprobs
+            else {},
         )
         return self._address(origin, done)
 
-    def _token_texts(self, request: RunningRequest) -> dict[int, str]:
-        """Of all tokens in its logprobs."""
-        if not request.logprobs or self._tokenizer is None:
-            return {}
-        ids = {token for logprobs in request.logprobs for token, _ in logprobs.top}
-        return {token: self._token_text(token) for token in ids.union(request.tokens[request.num_prompt_tokens :])}
+    def _token_texts(self, tokens: set[int]) -> dict[int, str]:
+        return {token: self._token_text(token) for token in tokens} if self._tokenizer else {}
 
     def _token_text(self, token: int) -> str:
         """As it would stand within a text: many tokenizers drop a space in front of the first token."""

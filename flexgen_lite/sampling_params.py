@@ -67,7 +67,7 @@ class SamplingParams:
             are divided by it, negative ones multiplied.
         presence_penalty: taken off the logit of every token generated so far, from -2 to 2.
         frequency_penalty: the same for each time that it was generated.
-        logit_bias: token id -> what is added to its logit, from -100 to 100.
+        logit_bias: token id -> what is added to its logit, from -100 to 100; up to 1,024 of them.
         stop: a string, or several, that end the text; the first one is where it is cut.
         include_stop_str_in_output: leave the string in the text.
         stop_token_ids: tokens that end the sequence besides the model's own.

@@ -10,6 +10,7 @@ NO_TOKEN = -1
 
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 100.0
+MAX_BIASED = 1024  # tokens with a bias: they travel with every pass
 MAX_PENALTY = 2.0  # presence, frequency
 MAX_STOPS = 64
 MAX_STOP_CHARACTERS = 1000
@@ -98,6 +99,8 @@ class WireParams:
         for name in ("presence_penalty", "frequency_penalty"):
             if not abs(getattr(self, name)) <= MAX_PENALTY:
                 return f"{name}={getattr(self, name)} is not allowed: give a number from -2 to 2"
+        if len(self.logit_bias) > MAX_BIASED:
+            return f"logit_bias=<{len(self.logit_bias)} tokens> is not allowed: give at most {MAX_BIASED}"
         for token_id, bias in self.logit_bias:
             if not abs(bias) <= MAX_LOGIT_BIAS:
                 return f"logit_bias={bias} of token {token_id} is not allowed: give a number from -100 to 100"

@@ -10,7 +10,7 @@ from flexgen_lite.batching import Batcher, Result
 from flexgen_lite.messages import Submit, WireRequest
 from flexgen_lite.page_table import PageTable
 from flexgen_lite.requests import OVERFLOW, Limits, Requests
-from flexgen_lite.sampling_wire import NO_TOKEN, WireParams
+from flexgen_lite.sampling_wire import NO_TOKEN, Penalties, TokenLogprobs, WireParams
 
 PARAMS = WireParams(4, 0, 0.0, 0, 1.0, None, (), True, True)
 
@@ -131,3 +131,30 @@ def test_a_cancelled_request_does_not_come_back(requests: Requests) -> None:
 
 def test_an_endless_text_is_refused_before_it_is_cut_into_tokens(requests: Requests) -> None:
     assert "characters, the model takes 100 tokens" in (submit(requests, "1 " * 20_000) or "")
+
+
+def test_a_stop_string_ends_the_text_and_logprobs_come_with_it(requests: Requests) -> None:
+    params = replace(PARAMS, stop=("7 8",), logprobs=1, max_tokens=9)
+    assert submit(requests, "3", params) is None
+    for step, token in enumerate((5, 7, 8)):
+        composed = requests.next_pass()
+        (span,) = composed[0].token_batch(0).spans
+        assert span.sample is not None and span.sample.num_logprobs == 1
+        found = TokenLogprobs(-0.5 * step, 2, ((9, -0.25),))
+        answers = requests.end_pass(composed, [Result((token,), (found,))])
+    (_, done) = answers[0]
+    assert (done.text, done.token_ids, done.finish_reason) == ("5 ", (5, 7, 8), "stop")
+    assert [place.logprob for place in done.logprobs] == [0.0, -0.5, -1.0]
+    assert done.token_texts.keys() == {5, 7, 8, 9}
+
+
+def test_penalties_know_the_prompt_and_what_was_generated(requests: Requests) -> None:
+    assert submit(requests, "3 4 3", replace(PARAMS, repetition_penalty=1.2)) is None
+    assert submit(requests, "3 4 3", replace(PARAMS, presence_penalty=0.5), index=1) is None
+    assert submit(requests, "3 4 3", index=2) is None
+    requests.end_pass(requests.next_pass(), [Result((6, 6, 6))])
+    spans = requests.next_pass()[0].token_batch(0).spans
+    first, second, third = (span.sample.penalties for span in spans if span.sample is not None)
+    assert first == Penalties(1.2, 0.0, 0.0, (3, 4), (6,))
+    assert second == Penalties(1.0, 0.5, 0.0, (), (6,))
+    assert third is None

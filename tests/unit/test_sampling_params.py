@@ -76,6 +76,7 @@ def test_it_is_frozen() -> None:
         ("logit_bias", {"5": 1.0}),
         ("logit_bias", {5: "1"}),
         ("logit_bias", {5: 100.5}),
+        ("logit_bias", dict.fromkeys(range(1025), 1.0)),
         ("stop", 5),
         ("stop", [5]),
         ("stop", [""]),
