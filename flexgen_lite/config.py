@@ -100,6 +100,7 @@ class EngineConfig(BaseModel):
         json_schema_extra=expects('a power of two from 16 to 256, or "auto"'),
     )
     layer_slots: Count = count(2, "Layer slots in main memory.")
+    device_slots: Count = count(2, "Layer slots on the device.")
     attention_workers: Count = count(1, "Attention worker processes.")
     attention_threads: Count = count(1, "Threads of each attention worker.")
     compute_threads: Count = count(1, "Threads of the compute worker.")

@@ -29,6 +29,7 @@ COMPUTE_ENVIRONMENT = {
     # Threads look out for the next operation for some 40 us before they sleep: to be woken takes longer than many of
     # them last. Decoding 64 sequences gains 2 to 8 per cent; more gains nothing.
     "GOMP_SPINCOUNT": "2000",
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # nothing of the budget is lost between temporaries
 }
 FAILED_STARTS = 3  # in a row of one worker: the next one ends the engine
 IDLE_LOSSES = 15  # in a row of one worker that started well each time, and was lost before anything was done

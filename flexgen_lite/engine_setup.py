@@ -71,6 +71,7 @@ class Setup:
             self.exchange,
             made.device_slots,
             made.layer_slot_bytes,
+            made.gpu if self.opened.device_total_bytes else 0,
             bool(made.device_slots or made.layer_slots),
             made.compute_threads,
             made.compute_cpus,
@@ -87,7 +88,9 @@ class Setup:
         host = SlotRing(pinned, made.streamed_layers(layers), tuple(ring))
         if not made.staged:
             return Schedule(layers, host)
-        device = SlotRing({layers: made.device_slots}, range(layers), range(made.device_slots))
+        stay = dict(zip(made.device_layers, range(made.device_slots), strict=False))
+        streamed = [layer for layer in range(layers) if layer not in stay]
+        device = SlotRing({layers: made.device_slots} | stay, streamed, range(len(stay), made.device_slots))
         return Schedule(layers, host, device)
 
     def make_requests(self) -> Requests:

@@ -16,6 +16,7 @@ class Gauges:
     def __init__(self, lanes: Lanes, memory: MemoryUse) -> None:
         self.lanes = lanes
         self.memory = memory
+        self.device_peak_bytes = 0  # of a GPU's memory
         self.copy_ns = 0  # of the compute worker's time, on copies from and to other processes
         self._busy_ns = 0
         self._pass_start_ns: int | None = None
@@ -53,5 +54,6 @@ class Gauges:
             done=totals.get("requests_done", 0),
             lanes=lanes,
             totals={name: float(value) for name, value in totals.items()} | seconds,
-            memory={"budget": budget, "used": used, "peak": self.memory.peak},
+            memory={"budget": budget, "used": used, "peak": self.memory.peak}
+            | ({"gpu_peak": self.device_peak_bytes} if self.device_peak_bytes else {}),
         )

@@ -32,6 +32,7 @@ HEAD_COPY_SHARE = 0.05  # of the budget, at most
 BLOCK_SHARE = 4  # at most one part in so many of the budget is for temporaries and exchange
 STREAMING_BLOCK_SHARE = 12  # where weights are read in every pass, room for sequences is worth more
 PAGE_TOKENS = 16
+DEVICE_RING = 3  # slots of a GPU through which layers come: one in use, one being copied, one ready
 KV_ALIGNMENT_BYTES = 8192  # per layer
 MAX_SEQUENCES = 256
 LEAST_LENGTH = 256  # tokens of a sequence that each attention worker must be able to hold
@@ -56,6 +57,7 @@ class Plan:
     layer_slot_bytes: int
     weights_bytes: int
     device_slots: int
+    device_layers: tuple[int, ...]  # that stay in the first device slots; the others come through the rest of them
     copy_head: bool  # the products use a copy of the tied head in an order that suits them
     num_pages: int
     page_tokens: int
@@ -160,6 +162,7 @@ def make_plan(
         raise PlanError("stage_weights=false is not possible on a GPU: its layers are used from device slots")
     gpu = config.gpu or int(gpu_total * AUTO_GPU_SHARE)
     threads = _attention_threads(config, machine, need.workers, on_gpu)
+    device_slots = _device_slots(need, staged, gpu, fixed["workspace"])
     return Plan(
         ram=ram,
         gpu=gpu,
@@ -169,7 +172,8 @@ def make_plan(
         slot_offsets=tuple(i * need.layer_slot for i in range(len(resident) + ring + 1)),
         layer_slot_bytes=need.layer_slot,
         weights_bytes=layer_bytes + spec.units[-1].num_bytes,
-        device_slots=_device_slots(need, staged, gpu, fixed["workspace"]),
+        device_slots=device_slots,
+        device_layers=_device_layers(resident, spec.num_layers, device_slots),
         copy_head=copy_head,
         num_pages=num_pages,
         page_tokens=need.page_tokens,
@@ -242,7 +246,11 @@ def _need(
         wanted_pages=max(least_pages, wanted_pages),
         most_pages=max(least_pages, most_pages),
         on_gpu=on_gpu,
-        device_bytes=min(3, spec.num_layers) * layer_slot + spec.units[-1].num_bytes if on_cpu_slots else 0,
+        device_bytes=(
+            min(config.device_slots or DEVICE_RING, spec.num_layers) * layer_slot + spec.units[-1].num_bytes
+            if on_cpu_slots
+            else 0
+        ),
     )
 
 
@@ -355,7 +363,7 @@ def _device_slots(need: _Need, staged: bool, gpu: int, work: int) -> int:
     if not staged:
         return 0
     if not need.on_gpu:
-        return min(3, layers)
+        return min(need.config.device_slots or DEVICE_RING, layers)
     fitting = (gpu - outside - work - CUDA_CONTEXT_BYTES) // need.layer_slot
     least = min(2, layers)
     if fitting < least:
@@ -364,7 +372,15 @@ def _device_slots(need: _Need, staged: bool, gpu: int, work: int) -> int:
             f"{need.spec.class_name} needs at least {format_size(needed)} of GPU memory, {format_size(gpu)} allowed: "
             "raise gpu, or lower micro_batch_tokens"
         )
-    return min(fitting, layers)
+    return min(need.config.device_slots or fitting, fitting, layers)
+
+
+def _device_layers(resident: tuple[int, ...], layers: int, slots: int) -> tuple[int, ...]:
+    """Layers that are copied to the device once: of those that are in RAM, as many as leave a ring for the others."""
+    if slots >= layers:
+        return resident
+    count = min(max(0, slots - DEVICE_RING), len(resident))
+    return tuple(resident[index] for index in spread_evenly(count, len(resident)))
 
 
 def describe(plan: Plan, spec: ModelSpec) -> str:
@@ -372,10 +388,14 @@ def describe(plan: Plan, spec: ModelSpec) -> str:
     layers = f"{len(plan.resident_layers)} of {spec.num_layers} layers in RAM"
     if plan.layer_slots:
         layers += f", {spec.num_layers - len(plan.resident_layers)} streamed through {plan.layer_slots} slots"
+    if plan.staged:
+        layers += f", {len(plan.device_layers)} also on the device"
+        if ring := plan.device_slots - len(plan.device_layers):
+            layers += f", the others through {ring} slots there"
     lines = [
         f"model     {spec.class_name}, {spec.num_parameters / 1e6:,.1f} M parameters, {spec.dtype}, "
         f"{spec.num_layers} layers, sequences up to {spec.max_length} tokens",
-        f"weights   {layers}" + (f", {plan.device_slots} device slots" if plan.staged else ""),
+        f"weights   {layers}",
         f"KV cache  {plan.kv_tokens:,} tokens in {plan.num_pages:,} pages of {plan.page_tokens}",
         f"block     up to {plan.micro_batches} micro-batches of {plan.micro_batch_tokens} tokens, "
         f"{plan.max_sequences} sequences",

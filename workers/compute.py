@@ -76,6 +76,7 @@ class ComputeWorker(serve.Worker):
         weights = self._map("weights", order.arena_bytes)
         bounds = [*order.slot_offsets, order.arena_bytes]
         self._streaming = order.streaming
+        self._device.limit_memory(order.device_budget)
         self._slots = [weights[bounds[i] : bounds[i + 1]] for i in range(len(order.slot_offsets))]
         if order.device_slots:
             self._device_slots = self._make_device_slots(order)
@@ -186,7 +187,8 @@ class ComputeWorker(serve.Worker):
         return segment is not None or bool(self._ended)
 
     def report(self, items: tuple[messages.SegmentDone, ...]) -> messages.ComputeReport:
-        return messages.ComputeReport(self._pass_id, items)
+        assert self._device is not None
+        return messages.ComputeReport(self._pass_id, items, self._device.peak_bytes())
 
     def _run(self, layer: int, micro_batch: int, slot: int | None) -> None:
         """A segment; without a slot only the part of it that ends before `layer`."""

@@ -20,6 +20,7 @@ from flexgen_lite.workers.serve import UserError
 
 REGISTER_CHUNK = 1 << 30
 SMALL_COPY = 1 << 20
+UPLOAD_CHUNK = 16 << 20  # a small copy waits for no more than this one
 
 
 class CpuDevice:
@@ -66,6 +67,13 @@ class CpuDevice:
         with contextlib.suppress(AttributeError, OSError):  # another C library than glibc
             ctypes.CDLL(None).malloc_trim(0)
 
+    def limit_memory(self, num_bytes: int) -> None:
+        """No more than so much of the device's memory is taken, the driver's own part counted in."""
+
+    def peak_bytes(self) -> int:
+        """Most of the device's memory that was in use at once."""
+        return 0
+
     def compute(self) -> Any:
         """Context in which the model's operations are enqueued."""
         return torch.no_grad()
@@ -96,6 +104,7 @@ class CudaDevice:
         self._to_host = torch.cuda.Stream(self.torch_device, priority=-1)
         self._from_host = torch.cuda.Stream(self.torch_device, priority=-1)
         self._layers = torch.cuda.Stream(self.torch_device)  # whole layers
+        self._context_bytes = 0  # of the driver's, outside of what PyTorch counts
         self._waiting = _Completions("device-to-host")
         self._uploads = _Completions("host-to-device")
 
@@ -138,11 +147,21 @@ class CudaDevice:
 
     def upload(self, target: torch.Tensor, host: torch.Tensor, done: Callable[[], None]) -> None:
         with torch.cuda.stream(self._layers):
-            target.copy_(host, non_blocking=True)
+            for to, source in zip(target.split(UPLOAD_CHUNK), host.split(UPLOAD_CHUNK), strict=True):
+                to.copy_(source, non_blocking=True)
             self._uploads.add(_sleeping_event(self._layers), done)
 
     def give_back_memory(self) -> None:
         """Host memory is not where temporaries are."""
+
+    def limit_memory(self, num_bytes: int) -> None:
+        free, total = torch.cuda.mem_get_info(self.torch_device)
+        self._context_bytes = total - free - torch.cuda.memory_reserved(self.torch_device)
+        share = (num_bytes - self._context_bytes) / self.total_bytes
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)), self.torch_device)
+
+    def peak_bytes(self) -> int:
+        return self._context_bytes + torch.cuda.max_memory_reserved(self.torch_device)
 
     def compute(self) -> Any:
         return torch.cuda.stream(self._compute)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import time
+from collections.abc import Sequence
 
 import greenlet
 import torch
@@ -86,13 +87,13 @@ class Forward(ModelGreenlet):
             parent.switch()
 
     def _forward(self) -> None:
-        batch, device = self._batch, self._device.torch_device
+        batch = self._batch
         positions = [span.position + i for span in batch.spans for i in range(span.num_rows)]
         asking = [span for span in batch.spans if span.sample is not None]
-        last_rows = torch.tensor([span.row + span.num_rows - 1 for span in asking], dtype=torch.long, device=device)
+        last_rows = self._on_device([span.row + span.num_rows - 1 for span in asking])
         inputs = {
-            "input_ids": torch.tensor([batch.token_ids], device=device),
-            "position_ids": torch.tensor([positions], device=device),
+            "input_ids": self._on_device(batch.token_ids)[None],
+            "position_ids": self._on_device(positions)[None],
             "use_cache": False,
         }
         self._asked_rows_N = last_rows
@@ -104,6 +105,12 @@ class Forward(ModelGreenlet):
                 logits_NV = self._model(**inputs).logits[0, last_rows]
         drawn = sample(logits_NV.float(), self.samples)
         self.drawn = Drawn(self._on_host(drawn.integers), self._on_host(drawn.floats))
+
+    def _on_device(self, numbers: Sequence[int]) -> torch.Tensor:
+        """int64, without waiting for what the device is doing."""
+        buffer = self._device.host_buffer(len(numbers), torch.long)
+        buffer.copy_(torch.tensor(numbers, dtype=torch.long))
+        return self._device.from_host(buffer)
 
     def _on_host(self, value: torch.Tensor) -> torch.Tensor:
         buffer = self._device.host_buffer(value.numel(), value.dtype)

@@ -34,7 +34,9 @@ class Machine:
         host = SlotRing(pinned, streamed, range(first_ring, last))
         device = None
         if device_slots is not None:
-            device = SlotRing({num_layers: device_slots}, range(num_layers), range(device_slots))
+            stay = {layer: slot for slot, layer in enumerate(layers[: max(0, device_slots - 2)])}
+            rest = [layer for layer in range(num_layers) if layer not in stay]
+            device = SlotRing({num_layers: device_slots} | stay, rest, range(len(stay), device_slots))
         self.staged = device is not None
         self.schedule = Schedule(num_layers, host, device)
         self.host: dict[int, int] = {}  # slot -> unit
