@@ -296,7 +296,8 @@ class Coordinator:
         if report.pass_id != self._pass_id or self._suspended:
             return
         self._progress = time.monotonic()
-        self._gauges.device_peak_bytes = report.device_peak_bytes
+        if report.device_peak_bytes:
+            self._gauges.device_peak_bytes = plan.CUDA_CONTEXT_BYTES + report.device_peak_bytes
         for done in report.done:
             name = f"{'before ' * done.left_only}layer {done.layer} micro-batch {done.micro_batch}"
             self._gauges.lanes.add("compute", "compute", name, done.start_ns, done.end_ns)

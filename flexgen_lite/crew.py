@@ -32,6 +32,7 @@ COMPUTE_ENVIRONMENT = {
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # nothing of the budget is lost between temporaries
 }
 FAILED_STARTS = 3  # in a row of one worker: the next one ends the engine
+IDLE_FAILURES = 3  # in a row of one worker that started well each time, and failed by itself before anything was done
 IDLE_LOSSES = 15  # in a row of one worker that started well each time, and was lost before anything was done
 FINAL = ("CheckpointError", "UserError")  # failures that the next process would run into as well
 
@@ -108,7 +109,8 @@ class Crew:
             worker.kill()
         finally:
             self._forget(worker)
-        losses, limit, when = self._idle_losses, IDLE_LOSSES, "with nothing done in between"
+        losses, when = self._idle_losses, "with nothing done in between"
+        limit = IDLE_FAILURES if error.kind else IDLE_LOSSES
         if worker.name in self.not_ready:
             losses, limit, when = self._failed_starts, FAILED_STARTS, "before it had started"
         losses[worker.name] += 1

@@ -71,7 +71,7 @@ class Setup:
             self.exchange,
             made.device_slots,
             made.layer_slot_bytes,
-            made.gpu if self.opened.device_total_bytes else 0,
+            made.gpu - plan.CUDA_CONTEXT_BYTES if self.opened.device_total_bytes else 0,
             bool(made.device_slots or made.layer_slots),
             made.compute_threads,
             made.compute_cpus,

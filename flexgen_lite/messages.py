@@ -227,7 +227,7 @@ class AttachCompute:
     exchange: ExchangeSpec
     device_slots: int
     device_slot_bytes: int
-    device_budget: int  # bytes of a GPU's memory; 0 for the CPU
+    device_budget: int  # bytes of a GPU's memory that PyTorch may allocate; 0 for the CPU
     streaming: bool  # slots are reused: every segment is reported at once
     threads: int
     cpus: tuple[int, ...]
@@ -341,7 +341,7 @@ class ComputeReport:
 
     pass_id: int
     done: tuple[SegmentDone, ...]
-    device_peak_bytes: int  # most of a GPU's memory in use at once so far; 0 for the CPU
+    device_peak_bytes: int  # most of a GPU's memory that PyTorch has held at once so far; 0 for the CPU
 
 
 ToCompute = OpenModel | AttachCompute | BeginCompute | Abandon | Upload | Pack | Segments | Stop

@@ -18,7 +18,6 @@ import torch
 
 from flexgen_lite.workers.serve import UserError
 
-REGISTER_CHUNK = 1 << 30
 SMALL_COPY = 1 << 20
 UPLOAD_CHUNK = 16 << 20  # a small copy waits for no more than this one
 
@@ -68,10 +67,10 @@ class CpuDevice:
             ctypes.CDLL(None).malloc_trim(0)
 
     def limit_memory(self, num_bytes: int) -> None:
-        """No more than so much of the device's memory is taken, the driver's own part counted in."""
+        """PyTorch allocates no more than so much of the device's memory."""
 
     def peak_bytes(self) -> int:
-        """Most of the device's memory that was in use at once."""
+        """Most of the device's memory that PyTorch has held at once."""
         return 0
 
     def compute(self) -> Any:
@@ -104,25 +103,19 @@ class CudaDevice:
         self._to_host = torch.cuda.Stream(self.torch_device, priority=-1)
         self._from_host = torch.cuda.Stream(self.torch_device, priority=-1)
         self._layers = torch.cuda.Stream(self.torch_device)  # whole layers
-        self._context_bytes = 0  # of the driver's, outside of what PyTorch counts
         self._waiting = _Completions("device-to-host")
         self._uploads = _Completions("host-to-device")
 
     def page_lock(self, arena: torch.Tensor) -> str | None:
-        """Page-locks an arena in chunks, so that copies run beside the kernels; a warning where it fails.
+        """Page-locks an arena, so that copies run beside the kernels; a warning where it fails.
 
         Copies from and to memory that is not locked are still right: the driver stages them, and they overlap less.
+        The arena is locked as one piece: a copy that touches two of them is an error to CUDA.
         """
-        runtime = torch.cuda.cudart()
-        for first in range(0, arena.numel(), REGISTER_CHUNK):
-            chunk = arena[first : first + REGISTER_CHUNK]
-            code = int(runtime.cudaHostRegister(chunk.data_ptr(), chunk.numel(), 0))
-            if code != 0:
-                return (
-                    f"cannot page-lock {arena.numel()} bytes (CUDA error {code}), "
-                    "copies will be slow: raise `ulimit -l`"
-                )
-        return None
+        code = int(torch.cuda.cudart().cudaHostRegister(arena.data_ptr(), arena.numel(), 0))
+        if code == 0:
+            return None
+        return f"cannot page-lock {arena.numel()} bytes (CUDA error {code}), copies will be slow: raise `ulimit -l`"
 
     def host_buffer(self, size: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, pin_memory=True)
@@ -155,13 +148,10 @@ class CudaDevice:
         """Host memory is not where temporaries are."""
 
     def limit_memory(self, num_bytes: int) -> None:
-        free, total = torch.cuda.mem_get_info(self.torch_device)
-        self._context_bytes = total - free - torch.cuda.memory_reserved(self.torch_device)
-        share = (num_bytes - self._context_bytes) / self.total_bytes
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)), self.torch_device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, num_bytes / self.total_bytes), self.torch_device)
 
     def peak_bytes(self) -> int:
-        return self._context_bytes + torch.cuda.max_memory_reserved(self.torch_device)
+        return torch.cuda.max_memory_reserved(self.torch_device)
 
     def compute(self) -> Any:
         return torch.cuda.stream(self._compute)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from flexgen_lite import crew as crew_module
-from flexgen_lite.crew import FAILED_STARTS, IDLE_LOSSES, Crew
+from flexgen_lite.crew import FAILED_STARTS, IDLE_FAILURES, IDLE_LOSSES, Crew
 from flexgen_lite.worker_process import WorkerDied
 
 NAME = "attention worker 0"
@@ -84,6 +84,16 @@ def test_many_losses_after_good_starts(crew: Crew) -> None:
     crew.ready(crew.attention(0))
     with pytest.raises(WorkerDied, match=f"{NAME} was lost 16 times in a row with nothing done in between"):
         lose(crew)
+
+
+def test_few_failures_of_its_own_after_good_starts(crew: Crew) -> None:
+    failed = WorkerDied("attention worker 0 failed: RuntimeError: no", kind="RuntimeError")
+    for _ in range(IDLE_FAILURES):
+        crew.ready(crew.attention(0))
+        lose(crew, failed)
+    crew.ready(crew.attention(0))
+    with pytest.raises(WorkerDied, match=f"{NAME} was lost 4 times in a row with nothing done in between"):
+        lose(crew, failed)
 
 
 def test_work_forgives_losses(crew: Crew) -> None:
