@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flexgen_lite.client import Client
-    from flexgen_lite.completion import Completion, Logprob
+    from flexgen_lite.completion import Completion, CompletionOutput, Logprob
     from flexgen_lite.config import ConfigError, EngineConfig
     from flexgen_lite.errors import EngineError
     from flexgen_lite.llm import FlexGenLite
+    from flexgen_lite.request import Request
     from flexgen_lite.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
@@ -18,11 +19,13 @@ __version__ = "0.1.0"
 __all__ = [
     "Client",
     "Completion",
+    "CompletionOutput",
     "ConfigError",
     "EngineConfig",
     "EngineError",
     "FlexGenLite",
     "Logprob",
+    "Request",
     "SamplingParams",
     "__version__",
 ]
@@ -30,11 +33,13 @@ __all__ = [
 _HOMES = {
     "Client": "client",
     "Completion": "completion",
+    "CompletionOutput": "completion",
     "ConfigError": "config",
     "EngineConfig": "config",
     "EngineError": "errors",
     "FlexGenLite": "llm",
     "Logprob": "completion",
+    "Request": "request",
     "SamplingParams": "sampling_params",
 }
 

@@ -33,8 +33,10 @@ _PARAMS = (
     "stop",
     "include_stop_str_in_output",
     "logprobs",
+    "n",
+    "prompt_logprobs",
 )
-_BODY = frozenset({"model", "prompt", "n", "return_token_ids", *_PARAMS})
+_BODY = frozenset({"model", "prompt", "echo", "return_token_ids", *_PARAMS})
 _LINE = frozenset({"custom_id", "method", "url", "body"})
 _COUNT_UP_TO = 4 << 30  # bytes of a file whose lines are counted beforehand
 
@@ -52,6 +54,7 @@ class BatchRequest:
     params: SamplingParams
     return_token_ids: bool
     model: str | None
+    echo: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,19 +198,22 @@ def _request(custom_id: str, row: dict[str, Any]) -> BatchRequest:
         raise RequestError("body is missing or not an object")
     _refuse_unknown("body.", body, _BODY)
     body = {key: value for key, value in body.items() if value is not None}
-    if type(body.get("n", 1)) is not int or body.get("n", 1) != 1:
-        raise RequestError(f"body.n is {_shown(body['n'])}: only 1 is supported")
     if not isinstance(body.get("model", ""), str):
         raise RequestError("body.model is not a string")
-    if type(return_token_ids := body.get("return_token_ids", False)) is not bool:
-        raise RequestError(f"body.return_token_ids is {_shown(return_token_ids)}: give true or false")
+    for name in ("return_token_ids", "echo"):
+        if type(body.get(name, False)) is not bool:
+            raise RequestError(f"body.{name} is {_shown(body[name])}: give true or false")
+    echo = body.get("echo", False)
+    if echo and "logprobs" in body:
+        body.setdefault("prompt_logprobs", body["logprobs"])
     if "logit_bias" in body:
         body["logit_bias"] = _logit_bias(body["logit_bias"])
     try:
         params = SamplingParams(**{key: body[key] for key in _PARAMS if key in body})
     except ValueError as error:
         raise RequestError(f"body.{error}") from None
-    return BatchRequest(custom_id, _prompt(body.get("prompt")), params, return_token_ids, body.get("model"))
+    prompt, return_token_ids = _prompt(body.get("prompt")), body.get("return_token_ids", False)
+    return BatchRequest(custom_id, prompt, params, return_token_ids, body.get("model"), echo)
 
 
 def _logit_bias(value: object) -> object:

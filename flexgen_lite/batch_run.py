@@ -10,12 +10,11 @@ from pathlib import Path
 
 from flexgen_lite.batch_file import BadLine, BatchRequest, count_lines, read_requests
 from flexgen_lite.client import Client
-from flexgen_lite.completion import Prompt
 from flexgen_lite.errors import NoStatus
 from flexgen_lite.messages import Status
+from flexgen_lite.request import Request
 from flexgen_lite.result_file import ResultWriter
 from flexgen_lite.result_row import request_id
-from flexgen_lite.sampling_params import SamplingParams
 from flexgen_lite.sizes import format_size
 
 
@@ -142,7 +141,7 @@ class BatchRun:
             EngineError: the engine failed. Rows of finished requests are in the output.
             OSError: a file could not be read or written.
         """
-        self._job = self._client.submit_pairs(self._requests())
+        self._job = self._client.submit_requests(self._requests())
         writing = threading.Thread(target=self._write_results, name="flexgen-lite results", daemon=True)
         writing.start()
         try:
@@ -177,7 +176,7 @@ class BatchRun:
                 else:
                     yield item, answers
 
-    def _requests(self) -> Iterator[tuple[Prompt, SamplingParams]]:
+    def _requests(self) -> Iterator[Request]:
         index = 0
         for item, answers in self._new_items(count=self.num_new is None):
             if isinstance(item, BadLine):
@@ -189,7 +188,7 @@ class BatchRun:
                 self._warn(f"requests name the model {item.model!r}; {self._model!r} answers them")
             self._open[index] = (item, answers)
             index += 1
-            yield item.prompt, item.params
+            yield Request(item.prompt, item.params, echo=item.echo)
 
     def _write_results(self) -> None:
         try:

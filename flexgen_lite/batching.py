@@ -7,14 +7,16 @@ whose prompt is stored, and prompts (or the next chunk of a long one) as far as 
 
 from __future__ import annotations
 
-from collections import deque
+import math
 from collections.abc import MutableSequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from flexgen_lite.kept_logprobs import KeptLogprobs
 from flexgen_lite.messages import KvBatch, KvSpan, TokenBatch, TokenSpan
+from flexgen_lite.open_request import OpenRequest
 from flexgen_lite.page_table import PageTable
-from flexgen_lite.sampling_wire import NO_TOKEN, Penalties, Sample, TokenLogprobs, WireParams
+from flexgen_lite.sampling_wire import NO_TOKEN, Penalties, Sample, Scored, TokenLogprobs, WireParams
 from flexgen_lite.stop_strings import StopStrings
 
 EXPECTED_MARGIN = 1.25  # over the average life
@@ -23,8 +25,11 @@ EXPECTED_WEIGHT = 0.02  # of the last request that ended, in the average
 
 @dataclass(slots=True, eq=False)
 class RunningRequest:
-    """A request as the passes see it: `tokens` is the prompt and what was generated; the first `stored` of them have
-    their K and V in `pages` of attention worker `worker`."""
+    """A sequence as the passes see it: `tokens` is the prompt and what was generated; the first `stored` of them have
+    their K and V in `pages` of attention worker `worker`.
+
+    It is the `number`-th of the sequences that `owner` asks for; `id`s rise in the order of arrival.
+    """
 
     id: int
     tokens: MutableSequence[int]
@@ -39,6 +44,9 @@ class RunningRequest:
     overflowed: bool = False  # the model's numbers did, so that there is no next token
     stop_strings: StopStrings | None = None
     logprobs: KeptLogprobs | None = None  # of the generated tokens, if asked for
+    prompt_logprobs: KeptLogprobs | None = None  # of those of the prompt from `scored_from` on, if asked for
+    owner: OpenRequest | None = None
+    number: int = 0
 
     @property
     def num_generated(self) -> int:
@@ -50,11 +58,16 @@ class RunningRequest:
         return self.num_prompt_tokens + self.params.max_tokens - 1
 
     @property
+    def num_left(self) -> int:
+        """Known tokens that are to be computed and stored."""
+        return min(len(self.tokens), self.most_stored) - self.stored
+
+    @property
     def finish_reason(self) -> str | None:
         """ "stop" or "length" once the request is complete."""
         generated = self.num_generated
         if generated == 0:
-            return None
+            return "length" if self.params.max_tokens == 0 and self.num_left == 0 else None
         if generated >= self.params.min_tokens and (self.tokens[-1] in self.end_ids or self.has_stop_string):
             return "stop"
         return "length" if generated >= self.params.max_tokens else None
@@ -69,6 +82,26 @@ class RunningRequest:
         self.tokens.append(token)
         if self.stop_strings is not None and self.num_generated >= self.params.min_tokens:
             self.stop_strings.look(self.tokens, self.num_prompt_tokens)
+
+    def make_sibling(self) -> RunningRequest | None:
+        """The next sequence from the same prompt, if one is wanted that has not been made."""
+        owner = self.owner
+        if owner is None or owner.num_made == owner.num_sequences or self.number != owner.num_made - 1:
+            return None
+        owner.num_made += 1
+        owner.num_live += 1
+        return RunningRequest(
+            self.id + 1,
+            self.tokens[: self.num_prompt_tokens],
+            self.num_prompt_tokens,
+            self.params,
+            self.seed + 1,
+            self.end_ids,
+            stop_strings=self.stop_strings.afresh() if self.stop_strings is not None else None,
+            logprobs=KeptLogprobs(self.params.logprobs) if self.params.logprobs is not None else None,
+            owner=owner,
+            number=self.number + 1,
+        )
 
     def next_sample(self) -> Sample:
         params = self.params
@@ -101,10 +134,12 @@ class RunningRequest:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Of a micro-batch: the drawn tokens in the order of its rows, and the logprobs of those that asked for them."""
+    """Of a micro-batch: the drawn tokens in the order of its rows, the logprobs of those that asked for them, and those
+    of the prompts' tokens that are scored."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +158,19 @@ class Piece:
     def completes(self) -> bool:
         """The last known token is among them, so the next one can be sampled."""
         return self.request.stored + self.num_rows == len(self.request.tokens)
+
+    @property
+    def scored(self) -> Scored | None:
+        """The tokens of the prompt that follow its rows, as far as their logprobs are wanted and not known."""
+        request = self.request
+        if request.prompt_logprobs is None:
+            return None
+        begin = max(request.stored + 1, request.params.scored_from + len(request.prompt_logprobs))
+        end = min(request.num_prompt_tokens, request.stored + self.num_rows + 1)
+        if begin >= end:
+            return None
+        skip = begin - 1 - request.stored
+        return Scored(skip, tuple(request.tokens[begin:end]), request.params.prompt_logprobs or 0)
 
 
 @dataclass(slots=True)
@@ -155,7 +203,7 @@ class MicroBatch:
             request = piece.request
             token_ids.extend(request.tokens[request.stored : request.stored + piece.num_rows])
             sample = request.next_sample() if piece.completes else None
-            spans.append(TokenSpan(row, piece.num_rows, request.stored, piece.prefill, sample))
+            spans.append(TokenSpan(row, piece.num_rows, request.stored, piece.prefill, sample, piece.scored))
         return TokenBatch(index, index, tuple(token_ids), tuple(spans), self.workers())
 
     def kv_batch(self, index: int, worker: int) -> KvBatch:
@@ -166,6 +214,16 @@ class MicroBatch:
             if piece.request.worker == worker
         )
         return KvBatch(index, index, spans)
+
+
+class Waiting(Protocol):
+    """Sequences that wait for a place."""
+
+    def first(self) -> RunningRequest | None: ...
+
+    def take(self) -> RunningRequest: ...
+
+    def put_back(self, request: RunningRequest) -> None: ...
 
 
 class Batcher:
@@ -206,20 +264,20 @@ class Batcher:
         self._micro_batch_tokens = max(1, min(rows, self._micro_batch_tokens))
         return self._micro_batch_tokens
 
-    def compose(self, waiting: deque[RunningRequest], only: frozenset[int] | None = None) -> list[MicroBatch]:
-        """The micro-batches of the next pass, taking requests from the left of `waiting`; empty if there is no work.
+    def compose(self, waiting: Waiting, only: frozenset[int] | None = None) -> list[MicroBatch]:
+        """The micro-batches of the next pass, taking requests from `waiting`; empty if there is no work.
         With `only`, nothing but these running requests."""
         bins = [MicroBatch() for _ in range(self._micro_batches)]
         sent_back = self.num_sent_back
         running = sorted((r for r in self.running.values() if only is None or r.id in only), key=lambda r: r.id)
-        decoding = [r for r in running if len(r.tokens) - r.stored == 1]
-        prompts = [r for r in running if len(r.tokens) - r.stored > 1]  # the rest of long ones
+        decoding = [r for r in running if r.num_left == 1]
+        prompts = [r for r in running if r.num_left > 1]  # the rest of long ones
         placed: set[int] = set()
         order = [*decoding, *prompts]
         if len(running) > self._micro_batches * self._micro_batch_tokens:  # after `limit_rows`: the oldest goes on
             order.sort(key=lambda request: request.id)
         for request in order:
-            rows = min(len(request.tokens) - request.stored, self._most_room(bins))
+            rows = min(request.num_left, self._most_room(bins))
             if rows and request.id in self.running and self._has_pages(request, rows, placed, waiting):
                 self._place(bins, request, rows)
                 placed.add(request.id)
@@ -227,7 +285,7 @@ class Batcher:
             self._admit(bins, waiting)
         return [micro_batch for micro_batch in bins if micro_batch.pieces]
 
-    def _has_pages(self, request: RunningRequest, rows: int, placed: set[int], waiting: deque[RunningRequest]) -> bool:
+    def _has_pages(self, request: RunningRequest, rows: int, placed: set[int], waiting: Waiting) -> bool:
         """Sees to it that the next rows have pages, at the cost of younger sequences if need be."""
         while True:
             pages = self._pages.grow(request.id, request.stored + rows)
@@ -243,35 +301,34 @@ class Batcher:
                 return False  # those that are in the pass will end
             self._send_back(max(younger, key=lambda r: r.id), waiting)
 
-    def _send_back(self, request: RunningRequest, waiting: deque[RunningRequest]) -> None:
+    def _send_back(self, request: RunningRequest, waiting: Waiting) -> None:
         self.release(request)
         request.stored, request.worker, request.pages = 0, -1, ()
         request.times_sent_back += 1
         self.num_sent_back += 1
         self._expected_share = 1.0  # too much was hoped for
-        waiting.appendleft(request)
+        waiting.put_back(request)
 
-    def _admit(self, bins: list[MicroBatch], waiting: deque[RunningRequest]) -> None:
-        """Takes requests from the left of `waiting` as far as rows, places and pages go."""
+    def _admit(self, bins: list[MicroBatch], waiting: Waiting) -> None:
+        """Takes requests from `waiting` as far as rows, places and pages go."""
         promised = [0] * self._pages.num_workers  # pages that the running ones are expected to need in the end
-        for request in self.running.values():
-            promised[request.worker] += self._expected_pages(request)
-        while waiting and len(self.running) < self._max_sequences:
-            request = waiting[0]
+        for running in self.running.values():
+            promised[running.worker] += self._expected_pages(running)
+        while len(self.running) < self._max_sequences and (request := waiting.first()) is not None:
             room = self._most_room(bins)
-            if len(request.tokens) > room and (len(request.tokens) <= self._micro_batch_tokens or room == 0):
+            if request.num_left > room and (request.num_left <= self._micro_batch_tokens or room == 0):
                 return
             needed = self._expected_pages(request)
             worker = min(range(self._pages.num_workers), key=lambda w: promised[w] / self._pages.size(w))
             if promised[worker] and promised[worker] + needed > self._pages.size(worker):
                 return
-            pages = self._pages.allocate(request.id, len(request.tokens), worker)
+            pages = self._pages.allocate(request.id, request.num_left, worker)
             if pages is None:
                 return
             promised[worker] += needed
             request.worker, request.pages = worker, pages
-            self.running[request.id] = waiting.popleft()
-            self._place(bins, request, len(request.tokens))
+            self.running[request.id] = waiting.take()
+            self._place(bins, request, request.num_left)
 
     def _expected_pages(self, request: RunningRequest) -> int:
         share = min(1.0, EXPECTED_MARGIN * self._expected_share)
@@ -284,11 +341,17 @@ class Batcher:
         finished = []
         for micro_batch, result in zip(micro_batches, results, strict=True):
             sampled, logprobs = iter(result.token_ids), iter(result.logprobs)
+            scores = iter(result.prompt_logprobs)
             for _, piece in micro_batch.in_rows():
-                request, completes = piece.request, piece.completes
+                request, completes, scored = piece.request, piece.completes, piece.scored
+                if scored is not None and request.prompt_logprobs is not None:
+                    for _ in scored.targets:
+                        found = next(scores)
+                        request.prompt_logprobs.append(found)
+                        request.overflowed |= math.isnan(found.logprob)
                 if completes:
                     token = next(sampled)
-                    request.overflowed = token == NO_TOKEN
+                    request.overflowed |= token == NO_TOKEN
                     if request.logprobs is not None:
                         request.logprobs.append(next(logprobs))
                     if not request.overflowed:
@@ -297,7 +360,7 @@ class Batcher:
                 if request.finish_reason is not None or request.overflowed:
                     finished.append(request)
         for request in finished:
-            share = request.num_generated / request.params.max_tokens
+            share = request.num_generated / max(1, request.params.max_tokens)
             self._expected_share += (share - self._expected_share) * EXPECTED_WEIGHT
             self.release(request)
         return finished

@@ -15,6 +15,7 @@ from flexgen_lite.completion import Prompt
 from flexgen_lite.connection import Connection
 from flexgen_lite.job import Job
 from flexgen_lite.messages import Status, Welcome
+from flexgen_lite.request import Request
 from flexgen_lite.sampling_params import GREEDY, SamplingParams
 
 
@@ -70,6 +71,7 @@ class Client:
         *,
         job_id: str | None = None,
         keep: bool = False,
+        priority: int = 0,
     ) -> Job:
         """Submit prompts and return at once.
 
@@ -83,6 +85,7 @@ class Client:
             keep: the job goes on when this client goes, and the engine keeps its results until `Job.cancel`. Submit it
                 again, with the same id, prompts and params, to get all of them: nothing is computed twice. By default a
                 job ends with its client.
+            priority: jobs with a lower number come first, whoever submits them; what runs already runs on.
 
         Raises:
             ValueError: there are not as many params as prompts, or the job_id is not of 1 to 200 characters.
@@ -92,27 +95,30 @@ class Client:
         length = len(each) if isinstance(each, list | tuple) else None
         if isinstance(params, list | tuple) and length is not None and len(params) != length:
             raise ValueError(f"{len(params)} params for {length} prompts: give one, or one for each prompt")
-        return self.submit_pairs(_pair(each, GREEDY if params is None else params), length, job_id=job_id, keep=keep)
+        requests = _pair(each, GREEDY if params is None else params)
+        return self.submit_requests(requests, length, job_id=job_id, keep=keep, priority=priority)
 
-    def submit_pairs(
+    def submit_requests(
         self,
-        pairs: Iterable[tuple[Prompt, SamplingParams]],
+        requests: Iterable[Request],
         length: int | None = None,
         *,
         job_id: str | None = None,
         keep: bool = False,
+        priority: int = 0,
     ) -> Job:
-        """Submit prompts that come with their params; `length` is how many, if that is known."""
+        """Submit requests; `length` is how many, if that is known. See `submit` for the rest."""
         if job_id is not None and not 1 <= len(job_id) <= 200:
             raise ValueError(f"job_id has {len(job_id)} characters: give 1 to 200")
         job = Job(
             job_id or f"{self._job_prefix}-{next(self._job_numbers)}",
-            pairs,
+            requests,
             length,
             max(1, self._welcome.window),
             self._connection.wake,
             self._connection.cancel,
             keep,
+            priority,
         )
         self._connection.add(job)
         return job
@@ -153,10 +159,9 @@ def is_one_prompt(prompts: object) -> bool:
     return isinstance(prompts, list | tuple) and len(prompts) > 0 and type(prompts[0]) is int
 
 
-def _pair(
-    prompts: Iterable[Prompt], params: SamplingParams | Iterable[SamplingParams]
-) -> Iterator[tuple[Prompt, SamplingParams]]:
+def _pair(prompts: Iterable[Prompt], params: SamplingParams | Iterable[SamplingParams]) -> Iterator[Request]:
     if isinstance(params, SamplingParams):
-        yield from zip(prompts, repeat(params), strict=False)
+        yield from map(Request, prompts, repeat(params))
     else:
-        yield from zip(prompts, params, strict=True)
+        for prompt, own in zip(prompts, params, strict=True):
+            yield Request(prompt, own)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 Prompt = str | Sequence[int]
 
@@ -24,29 +24,76 @@ class Logprob:
 
 
 @dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One answer to a prompt.
+
+    Attributes:
+        text: the generated text; empty where the model has no tokenizer.
+        token_ids: the generated tokens, a stop token included.
+        finish_reason: "stop", "length" or "cancelled"; "error" where the request failed.
+        logprobs: for each generated token, token id -> Logprob of that token and of the most likely ones; None where
+            they were not asked for.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    logprobs: list[dict[int, Logprob]] | None = None
+
+
+FAILED = CompletionOutput("", [], "error")
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """One finished request.
 
     Attributes:
         index: place of the prompt among those submitted together.
         prompt: as it was given, text or token ids.
-        text: the generated text; empty where the model has no tokenizer, or after an error.
-        token_ids: the generated tokens, a stop token included.
+        outputs: the answers, `n` of them; none after an error, fewer where it was cancelled.
         num_prompt_tokens: tokens of the prompt.
-        finish_reason: "stop", "length" or "cancelled"; "error" where `error` is set.
         error: why this request failed, or None.
-        logprobs: for each generated token, token id -> Logprob of that token and of the most likely ones; None where
-            they were not asked for.
+        prompt_token_ids: the prompt as the model saw it, where prompt_logprobs or echo were asked for.
+        prompt_logprobs: for each of those tokens what `logprobs` says of the generated ones; None for the first, which
+            has none, and altogether where they were not asked for.
+        prompt_text: the prompt's text, where echo was asked for.
+        token_texts: the text of each token that occurs in logprobs.
     """
 
     index: int
     prompt: Prompt
-    text: str
-    token_ids: list[int]
+    outputs: list[CompletionOutput]
     num_prompt_tokens: int
-    finish_reason: str
     error: str | None = None
-    logprobs: list[dict[int, Logprob]] | None = None
+    prompt_token_ids: list[int] | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    prompt_text: str | None = None
+    token_texts: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def _first(self) -> CompletionOutput:
+        return self.outputs[0] if self.outputs else FAILED
+
+    @property
+    def text(self) -> str:
+        """Of the first answer; empty after an error."""
+        return self._first.text
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Of the first answer."""
+        return self._first.token_ids
+
+    @property
+    def finish_reason(self) -> str:
+        """Of the first answer; "error" where `error` is set."""
+        return self._first.finish_reason
+
+    @property
+    def logprobs(self) -> list[dict[int, Logprob]] | None:
+        """Of the first answer."""
+        return self._first.logprobs
 
     def __str__(self) -> str:
         return self.text

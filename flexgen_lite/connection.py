@@ -214,7 +214,7 @@ class Connection:
             for job in jobs:
                 if part := job.take(window - self._num_in_flight):
                     self._num_in_flight += len(part)
-                    self._backlog.append(self._encode(Submit(job.id, part, job.keep)))
+                    self._backlog.append(self._encode(Submit(job.id, part, job.keep, job.priority)))
                     sent = True
                     with self._lock:  # next time it is the others' turn first
                         self._jobs[job.id] = self._jobs.pop(job.id)

@@ -306,7 +306,7 @@ class Coordinator:
                 self._flow.carry_out(self._scheduler.layer_left(done.layer, done.micro_batch))
                 continue
             if done.layer == self._scheduler.num_layers:
-                self._pass_results[done.micro_batch] = Result(done.token_ids, done.logprobs)
+                self._pass_results[done.micro_batch] = Result(done.token_ids, done.logprobs, done.prompt_logprobs)
             self._flow.carry_out(self._scheduler.segment_done(done.layer, done.micro_batch))
         if self._scheduler.pass_done:
             self._end_pass()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flexgen_lite import messages, plan
+from flexgen_lite.admission import Limits
 from flexgen_lite.batching import Batcher
 from flexgen_lite.config import EngineConfig
 from flexgen_lite.expected_work import ExpectedWork
@@ -12,7 +13,7 @@ from flexgen_lite.kv_layout import kv_spec
 from flexgen_lite.machine import Machine
 from flexgen_lite.model_spec import ModelSpec
 from flexgen_lite.page_table import PageTable
-from flexgen_lite.requests import Limits, Requests
+from flexgen_lite.requests import Requests
 from flexgen_lite.schedule import Schedule
 from flexgen_lite.slot_ring import SlotRing
 from flexgen_lite.tokenizer import TextTokenizer

@@ -6,14 +6,15 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
-from flexgen_lite.completion import Completion, Logprob, Prompt
+from flexgen_lite.completion import Completion, Prompt
+from flexgen_lite.completion_of import completion_of
 from flexgen_lite.errors import EngineError
 from flexgen_lite.messages import RequestDone, WireRequest
-from flexgen_lite.sampling_params import MAX_TOKEN_ID, SamplingParams
+from flexgen_lite.request import Request
+from flexgen_lite.sampling_wire import WireParams
 
 PART_REQUESTS = 256
 PART_PROMPT_UNITS = 1 << 20  # characters or token ids in one part
-MAX_PROMPT_UNITS = 8 << 20  # of one prompt
 
 
 class Job:
@@ -31,15 +32,17 @@ class Job:
     def __init__(
         self,
         job_id: str,
-        source: Iterable[tuple[Prompt, SamplingParams]],
+        source: Iterable[Request],
         length: int | None,
         window: int,
         wake: Callable[[], None],
         cancel: Callable[[str], None],
         keep: bool = False,
+        priority: int = 0,
     ) -> None:
         self.id = job_id
         self.keep = keep
+        self.priority = priority
         self._source = source
         self._length = length
         self._window = window
@@ -47,7 +50,7 @@ class Job:
         self._send_cancel = cancel
         self._changed = threading.Condition()
         self._outbox: deque[tuple[WireRequest, Prompt]] = deque()
-        self._in_flight: dict[int, Prompt] = {}
+        self._in_flight: dict[int, tuple[Prompt, WireParams]] = {}
         self._finished: deque[Completion] = deque()
         self._accepted = self._done = self._failed = self._taken = 0
         self._prompt_tokens = self._generated_tokens = 0
@@ -127,7 +130,7 @@ class Job:
         with self._changed:
             while self._outbox and len(part) < min(limit, PART_REQUESTS) and units < PART_PROMPT_UNITS:
                 request, prompt = self._outbox.popleft()
-                self._in_flight[request.index] = prompt
+                self._in_flight[request.index] = prompt, request.params
                 part.append(request)
                 units += len(request.prompt)
             if part:
@@ -139,14 +142,14 @@ class Job:
         with self._changed:
             if message.index not in self._in_flight:
                 return False
-            prompt = self._in_flight.pop(message.index)
+            prompt, params = self._in_flight.pop(message.index)
             if self._error is not None:
                 return True
-            self._finished.append(_completion(message, prompt))
+            self._finished.append(completion_of(message, prompt, params))
             self._done += 1
             self._failed += message.error is not None
             self._prompt_tokens += message.num_prompt_tokens
-            self._generated_tokens += len(message.token_ids)
+            self._generated_tokens += sum(len(output.token_ids) for output in message.outputs)
             self._changed.notify_all()
             return True
 
@@ -185,12 +188,11 @@ class Job:
             item = next(source, None)
             if item is None:
                 return
-            prompt, params = item
-            request = WireRequest(index, _wire_prompt(index, prompt), params.to_wire())
+            request = item.to_wire(index)
             with self._changed:
                 if self._cancelled:
                     return
-                self._outbox.append((request, prompt))
+                self._outbox.append((request, item.prompt))
                 self._accepted += 1
                 is_first = len(self._outbox) == 1
             if is_first:
@@ -219,45 +221,3 @@ def _fresh(error: Exception) -> Exception:
     if isinstance(error, EngineError):
         return EngineError(str(error), user_error=error.user_error, details=error.details)
     return error
-
-
-def _completion(message: RequestDone, prompt: Prompt) -> Completion:
-    return Completion(
-        index=message.index,
-        prompt=prompt,
-        text="" if message.error is not None else message.text,
-        token_ids=list(message.token_ids),
-        num_prompt_tokens=message.num_prompt_tokens,
-        finish_reason="error" if message.error is not None else message.finish_reason,
-        error=message.error,
-        logprobs=_logprobs(message) if message.logprobs else None,
-    )
-
-
-def _logprobs(message: RequestDone) -> list[dict[int, Logprob]]:
-    texts = message.token_texts
-    places = []
-    for token, found in zip(message.token_ids, message.logprobs, strict=False):
-        place = {token: Logprob(found.logprob, found.rank, texts.get(token, ""))}
-        for rank, (other, logprob) in enumerate(found.top, start=1):
-            place.setdefault(other, Logprob(logprob, rank, texts.get(other, "")))
-        places.append(place)
-    return places
-
-
-def _wire_prompt(index: int, prompt: object) -> str | tuple[int, ...]:
-    if isinstance(prompt, str | list | tuple) and len(prompt) > MAX_PROMPT_UNITS:
-        unit = "characters" if isinstance(prompt, str) else "tokens"
-        raise ValueError(f"prompt {index} has {len(prompt)} {unit}, {MAX_PROMPT_UNITS} allowed: no model takes as many")
-    if isinstance(prompt, str):
-        try:
-            prompt.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"prompt {index} has characters that are not Unicode text") from None
-        return prompt
-    if isinstance(prompt, list | tuple):
-        for token_id in prompt:
-            if type(token_id) is not int or not 0 <= token_id <= MAX_TOKEN_ID:
-                raise ValueError(f"prompt {index} has {token_id!r} among its token ids: give whole numbers from 0 up")
-        return tuple(prompt)
-    raise TypeError(f"prompt {index} is a {type(prompt).__name__}: give a string or a list of token ids")

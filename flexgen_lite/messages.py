@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from flexgen_lite.model_spec import AttentionSpec, FileStamp, ModelSpec, UnitSpec
-from flexgen_lite.sampling_wire import Sample, TokenLogprobs, WireParams
+from flexgen_lite.sampling_wire import Sample, Scored, TokenLogprobs, WireParams
 
-PROTOCOL = 4
+PROTOCOL = 5
 """Version of the messages between clients and the coordinator."""
 
 REPORT_SECONDS = 0.1
@@ -238,7 +238,8 @@ class TokenSpan:
     """Rows `row .. row + num_rows` of a micro-batch are tokens `position ..` of one sequence.
 
     If `prefill`, they are the sequence's first tokens and attend to each other here; otherwise the attention worker
-    computes their attention. `sample` is None where no token is wanted after them.
+    computes their attention. `sample` is None where no token is wanted after them; `scored` where no logprobs of the
+    tokens that follow them in the prompt are.
     """
 
     row: int
@@ -246,6 +247,7 @@ class TokenSpan:
     position: int
     prefill: bool
     sample: Sample | None
+    scored: Scored | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,8 +323,8 @@ class Segments:
 @dataclass(frozen=True, slots=True)
 class SegmentDone:
     """`copy_ns` of its time went into the exchange arena and back. `token_ids`: the sampled tokens in the order of the
-    spans that asked for one, after the last segment; `logprobs`: of those of them that asked for it. `left_only`: only
-    layer `layer` - 1 was finished."""
+    spans that asked for one, after the last segment; `logprobs`: of those of them that asked for it; `prompt_logprobs`:
+    of the scored rows, in the order of the spans. `left_only`: only layer `layer` - 1 was finished."""
 
     layer: int
     micro_batch: int
@@ -332,6 +334,7 @@ class SegmentDone:
     copy_ns: int
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]
+    prompt_logprobs: tuple[TokenLogprobs, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,11 +356,14 @@ FromCompute = Hello | ModelOpened | Ready | Abandoned | Uploaded | Packed | Comp
 
 @dataclass(frozen=True, slots=True)
 class WireRequest:
-    """`prompt`: text, or token ids."""
+    """`prompt`: text, or token ids. `echo`: the answer is to have the prompt's text and token ids.
+    `add_special_tokens`: those that the tokenizer puts around a text."""
 
     index: int  # unique within its job
     prompt: str | tuple[int, ...]
     params: WireParams
+    echo: bool = False
+    add_special_tokens: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,6 +384,7 @@ class Submit:
     job_id: str
     requests: tuple[WireRequest, ...]
     keep: bool
+    priority: int = 0  # lower ones come first
 
 
 @dataclass(frozen=True, slots=True)
@@ -406,18 +413,36 @@ class Welcome:
 
 
 @dataclass(frozen=True, slots=True)
+class WireOutput:
+    """One answer to a prompt. finish_reason: "stop", "length" or "cancelled". `logprobs`: of each generated token, if
+    asked for."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class WirePrompt:
+    """A prompt as the engine saw it, for those who asked. `logprobs`: of its tokens from `scored_from` on."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class RequestDone:
-    """`error` is None for a finished request. finish_reason: "stop", "length" or "cancelled". `logprobs`: of each
-    generated token, if asked for; then `token_texts` has the text of every token that occurs in them."""
+    """`error` is None for a finished request, which has its outputs. `token_texts`: of every token that occurs in
+    logprobs."""
 
     job_id: str
     index: int
-    text: str
-    token_ids: tuple[int, ...]
     num_prompt_tokens: int
-    finish_reason: str
-    error: str | None
-    logprobs: tuple[TokenLogprobs, ...] = ()
+    outputs: tuple[WireOutput, ...]
+    error: str | None = None
+    prompt: WirePrompt | None = None
     token_texts: dict[int, str] = field(default_factory=dict)
 
 

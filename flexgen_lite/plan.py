@@ -13,6 +13,7 @@ from flexgen_lite.expected_work import ExpectedWork
 from flexgen_lite.kv_layout import page_bytes
 from flexgen_lite.machine import Machine
 from flexgen_lite.model_spec import ITEM_BYTES, ModelSpec
+from flexgen_lite.sampling_wire import SCORED_BYTES
 from flexgen_lite.sizes import format_size
 
 MIB = 1 << 20
@@ -352,7 +353,7 @@ def _workspace_bytes(spec: ModelSpec, tokens: int, count: int, max_sequences: in
     heads = max(layer.num_heads for layer in spec.attention)
     running = tokens * item * (3 * spec.intermediate_size + 6 * spec.hidden_size + width)
     suspended = (count - 1) * tokens * item * (3 * spec.hidden_size + width)
-    logits = min(max_sequences, tokens) * spec.vocab_size * 4 * 2
+    logits = max(min(max_sequences, tokens) * spec.vocab_size * 4, min(tokens * spec.vocab_size * 4, SCORED_BYTES)) * 2
     scores = heads * 128 * min(tokens, spec.max_length) * 4 * 2
     return int((running + suspended + max(logits, scores)) * ALLOCATOR_SLACK)
 

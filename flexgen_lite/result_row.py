@@ -6,13 +6,13 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from flexgen_lite.batch_file import BadLine, BatchRequest, IdSet
-from flexgen_lite.completion import Completion
+from flexgen_lite.completion import Completion, CompletionOutput, Logprob
 
 WAY_OUT = "give another output file, or --overwrite"
 
@@ -30,7 +30,12 @@ def request_id(item: BatchRequest | BadLine, engine: str) -> str:
     """
     if isinstance(item, BadLine):
         return f"line_{item.digest}"
-    asked = {"prompt": item.prompt, "params": asdict(item.params), "return_token_ids": item.return_token_ids}
+    asked = {
+        "prompt": item.prompt,
+        "params": asdict(item.params),
+        "return_token_ids": item.return_token_ids,
+        "echo": item.echo,
+    }
     digest = hashlib.blake2b(engine.encode() + b"\n", digest_size=8)
     digest.update(json.dumps(asked, sort_keys=True).encode())
     return f"req_{digest.hexdigest()}"
@@ -64,20 +69,13 @@ def encode_row(
 
 def completion_body(request: BatchRequest, completion: Completion, model: str) -> dict[str, Any]:
     """The body of a good answer."""
-    choice: dict[str, Any] = {
-        "index": 0,
-        "text": completion.text,
-        "finish_reason": completion.finish_reason,
-        "logprobs": None if completion.logprobs is None else _logprobs(completion),
-    }
-    if request.return_token_ids:
-        choice["token_ids"] = completion.token_ids
-    prompt_tokens, completion_tokens = completion.num_prompt_tokens, len(completion.token_ids)
+    prompt_tokens = completion.num_prompt_tokens
+    completion_tokens = sum(len(output.token_ids) for output in completion.outputs)
     return {
         "object": "text_completion",
         "created": int(time.time()),
         "model": model,
-        "choices": [choice],
+        "choices": [_choice(index, request, completion, output) for index, output in enumerate(completion.outputs)],
         "usage": {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
@@ -86,13 +84,43 @@ def completion_body(request: BatchRequest, completion: Completion, model: str) -
     }
 
 
-def _logprobs(completion: Completion) -> dict[str, Any]:
-    """In the form of the OpenAI completions API."""
+def _choice(index: int, request: BatchRequest, completion: Completion, output: CompletionOutput) -> dict[str, Any]:
+    tokens, places = list(output.token_ids), list(output.logprobs or [])
+    text = output.text
+    if request.echo:
+        text = _echoed(completion) + text
+        if output.logprobs is not None:
+            tokens = [*(completion.prompt_token_ids or ()), *tokens]
+            places = [*(completion.prompt_logprobs or ()), *places]
+    choice: dict[str, Any] = {
+        "index": index,
+        "text": text,
+        "finish_reason": output.finish_reason,
+        "logprobs": None if output.logprobs is None else _logprobs(tokens, places, completion.token_texts),
+    }
+    if request.params.prompt_logprobs is not None and not request.echo:
+        choice["prompt_logprobs"] = [
+            None if place is None else {str(token): asdict(found) for token, found in place.items()}
+            for place in completion.prompt_logprobs or ()
+        ]
+    if request.return_token_ids:
+        choice["token_ids"] = output.token_ids
+    return choice
+
+
+def _echoed(completion: Completion) -> str:
+    return completion.prompt if isinstance(completion.prompt, str) else completion.prompt_text or ""
+
+
+def _logprobs(
+    tokens: list[int], places: Sequence[dict[int, Logprob] | None], token_texts: Mapping[int, str]
+) -> dict[str, Any]:
+    """In the form of the OpenAI completions API; the first token of a prompt has no logprob."""
     texts, values, top, offsets, offset = [], [], [], [], 0
-    for token, place in zip(completion.token_ids, completion.logprobs or (), strict=False):
-        texts.append(place[token].decoded_token)
-        values.append(place[token].logprob)
-        top.append({found.decoded_token: found.logprob for found in place.values()})
+    for token, place in zip(tokens, places, strict=False):
+        texts.append(place[token].decoded_token if place is not None else token_texts.get(token, ""))
+        values.append(place[token].logprob if place is not None else None)
+        top.append(None if place is None else {found.decoded_token: found.logprob for found in place.values()})
         offsets.append(offset)
         offset += len(texts[-1])
     return {"tokens": texts, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}

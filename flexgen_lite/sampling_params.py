@@ -56,7 +56,7 @@ class SamplingParams:
     """How to generate the tokens of one request.
 
     Attributes:
-        max_tokens: most tokens to generate.
+        max_tokens: most tokens to generate; 0 only with prompt_logprobs.
         min_tokens: no end of sequence and no stop token before so many tokens.
         temperature: 0 is greedy, 1 the model's own distribution.
         top_k: draw among the k most likely tokens; 0 and -1 mean all.
@@ -75,6 +75,8 @@ class SamplingParams:
         skip_special_tokens: leave special tokens out of the text.
         logprobs: tell the logprob of each generated token, and so many of the most likely ones, up to 20, by the
             model's own logits, before anything above changes them. None: no logprobs.
+        n: answers to generate for each prompt; with a seed, the k-th is drawn with the seed + k.
+        prompt_logprobs: the same as logprobs for each token of the prompt but the first. Then max_tokens may be 0.
 
     Raises:
         ValueError: a value is not allowed; the message names it and what would be.
@@ -97,9 +99,11 @@ class SamplingParams:
     stop: str | Sequence[str] | None = None
     include_stop_str_in_output: bool = False
     logprobs: int | None = None
+    n: int = 1
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        _require_int("max_tokens", self.max_tokens, 1)
+        _require_int("max_tokens", self.max_tokens, 0)
         _require_int("min_tokens", self.min_tokens, 0)
         if self.min_tokens > self.max_tokens:
             raise ValueError(
@@ -121,8 +125,10 @@ class SamplingParams:
         _require_bool("ignore_eos", self.ignore_eos)
         _require_bool("skip_special_tokens", self.skip_special_tokens)
         _require_bool("include_stop_str_in_output", self.include_stop_str_in_output)
-        if self.logprobs is not None:
-            _require_int("logprobs", self.logprobs, 0)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _require_int(name, getattr(self, name), 0)
+        _require_int("n", self.n, 1)
         object.__setattr__(self, "temperature", temperature)
         object.__setattr__(self, "top_p", top_p)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
@@ -154,6 +160,8 @@ class SamplingParams:
             stop=tuple(self.stop or ()),
             include_stop_str_in_output=self.include_stop_str_in_output,
             logprobs=self.logprobs,
+            n=self.n,
+            prompt_logprobs=self.prompt_logprobs,
         )
 
 

@@ -9,6 +9,9 @@ NO_TOKEN = -1
 """In the place of a sampled token: the model's logits were not finite."""
 
 MAX_LOGPROBS = 20
+MAX_N = 128  # answers to one prompt
+SCORED_BYTES = 32 << 20
+"""Float32 logits of scored rows that are held at once."""
 MAX_LOGIT_BIAS = 100.0
 MAX_BIASED = 1024  # tokens with a bias: they travel with every pass
 MAX_PENALTY = 2.0  # presence, frequency
@@ -45,8 +48,19 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class Scored:
+    """Rows of a span whose next token is known, and is to be told the logprob of: from the row `skip` of the span on,
+    one for each of `targets`."""
+
+    skip: int
+    targets: tuple[int, ...]
+    num_top: int  # most likely tokens to be told beside each
+
+
+@dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Of one drawn token, and of the most likely ones, by the model's own logits: nothing added, at temperature 1.
+    """Of one token in its place, and of the most likely ones there, by the model's own logits: nothing added, at
+    temperature 1.
 
     `rank`: 1 for the most likely token.
     """
@@ -77,11 +91,14 @@ class WireParams:
     stop: tuple[str, ...] = ()
     include_stop_str_in_output: bool = False
     logprobs: int | None = None
+    n: int = 1
+    prompt_logprobs: int | None = None
+    scored_from: int = 1  # first token of the prompt whose logprob is told
 
     def problem(self) -> str | None:
         """What is wrong with the values, or None: a client need not have used SamplingParams."""
-        if not self.max_tokens >= 1:
-            return f"max_tokens={self.max_tokens} is not allowed: give 1 or more"
+        if not self.max_tokens >= (0 if self.prompt_logprobs is not None else 1):
+            return f"max_tokens={self.max_tokens} is not allowed: give 1 or more, or 0 with prompt_logprobs"
         if not 0 <= self.min_tokens <= self.max_tokens:
             return f"min_tokens={self.min_tokens} is not allowed: give 0 to max_tokens ({self.max_tokens})"
         if not 0 <= self.temperature < math.inf:
@@ -109,6 +126,12 @@ class WireParams:
         for text in self.stop:
             if not 0 < len(text) <= MAX_STOP_CHARACTERS:
                 return f"stop=<{len(text)} characters> is not allowed: give 1 to {MAX_STOP_CHARACTERS}"
-        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
-            return f"logprobs={self.logprobs} is not allowed: give 0 to {MAX_LOGPROBS}, or None"
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= MAX_LOGPROBS:
+                return f"{name}={value} is not allowed: give 0 to {MAX_LOGPROBS}, or None"
+        if not 1 <= self.n <= MAX_N:
+            return f"n={self.n} is not allowed: give 1 to {MAX_N}"
+        if self.scored_from < 1:
+            return f"scored_from={self.scored_from} is not allowed: give 1 or more, the first token has no logprob"
         return None

@@ -19,6 +19,10 @@ class StopStrings:
         self._tail_tokens = max(map(len, strings)) + MARGIN_TOKENS  # a token that counts has at least one character
         self.found = False
 
+    def afresh(self) -> StopStrings:
+        """For another text."""
+        return StopStrings(self._strings, self._decode)
+
     def look(self, tokens: Sequence[int], first: int) -> None:
         """Look for a string that the last token has completed, the text being that of the tokens from `first` on."""
         tail = self._decode(list(tokens[max(first, len(tokens) - self._tail_tokens) :]))

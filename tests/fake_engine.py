@@ -22,6 +22,7 @@ from flexgen_lite.messages import (
     ToClient,
     ToEngine,
     Welcome,
+    WireOutput,
     WireRequest,
 )
 
@@ -33,7 +34,8 @@ def answer(job_id: str, request: WireRequest, error: str | None = None) -> Reque
     prompt = request.prompt
     text = prompt.upper() if isinstance(prompt, str) else ""
     token_ids = tuple(range(len(prompt))) if isinstance(prompt, str) else prompt
-    return RequestDone(job_id, request.index, text, token_ids, len(prompt), "length", error)
+    outputs = () if error is not None else (WireOutput(text, token_ids, "length"),)
+    return RequestDone(job_id, request.index, len(prompt), outputs, error)
 
 
 class FakeEngine:
@@ -124,7 +126,9 @@ class FakeEngine:
             for (job_id, index), (owner, request) in list(self._outstanding.items()):
                 if job_id == message.job_id:
                     del self._outstanding[job_id, index]
-                    self._send(owner, RequestDone(job_id, index, "", (), len(request.prompt), "cancelled", None))
+                    self._send(
+                        owner, RequestDone(job_id, index, len(request.prompt), (WireOutput("", (), "cancelled"),))
+                    )
         elif isinstance(message, GetStatus) and not self._silent:
             totals = {"busy_seconds": 0.5 * self._done, "generated_tokens": 8.0 * self._done}
             lanes = {"compute": 0.9, "disk": 0.2}

@@ -20,7 +20,7 @@ from flexgen_lite.workers.device import Device, open_device
 from flexgen_lite.workers.exchange_region import ExchangeRegion
 from flexgen_lite.workers.forward import Forward, stop_at_layers
 from flexgen_lite.workers.model_open import OpenedModel, fingerprint, open_model
-from flexgen_lite.workers.sampling import read
+from flexgen_lite.workers.sampling import read, read_scores
 
 
 class ComputeWorker(serve.Worker):
@@ -127,6 +127,7 @@ class ComputeWorker(serve.Worker):
                 batch,
                 self._regions[batch.region],
                 self._opened.products,
+                self._opened.head,
             )
             for batch in order.batches
         }
@@ -209,9 +210,12 @@ class ComputeWorker(serve.Worker):
             if slot is not None and not self._is_last(layer):
                 for worker in batch.workers:
                     ring(self._context.bells[str(worker)], Note(pass_id, layer, micro_batch))
-            drawn = ((), ()) if forward.drawn is None else read(forward.drawn, forward.samples)
+            tokens, logprobs = ((), ()) if forward.drawn is None else read(forward.drawn, forward.samples)
+            scores = tuple(entry for scored in forward.scores for entry in read_scores(scored))
             end_ns = time.monotonic_ns()
-            report = messages.SegmentDone(layer, micro_batch, slot is None, start_ns, end_ns, copy_ns, *drawn)
+            report = messages.SegmentDone(
+                layer, micro_batch, slot is None, start_ns, end_ns, copy_ns, tokens, logprobs, scores
+            )
             self._ended.append((pass_id, report))
             self._context.wake()
 

@@ -11,7 +11,6 @@ want a token; H, G, D, E as in attention_call.py.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import time
 from collections.abc import Sequence
 
@@ -25,9 +24,10 @@ from flexgen_lite.model_spec import AttentionSpec
 from flexgen_lite.workers.attention_call import AttentionCall, ModelGreenlet
 from flexgen_lite.workers.device import Device
 from flexgen_lite.workers.exchange_region import ExchangeRegion
+from flexgen_lite.workers.head import Head
 from flexgen_lite.workers.prefill_attention import prompt_attention
 from flexgen_lite.workers.products import Products
-from flexgen_lite.workers.sampling import Drawn, sample
+from flexgen_lite.workers.sampling import Drawn, Scores, sample, score
 
 
 class Forward(ModelGreenlet):
@@ -41,6 +41,7 @@ class Forward(ModelGreenlet):
         batch: TokenBatch,
         region: ExchangeRegion,
         products: Products,
+        head: Head,
     ) -> None:
         super().__init__(self._forward)
         self._model = model
@@ -49,6 +50,7 @@ class Forward(ModelGreenlet):
         self._batch = batch
         self._region = region
         self._products = products
+        self._head = head
         self._behind_last_attention = contextlib.ExitStack()
         self._stops_at_entry = False
         self._reached = -1  # layer whose attention call the forward stands at
@@ -56,6 +58,7 @@ class Forward(ModelGreenlet):
         self.copy_ns = 0  # spent on the way into the exchange region and back
         self.samples = [span.sample for span in batch.spans if span.sample is not None]
         self.drawn: Drawn | None = None  # of `samples`; on the host once the device is done
+        self.scores: list[Scores] = []  # of the scored rows, in the order of the spans; likewise
 
     def advance(self, layer: int) -> None:
         """Run up to the attention call of `layer`, or to the end if there is no such layer."""
@@ -89,22 +92,41 @@ class Forward(ModelGreenlet):
     def _forward(self) -> None:
         batch = self._batch
         positions = [span.position + i for span in batch.spans for i in range(span.num_rows)]
-        asking = [span for span in batch.spans if span.sample is not None]
-        last_rows = self._on_device([span.row + span.num_rows - 1 for span in asking])
+        last = [span.row + span.num_rows - 1 for span in batch.spans if span.sample is not None]
+        scored = [
+            (span.row + span.scored.skip + i, target, span.scored.num_top)
+            for span in batch.spans
+            if span.scored is not None
+            for i, target in enumerate(span.scored.targets)
+        ]
+        size = self._head.rows_per_chunk(self._model.config.vocab_size)
+        chunks = [scored[i : i + size] for i in range(0, len(scored), size)]
         inputs = {
             "input_ids": self._on_device(batch.token_ids)[None],
             "position_ids": self._on_device(positions)[None],
             "use_cache": False,
         }
-        self._asked_rows_N = last_rows
+        self._asked_rows_N = self._on_device(sorted({*last, *(row for row, _, _ in scored)}))
+        others = [self._on_device([row for row, _, _ in chunk]) for chunk in chunks]
         with self._behind_last_attention:
-            if keeps_logits(self._model):
-                inputs["logits_to_keep"] = last_rows
-                logits_NV = self._model(**inputs).logits[0]
-            else:
-                logits_NV = self._model(**inputs).logits[0, last_rows]
-        drawn = sample(logits_NV.float(), self.samples)
-        self.drawn = Drawn(self._on_host(drawn.integers), self._on_host(drawn.floats))
+            logits = self._head.logits(inputs, self._on_device(last), others)
+            drawn = sample(next(logits), self.samples)
+            self.drawn = Drawn(self._on_host(drawn.integers), self._on_host(drawn.floats))
+            for chunk in chunks:
+                targets_N = self._on_device([target for _, target, _ in chunk])
+                found = score(next(logits), targets_N, [num_top for _, _, num_top in chunk])
+                self.scores.append(self._scores_on_host(found))
+
+    def _scores_on_host(self, scores: Scores) -> Scores:
+        top_ids, top_values = (self._on_host(value.flatten()) for value in (scores.top_ids_NK, scores.top_values_NK))
+        shape = scores.top_ids_NK.shape
+        return Scores(
+            self._on_host(scores.ranks_N),
+            self._on_host(scores.values_N),
+            top_ids.view(shape),
+            top_values.view(shape),
+            scores.num_top,
+        )
 
     def _on_device(self, numbers: Sequence[int]) -> torch.Tensor:
         """int64, without waiting for what the device is doing."""
@@ -170,8 +192,3 @@ def stop_at_layers(layers: nn.ModuleList) -> None:
 
     for layer in layers:
         layer.register_forward_pre_hook(hook)
-
-
-def keeps_logits(model: PreTrainedModel) -> bool:
-    """Whether the class can be asked for the logits of some rows only."""
-    return "logits_to_keep" in inspect.signature(model.forward).parameters

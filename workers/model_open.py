@@ -17,6 +17,7 @@ from flexgen_lite.messages import OpenModel
 from flexgen_lite.model_spec import ModelSpec
 from flexgen_lite.workers import attention_call, model_builder, probe
 from flexgen_lite.workers.device import Device
+from flexgen_lite.workers.head import Head
 from flexgen_lite.workers.products import Products
 from flexgen_lite.workers.serve import UserError, first_line
 from flexgen_lite.workers.weight_map import Binding, map_weights
@@ -38,6 +39,7 @@ class OpenedModel:
     layers: nn.ModuleList
     binding: Binding
     products: Products
+    head: Head
     spec: ModelSpec
     tokenizer_file: str | None
 
@@ -91,7 +93,9 @@ def open_model(order: OpenModel, device: Device, run_dir: str) -> OpenedModel:
         head_copy_bytes=products.copied_bytes(_modules_outside(model, layers)),
         warnings=(*warnings, *([warning] if warning else []), *tokenizer_warnings),
     )
-    return OpenedModel(model, layers, Binding(model, layers, units), products, spec, tokenizer_file)
+    return OpenedModel(
+        model, layers, Binding(model, layers, units), products, Head(model, layers), spec, tokenizer_file
+    )
 
 
 def fingerprint(opened: OpenedModel) -> str:

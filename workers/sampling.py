@@ -73,6 +73,45 @@ def _logprobs(integers: list[int], floats: list[float], samples: Sequence[Sample
             at, at_float = at + size, at_float + size
 
 
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Of rows whose next token is known, in tensors that go to the host as they are.
+
+    Attributes:
+        ranks_N: int64, of the tokens.
+        values_N: float32, their logprobs.
+        top_ids_NK: int64, the most likely tokens.
+        top_values_NK: float32, their logprobs.
+        num_top: how many of them each row asked for.
+    """
+
+    ranks_N: torch.Tensor
+    values_N: torch.Tensor
+    top_ids_NK: torch.Tensor
+    top_values_NK: torch.Tensor
+    num_top: tuple[int, ...]
+
+
+def score(logits_NV: torch.Tensor, targets_N: torch.Tensor, num_top: Sequence[int]) -> Scores:
+    """The logprob of each row's target by float32 logits, which are overwritten; nan where they are not finite."""
+    most = min(max(num_top), logits_NV.shape[1])
+    logits_NV -= logits_NV.amax(dim=-1, keepdim=True)  # first, as in log_softmax: near 0 logprobs keep their digits
+    chosen_N1 = logits_NV.gather(1, targets_N[:, None])
+    ranks_N = (logits_NV > chosen_N1).sum(dim=-1) + 1
+    top_values_NK, top_ids_NK = logits_NV.topk(most, dim=-1)
+    norms_N1 = logits_NV.exp_().sum(dim=-1, keepdim=True).log_()
+    return Scores(ranks_N, (chosen_N1 - norms_N1)[:, 0], top_ids_NK, top_values_NK - norms_N1, tuple(num_top))
+
+
+def read_scores(scores: Scores) -> Iterator[TokenLogprobs]:
+    """One entry for each row; `scores` is on the host."""
+    rows = zip(scores.ranks_N.tolist(), scores.values_N.tolist(), scores.num_top, strict=True)
+    ids, values = scores.top_ids_NK.tolist(), scores.top_values_NK.tolist()
+    for row, (rank, value, num_top) in enumerate(rows):
+        top = zip(ids[row][:num_top], values[row][:num_top], strict=True)
+        yield TokenLogprobs(value, rank, tuple(top))
+
+
 def uniform(seed: int, step: int) -> float:
     """The random number of a sequence's step, in [0, 1)."""
     digest = hashlib.blake2b(struct.pack("<Qq", seed % 2**64, step), digest_size=8).digest()

@@ -112,3 +112,63 @@ def test_stop_strings_cut_the_text() -> None:
             prompt, SamplingParams(max_tokens=40, min_tokens=40, temperature=0, ignore_eos=True, stop=stop)
         )
         assert len(late.token_ids) == 40
+
+
+def prompt_reference(model: Path, prompt: list[int]) -> torch.Tensor:
+    """Logprobs by Transformers' own forward, `[T, V]`."""
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        logits: torch.Tensor = loaded(torch.tensor([prompt])).logits[0]
+    return logits.log_softmax(dim=-1)
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2", "llama-tied", "gemma2", "cohere", "granite", "deepseek-v3"])
+def test_prompt_logprobs_are_those_of_transformers(family: str, tmp_path: Path) -> None:
+    """In classes that scale or cap their logits too; prompts in chunks, beside sampled sequences."""
+    model = make_model(family, tmp_path / "model")
+    prompts = [*ragged_prompts(5, longest=70), [5]]
+    scored = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True, prompt_logprobs=3)
+    plain = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True, logprobs=1)
+    with FlexGenLite(model, dtype="float32", micro_batches=2, micro_batch_tokens=32, attention_threads=1) as engine:
+        found = engine.generate([p for p in prompts for _ in range(2)], [scored, plain] * len(prompts))
+    for prompt, completion in zip(prompts, found[::2], strict=True):
+        logprobs = prompt_reference(model, prompt)
+        assert completion.error is None and completion.prompt_token_ids == prompt
+        assert completion.prompt_logprobs is not None and len(completion.prompt_logprobs) == len(prompt)
+        assert completion.prompt_logprobs[0] is None
+        for at in range(1, len(prompt)):
+            place, row = completion.prompt_logprobs[at], logprobs[at - 1]
+            assert place is not None
+            assert place.keys() == {prompt[at], *row.topk(3).indices.tolist()}
+            for token, entry in place.items():
+                assert entry.logprob == pytest.approx(float(row[token]), abs=2e-4)
+                assert entry.rank == 1 + int((row > row[token]).sum())
+
+
+def test_prompt_logprobs_of_a_large_vocabulary_come_in_chunks(tmp_path: Path) -> None:
+    """256 rows of 50,000 tokens: 51 MB of logits, of which 32 MiB are held at once."""
+    model = make_model("llama", tmp_path / "model", vocab_size=50_000, max_position_embeddings=300)
+    prompt = [3 + 7 * i for i in range(256)]
+    params = SamplingParams(max_tokens=0, prompt_logprobs=0)
+    with FlexGenLite(model, dtype="float32", attention_threads=1) as engine:
+        (completion,) = engine.submit([prompt], params).results()
+    row = prompt_reference(model, prompt)
+    assert completion.outputs[0].token_ids == [] and completion.finish_reason == "length"
+    assert completion.prompt_logprobs is not None
+    places = zip(prompt[1:], completion.prompt_logprobs[1:], strict=True)
+    ours = [place[token].logprob for token, place in places if place is not None]
+    theirs = row[range(255), prompt[1:]].tolist()
+    assert ours == pytest.approx(theirs, abs=2e-4)
+
+
+def test_several_answers(engine: FlexGenLite) -> None:
+    """As many single requests with the seeds one after the other would give; greedy ones are all the same."""
+    params = SamplingParams(max_tokens=8, seed=40, n=5, ignore_eos=True)
+    completion = engine.generate(PROMPTS[1], params)
+    assert len(completion.outputs) == 5
+    for number, output in enumerate(completion.outputs):
+        alone = engine.generate(PROMPTS[1], SamplingParams(max_tokens=8, seed=40 + number, ignore_eos=True))
+        assert output.token_ids == alone.token_ids
+    same = engine.generate(PROMPTS[1], SamplingParams(**FIXED, n=12))
+    assert len(same.outputs) == 12
+    assert all(output.token_ids == same.token_ids for output in same.outputs)

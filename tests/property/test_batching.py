@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
+from collections.abc import Iterable
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from flexgen_lite.batching import Batcher, MicroBatch, Result, RunningRequest
 from flexgen_lite.page_table import PageTable
 from flexgen_lite.sampling_wire import WireParams
+from flexgen_lite.waiting_queue import WaitingQueue
 
 EOS = 7
 
@@ -17,6 +19,13 @@ EOS = 7
 def request(number: int, prompt: int, max_tokens: int) -> RunningRequest:
     params = WireParams(max_tokens, 0, 0.0, 0, 1.0, None, (), False, True)
     return RunningRequest(number, [1] * prompt, prompt, params, seed=0, end_ids=frozenset({EOS}))
+
+
+def queue(requests: Iterable[RunningRequest]) -> WaitingQueue:
+    waiting = WaitingQueue()
+    for one in requests:
+        waiting.add(one)
+    return waiting
 
 
 def check_rows(micro_batch: MicroBatch, index: int, workers: int, limit: int) -> None:
@@ -51,7 +60,7 @@ def test_every_request_is_served(prompts, pages, workers, max_sequences, micro_b
     table = PageTable(pages * workers, 8, workers)
     batcher = Batcher(table, max_sequences, micro_batches, tokens, spread)
     requests = [request(i, prompt, count) for i, (prompt, count) in enumerate(prompts)]
-    waiting = deque(requests)
+    waiting = queue(requests)
     finished: list[RunningRequest] = []
     stored: Counter[int] = Counter()
     limit = tokens
@@ -92,7 +101,7 @@ def test_every_request_is_served(prompts, pages, workers, max_sequences, micro_b
 
 def test_a_long_prompt_comes_in_chunks() -> None:
     batcher = Batcher(PageTable(40, 8, 1), 4, 1, 16, spread=False)
-    waiting = deque([request(0, 40, 2)])
+    waiting = queue([request(0, 40, 2)])
     rows = []
     while waiting or batcher.running:
         (micro_batch,) = batcher.compose(waiting)
@@ -109,7 +118,7 @@ def test_a_long_prompt_comes_in_chunks() -> None:
 
 def test_a_long_prompt_is_not_starved_by_short_ones() -> None:
     batcher = Batcher(PageTable(4000, 8, 1), 64, 2, 64, spread=True)
-    waiting = deque([request(0, 300, 2), *(request(i, 9, 40) for i in range(1, 200))])
+    waiting = queue([request(0, 300, 2), *(request(i, 9, 40) for i in range(1, 200))])
     passes = 0
     while any(r.id == 0 for r in waiting) or 0 in batcher.running:
         composed = batcher.compose(waiting)
@@ -120,7 +129,7 @@ def test_a_long_prompt_is_not_starved_by_short_ones() -> None:
 
 def test_a_finished_sequence_is_replaced_in_the_next_pass() -> None:
     batcher = Batcher(PageTable(40, 8, 1), 1, 1, 16, spread=False)
-    waiting = deque([request(0, 3, 1), request(1, 3, 1)])
+    waiting = queue([request(0, 3, 1), request(1, 3, 1)])
     first = batcher.compose(waiting)
     batcher.commit(first, [Result((1,))])
     second = batcher.compose(waiting)
@@ -128,7 +137,7 @@ def test_a_finished_sequence_is_replaced_in_the_next_pass() -> None:
 
 
 def test_spread_fills_micro_batches_evenly() -> None:
-    waiting = deque(request(i, 4, 1) for i in range(6))
+    waiting = queue(request(i, 4, 1) for i in range(6))
     batcher = Batcher(PageTable(40, 8, 1), 8, 3, 64, spread=True)
     assert [m.num_rows for m in batcher.compose(waiting)] == [8, 8, 8]
 
@@ -138,7 +147,7 @@ def test_short_answers_let_more_run_at_once_and_long_ones_send_the_youngest_back
     all, the youngest wait."""
     table = PageTable(40, 8, 1)
     batcher = Batcher(table, 64, 1, 64, spread=False)
-    waiting = deque(request(i, 8, 100) for i in range(400))
+    waiting = queue(request(i, 8, 100) for i in range(400))
     most, finished = [], 0
     while finished < 300:
         composed = batcher.compose(waiting)

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from flexgen_lite.admission import Limits
 from flexgen_lite.batching import Batcher, Result
-from flexgen_lite.messages import Submit, WireRequest
+from flexgen_lite.messages import RequestDone, Submit, WireRequest
 from flexgen_lite.page_table import PageTable
-from flexgen_lite.requests import OVERFLOW, Limits, Requests
+from flexgen_lite.requests import OVERFLOW, Requests
 from flexgen_lite.sampling_wire import NO_TOKEN, Penalties, TokenLogprobs, WireParams
 
 PARAMS = WireParams(4, 0, 0.0, 0, 1.0, None, (), True, True)
@@ -18,7 +19,7 @@ PARAMS = WireParams(4, 0, 0.0, 0, 1.0, None, (), True, True)
 class Words:
     """A tokenizer of numbers."""
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return [int(word) for word in text.split()]
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
@@ -63,6 +64,11 @@ def submit(
         ((1,), {"logit_bias": ((50, 1.0),)}, "token id 50"),
         ((1,), {"logprobs": 21}, "logprobs=21"),
         ((1,), {"stop": ("",)}, "0 characters"),
+        ((1,), {"n": 0}, "n=0"),
+        ((1,), {"n": 129}, "n=129"),
+        ((1,), {"prompt_logprobs": 21}, "prompt_logprobs=21"),
+        ((1,), {"prompt_logprobs": 0, "max_tokens": -1}, "max_tokens=-1"),
+        ((1,), {"prompt_logprobs": 0, "scored_from": 0}, "scored_from=0"),
     ],
 )
 def test_bad_requests_are_refused_one_by_one(
@@ -93,7 +99,7 @@ def test_answers_go_to_those_who_asked(requests: Requests) -> None:
         requests.submit(client, Submit("job", (WireRequest(0, (5, 6, 7), replace(PARAMS, max_tokens=1)),), False))
     composed = requests.next_pass()
     answers = requests.end_pass(composed, [Result((8, 9))])
-    assert [(client, done.token_ids) for client, done in answers] == [(b"a", (8,)), (b"b", (9,))]
+    assert [(client, done.outputs[0].token_ids) for client, done in answers] == [(b"a", (8,)), (b"b", (9,))]
     assert requests.totals["prompt_tokens"] == 6
 
 
@@ -104,7 +110,7 @@ def test_cancel_drops_waiting_requests_now_and_running_ones_with_the_pass(reques
     dropped = requests.cancel(b"client", "job")
     assert len(dropped) == 2
     ended = requests.end_pass(composed, [Result((8,) * 4)])
-    assert [done.finish_reason for _, done in [*dropped, *ended]] == ["cancelled"] * 6
+    assert [done.outputs[0].finish_reason for _, done in [*dropped, *ended]] == ["cancelled"] * 6
     assert requests.num_running == requests.num_waiting == 0
 
 
@@ -115,7 +121,7 @@ def test_a_request_whose_numbers_overflow_fails_alone(requests: Requests) -> Non
     assert [(done.index, done.error) for _, done in answers] == [(0, OVERFLOW)]
     for _ in range(3):
         answers = requests.end_pass(requests.next_pass(), [Result((9,))])
-    assert [(done.index, done.token_ids, done.error) for _, done in answers] == [(1, (9, 9, 9, 9), None)]
+    assert [(done.index, done.outputs[0].token_ids, done.error) for _, done in answers] == [(1, (9, 9, 9, 9), None)]
     assert requests.totals["generated_tokens"] == 4
     assert requests.totals["requests_failed"] == 1
 
@@ -124,7 +130,7 @@ def test_a_cancelled_request_does_not_come_back(requests: Requests) -> None:
     assert submit(requests, (5, 6, 7)) is None
     requests.next_pass()
     requests.cancel(b"client", "job")
-    assert [done.finish_reason for _, done in requests.drop_cancelled()] == ["cancelled"]
+    assert [done.outputs[0].finish_reason for _, done in requests.drop_cancelled()] == ["cancelled"]
     assert requests.next_pass() == []
     assert requests.num_running == requests.num_waiting == 0
 
@@ -143,8 +149,9 @@ def test_a_stop_string_ends_the_text_and_logprobs_come_with_it(requests: Request
         found = TokenLogprobs(-0.5 * step, 2, ((9, -0.25),))
         answers = requests.end_pass(composed, [Result((token,), (found,))])
     (_, done) = answers[0]
-    assert (done.text, done.token_ids, done.finish_reason) == ("5 ", (5, 7, 8), "stop")
-    assert [place.logprob for place in done.logprobs] == [0.0, -0.5, -1.0]
+    (output,) = done.outputs
+    assert (output.text, output.token_ids, output.finish_reason) == ("5 ", (5, 7, 8), "stop")
+    assert [place.logprob for place in output.logprobs] == [0.0, -0.5, -1.0]
     assert done.token_texts.keys() == {5, 7, 8, 9}
 
 
@@ -158,3 +165,103 @@ def test_penalties_know_the_prompt_and_what_was_generated(requests: Requests) ->
     assert first == Penalties(1.2, 0.0, 0.0, (3, 4), (6,))
     assert second == Penalties(1.0, 0.5, 0.0, (), (6,))
     assert third is None
+
+
+def finish(requests: Requests, tokens: dict[int, int]) -> list[RequestDone]:
+    """Passes until all is done; a sequence's step k draws `tokens[k]`, token 9 where there is none."""
+    done = []
+    while requests.num_running or requests.num_waiting:
+        composed = requests.next_pass()
+        assert composed
+        results = []
+        for index, micro_batch in enumerate(composed):
+            spans = micro_batch.token_batch(index).spans
+            drawn = tuple(tokens.get(span.sample.step, 9) for span in spans if span.sample is not None)
+            scored = [target for span in spans if span.scored is not None for target in span.scored.targets]
+            results.append(Result(drawn, (), tuple(TokenLogprobs(-float(target), 1, ()) for target in scored)))
+        done += [answer for _, answer in requests.end_pass(composed, results)]
+    return done
+
+
+def test_several_answers_come_back_as_one_in_their_order(requests: Requests) -> None:
+    """There are more sequences than places, and each has a seed of its own."""
+    assert submit(requests, "3 4", replace(PARAMS, n=6, seed=10, temperature=1.0, max_tokens=2)) is None
+    assert submit(requests, "5", replace(PARAMS, n=1), index=1) is None
+    seeds = [span.sample.seed for span in requests.next_pass()[0].token_batch(0).spans if span.sample is not None]
+    assert seeds == [10, 11, 12, 13]
+    requests.cancel(b"client", None)
+    requests.drop_cancelled()
+    assert submit(requests, "3 4", replace(PARAMS, n=6, max_tokens=2), index=2) is None
+    (done,) = finish(requests, {0: 7})
+    assert [output.token_ids for output in done.outputs] == [(7, 9)] * 6
+    assert requests.totals["requests_done"] == 1
+
+
+def test_a_cancelled_request_tells_of_the_answers_that_had_begun(requests: Requests) -> None:
+    assert submit(requests, (5, 6), replace(PARAMS, n=100)) is None
+    composed = requests.next_pass()
+    requests.cancel(b"client", "job")
+    ((_, done),) = requests.end_pass(composed, [Result((8,) * 4)])
+    assert [output.finish_reason for output in done.outputs] == ["cancelled"] * 5  # the fifth waited
+    assert requests.num_running == requests.num_waiting == 0
+
+
+def test_one_answer_that_fails_fails_the_request(requests: Requests) -> None:
+    assert submit(requests, (5, 6), replace(PARAMS, n=6)) is None
+    answers = requests.end_pass(requests.next_pass(), [Result((8, NO_TOKEN, 8, 8))])
+    assert [done.error for _, done in answers] == [OVERFLOW]
+    assert requests.num_running == requests.num_waiting == 0
+    assert submit(requests, (5,), replace(PARAMS, max_tokens=1), index=1) is None
+    assert len(finish(requests, {})) == 1
+
+
+def test_logprobs_of_a_prompt_that_comes_in_chunks(requests: Requests) -> None:
+    """70 rows in micro-batches of 32; then of a continuation alone, without a token generated."""
+    prompt = tuple(range(1, 36)) * 2
+    assert submit(requests, prompt, replace(PARAMS, prompt_logprobs=0, max_tokens=1)) is None
+    (done,) = finish(requests, {})
+    assert done.prompt is not None and done.prompt.token_ids == prompt
+    assert [found.logprob for found in done.prompt.logprobs] == [-float(token) for token in prompt[1:]]
+    scored = replace(PARAMS, prompt_logprobs=0, max_tokens=0, scored_from=60)
+    assert submit(requests, prompt, scored, index=1) is None
+    (done,) = finish(requests, {})
+    assert done.prompt is not None and done.outputs[0].token_ids == ()
+    assert [found.logprob for found in done.prompt.logprobs] == [-float(token) for token in prompt[60:]]
+    assert done.outputs[0].finish_reason == "length"
+
+
+def test_a_prompt_of_one_token_has_no_logprob(requests: Requests) -> None:
+    message = Submit("job", (WireRequest(0, (5,), replace(PARAMS, prompt_logprobs=0, max_tokens=0)),), False)
+    ((_, done),) = requests.submit(b"client", message)
+    assert done.error is None and done.prompt is not None and done.prompt.logprobs == ()
+    assert requests.num_waiting == 0
+
+
+def test_logprobs_that_are_no_numbers_fail_the_request(requests: Requests) -> None:
+    assert submit(requests, (5, 6), replace(PARAMS, prompt_logprobs=0)) is None
+    nan = TokenLogprobs(float("nan"), 1, ())
+    answers = requests.end_pass(requests.next_pass(), [Result((8,), (), (nan,))])
+    assert [done.error for _, done in answers] == [OVERFLOW]
+
+
+def test_clients_share_places_and_priorities_come_first() -> None:
+    pages = PageTable(64, 8, 1)
+    requests = Requests(Batcher(pages, 4, 2, 32, spread=False), Limits(100, pages.max_tokens, 50, (2,)), Words())
+
+    def send(client: bytes, index: int, priority: int) -> None:
+        request = WireRequest(index, (index + 3, 4), replace(PARAMS, max_tokens=1))
+        requests.submit(client, Submit(f"job {priority}", (request,), False, priority))
+
+    for index in range(20):
+        send(b"greedy", index, 0)
+    for index in range(4):
+        send(b"modest", index, 0)
+    send(b"late", 0, -1)
+    order = []
+    while requests.num_waiting or requests.num_running:
+        composed = requests.next_pass()
+        count = sum(len(micro_batch.pieces) for micro_batch in composed)
+        order.append([client for client, _ in requests.end_pass(composed, [Result((9,) * count)])])
+    assert sorted(order[0]) == [b"greedy", b"greedy", b"late", b"modest"]
+    assert [passed.count(b"modest") for passed in order[1:3]] == [2, 1]
+    assert sum(passed.count(b"greedy") for passed in order) == 20

@@ -15,12 +15,12 @@ import pytest
 
 from flexgen_lite import result_file
 from flexgen_lite.batch_file import BadLine, BatchRequest
-from flexgen_lite.completion import Completion
+from flexgen_lite.completion import Completion, CompletionOutput
 from flexgen_lite.result_file import ResultWriter
 from flexgen_lite.sampling_params import SamplingParams
 
 ANSWERS = "req_" + "0" * 16
-DONE = Completion(0, "hi", "grüß", [5, 6], 2, "stop")
+DONE = Completion(0, "hi", [CompletionOutput("grüß", [5, 6], "stop")], 2)
 
 
 def request(custom_id: str = "a") -> BatchRequest:
@@ -70,7 +70,7 @@ def test_a_result_row(tmp_path: Path) -> None:
 
 def test_rows_of_errors(tmp_path: Path) -> None:
     writer = begun(tmp_path / "o")
-    writer.write(request("\ud800"), ANSWERS, Completion(0, "hi", "", [], 0, "error", "the prompt is too long"))
+    writer.write(request("\ud800"), ANSWERS, Completion(0, "hi", [], 0, "the prompt is too long"))
     bad = BadLine(None, "line 2: not JSON", "1" * 16)
     writer.write_bad_line(bad, "line_" + bad.digest)
     writer.close()

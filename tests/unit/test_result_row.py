@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from flexgen_lite.batch_file import BadLine, BatchRequest, read_requests
-from flexgen_lite.completion import Completion
+from flexgen_lite.completion import Completion, CompletionOutput, Logprob
 from flexgen_lite.result_row import RowsThere, completion_body, encode_row, request_id
 from flexgen_lite.sampling_params import SamplingParams
 
@@ -27,7 +27,7 @@ def request(custom_id: str = "a", prompt: Any = "hi", ids: bool = False, **param
 def row(item: BatchRequest | BadLine, *, error: str | None = None, engine: str = ENGINE) -> bytes:
     body = None
     if isinstance(item, BatchRequest) and error is None:
-        body = completion_body(item, Completion(0, item.prompt, "grüß 🙂\0", [5], 2, "stop"), "m")
+        body = completion_body(item, Completion(0, item.prompt, [CompletionOutput("grüß 🙂\0", [5], "stop")], 2), "m")
     return encode_row("0" * 24, item.custom_id, request_id(item, engine), body, error)
 
 
@@ -150,7 +150,34 @@ def test_memory_is_a_few_dozen_bytes_a_row() -> None:
     tracemalloc.start()
     try:
         rows = RowsThere(OUT, lines(8000))
-        assert tracemalloc.get_traced_memory()[1] < 100 * 8000 + 20_000, "the row at hand included"
+        assert tracemalloc.get_traced_memory()[1] < 100 * 8000 + 30_000, "the row at hand included"
         assert rows.num_rows == 8000
     finally:
         tracemalloc.stop()
+
+
+def test_a_body_with_several_answers_that_echo_the_prompt_and_its_logprobs() -> None:
+    params = SamplingParams(n=2, logprobs=1, prompt_logprobs=1)
+    item = BatchRequest("a", "a b", params, False, None, echo=True)
+    entry = {4: Logprob(-0.5, 1, " b")}
+    outputs = [CompletionOutput(text, [7], "length", [{7: Logprob(-1.0, 2, text)}]) for text in (" c", " d")]
+    completion = Completion(0, "a b", outputs, 2, None, [3, 4], [None, entry], "<s>a b", {3: "a", 4: " b", 7: " c"})
+    first, second = completion_body(item, completion, "m")["choices"]
+    assert (first["text"], second["text"], second["index"]) == ("a b c", "a b d", 1)
+    assert first["logprobs"] == {
+        "tokens": ["a", " b", " c"],
+        "token_logprobs": [None, -0.5, -1.0],
+        "top_logprobs": [None, {" b": -0.5}, {" c": -1.0}],
+        "text_offset": [0, 1, 3],
+    }
+    assert "prompt_logprobs" not in first
+    assert completion_body(item, completion, "m")["usage"]["completion_tokens"] == 2
+
+
+def test_a_body_with_logprobs_of_the_prompt() -> None:
+    item = request("a", prompt="a b", prompt_logprobs=0, max_tokens=0)
+    completion = Completion(
+        0, "a b", [CompletionOutput("", [], "length")], 2, None, [3, 4], [None, {4: Logprob(-0.5, 1, " b")}]
+    )
+    (choice,) = completion_body(item, completion, "m")["choices"]
+    assert choice["prompt_logprobs"] == [None, {"4": {"logprob": -0.5, "rank": 1, "decoded_token": " b"}}]

@@ -1,0 +1,125 @@
+"""What becomes of a request on arrival: a sequence that fits the model and the memory, or a refusal that says why."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
+
+from flexgen_lite.batching import RunningRequest
+from flexgen_lite.kept_logprobs import KeptLogprobs
+from flexgen_lite.messages import WireRequest
+from flexgen_lite.open_request import OpenRequest
+from flexgen_lite.stop_strings import StopStrings
+
+MAX_SEED = 2**63
+CHARACTERS_PER_TOKEN = 256  # at most: longer texts are refused before they are cut into tokens
+
+
+class Tokenizer(Protocol):
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str: ...
+
+
+class RequestError(ValueError):
+    """A request that cannot be served; the message is for the one who sent it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a request has to fit in. `kv_tokens`: what one attention worker's pages hold."""
+
+    max_length: int
+    kv_tokens: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+
+
+class Admission:
+    """Args:
+    tokenizer: None where the model has none; prompts are then token ids.
+    """
+
+    def __init__(self, limits: Limits, tokenizer: Tokenizer | None) -> None:
+        self._limits = limits
+        self._tokenizer = tokenizer
+        self._next_id = 1
+
+    def accept(self, request: WireRequest, owner: OpenRequest) -> RunningRequest:
+        """The first sequence of a request; its max_tokens are lowered to what the model takes.
+
+        Raises:
+            RequestError: it cannot be served.
+        """
+        limits, params = self._limits, request.params
+        tokens = self._tokenize(request)
+        wrong = params.problem()
+        if wrong is not None:
+            raise RequestError(wrong)
+        if not tokens:
+            raise RequestError("the prompt is empty: give at least one token")
+        if params.stop and self._tokenizer is None:
+            raise RequestError("the model has no tokenizer: give stop_token_ids instead of stop")
+        for token in (*tokens, *params.stop_token_ids, *(token for token, _ in params.logit_bias)):
+            if not 0 <= token < limits.vocab_size:
+                raise RequestError(f"token id {token} is outside the vocabulary of {limits.vocab_size}")
+        room = limits.max_length - len(tokens)
+        if room < min(1, params.max_tokens):
+            raise RequestError(
+                f"the prompt has {len(tokens)} tokens, the model takes {limits.max_length} with what it generates: "
+                "shorten the prompt"
+            )
+        if params.max_tokens > room:
+            params = replace(params, max_tokens=room, min_tokens=min(params.min_tokens, room))
+        if params.logprobs is not None:
+            params = replace(params, logprobs=min(params.logprobs, limits.vocab_size))
+        if params.prompt_logprobs is not None:
+            params = replace(params, prompt_logprobs=min(params.prompt_logprobs, limits.vocab_size))
+        sequence = self._make_sequence(tokens, replace(request, params=params), owner)
+        if sequence.most_stored > limits.kv_tokens:
+            raise RequestError(
+                f"the request needs {sequence.most_stored} tokens of KV cache ({len(tokens)} in the prompt, up to "
+                f"{params.max_tokens} generated), an attention worker holds {limits.kv_tokens}: "
+                "lower max_tokens or raise the RAM budget"
+            )
+        return sequence
+
+    def _make_sequence(self, tokens: list[int], request: WireRequest, owner: OpenRequest) -> RunningRequest:
+        params = request.params
+        end_ids = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            end_ids |= frozenset(self._limits.eos_token_ids)
+        first_id, self._next_id = self._next_id, self._next_id + params.n
+        sequence = RunningRequest(
+            first_id,
+            array("i", tokens),  # thousands may wait: four bytes a token
+            len(tokens),
+            params,
+            random.randrange(MAX_SEED) if params.seed is None else params.seed,
+            end_ids,
+            owner=owner,
+        )
+        if params.logprobs is not None:
+            sequence.logprobs = KeptLogprobs(params.logprobs)
+        if params.prompt_logprobs is not None:
+            sequence.prompt_logprobs = KeptLogprobs(params.prompt_logprobs)
+        if params.stop and self._tokenizer is not None:
+            decode = partial(self._tokenizer.decode, skip_special_tokens=params.skip_special_tokens)
+            sequence.stop_strings = StopStrings(params.stop, decode)
+        return sequence
+
+    def _tokenize(self, request: WireRequest) -> list[int]:
+        prompt = request.prompt
+        if isinstance(prompt, tuple):
+            return list(prompt)
+        if self._tokenizer is None:
+            raise RequestError("the model has no tokenizer: give the prompt as token ids")
+        if len(prompt) > CHARACTERS_PER_TOKEN * self._limits.max_length:
+            raise RequestError(
+                f"the prompt has {len(prompt)} characters, the model takes {self._limits.max_length} tokens: "
+                "shorten the prompt"
+            )
+        return self._tokenizer.encode(prompt, request.add_special_tokens)

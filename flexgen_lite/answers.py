@@ -1,0 +1,76 @@
+"""From sequences that are over to what their client is told: texts, logprobs, the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from flexgen_lite.admission import Tokenizer
+from flexgen_lite.batching import RunningRequest
+from flexgen_lite.messages import RequestDone, WireOutput, WirePrompt
+from flexgen_lite.open_request import OpenRequest, Origin
+from flexgen_lite.sampling_wire import TokenLogprobs
+
+
+class Answers:
+    """Args:
+    tokenizer: None where the model has none; answers then have no text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self._tokenizer = tokenizer
+        self._texts: dict[int, str] = {}  # of tokens that were asked for
+
+    def output(self, sequence: RunningRequest, reason: str) -> WireOutput:
+        """What came of a sequence that is over."""
+        token_ids = list(sequence.tokens[sequence.num_prompt_tokens :])
+        shown = token_ids[:-1] if reason == "stop" and not sequence.has_stop_string else token_ids
+        text = self._decode(shown, sequence.params.skip_special_tokens)
+        if sequence.stop_strings is not None and sequence.has_stop_string:
+            text = sequence.stop_strings.cut(text, sequence.params.include_stop_str_in_output)
+        return WireOutput(text, tuple(token_ids), reason, tuple(sequence.logprobs or ()))
+
+    def prompt(self, sequence: RunningRequest, echo: bool) -> WirePrompt | None:
+        """The prompt of a request's first sequence, if it was asked for."""
+        if not echo and sequence.prompt_logprobs is None:
+            return None
+        token_ids = list(sequence.tokens[: sequence.num_prompt_tokens])
+        text = self._decode(token_ids, False) if echo else ""
+        return WirePrompt(text, tuple(token_ids), tuple(sequence.prompt_logprobs or ()))
+
+    def done(self, owner: OpenRequest, num_prompt_tokens: int) -> RequestDone:
+        """All that came of a request."""
+        origin, outputs = owner.origin, [owner.outputs[number] for number in sorted(owner.outputs)]
+        wanted: set[int] = set()
+        for output in outputs:
+            if output.logprobs:
+                wanted |= {*output.token_ids, *_tokens_of(output.logprobs)}
+        if owner.prompt is not None and (owner.echo or owner.prompt.logprobs):
+            wanted |= {*owner.prompt.token_ids, *_tokens_of(owner.prompt.logprobs)}
+        return RequestDone(
+            origin.job_id,
+            origin.index,
+            num_prompt_tokens,
+            tuple(outputs),
+            None,
+            owner.prompt,
+            {token: self._token_text(token) for token in wanted} if self._tokenizer else {},
+        )
+
+    def _decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens) if self._tokenizer else ""
+
+    def _token_text(self, token: int) -> str:
+        """As it would stand within a text: many tokenizers drop a space in front of the first token."""
+        if token not in self._texts:
+            one, two = (self._decode([token] * count, False) for count in (1, 2))
+            self._texts[token] = two[len(one) :] if two.startswith(one) else one
+        return self._texts[token]
+
+
+def refusal(origin: Origin, error: str) -> RequestDone:
+    """The answer to a request that failed."""
+    return RequestDone(origin.job_id, origin.index, 0, (), error)
+
+
+def _tokens_of(logprobs: Iterable[TokenLogprobs]) -> set[int]:
+    return {token for found in logprobs for token, _ in found.top}

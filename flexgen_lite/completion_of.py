@@ -1,0 +1,48 @@
+"""From what the engine says of a request to the Completion that its user gets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from flexgen_lite.completion import Completion, CompletionOutput, Logprob, Prompt
+from flexgen_lite.messages import RequestDone, WireOutput
+from flexgen_lite.sampling_wire import TokenLogprobs, WireParams
+
+
+def completion_of(message: RequestDone, prompt: Prompt, params: WireParams) -> Completion:
+    """`prompt` and `params`: what the request asked for."""
+    given = message.prompt
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    if given is not None and params.prompt_logprobs is not None:
+        first = min(params.scored_from, len(given.token_ids))
+        prompt_logprobs = [None] * first
+        prompt_logprobs += _places(given.token_ids[first:], given.logprobs, message.token_texts)
+    with_logprobs = params.logprobs is not None
+    return Completion(
+        index=message.index,
+        prompt=prompt,
+        outputs=[_output(output, message.token_texts, with_logprobs) for output in message.outputs],
+        num_prompt_tokens=message.num_prompt_tokens,
+        error=message.error,
+        prompt_token_ids=None if given is None else list(given.token_ids),
+        prompt_logprobs=prompt_logprobs,
+        prompt_text=None if given is None or not given.text else given.text,
+        token_texts=message.token_texts,
+    )
+
+
+def _output(output: WireOutput, texts: dict[int, str], with_logprobs: bool) -> CompletionOutput:
+    logprobs = _places(output.token_ids, output.logprobs, texts) if with_logprobs else None
+    return CompletionOutput(output.text, list(output.token_ids), output.finish_reason, logprobs)
+
+
+def _places(
+    tokens: Iterable[int], logprobs: Iterable[TokenLogprobs], texts: dict[int, str]
+) -> list[dict[int, Logprob]]:
+    places = []
+    for token, found in zip(tokens, logprobs, strict=False):
+        place = {token: Logprob(found.logprob, found.rank, texts.get(token, ""))}
+        for rank, (other, logprob) in enumerate(found.top, start=1):
+            place.setdefault(other, Logprob(logprob, rank, texts.get(other, "")))
+        places.append(place)
+    return places
