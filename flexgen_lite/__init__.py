@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from flexgen_lite.llm import FlexGenLite
     from flexgen_lite.request import Request
     from flexgen_lite.sampling_params import SamplingParams
+    from flexgen_lite.scoring import Score
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ __all__ = [
     "Logprob",
     "Request",
     "SamplingParams",
+    "Score",
     "__version__",
 ]
 
@@ -41,6 +43,7 @@ _HOMES = {
     "Logprob": "completion",
     "Request": "request",
     "SamplingParams": "sampling_params",
+    "Score": "scoring",
 }
 
 

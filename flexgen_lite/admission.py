@@ -12,6 +12,7 @@ from flexgen_lite.batching import RunningRequest
 from flexgen_lite.kept_logprobs import KeptLogprobs
 from flexgen_lite.messages import WireRequest
 from flexgen_lite.open_request import OpenRequest
+from flexgen_lite.sampling_wire import WireParams
 from flexgen_lite.stop_strings import StopStrings
 
 MAX_SEED = 2**63
@@ -30,12 +31,14 @@ class RequestError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a request has to fit in. `kv_tokens`: what one attention worker's pages hold."""
+    """What a request has to fit in. `kv_tokens`: what one attention worker's pages hold. `prefix_token_id`: what stands
+    in front of a text that is scored without a context; None where the model has no such token."""
 
     max_length: int
     kv_tokens: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
+    prefix_token_id: int | None = None
 
 
 class Admission:
@@ -56,6 +59,8 @@ class Admission:
         """
         limits, params = self._limits, request.params
         tokens = self._tokenize(request)
+        if request.context >= 0:
+            tokens, params = self._split(tokens, request)
         wrong = params.problem()
         if wrong is not None:
             raise RequestError(wrong)
@@ -67,12 +72,12 @@ class Admission:
             if not 0 <= token < limits.vocab_size:
                 raise RequestError(f"token id {token} is outside the vocabulary of {limits.vocab_size}")
         room = limits.max_length - len(tokens)
-        if room < min(1, params.max_tokens):
+        if room < (1 if params.max_tokens else -1):  # the last token of what is only scored is not computed
             raise RequestError(
                 f"the prompt has {len(tokens)} tokens, the model takes {limits.max_length} with what it generates: "
                 "shorten the prompt"
             )
-        if params.max_tokens > room:
+        if params.max_tokens > max(0, room):
             params = replace(params, max_tokens=room, min_tokens=min(params.min_tokens, room))
         if params.logprobs is not None:
             params = replace(params, logprobs=min(params.logprobs, limits.vocab_size))
@@ -110,6 +115,17 @@ class Admission:
             decode = partial(self._tokenizer.decode, skip_special_tokens=params.skip_special_tokens)
             sequence.stop_strings = StopStrings(params.stop, decode)
         return sequence
+
+    def _split(self, tokens: list[int], request: WireRequest) -> tuple[list[int], WireParams]:
+        """The tokens of a text and its params, which tell where the part begins that is scored."""
+        if self._tokenizer is None or not isinstance(request.prompt, str):
+            raise RequestError("a context was given as characters: give it with a text")
+        before = len(self._tokenizer.encode(request.prompt[: request.context], request.add_special_tokens))
+        if before == 0:
+            if self._limits.prefix_token_id is None:
+                raise RequestError("the model has no token to begin with: give a context")
+            tokens, before = [self._limits.prefix_token_id, *tokens], 1
+        return tokens, replace(request.params, scored_from=before)
 
     def _tokenize(self, request: WireRequest) -> list[int]:
         prompt = request.prompt

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from flexgen_lite import scoring
 from flexgen_lite.access import read_key_file
 from flexgen_lite.completion import Prompt
 from flexgen_lite.connection import Connection
@@ -17,6 +18,7 @@ from flexgen_lite.job import Job
 from flexgen_lite.messages import Status, Welcome
 from flexgen_lite.request import Request
 from flexgen_lite.sampling_params import GREEDY, SamplingParams
+from flexgen_lite.scoring import Score, score_of
 
 
 class Client:
@@ -123,6 +125,25 @@ class Client:
         self._connection.add(job)
         return job
 
+    def score(self, contexts: Iterable[Prompt], continuations: Iterable[Prompt], *, priority: int = 0) -> list[Score]:
+        """How likely each continuation is after its context; nothing is generated.
+
+        Args:
+            contexts: texts, or lists of token ids; a text may be empty.
+            continuations: one for each context, of the same kind.
+            priority: see `submit`.
+
+        Raises:
+            ValueError: a pair cannot be scored.
+            EngineError: the engine is gone.
+        """
+        return _scores(self.submit_requests(scoring.requests(contexts, continuations), priority=priority))
+
+    def loglikelihood(self, texts: Iterable[Prompt], *, priority: int = 0) -> list[Score]:
+        """How likely whole texts are, each after the model's beginning of sequence; lists of token ids after their
+        first. Raises as `score` does."""
+        return _scores(self.submit_requests(scoring.texts_alone(texts), priority=priority))
+
     def status(self, timeout: float = 60.0) -> Status:
         """What the engine is doing.
 
@@ -157,6 +178,14 @@ def is_one_prompt(prompts: object) -> bool:
     if isinstance(prompts, str):
         return True
     return isinstance(prompts, list | tuple) and len(prompts) > 0 and type(prompts[0]) is int
+
+
+def _scores(job: Job) -> list[Score]:
+    try:
+        return [score_of(completion) for completion in job.results()]
+    except BaseException:
+        job.cancel()
+        raise
 
 
 def _pair(prompts: Iterable[Prompt], params: SamplingParams | Iterable[SamplingParams]) -> Iterator[Request]:

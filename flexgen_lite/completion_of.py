@@ -14,7 +14,7 @@ def completion_of(message: RequestDone, prompt: Prompt, params: WireParams) -> C
     given = message.prompt
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     if given is not None and params.prompt_logprobs is not None:
-        first = min(params.scored_from, len(given.token_ids))
+        first = len(given.token_ids) - len(given.logprobs)
         prompt_logprobs = [None] * first
         prompt_logprobs += _places(given.token_ids[first:], given.logprobs, message.token_texts)
     with_logprobs = params.logprobs is not None

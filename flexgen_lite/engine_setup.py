@@ -99,7 +99,8 @@ class Setup:
         pages = PageTable(made.num_pages, made.page_tokens, made.attention_workers)
         batcher = Batcher(pages, made.max_sequences, made.micro_batches, made.micro_batch_tokens, made.spread)
         eos = tuple(token for token in spec.eos_token_ids if 0 <= token < spec.vocab_size)
-        limits = Limits(spec.max_length, pages.max_tokens, spec.vocab_size, eos)
+        prefix = spec.bos_token_id if spec.bos_token_id is not None else next(iter(eos), None)
+        limits = Limits(spec.max_length, pages.max_tokens, spec.vocab_size, eos, prefix)
         file = self.opened.tokenizer_file
         return Requests(batcher, limits, TextTokenizer(file) if file else None)
 

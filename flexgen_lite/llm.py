@@ -16,6 +16,7 @@ from flexgen_lite.engine_process import EngineProcess
 from flexgen_lite.job import Job
 from flexgen_lite.messages import Status
 from flexgen_lite.sampling_params import SamplingParams
+from flexgen_lite.scoring import Score
 
 
 class FlexGenLite:
@@ -102,6 +103,14 @@ class FlexGenLite:
     ) -> Job:
         """Submit prompts and return at once, as Client.submit does."""
         return self._client.submit(prompts, params)
+
+    def score(self, contexts: Iterable[Prompt], continuations: Iterable[Prompt]) -> list[Score]:
+        """How likely each continuation is after its context, as Client.score says."""
+        return self._client.score(contexts, continuations)
+
+    def loglikelihood(self, texts: Iterable[Prompt]) -> list[Score]:
+        """How likely whole texts are, as Client.loglikelihood says."""
+        return self._client.loglikelihood(texts)
 
     def status(self) -> Status:
         return self._client.status()

@@ -357,13 +357,15 @@ FromCompute = Hello | ModelOpened | Ready | Abandoned | Uploaded | Packed | Comp
 @dataclass(frozen=True, slots=True)
 class WireRequest:
     """`prompt`: text, or token ids. `echo`: the answer is to have the prompt's text and token ids.
-    `add_special_tokens`: those that the tokenizer puts around a text."""
+    `add_special_tokens`: those that the tokenizer puts around a text. `context`: so many characters of a text are what
+    the rest is scored after; -1 for all texts that are not scored in two parts."""
 
     index: int  # unique within its job
     prompt: str | tuple[int, ...]
     params: WireParams
     echo: bool = False
     add_special_tokens: bool = True
+    context: int = -1
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,8 @@ class Request:
         echo: the completion has the prompt's text and token ids too.
         add_special_tokens: those that the tokenizer puts around a text.
         scored_from: with prompt_logprobs, the first token of the prompt that is scored.
+        context: the same for texts, as the characters before it; where there is none, the first token is scored after
+            the model's beginning of sequence.
     """
 
     prompt: Prompt
@@ -27,6 +29,7 @@ class Request:
     echo: bool = False
     add_special_tokens: bool = True
     scored_from: int = 1
+    context: int | None = None
 
     def to_wire(self, index: int) -> WireRequest:
         """
@@ -36,7 +39,8 @@ class Request:
         params = self.params.to_wire()
         if self.scored_from != 1:
             params = replace(params, scored_from=self.scored_from)
-        return WireRequest(index, _wire_prompt(index, self.prompt), params, self.echo, self.add_special_tokens)
+        prompt, context = _wire_prompt(index, self.prompt), -1 if self.context is None else self.context
+        return WireRequest(index, prompt, params, self.echo, self.add_special_tokens, context)
 
 
 def _wire_prompt(index: int, prompt: object) -> str | tuple[int, ...]:
