@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flexgen_lite.client import Client
-    from flexgen_lite.completion import Completion, CompletionOutput, Logprob
+    from flexgen_lite.completion import Completion, CompletionOutput, Delta, Logprob
     from flexgen_lite.config import ConfigError, EngineConfig
     from flexgen_lite.errors import EngineError
     from flexgen_lite.llm import FlexGenLite
@@ -22,6 +22,7 @@ __all__ = [
     "Completion",
     "CompletionOutput",
     "ConfigError",
+    "Delta",
     "EngineConfig",
     "EngineError",
     "FlexGenLite",
@@ -37,6 +38,7 @@ _HOMES = {
     "Completion": "completion",
     "CompletionOutput": "completion",
     "ConfigError": "config",
+    "Delta": "completion",
     "EngineConfig": "config",
     "EngineError": "errors",
     "FlexGenLite": "llm",

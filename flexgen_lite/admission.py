@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -14,6 +15,7 @@ from flexgen_lite.messages import WireRequest
 from flexgen_lite.open_request import OpenRequest
 from flexgen_lite.sampling_wire import WireParams
 from flexgen_lite.stop_strings import StopStrings
+from flexgen_lite.text_stream import TextStream
 
 MAX_SEED = 2**63
 CHARACTERS_PER_TOKEN = 256  # at most: longer texts are refused before they are cut into tokens
@@ -111,9 +113,13 @@ class Admission:
             sequence.logprobs = KeptLogprobs(params.logprobs)
         if params.prompt_logprobs is not None:
             sequence.prompt_logprobs = KeptLogprobs(params.prompt_logprobs)
-        if params.stop and self._tokenizer is not None:
+        decode: Callable[[list[int]], str] = _no_text
+        if self._tokenizer is not None:
             decode = partial(self._tokenizer.decode, skip_special_tokens=params.skip_special_tokens)
+        if params.stop:
             sequence.stop_strings = StopStrings(params.stop, decode)
+        if request.stream:
+            sequence.stream = TextStream(decode, params.stop, len(tokens))
         return sequence
 
     def _split(self, tokens: list[int], request: WireRequest) -> tuple[list[int], WireParams]:
@@ -139,3 +145,7 @@ class Admission:
                 "shorten the prompt"
             )
         return self._tokenizer.encode(prompt, request.add_special_tokens)
+
+
+def _no_text(token_ids: list[int]) -> str:
+    return ""

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from flexgen_lite.admission import Tokenizer
 from flexgen_lite.batching import RunningRequest
-from flexgen_lite.messages import RequestDone, WireOutput, WirePrompt
+from flexgen_lite.messages import RequestDelta, RequestDone, WireOutput, WirePrompt
 from flexgen_lite.open_request import OpenRequest, Origin
 from flexgen_lite.sampling_wire import TokenLogprobs
 
@@ -55,6 +55,21 @@ class Answers:
             owner.prompt,
             {token: self._token_text(token) for token in wanted} if self._tokenizer else {},
         )
+
+    def delta(self, sequence: RunningRequest) -> RequestDelta | None:
+        """What has come of a sequence that goes on and whose reader waits for it; None where nothing can be told."""
+        owner, stream = sequence.owner, sequence.stream
+        if owner is None or stream is None:
+            return None
+        first = stream.told
+        text = stream.next(sequence.tokens)
+        token_ids = tuple(sequence.tokens[first:])
+        kept = sequence.logprobs
+        logprobs = () if kept is None else tuple(kept.since(first - sequence.num_prompt_tokens))
+        wanted = {*token_ids, *_tokens_of(logprobs)} if logprobs else set()
+        texts = {token: self._token_text(token) for token in wanted} if self._tokenizer else {}
+        origin = owner.origin
+        return RequestDelta(origin.job_id, origin.index, sequence.number, text, token_ids, logprobs, texts)
 
     def _decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens) if self._tokenizer else ""

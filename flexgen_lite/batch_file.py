@@ -10,39 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flexgen_lite.chat_template import Chat
 from flexgen_lite.completion import Prompt
-from flexgen_lite.sampling_params import MAX_TOKEN_ID, SamplingParams
+from flexgen_lite.request_body import URLS, RequestError, parse_body, refuse_unknown, shown
+from flexgen_lite.sampling_params import SamplingParams
 
-URL = "/v1/completions"
-
-_PARAMS = (
-    "max_tokens",
-    "min_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "seed",
-    "stop_token_ids",
-    "ignore_eos",
-    "skip_special_tokens",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "logit_bias",
-    "stop",
-    "include_stop_str_in_output",
-    "logprobs",
-    "n",
-    "prompt_logprobs",
-)
-_BODY = frozenset({"model", "prompt", "echo", "return_token_ids", *_PARAMS})
 _LINE = frozenset({"custom_id", "method", "url", "body"})
 _COUNT_UP_TO = 4 << 30  # bytes of a file whose lines are counted beforehand
-
-
-class RequestError(ValueError):
-    """A line that is no request; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +24,7 @@ class BatchRequest:
     """One good line. `model` is what the line asks for, if it does."""
 
     custom_id: str
-    prompt: Prompt
+    prompt: Prompt | Chat
     params: SamplingParams
     return_token_ids: bool
     model: str | None
@@ -188,66 +162,13 @@ def _custom_id(row: dict[str, Any]) -> str:
 
 
 def _request(custom_id: str, row: dict[str, Any]) -> BatchRequest:
-    _refuse_unknown("", row, _LINE)
+    refuse_unknown("", row, _LINE)
     if row.get("method") != "POST":
-        raise RequestError(f'method is {_shown(row.get("method"))}: only "POST" is supported')
-    if row.get("url") != URL:
-        raise RequestError(f'url is {_shown(row.get("url"))}: only "{URL}" is supported')
-    body = row.get("body")
+        raise RequestError(f'method is {shown(row.get("method"))}: only "POST" is supported')
+    url, body = row.get("url"), row.get("body")
+    if not isinstance(url, str) or url not in URLS:
+        raise RequestError(f"url is {shown(url)}: supported are {', '.join(URLS)}")
     if not isinstance(body, dict):
         raise RequestError("body is missing or not an object")
-    _refuse_unknown("body.", body, _BODY)
-    body = {key: value for key, value in body.items() if value is not None}
-    if not isinstance(body.get("model", ""), str):
-        raise RequestError("body.model is not a string")
-    for name in ("return_token_ids", "echo"):
-        if type(body.get(name, False)) is not bool:
-            raise RequestError(f"body.{name} is {_shown(body[name])}: give true or false")
-    echo = body.get("echo", False)
-    if echo and "logprobs" in body:
-        body.setdefault("prompt_logprobs", body["logprobs"])
-    if "logit_bias" in body:
-        body["logit_bias"] = _logit_bias(body["logit_bias"])
-    try:
-        params = SamplingParams(**{key: body[key] for key in _PARAMS if key in body})
-    except ValueError as error:
-        raise RequestError(f"body.{error}") from None
-    prompt, return_token_ids = _prompt(body.get("prompt")), body.get("return_token_ids", False)
-    return BatchRequest(custom_id, prompt, params, return_token_ids, body.get("model"), echo)
-
-
-def _logit_bias(value: object) -> object:
-    """JSON has no numbers as keys."""
-    if not isinstance(value, dict):
-        return value
-    try:
-        return {int(token_id): bias for token_id, bias in value.items()}
-    except ValueError:
-        raise RequestError(f"body.logit_bias is {_shown(value)}: its keys must be token ids") from None
-
-
-def _prompt(prompt: object) -> Prompt:
-    if isinstance(prompt, str):
-        try:
-            prompt.encode()
-        except UnicodeEncodeError:
-            raise RequestError("body.prompt has characters that are not Unicode text") from None
-        return prompt
-    if not isinstance(prompt, list):
-        raise RequestError("body.prompt is missing or neither a string nor a list of token ids")
-    for token_id in prompt:
-        if type(token_id) is not int or not 0 <= token_id <= MAX_TOKEN_ID:
-            raise RequestError(f"body.prompt has {_shown(token_id)} among its token ids (one prompt a line)")
-    return prompt
-
-
-def _refuse_unknown(where: str, given: dict[str, Any], known: frozenset[str]) -> None:
-    unknown = sorted(given.keys() - known)
-    if unknown:
-        names = ", ".join(where + name for name in unknown)
-        raise RequestError(f"{names}: not supported; supported are {', '.join(sorted(known))}")
-
-
-def _shown(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:60] + "..."
+    found = parse_body(url, body, "body.")
+    return BatchRequest(custom_id, found.prompt, found.params, found.return_token_ids, found.model, found.echo)

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flexgen_lite.batch_file import BadLine, BatchRequest, count_lines, read_requests
+from flexgen_lite.chat_template import ChatError
 from flexgen_lite.client import Client
+from flexgen_lite.completion import Completion
 from flexgen_lite.errors import NoStatus
 from flexgen_lite.messages import Status
 from flexgen_lite.request import Request
@@ -186,9 +188,15 @@ class BatchRun:
             if item.model not in (None, self._model) and not self._warned:
                 self._warned = True
                 self._warn(f"requests name the model {item.model!r}; {self._model!r} answers them")
+            try:
+                asked = self._client.request_of(item.prompt, item.params, echo=item.echo)
+            except ChatError as error:
+                self._results.write(item, answers, Completion(0, "", [], 0, str(error)))
+                self._num_bad += 1
+                continue
             self._open[index] = (item, answers)
             index += 1
-            yield Request(item.prompt, item.params, echo=item.echo)
+            yield asked
 
     def _write_results(self) -> None:
         try:

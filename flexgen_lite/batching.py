@@ -18,6 +18,7 @@ from flexgen_lite.open_request import OpenRequest
 from flexgen_lite.page_table import PageTable
 from flexgen_lite.sampling_wire import NO_TOKEN, Penalties, Sample, Scored, TokenLogprobs, WireParams
 from flexgen_lite.stop_strings import StopStrings
+from flexgen_lite.text_stream import TextStream
 
 EXPECTED_MARGIN = 1.25  # over the average life
 EXPECTED_WEIGHT = 0.02  # of the last request that ended, in the average
@@ -47,6 +48,7 @@ class RunningRequest:
     prompt_logprobs: KeptLogprobs | None = None  # of those of the prompt from `scored_from` on, if asked for
     owner: OpenRequest | None = None
     number: int = 0
+    stream: TextStream | None = None  # for a reader who wants its tokens as they come
 
     @property
     def num_generated(self) -> int:
@@ -101,6 +103,7 @@ class RunningRequest:
             logprobs=KeptLogprobs(self.params.logprobs) if self.params.logprobs is not None else None,
             owner=owner,
             number=self.number + 1,
+            stream=self.stream.afresh() if self.stream is not None else None,
         )
 
     def next_sample(self) -> Sample:

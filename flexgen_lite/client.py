@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count, repeat
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from flexgen_lite import scoring
 from flexgen_lite.access import read_key_file
-from flexgen_lite.completion import Prompt
+from flexgen_lite.chat_template import Chat, ChatError, Messages, render
+from flexgen_lite.completion import Delta, Prompt
 from flexgen_lite.connection import Connection
 from flexgen_lite.job import Job
 from flexgen_lite.messages import Status, Welcome
 from flexgen_lite.request import Request
-from flexgen_lite.sampling_params import GREEDY, SamplingParams
+from flexgen_lite.sampling_params import CHAT_PARAMS, GREEDY, SamplingParams
 from flexgen_lite.scoring import Score, score_of
 
 
@@ -108,8 +109,12 @@ class Client:
         job_id: str | None = None,
         keep: bool = False,
         priority: int = 0,
+        on_change: Callable[[], None] = lambda: None,
     ) -> Job:
-        """Submit requests; `length` is how many, if that is known. See `submit` for the rest."""
+        """Submit requests; `length` is how many, if that is known. See `submit` for the rest.
+
+        `on_change` is called on some thread when there is news of the job; it must not wait.
+        """
         if job_id is not None and not 1 <= len(job_id) <= 200:
             raise ValueError(f"job_id has {len(job_id)} characters: give 1 to 200")
         job = Job(
@@ -121,9 +126,76 @@ class Client:
             self._connection.cancel,
             keep,
             priority,
+            on_change,
         )
         self._connection.add(job)
         return job
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0) -> Iterator[Delta]:
+        """Generate for one prompt, and tell of its tokens as they come: at the end of each pass through the model.
+
+        Raises:
+            ValueError: the request failed.
+            EngineError: the engine is gone.
+        """
+        request = Request(prompt, GREEDY if params is None else params, stream=True)
+        job = self.submit_requests([request], 1, priority=priority)
+        try:
+            for event in job.events():
+                if isinstance(event, Delta):
+                    yield event
+                elif event.error is not None:
+                    raise ValueError(event.error)
+        finally:
+            job.cancel()
+
+    def chat(
+        self,
+        messages: Messages | Iterable[Messages],
+        params: SamplingParams | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        priority: int = 0,
+    ) -> Job:
+        """Submit conversations, each a list of messages with "role" and "content", and return at once.
+
+        Args:
+            messages: one conversation, or several.
+            params: for all of them. None is greedy, 256 tokens.
+            add_generation_prompt: end each prompt with the beginning of the assistant's answer.
+            continue_final_message: end it with the last message as it is, so that it goes on.
+            chat_template: a Jinja template instead of the model's own.
+            chat_template_kwargs: further variables of the template.
+            tools: JSON schemas of functions, for templates that read them.
+            priority: see `submit`.
+
+        Raises:
+            ChatError: the model has no chat template; one that refuses a conversation ends the job with it.
+        """
+        each: Iterable[Messages] = [messages] if is_one_chat(messages) else messages  # type: ignore[list-item,assignment]
+        if chat_template is None and self._welcome.chat_template is None:
+            raise ChatError("the model has no chat template: give a chat_template, or use generate")
+        chats = (
+            Chat(own, tools, chat_template_kwargs or {}, chat_template, add_generation_prompt, continue_final_message)
+            for own in each
+        )
+        params = CHAT_PARAMS if params is None else params
+        length = len(each) if isinstance(each, list | tuple) else None
+        return self.submit_requests((self.request_of(chat, params) for chat in chats), length, priority=priority)
+
+    def request_of(self, prompt: Prompt | Chat, params: SamplingParams, *, echo: bool = False) -> Request:
+        """A request for a prompt, or for a conversation by the model's chat template.
+
+        Raises:
+            ChatError: there is no template, or it refuses the messages.
+        """
+        if isinstance(prompt, Chat):
+            return Request(render(prompt, self._welcome.chat_template), params, echo, add_special_tokens=False)
+        return Request(prompt, params, echo)
 
     def score(self, contexts: Iterable[Prompt], continuations: Iterable[Prompt], *, priority: int = 0) -> list[Score]:
         """How likely each continuation is after its context; nothing is generated.
@@ -178,6 +250,11 @@ def is_one_prompt(prompts: object) -> bool:
     if isinstance(prompts, str):
         return True
     return isinstance(prompts, list | tuple) and len(prompts) > 0 and type(prompts[0]) is int
+
+
+def is_one_chat(messages: object) -> bool:
+    """Whether this is one conversation, rather than several of them."""
+    return isinstance(messages, list | tuple) and len(messages) > 0 and isinstance(messages[0], Mapping)
 
 
 def _scores(job: Job) -> list[Score]:

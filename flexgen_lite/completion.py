@@ -97,3 +97,24 @@ class Completion:
 
     def __str__(self) -> str:
         return self.text
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What has come of one answer since the last Delta of it.
+
+    Attributes:
+        index: place of the prompt among those submitted together.
+        number: which of the prompt's `n` answers.
+        text: it may lag behind the tokens by a part of a character, or what may become a stop string.
+        token_ids: new tokens.
+        logprobs: of each of them, as in CompletionOutput.
+        finish_reason: with the last one; None before.
+    """
+
+    index: int
+    number: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: str | None = None

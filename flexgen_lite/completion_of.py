@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 
-from flexgen_lite.completion import Completion, CompletionOutput, Logprob, Prompt
-from flexgen_lite.messages import RequestDone, WireOutput
+from flexgen_lite.completion import Completion, CompletionOutput, Delta, Logprob, Prompt
+from flexgen_lite.messages import RequestDelta, RequestDone, WireOutput
 from flexgen_lite.sampling_wire import TokenLogprobs, WireParams
 
 
@@ -46,3 +46,19 @@ def _places(
             place.setdefault(other, Logprob(logprob, rank, texts.get(other, "")))
         places.append(place)
     return places
+
+
+def delta_of(message: RequestDelta, params: WireParams) -> Delta:
+    """What the engine tells of a sequence that goes on."""
+    with_logprobs = params.logprobs is not None
+    logprobs = _places(message.token_ids, message.logprobs, message.token_texts) if with_logprobs else None
+    return Delta(message.index, message.number, message.text, list(message.token_ids), logprobs)
+
+
+def last_deltas(completion: Completion, told: Mapping[int, tuple[int, int]]) -> Iterator[Delta]:
+    """The rest of each answer; `told`: characters and tokens of it that the reader has, by its number."""
+    for number, output in enumerate(completion.outputs):
+        characters, tokens = told.get(number, (0, 0))
+        logprobs = None if output.logprobs is None else output.logprobs[tokens:]
+        text, token_ids = output.text[characters:], output.token_ids[tokens:]
+        yield Delta(completion.index, number, text, token_ids, logprobs, output.finish_reason)

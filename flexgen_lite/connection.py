@@ -24,6 +24,7 @@ from flexgen_lite.messages import (
     Connect,
     EngineFailed,
     GetStatus,
+    RequestDelta,
     RequestDone,
     Status,
     Submit,
@@ -243,6 +244,9 @@ class Connection:
             job = self._jobs.get(message.job_id)
             if job is not None and job.complete(message):
                 self._num_in_flight -= 1
+        elif isinstance(message, RequestDelta):
+            if (job := self._jobs.get(message.job_id)) is not None:
+                job.grow(message)
         elif isinstance(message, Status):
             with self._lock:
                 waiter = self._status_waiters.popleft() if self._status_waiters else None

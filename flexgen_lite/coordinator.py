@@ -474,7 +474,13 @@ class Coordinator:
         assert self._setup is not None
         opened, text = self._setup.opened, plan.describe(self._plan, self._setup.spec)
         return messages.Welcome(
-            messages.PROTOCOL, self._config.model, opened.fingerprint, opened.spec.max_length, MAX_OPEN, text
+            messages.PROTOCOL,
+            self._config.model,
+            opened.fingerprint,
+            opened.spec.max_length,
+            MAX_OPEN,
+            text,
+            opened.chat_template,
         )
 
     def _status(self) -> messages.Status:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from flexgen_lite.batch_file import BatchRequest, read_requests
+from flexgen_lite.chat_template import Chat
 
 SAMPLE_LINES = 2000
 READ_UP_TO = 4 << 30  # bytes of a file that is read beforehand
@@ -56,7 +58,11 @@ def survey(path: Path) -> ExpectedWork | None:
 
 def _estimate(request: BatchRequest) -> int:
     prompt = request.prompt
-    tokens = len(prompt.encode()) // BYTES_PER_TOKEN + 1 if isinstance(prompt, str) else len(prompt)
+    if isinstance(prompt, Chat):
+        prompt = json.dumps([*prompt.messages, *(prompt.tools or ())], ensure_ascii=False)
+    tokens = len(prompt)
+    if isinstance(prompt, str):
+        tokens = len(prompt.encode("utf-8", "surrogatepass")) // BYTES_PER_TOKEN + 1
     return tokens + request.params.max_tokens
 
 

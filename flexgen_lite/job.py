@@ -6,10 +6,10 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
-from flexgen_lite.completion import Completion, Prompt
-from flexgen_lite.completion_of import completion_of
+from flexgen_lite.completion import Completion, Delta, Prompt
+from flexgen_lite.completion_of import completion_of, delta_of, last_deltas
 from flexgen_lite.errors import EngineError
-from flexgen_lite.messages import RequestDone, WireRequest
+from flexgen_lite.messages import RequestDelta, RequestDone, WireRequest
 from flexgen_lite.request import Request
 from flexgen_lite.sampling_wire import WireParams
 
@@ -39,6 +39,7 @@ class Job:
         cancel: Callable[[str], None],
         keep: bool = False,
         priority: int = 0,
+        on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self.id = job_id
         self.keep = keep
@@ -51,7 +52,10 @@ class Job:
         self._changed = threading.Condition()
         self._outbox: deque[tuple[WireRequest, Prompt]] = deque()
         self._in_flight: dict[int, tuple[Prompt, WireParams]] = {}
-        self._finished: deque[Completion] = deque()
+        self._finished: deque[Completion | Delta] = deque()
+        self._streamed: set[int] = set()
+        self._told: dict[int, dict[int, tuple[int, int]]] = {}  # of streamed requests, see last_deltas
+        self._on_change = on_change
         self._accepted = self._done = self._failed = self._taken = 0
         self._prompt_tokens = self._generated_tokens = 0
         self._exhausted = self._cancelled = False
@@ -64,6 +68,33 @@ class Job:
         return self
 
     def __next__(self) -> Completion:
+        while True:
+            event = self._next_event()
+            if isinstance(event, Completion):
+                return event
+
+    def events(self) -> Iterator[Delta | Completion]:
+        """What comes of requests that are streamed: their tokens as they come, and each completion behind its last
+        Delta. Ends, and raises, as iteration does."""
+        while True:
+            try:
+                event = self._next_event()
+            except StopIteration:
+                return
+            yield event
+
+    def take_events(self) -> tuple[list[Delta | Completion], bool]:
+        """What has come by now, without waiting, and whether nothing more will. Raises as iteration does."""
+        with self._changed:
+            if not self._finished and self._error is not None:
+                raise _fresh(self._error)
+            events = list(self._finished)
+            self._finished.clear()
+            self._taken += sum(isinstance(event, Completion) for event in events)
+            self._changed.notify_all()
+            return events, self._error is None and self._is_settled()
+
+    def _next_event(self) -> Delta | Completion:
         with self._changed:
             while not self._finished:
                 if self._error is not None:
@@ -71,9 +102,10 @@ class Job:
                 if self._is_over():
                     raise StopIteration
                 self._changed.wait()
-            self._taken += 1
+            event = self._finished.popleft()
+            self._taken += isinstance(event, Completion)
             self._changed.notify_all()
-            return self._finished.popleft()
+            return event
 
     def results(self) -> list[Completion]:
         """Wait for all requests; the completions not yet taken by iteration, in the order of the prompts."""
@@ -131,6 +163,8 @@ class Job:
             while self._outbox and len(part) < min(limit, PART_REQUESTS) and units < PART_PROMPT_UNITS:
                 request, prompt = self._outbox.popleft()
                 self._in_flight[request.index] = prompt, request.params
+                if request.stream:
+                    self._streamed.add(request.index)
                 part.append(request)
                 units += len(request.prompt)
             if part:
@@ -143,15 +177,33 @@ class Job:
             if message.index not in self._in_flight:
                 return False
             prompt, params = self._in_flight.pop(message.index)
+            told = self._told.pop(message.index, {})
             if self._error is not None:
                 return True
-            self._finished.append(completion_of(message, prompt, params))
+            completion = completion_of(message, prompt, params)
+            if message.index in self._streamed:
+                self._streamed.discard(message.index)
+                self._finished.extend(last_deltas(completion, told))
+            self._finished.append(completion)
             self._done += 1
             self._failed += message.error is not None
             self._prompt_tokens += message.num_prompt_tokens
             self._generated_tokens += sum(len(output.token_ids) for output in message.outputs)
             self._changed.notify_all()
-            return True
+        self._on_change()
+        return True
+
+    def grow(self, message: RequestDelta) -> None:
+        """Take in what has come of a request that goes on."""
+        with self._changed:
+            if message.index not in self._in_flight or self._error is not None:
+                return
+            told = self._told.setdefault(message.index, {})
+            characters, tokens = told.get(message.number, (0, 0))
+            told[message.number] = characters + len(message.text), tokens + len(message.token_ids)
+            self._finished.append(delta_of(message, self._in_flight[message.index][1]))
+            self._changed.notify_all()
+        self._on_change()
 
     def fail(self, error: Exception) -> None:
         """End the job: nothing more will come."""
@@ -159,6 +211,7 @@ class Job:
             if not self._is_over():
                 self._error = error
                 self._drop_rest()
+        self._on_change()
 
     # ------------------------------------------------------------------ the feeder thread
 
@@ -177,6 +230,7 @@ class Job:
         if failure is not None:
             self._send_cancel(self.id)
         self._wake()
+        self._on_change()
 
     def _feed_all(self) -> None:
         source = iter(self._source)

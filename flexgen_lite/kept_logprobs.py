@@ -31,6 +31,10 @@ class KeptLogprobs:
         return len(self._values) // self._size
 
     def __iter__(self) -> Iterator[TokenLogprobs]:
-        for at in range(0, len(self._values), self._size):
+        return self.since(0)
+
+    def since(self, first: int) -> Iterator[TokenLogprobs]:
+        """From an entry on."""
+        for at in range(first * self._size, len(self._values), self._size):
             integers, values = self._integers[at : at + self._size], self._values[at : at + self._size]
             yield TokenLogprobs(values[0], integers[0], tuple(zip(integers[1:], values[1:], strict=True)))

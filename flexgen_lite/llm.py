@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, overload
 
-from flexgen_lite.client import Client, is_one_prompt
-from flexgen_lite.completion import Completion, Prompt
+from flexgen_lite.chat_template import Messages
+from flexgen_lite.client import Client, is_one_chat, is_one_prompt
+from flexgen_lite.completion import Completion, Delta, Prompt
 from flexgen_lite.config import EngineConfig
 from flexgen_lite.engine_process import EngineProcess
 from flexgen_lite.job import Job
@@ -103,6 +104,41 @@ class FlexGenLite:
     ) -> Job:
         """Submit prompts and return at once, as Client.submit does."""
         return self._client.submit(prompts, params)
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
+        """Generate for one prompt, and tell of its tokens as they come, as Client.stream does."""
+        return self._client.stream(prompt, params)
+
+    @overload
+    def chat(self, messages: Messages, params: SamplingParams | None = None, **options: Any) -> Completion: ...
+
+    @overload
+    def chat(
+        self, messages: Iterable[Messages], params: SamplingParams | None = None, **options: Any
+    ) -> list[Completion]: ...
+
+    def chat(
+        self, messages: Messages | Iterable[Messages], params: SamplingParams | None = None, **options: Any
+    ) -> Completion | list[Completion]:
+        """The assistant's next message in one conversation, or in several.
+
+        Args:
+            messages: a list of messages with "role" and "content" for one Completion; several such lists for a list of
+                Completions.
+            params: for all of them. None is greedy, 256 tokens.
+            options: see Client.chat.
+
+        Raises:
+            ChatError: the model has no chat template, or it refuses a conversation.
+            EngineError: the engine failed.
+        """
+        job = self._client.chat(messages, params, **options)
+        try:
+            completions = job.results()
+        except BaseException:
+            job.cancel()
+            raise
+        return completions[0] if is_one_chat(messages) else completions
 
     def score(self, contexts: Iterable[Prompt], continuations: Iterable[Prompt]) -> list[Score]:
         """How likely each continuation is after its context, as Client.score says."""

@@ -209,10 +209,19 @@ class OpenModel:
 
 
 @dataclass(frozen=True, slots=True)
+class WireChatTemplate:
+    """A model's chat template, and the special tokens that it may name ("eos_token" -> "</s>")."""
+
+    text: str
+    special_tokens: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class ModelOpened:
     spec: ModelSpec
     fingerprint: str  # of what decides about greedy tokens
     tokenizer_file: str | None  # a tokenizer.json; converted into the run directory where the model has none
+    chat_template: WireChatTemplate | None
     device_name: str
     device_total_bytes: int  # 0 for the CPU
     resident_bytes: int
@@ -358,7 +367,8 @@ FromCompute = Hello | ModelOpened | Ready | Abandoned | Uploaded | Packed | Comp
 class WireRequest:
     """`prompt`: text, or token ids. `echo`: the answer is to have the prompt's text and token ids.
     `add_special_tokens`: those that the tokenizer puts around a text. `context`: so many characters of a text are what
-    the rest is scored after; -1 for all texts that are not scored in two parts."""
+    the rest is scored after; -1 for all texts that are not scored in two parts. `stream`: tell of its tokens as they
+    come."""
 
     index: int  # unique within its job
     prompt: str | tuple[int, ...]
@@ -366,6 +376,7 @@ class WireRequest:
     echo: bool = False
     add_special_tokens: bool = True
     context: int = -1
+    stream: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -412,6 +423,7 @@ class Welcome:
     max_length: int
     window: int  # requests a client may have submitted and not got back
     plan: str  # for people
+    chat_template: WireChatTemplate | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -449,6 +461,20 @@ class RequestDone:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestDelta:
+    """What has come of a sequence since the last message of it, while it goes on: of the request's `number`-th answer.
+    The text of the last tokens may be held back, where it is a part of a character or may become a stop string."""
+
+    job_id: str
+    index: int
+    number: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+    token_texts: dict[int, str]
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """`lanes`: busy share per lane over the last seconds; `totals`: counters since the engine became ready."""
 
@@ -467,4 +493,4 @@ class EngineFailed:
     message: str
 
 
-ToClient = Welcome | RequestDone | Status | EngineFailed
+ToClient = Welcome | RequestDelta | RequestDone | Status | EngineFailed

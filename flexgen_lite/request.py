@@ -22,6 +22,7 @@ class Request:
         scored_from: with prompt_logprobs, the first token of the prompt that is scored.
         context: the same for texts, as the characters before it; where there is none, the first token is scored after
             the model's beginning of sequence.
+        stream: tell of its tokens as they come.
     """
 
     prompt: Prompt
@@ -30,6 +31,7 @@ class Request:
     add_special_tokens: bool = True
     scored_from: int = 1
     context: int | None = None
+    stream: bool = False
 
     def to_wire(self, index: int) -> WireRequest:
         """
@@ -40,7 +42,7 @@ class Request:
         if self.scored_from != 1:
             params = replace(params, scored_from=self.scored_from)
         prompt, context = _wire_prompt(index, self.prompt), -1 if self.context is None else self.context
-        return WireRequest(index, prompt, params, self.echo, self.add_special_tokens, context)
+        return WireRequest(index, prompt, params, self.echo, self.add_special_tokens, context, self.stream)
 
 
 def _wire_prompt(index: int, prompt: object) -> str | tuple[int, ...]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
 from flexgen_lite.admission import Admission, Limits, RequestError, Tokenizer
 from flexgen_lite.answers import Answers, refusal
 from flexgen_lite.batching import Batcher, MicroBatch, Result, RunningRequest
 from flexgen_lite.kept_jobs import KeptJob
-from flexgen_lite.messages import RequestDone, Submit, WireRequest
+from flexgen_lite.messages import RequestDelta, RequestDone, Submit, WireRequest
 from flexgen_lite.open_request import OpenRequest, Origin
 from flexgen_lite.sampling_wire import NO_TOKEN
 from flexgen_lite.waiting_queue import WaitingQueue
@@ -18,7 +19,7 @@ MAX_JOBS = 10_000  # that are remembered, so that nothing of them is done twice
 MAX_KEPT_JOBS = 200  # each has a file
 OVERFLOW = "the model's logits are not finite: its numbers overflow in this dtype, use bfloat16 or float32"
 
-Answer = tuple[bytes, RequestDone]
+Answer = tuple[bytes, RequestDone | RequestDelta]
 
 
 class Requests:
@@ -163,13 +164,26 @@ class Requests:
         self.totals["prompt_tokens"] += sum(
             p.num_rows for m in micro_batches for p in m.pieces if _is_new_prompt(p.request)
         )
-        answers: list[Answer] = []
-        for request in self._batcher.commit(micro_batches, results):
+        finished = self._batcher.commit(micro_batches, results)
+        answers: list[Answer] = [*self._deltas(micro_batches)]
+        for request in finished:
             if request.overflowed:
                 answers += self._fail(request, OVERFLOW)
             else:
                 answers += self._finish(request, request.finish_reason or "")
         return answers + self.drop_cancelled()
+
+    def _deltas(self, micro_batches: list[MicroBatch]) -> Iterator[tuple[bytes, RequestDelta]]:
+        """Of sequences that go on, for those who want to see them grow."""
+        for piece in (piece for micro_batch in micro_batches for piece in micro_batch.pieces):
+            sequence = piece.request
+            owner = sequence.owner
+            if sequence.stream is None or sequence.id not in self._batcher.running or sequence.num_generated == 0:
+                continue
+            if owner is not None and owner.origin.client is not None and not owner.answered:
+                delta = self._answers.delta(sequence)
+                if delta is not None:
+                    yield owner.origin.client, delta
 
     def clients(self) -> set[bytes]:
         """Those that have ever submitted a job and are not known to be gone."""

@@ -15,7 +15,8 @@ from typing import Self
 
 from flexgen_lite.batch_file import BadLine, BatchRequest
 from flexgen_lite.completion import Completion
-from flexgen_lite.result_row import RowsThere, completion_body, encode_row
+from flexgen_lite.response_body import response_body
+from flexgen_lite.result_row import RowsThere, encode_row
 
 SYNC_SECONDS = 3.0  # a power cut loses about as much
 RETRY_SECONDS = 3.0  # while the disk is full
@@ -73,7 +74,7 @@ class ResultWriter:
 
     def write(self, request: BatchRequest, answers: str, completion: Completion) -> None:
         """The result of a request, good or failed; `answers` is its `request_id`."""
-        body = None if completion.error is not None else completion_body(request, completion, self._model)
+        body = None if completion.error is not None else response_body(request, completion, self._model)
         row = encode_row(self._next_id(), request.custom_id, answers, body, completion.error)
         self._append(row)
 

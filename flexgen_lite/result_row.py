@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from flexgen_lite.batch_file import BadLine, BatchRequest, IdSet
-from flexgen_lite.completion import Completion, CompletionOutput, Logprob
+from flexgen_lite.chat_template import Chat
+from flexgen_lite.response_body import ID_PREFIXES
 
 WAY_OUT = "give another output file, or --overwrite"
 
@@ -31,7 +31,7 @@ def request_id(item: BatchRequest | BadLine, engine: str) -> str:
     if isinstance(item, BadLine):
         return f"line_{item.digest}"
     asked = {
-        "prompt": item.prompt,
+        "prompt": asdict(item.prompt) if isinstance(item.prompt, Chat) else item.prompt,
         "params": asdict(item.params),
         "return_token_ids": item.return_token_ids,
         "echo": item.echo,
@@ -59,71 +59,12 @@ def encode_row(
         "response": {
             "status_code": 200 if error is None else 400,
             "request_id": answers,
-            "body": None if body is None else {"id": f"cmpl-{row_id}", **body},
+            "body": None if body is None else {"id": f"{ID_PREFIXES[body['object']]}-{row_id}", **body},
         },
         "error": None if error is None else {"message": error, "type": "BadRequestError", "code": 400},
     }
     # A lone surrogate, which UTF-8 cannot hold, becomes the JSON escape that it came from.
     return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-
-
-def completion_body(request: BatchRequest, completion: Completion, model: str) -> dict[str, Any]:
-    """The body of a good answer."""
-    prompt_tokens = completion.num_prompt_tokens
-    completion_tokens = sum(len(output.token_ids) for output in completion.outputs)
-    return {
-        "object": "text_completion",
-        "created": int(time.time()),
-        "model": model,
-        "choices": [_choice(index, request, completion, output) for index, output in enumerate(completion.outputs)],
-        "usage": {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
-        },
-    }
-
-
-def _choice(index: int, request: BatchRequest, completion: Completion, output: CompletionOutput) -> dict[str, Any]:
-    tokens, places = list(output.token_ids), list(output.logprobs or [])
-    text = output.text
-    if request.echo:
-        text = _echoed(completion) + text
-        if output.logprobs is not None:
-            tokens = [*(completion.prompt_token_ids or ()), *tokens]
-            places = [*(completion.prompt_logprobs or ()), *places]
-    choice: dict[str, Any] = {
-        "index": index,
-        "text": text,
-        "finish_reason": output.finish_reason,
-        "logprobs": None if output.logprobs is None else _logprobs(tokens, places, completion.token_texts),
-    }
-    if request.params.prompt_logprobs is not None and not request.echo:
-        choice["prompt_logprobs"] = [
-            None if place is None else {str(token): asdict(found) for token, found in place.items()}
-            for place in completion.prompt_logprobs or ()
-        ]
-    if request.return_token_ids:
-        choice["token_ids"] = output.token_ids
-    return choice
-
-
-def _echoed(completion: Completion) -> str:
-    return completion.prompt if isinstance(completion.prompt, str) else completion.prompt_text or ""
-
-
-def _logprobs(
-    tokens: list[int], places: Sequence[dict[int, Logprob] | None], token_texts: Mapping[int, str]
-) -> dict[str, Any]:
-    """In the form of the OpenAI completions API; the first token of a prompt has no logprob."""
-    texts, values, top, offsets, offset = [], [], [], [], 0
-    for token, place in zip(tokens, places, strict=False):
-        texts.append(place[token].decoded_token if place is not None else token_texts.get(token, ""))
-        values.append(place[token].logprob if place is not None else None)
-        top.append(None if place is None else {found.decoded_token: found.logprob for found in place.values()})
-        offsets.append(offset)
-        offset += len(texts[-1])
-    return {"tokens": texts, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
 
 
 class RowsThere:

@@ -167,3 +167,5 @@ class SamplingParams:
 
 GREEDY = SamplingParams(temperature=0.0)
 """What requests without SamplingParams get: the most likely token each time, 16 tokens."""
+CHAT_PARAMS = SamplingParams(temperature=0.0, max_tokens=256)
+"""What conversations without SamplingParams get."""

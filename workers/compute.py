@@ -62,7 +62,8 @@ class ComputeWorker(serve.Worker):
             messages.ModelOpened(
                 spec=self._opened.spec,
                 fingerprint=fingerprint(self._opened),
-                tokenizer_file=self._opened.tokenizer_file,
+                tokenizer_file=self._opened.tokenizer.file,
+                chat_template=self._opened.tokenizer.chat_template,
                 device_name=self._device.name,
                 device_total_bytes=self._device.total_bytes,
                 resident_bytes=sum(resident_bytes()),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexgen_lite.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from flexgen_lite.messages import OpenModel
@@ -18,19 +18,12 @@ from flexgen_lite.model_spec import ModelSpec
 from flexgen_lite.workers import attention_call, model_builder, probe
 from flexgen_lite.workers.device import Device
 from flexgen_lite.workers.head import Head
+from flexgen_lite.workers.model_tokenizer import ModelTokenizer, open_tokenizer
 from flexgen_lite.workers.products import Products
 from flexgen_lite.workers.serve import UserError, first_line
 from flexgen_lite.workers.weight_map import Binding, map_weights
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-    "tokenizer.model",
-    "spiece.model",
-)
 
 
 @dataclass
@@ -41,7 +34,7 @@ class OpenedModel:
     products: Products
     head: Head
     spec: ModelSpec
-    tokenizer_file: str | None
+    tokenizer: ModelTokenizer
 
     def modules(self, unit: int) -> list[nn.Module]:
         """The modules whose weights `unit` holds: those of a layer, or all outside the layers."""
@@ -70,7 +63,7 @@ def open_model(order: OpenModel, device: Device, run_dir: str) -> OpenedModel:
     except CheckpointError as error:
         raise UserError(str(error)) from error
     limit, warning = model_builder.max_length(config)
-    tokenizer_file, tokenizer_warnings = _tokenizer_file(directory, run_dir)
+    tokenizer = open_tokenizer(directory, run_dir)
     if order.max_model_len is not None and order.max_model_len > limit:
         raise UserError(f"max_model_len {order.max_model_len} is over the model's limit of {limit}: lower it")
     products = Products(model, dtype, device.torch_device)
@@ -91,11 +84,10 @@ def open_model(order: OpenModel, device: Device, run_dir: str) -> OpenedModel:
         units=units,
         attention=attention,
         head_copy_bytes=products.copied_bytes(_modules_outside(model, layers)),
-        warnings=(*warnings, *([warning] if warning else []), *tokenizer_warnings),
+        warnings=(*warnings, *([warning] if warning else []), *tokenizer.warnings),
     )
-    return OpenedModel(
-        model, layers, Binding(model, layers, units), products, Head(model, layers), spec, tokenizer_file
-    )
+    binding, head = Binding(model, layers, units), Head(model, layers)
+    return OpenedModel(model, layers, binding, products, head, spec, tokenizer)
 
 
 def fingerprint(opened: OpenedModel) -> str:
@@ -107,8 +99,8 @@ def fingerprint(opened: OpenedModel) -> str:
     digest = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode(), digest_size=8)
     files = [(Path(file).name, Path(file).stat().st_size) for file in spec.files]
     digest.update(repr((spec.dtype, spec.max_length, spec.eos_token_ids, files)).encode())
-    if opened.tokenizer_file is not None:
-        digest.update(Path(opened.tokenizer_file).read_bytes())
+    if opened.tokenizer.file is not None:
+        digest.update(Path(opened.tokenizer.file).read_bytes())
     return digest.hexdigest()
 
 
@@ -163,21 +155,3 @@ def _bfloat16_is_fast() -> bool:
             times.append(time.perf_counter() - start)
         seconds[dtype] = min(times)
     return seconds[torch.bfloat16] < seconds[torch.float32]
-
-
-def _tokenizer_file(directory: Path, run_dir: str) -> tuple[str | None, tuple[str, ...]]:
-    """The model's tokenizer as Transformers sees it, in one tokenizer.json; None where there is none, and warnings.
-
-    tokenizer.json alone is not enough where there is more: tokens that tokenizer_config.json adds belong to it too.
-    """
-    found = [name for name in TOKENIZER_FILES if (directory / name).is_file()]
-    if found in ([], ["tokenizer_config.json"]):
-        return None, ()
-    if found == ["tokenizer.json"]:
-        return str(directory / "tokenizer.json"), ()
-    path = Path(run_dir) / "tokenizer.json"
-    try:
-        AutoTokenizer.from_pretrained(directory, trust_remote_code=False).backend_tokenizer.save(str(path))
-    except Exception as error:  # many kinds; prompts as token ids still work
-        return None, (f"the tokenizer cannot be used, give prompts as token ids: {first_line(error)}",)
-    return str(path), ()

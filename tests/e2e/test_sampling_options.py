@@ -172,3 +172,36 @@ def test_several_answers(engine: FlexGenLite) -> None:
     same = engine.generate(PROMPTS[1], SamplingParams(**FIXED, n=12))
     assert len(same.outputs) == 12
     assert all(output.token_ids == same.token_ids for output in same.outputs)
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[FlexGenLite]:
+    with FlexGenLite(MODEL, dtype="float32", ram="2GiB", attention_threads=1) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"stop": ["born", "zzzz"]}, {"logprobs": 2}, {"n": 2, "temperature": 1.0, "seed": 1}]
+)
+def test_a_stream_makes_up_what_comes_at_once(demo: FlexGenLite, options: dict[str, Any]) -> None:
+    params = SamplingParams(**{"max_tokens": 40, "temperature": 0.0, **options})
+    prompt = "record: john smith, 3 May 1990 -> "
+    whole = demo.generate(prompt, params)
+    deltas = list(demo.stream(prompt, params))
+    assert len(deltas) > len(whole.outputs[0].token_ids) // 2
+    for number, output in enumerate(whole.outputs):
+        own = [delta for delta in deltas if delta.number == number]
+        assert "".join(delta.text for delta in own) == output.text
+        assert [token for delta in own for token in delta.token_ids] == output.token_ids
+        assert [delta.finish_reason for delta in own] == [None] * (len(own) - 1) + [output.finish_reason]
+        if output.logprobs is not None:
+            assert [place for delta in own for place in delta.logprobs or ()] == output.logprobs
+
+
+def test_a_stream_that_is_left_is_cancelled(demo: FlexGenLite) -> None:
+    for _ in demo.stream([5, 6], SamplingParams(max_tokens=200, ignore_eos=True)):
+        break
+    assert demo.generate("a").error is None
+    assert demo.status().running == 0
+    with pytest.raises(ValueError, match="token id 999"):
+        list(demo.stream([999]))

@@ -66,7 +66,7 @@ def test_the_least_request_has_the_defaults_of_the_interface() -> None:
         (b"[1]", None, "not a JSON object"),
         (line(7), None, "custom_id is missing or not a string"),
         (line("a", method="GET"), "a", 'method is "GET": only "POST" is supported'),
-        (line("a", url="/v1/chat/completions"), "a", 'only "/v1/completions" is supported'),
+        (line("a", url="/v1/embeddings"), "a", "supported are /v1/completions, /v1/chat/completions"),
         (line("a", extra=1), "a", "extra: not supported"),
         (line("a", [1]), "a", "body is missing or not an object"),
         (line("a", {"x": 1}), "a", "body.x: not supported"),

@@ -13,7 +13,8 @@ import pytest
 
 from flexgen_lite.batch_file import BadLine, BatchRequest, read_requests
 from flexgen_lite.completion import Completion, CompletionOutput, Logprob
-from flexgen_lite.result_row import RowsThere, completion_body, encode_row, request_id
+from flexgen_lite.response_body import response_body
+from flexgen_lite.result_row import RowsThere, encode_row, request_id
 from flexgen_lite.sampling_params import SamplingParams
 
 OUT = Path("out.jsonl")
@@ -27,7 +28,7 @@ def request(custom_id: str = "a", prompt: Any = "hi", ids: bool = False, **param
 def row(item: BatchRequest | BadLine, *, error: str | None = None, engine: str = ENGINE) -> bytes:
     body = None
     if isinstance(item, BatchRequest) and error is None:
-        body = completion_body(item, Completion(0, item.prompt, [CompletionOutput("grüß 🙂\0", [5], "stop")], 2), "m")
+        body = response_body(item, Completion(0, item.prompt, [CompletionOutput("grüß 🙂\0", [5], "stop")], 2), "m")
     return encode_row("0" * 24, item.custom_id, request_id(item, engine), body, error)
 
 
@@ -162,7 +163,7 @@ def test_a_body_with_several_answers_that_echo_the_prompt_and_its_logprobs() -> 
     entry = {4: Logprob(-0.5, 1, " b")}
     outputs = [CompletionOutput(text, [7], "length", [{7: Logprob(-1.0, 2, text)}]) for text in (" c", " d")]
     completion = Completion(0, "a b", outputs, 2, None, [3, 4], [None, entry], "<s>a b", {3: "a", 4: " b", 7: " c"})
-    first, second = completion_body(item, completion, "m")["choices"]
+    first, second = response_body(item, completion, "m")["choices"]
     assert (first["text"], second["text"], second["index"]) == ("a b c", "a b d", 1)
     assert first["logprobs"] == {
         "tokens": ["a", " b", " c"],
@@ -171,7 +172,7 @@ def test_a_body_with_several_answers_that_echo_the_prompt_and_its_logprobs() -> 
         "text_offset": [0, 1, 3],
     }
     assert "prompt_logprobs" not in first
-    assert completion_body(item, completion, "m")["usage"]["completion_tokens"] == 2
+    assert response_body(item, completion, "m")["usage"]["completion_tokens"] == 2
 
 
 def test_a_body_with_logprobs_of_the_prompt() -> None:
@@ -179,5 +180,5 @@ def test_a_body_with_logprobs_of_the_prompt() -> None:
     completion = Completion(
         0, "a b", [CompletionOutput("", [], "length")], 2, None, [3, 4], [None, {4: Logprob(-0.5, 1, " b")}]
     )
-    (choice,) = completion_body(item, completion, "m")["choices"]
+    (choice,) = response_body(item, completion, "m")["choices"]
     assert choice["prompt_logprobs"] == [None, {"4": {"logprob": -0.5, "rank": 1, "decoded_token": " b"}}]

@@ -1,0 +1,48 @@
+"""A text told piece by piece is the text."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexgen_lite.text_stream import TextStream
+
+
+def decode(token_ids: list[int]) -> str:
+    """Tokens are bytes."""
+    return bytes(token_ids).decode("utf-8", "replace")
+
+
+@given(
+    st.text(max_size=40), st.lists(st.integers(1, 5), max_size=60), st.sampled_from([(), ("xyz",), ("a", "long one")])
+)
+def test_pieces_make_up_the_text_but_for_what_is_held_back(text: str, steps: list[int], stop: tuple[str, ...]) -> None:
+    tokens, stream, told = list(b"a prompt"), TextStream(decode, stop, 8), ""
+    rest = list(text.encode())
+    for step in steps:
+        tokens += rest[:step]
+        rest = rest[step:]
+        told += stream.next(tokens)
+        assert "\ufffd" not in told or "\ufffd" in text
+    tokens += rest
+    told += stream.next(tokens)
+    hold = max(map(len, stop), default=1) - 1
+    assert text.startswith(told)
+    assert len(text) - len(told) <= hold or text.endswith("\ufffd")
+
+
+def test_characters_come_whole() -> None:
+    stream = TextStream(decode, (), 0)
+    tokens: list[int] = []
+    pieces = []
+    for byte in "aé🙂b".encode():
+        tokens.append(byte)
+        pieces.append(stream.next(tokens))
+    assert pieces == ["a", "", "é", "", "", "", "🙂", "b"]
+    assert stream.told == 8
+
+
+def test_another_sequence_begins_at_the_same_place() -> None:
+    stream = TextStream(decode, (), 2)
+    stream.next(list(b"xxabc"))
+    assert stream.afresh().next(list(b"xxde")) == "de"
