@@ -13,6 +13,7 @@ from flexgen_lite.chat_template import ChatError
 from flexgen_lite.client import Client
 from flexgen_lite.completion import Completion
 from flexgen_lite.errors import NoStatus
+from flexgen_lite.job import Job
 from flexgen_lite.messages import Status
 from flexgen_lite.request import Request
 from flexgen_lite.result_file import ResultWriter
@@ -99,6 +100,7 @@ class BatchRun:
         input_file: one request a line.
         results: one result a line, in the order in which they finish. Closed when the run ends.
         warn: is given what a user should know, on another thread.
+        priority: of its requests, see Client.submit.
 
     Attributes:
         num_earlier: lines that earlier runs have given a row.
@@ -117,7 +119,11 @@ class BatchRun:
         results: ResultWriter,
         *,
         warn: Callable[[str], None] = lambda _: None,
+        priority: int = 0,
     ) -> None:
+        self._priority = priority
+        self._cancelled = False
+        self._job: Job | None = None
         self._client = client
         self._input_file = input_file
         self._total = count_lines(input_file)
@@ -143,27 +149,35 @@ class BatchRun:
             EngineError: the engine failed. Rows of finished requests are in the output.
             OSError: a file could not be read or written.
         """
-        self._job = self._client.submit_requests(self._requests())
-        writing = threading.Thread(target=self._write_results, name="flexgen-lite results", daemon=True)
+        job = self._job = self._client.submit_requests(self._requests(), priority=self._priority)
+        if self._cancelled:
+            job.cancel()
+        writing = threading.Thread(target=self._write_results, args=(job,), name="flexgen-lite results", daemon=True)
         writing.start()
         try:
             while not self._finished.wait(interval):
                 with contextlib.suppress(NoStatus):
                     self._last = self._client.status()
-                    show(self._progress(self._last))
+                    show(self._progress(job, self._last))
             if self._failure is not None:
                 raise self._failure
             with contextlib.suppress(NoStatus):
                 self._last = self._client.status()
-            last = self._progress(self._last)
+            last = self._progress(job, self._last)
             show(last)
             return last
         except Exception:
-            self._job.cancel()
+            job.cancel()
             writing.join(timeout=5)  # what has come back is still written
             raise
         finally:
             self._results.close()
+
+    def cancel(self) -> None:
+        """`run` ends soon, from any thread; rows of what was done by then are in the output."""
+        self._cancelled = True
+        if self._job is not None:
+            self._job.cancel()
 
     def _new_items(self, count: bool) -> Iterator[tuple[BatchRequest | BadLine, str]]:
         """Lines that have no row yet, with the `request_id` of the row to come; the others may be counted."""
@@ -198,9 +212,9 @@ class BatchRun:
             index += 1
             yield asked
 
-    def _write_results(self) -> None:
+    def _write_results(self, job: Job) -> None:
         try:
-            for completion in self._job:
+            for completion in job:
                 request, answers = self._open.pop(completion.index)
                 if completion.finish_reason != "cancelled":
                     self._results.write(request, answers, completion)
@@ -208,7 +222,7 @@ class BatchRun:
             self._failure = error
         self._finished.set()
 
-    def _progress(self, status: Status) -> Progress:
+    def _progress(self, job: Job, status: Status) -> Progress:
         def since_start(key: str) -> float:
             return status.totals.get(key, 0.0) - self._first.totals.get(key, 0.0)
 
@@ -219,12 +233,12 @@ class BatchRun:
             if busy > 0
         }
         return Progress(
-            done=self._job.done + self._num_bad + self.num_earlier,
-            failed=self._job.failed + self._num_bad + self._num_earlier_failed,
+            done=job.done + self._num_bad + self.num_earlier,
+            failed=job.failed + self._num_bad + self._num_earlier_failed,
             earlier=self.num_earlier,
             total=self._total,
-            prompt_tokens=self._job.prompt_tokens,
-            generated_tokens=self._job.generated_tokens,
+            prompt_tokens=job.prompt_tokens,
+            generated_tokens=job.generated_tokens,
             busy_seconds=busy,
             lanes=lanes,
             restarts=int(since_start("restarts")),

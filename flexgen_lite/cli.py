@@ -153,6 +153,51 @@ def launch(
 
 
 @app.command()
+def serve(
+    model: Model = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 is any that is free.")] = 8000,
+    api_key: Annotated[str | None, typer.Option(help="Key that callers must have; others see it in `ps`.")] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="File that has the key.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Directory of files and batches, kept over restarts.")] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="Name of the model in requests and answers.")] = None,
+    endpoint: Endpoint = None,
+    key_file: KeyFile = None,
+    config: Config = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    ram: Ram = None,
+    gpu: Gpu = None,
+    attention_workers: AttentionWorkers = None,
+    load_format: LoadFormat = None,
+    trace: Trace = None,
+    max_model_len: MaxModelLen = None,
+    settings: Set = None,
+) -> None:
+    """Serve the OpenAI API over HTTP, with an engine of its own or in front of a running one (--endpoint)."""
+    from flexgen_lite.serve_command import HttpOptions, read_api_key, serve_http, serve_http_at
+
+    flags = {
+        "dtype": dtype,
+        "device": device,
+        "ram": ram,
+        "gpu": gpu,
+        "attention_workers": attention_workers,
+        "load_format": load_format,
+        "trace": trace,
+        "max_model_len": max_model_len,
+    }
+    options = HttpOptions(host, port, read_api_key(api_key, api_key_file), data_dir, served_model_name)
+    if endpoint is None:
+        if key_file is not None:
+            flags["key_file"] = str(key_file)
+        serve_http(_engine_config(config, model, flags, settings), options)
+    else:
+        _refuse_engine_flags({"config": config, "set": settings, "model": model, **flags})
+        serve_http_at(endpoint, key_file, options)
+
+
+@app.command()
 def demo(
     records: Annotated[int, typer.Option(min=1, help="Number of records to label.")] = 300,
     ram: Ram = None,

@@ -187,15 +187,18 @@ class Client:
         length = len(each) if isinstance(each, list | tuple) else None
         return self.submit_requests((self.request_of(chat, params) for chat in chats), length, priority=priority)
 
-    def request_of(self, prompt: Prompt | Chat, params: SamplingParams, *, echo: bool = False) -> Request:
+    def request_of(
+        self, prompt: Prompt | Chat, params: SamplingParams, *, echo: bool = False, stream: bool = False
+    ) -> Request:
         """A request for a prompt, or for a conversation by the model's chat template.
 
         Raises:
             ChatError: there is no template, or it refuses the messages.
         """
         if isinstance(prompt, Chat):
-            return Request(render(prompt, self._welcome.chat_template), params, echo, add_special_tokens=False)
-        return Request(prompt, params, echo)
+            text = render(prompt, self._welcome.chat_template)
+            return Request(text, params, echo, add_special_tokens=False, stream=stream)
+        return Request(prompt, params, echo, stream=stream)
 
     def score(self, contexts: Iterable[Prompt], continuations: Iterable[Prompt], *, priority: int = 0) -> list[Score]:
         """How likely each continuation is after its context; nothing is generated.

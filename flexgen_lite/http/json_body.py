@@ -1,0 +1,34 @@
+"""Bodies of requests in JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+
+from flexgen_lite.http.errors import ApiError
+
+MAX_BYTES = 64 << 20
+
+
+async def read_json(request: HttpRequest) -> dict[str, Any]:
+    """
+    Raises:
+        ApiError: it is none, or too large.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # what a foreign web page may send without asking is of another type
+        raise ApiError(415, f"content-type is {kind or 'missing'}: send application/json")
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > MAX_BYTES:
+            raise ApiError(413, f"the body has more than {MAX_BYTES} bytes: send less, or use a batch")
+    try:
+        body = json.loads(bytes(data))
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is not JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise ApiError(400, "the body is not a JSON object")
+    return body

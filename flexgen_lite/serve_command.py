@@ -1,0 +1,160 @@
+"""`flexgen-lite serve`: the OpenAI API over HTTP, in front of an engine of its own or a running one."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flexgen_lite.client import Client
+from flexgen_lite.config import EngineConfig
+from flexgen_lite.engine_process import EngineProcess
+from flexgen_lite.errors import EngineError
+from flexgen_lite.terminal import log, signals_interrupt
+
+if TYPE_CHECKING:
+    import uvicorn
+
+WATCH_SECONDS = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class HttpOptions:
+    """
+    Attributes:
+        host, port: where to listen; port 0 is any that is free.
+        api_key: that callers must have.
+        data_dir: of files and batches; None: a temporary one, gone with the server.
+        model_name: what the model is called instead of by its path.
+    """
+
+    host: str
+    port: int
+    api_key: str | None
+    data_dir: Path | None
+    model_name: str | None
+
+
+def serve_http(config: EngineConfig, options: HttpOptions) -> None:
+    """Start an engine and serve until interrupted.
+
+    Raises:
+        EngineError: the engine could not be started, or failed.
+        ValueError: the address cannot be listened to.
+    """
+    _need_extra()
+    with (
+        _until_interrupted(),
+        _listen(options.host, options.port) as listening,
+        EngineProcess(config, on_log=log, on_plan=log) as engine,
+    ):
+        key_file = config.key_file
+        _serve(lambda: Client(engine.endpoint, epitaph=engine.last_words, key_file=key_file), listening, options)
+
+
+def serve_http_at(endpoint: str, key_file: Path | None, options: HttpOptions) -> None:
+    """The same in front of a running engine."""
+    _need_extra()
+    with _until_interrupted(), _listen(options.host, options.port) as listening:
+        _serve(lambda: Client(endpoint, key_file=key_file), listening, options)
+
+
+def read_api_key(key: str | None, file: Path | None) -> str | None:
+    """
+    Raises:
+        ValueError: both are given, or the key is empty.
+    """
+    if key is not None and file is not None:
+        raise ValueError("--api-key and --api-key-file exclude each other: give one of them")
+    if file is not None:
+        key = file.read_text(encoding="utf-8").strip()
+    if key is not None and (not key or not key.isascii() or not key.isprintable()):
+        raise ValueError(f"the API key{f' in {file}' if file else ''} is empty or has characters a header cannot have")
+    return key
+
+
+def _need_extra() -> None:
+    try:
+        import multipart  # noqa: F401  # python-multipart, which takes uploads
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"{error.name} is not installed: pip install 'flexgen-lite[serve]'") from None
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """At once, before the engine is started: that takes long."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=512)
+    except OSError as error:
+        raise ValueError(f"cannot listen on {host}, port {port}: {error.strerror}: choose another one") from error
+
+
+def _serve(connect: Callable[[], Client], listening: socket.socket, options: HttpOptions) -> None:
+    import uvicorn
+
+    from flexgen_lite.http.app import Api
+
+    if options.api_key is None and not _is_loopback(options.host):
+        log(f"warning: whoever reaches {options.host} may use the engine: give an API key")
+    with contextlib.ExitStack() as stack:
+        if options.data_dir is None:
+            data_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flexgen-lite-")))
+        else:
+            data_dir = options.data_dir
+        api = Api(connect, data_dir, options.model_name, options.api_key)
+        stack.callback(api.batches.close)
+        settings = uvicorn.Config(api.app, log_level="warning", lifespan="off", timeout_graceful_shutdown=5)
+        server = uvicorn.Server(settings)
+        host, port = listening.getsockname()[:2]
+        print(f"serving: http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
+        with _watched(connect(), server) as failure:
+            server.run(sockets=[listening])
+        if failure:
+            raise failure[0]
+
+
+@contextlib.contextmanager
+def _until_interrupted() -> Iterator[None]:
+    try:
+        with signals_interrupt():
+            yield
+    except KeyboardInterrupt:
+        print("stopped", flush=True)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+@contextlib.contextmanager
+def _watched(client: Client, server: uvicorn.Server) -> Iterator[list[EngineError]]:
+    """Ends the server when the engine fails; the list then has why."""
+    failure: list[EngineError] = []
+    closing = threading.Event()
+
+    def watch() -> None:
+        try:
+            while not closing.is_set():
+                client.wait_for_end(WATCH_SECONDS)
+        except EngineError as error:
+            if not closing.is_set():
+                failure.append(error)
+                server.should_exit = True
+
+    threading.Thread(target=watch, name="flexgen-lite watch", daemon=True).start()
+    try:
+        yield failure
+    finally:
+        closing.set()
+        client.close()
