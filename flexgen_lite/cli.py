@@ -224,6 +224,18 @@ def status(
 
 
 @app.command()
+def report(
+    trace: Annotated[Path, typer.Argument(help="A file that --trace has written.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The page to write.")] = Path("report.html"),
+) -> None:
+    """Make a page of HTML from a trace: lanes, throughput and memory over time, a few passes, the bottleneck."""
+    from flexgen_lite.report import write_report
+
+    typer.echo(write_report(trace, output))
+    typer.echo(f"{output}: open it in a browser")
+
+
+@app.command()
 def doctor(
     model: Annotated[Path | None, typer.Option(help="Model directory; its largest file is read for 2 s.")] = None,
 ) -> None:

@@ -222,6 +222,7 @@ class Coordinator:
     def _make_setup(self, message: messages.ModelOpened) -> None:
         setup = self._setup = set_up(message, self._config, self._machine, self._expected)
         emit("plan", text=plan.describe(setup.plan, setup.spec))
+        self._gauges.trace_about(self._config, setup)
         for warning in (*setup.spec.warnings, *setup.plan.warnings):
             log(f"warning: {warning}")
         for name, num_bytes in setup.arena_bytes.items():
@@ -278,7 +279,9 @@ class Coordinator:
                 self._crew.did_something(worker)
                 self._flow.loaded(message)
             case messages.Packed():
-                self._gauges.lanes.span("compute", f"pack {message.unit}", message.start_ns, message.end_ns)
+                self._gauges.lanes.span(
+                    "compute worker", "compute", f"pack {message.unit}", message.start_ns, message.end_ns
+                )
                 self._flow.was_packed(message)
             case messages.Uploaded():
                 name = f"upload {message.unit}"
@@ -330,6 +333,7 @@ class Coordinator:
         pass ends without a result; what was stored before it is still there."""
         self._abandoning.discard(worker.name)
         broken = bool(self._pass) and worker.kind != "loader" and not self._suspended
+        self._gauges.trace_loss(worker.name, str(error))
         log(f"{error}; starting it again{'; the pass is repeated' if broken else ''}")
         if self._weights is not None and self._schedule is not None:
             if worker.kind == "loader":
@@ -448,6 +452,7 @@ class Coordinator:
             self._crew.did_something(worker)
         answers = self._queue.end_pass(done, self._pass_results)
         self._queue.totals["passes"] += 1
+        self._gauges.trace_counters(self._queue.num_running, self._queue.num_waiting, self._queue.totals)
         self._begin_pass()  # first, so that the workers are busy while the answers go out
         self._answer(answers)
         self._gauges.memory.sample()

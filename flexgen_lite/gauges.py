@@ -5,9 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
+from flexgen_lite import __version__
+from flexgen_lite.config import EngineConfig
+from flexgen_lite.engine_setup import Setup
 from flexgen_lite.lanes import Lanes
 from flexgen_lite.memory_use import MemoryUse
 from flexgen_lite.messages import Status
+from flexgen_lite.plan import describe
 
 LANE_SECONDS = 5.0  # over which busy shares are shown
 
@@ -34,6 +38,42 @@ class Gauges:
         self._history.append((now, self.lanes.busy_ns))
         while len(self._history) > 2 and now - self._history[1][0] > LANE_SECONDS * 1e9:
             self._history.pop(0)
+
+    # ------------------------------------------------------------------------------------------------ trace
+
+    def trace_about(self, config: EngineConfig, setup: Setup) -> None:
+        """What the trace is of; nothing where none is written, as below."""
+        if self.lanes.trace is not None:
+            opened, made = setup.opened, setup.plan
+            self.lanes.trace.about(
+                {
+                    "version": __version__,
+                    "model": config.model,
+                    "class": setup.spec.class_name,
+                    "dtype": setup.spec.dtype,
+                    "device": opened.device_name,
+                    "ram_bytes": made.ram,
+                    "plan": describe(made, setup.spec),
+                    "started_at": time.time(),
+                    "started_at_us": time.monotonic_ns() / 1000,
+                }
+            )
+
+    def trace_counters(self, running: int, waiting: int, totals: Mapping[str, int]) -> None:
+        """At the end of a pass."""
+        if self.lanes.trace is not None:
+            trace, now = self.lanes.trace, time.monotonic_ns()
+            trace.counter("memory, bytes", now, {"used": self.memory.sample()})
+            trace.counter("sequences", now, {"running": running, "waiting": waiting})
+            tokens = {name: totals.get(f"{name}_tokens", 0) for name in ("generated", "prompt")}
+            trace.counter("tokens", now, tokens)
+            trace.counter("requests", now, {"done": totals.get("requests_done", 0)})
+
+    def trace_loss(self, worker: str, why: str) -> None:
+        if self.lanes.trace is not None:
+            self.lanes.trace.instant(worker, f"lost: {why}", time.monotonic_ns())
+
+    # ------------------------------------------------------------------------------------------------ status
 
     def status(self, running: int, waiting: int, totals: Mapping[str, int], budget: int) -> Status:
         """`budget`: of main memory, bytes."""

@@ -35,11 +35,26 @@ def test_spans_that_overlap_on_a_track_count_once() -> None:
     assert lanes.busy_ns["compute"] == 50
 
 
-def test_the_trace_is_json(tmp_path: Path) -> None:
+def test_the_trace_has_a_process_for_each_process(tmp_path: Path) -> None:
     lanes = Lanes(tmp_path / "trace.json")
     lanes.add("disk", "disk", "load 1", 1000, 3000)
+    lanes.add("compute", "compute", "layer 0", 2000, 4000)
+    lanes.add("host-to-device", "host-to-device", "upload 0", 2000, 2500)
+    lanes.add("attention", "attention worker 1", "layer 0", 2500, 4500)
     lanes.end_pass("pass 1", 0, 5000)
     lanes.close()
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    spans = [(event["name"], event["ts"], event["dur"]) for event in events if event["ph"] == "X"]
-    assert spans == [("load 1", 1.0, 2.0), ("pass 1", 0.0, 5.0)]
+    names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
+    tracks = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    spans = [
+        (names[event["pid"]], tracks[event["tid"]], event["name"], event["ts"], event["dur"])
+        for event in events
+        if event["ph"] == "X"
+    ]
+    assert spans == [
+        ("disk loader", "disk", "load 1", 1.0, 2.0),
+        ("compute worker", "compute", "layer 0", 2.0, 2.0),
+        ("compute worker", "host-to-device", "upload 0", 2.0, 0.5),
+        ("attention worker 1", "attention", "layer 0", 2.5, 2.0),
+        ("coordinator", "pass", "pass 1", 0.0, 5.0),
+    ]
