@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from flexgen_lite.batch_file import BadLine, BatchRequest, count_lines, read_requests
 from flexgen_lite.chat_template import ChatError
@@ -40,6 +41,13 @@ class Progress:
     overhead: float | None  # share of the passes in which no lane was busy, or only copied to another
     peak_bytes: int
     budget_bytes: int
+    status: Status  # of the engine, now
+
+    def to_dict(self) -> dict[str, Any]:
+        """For programs."""
+        values = asdict(self)
+        del values["status"]
+        return values | {"tokens_per_second": self.rate}
 
     @property
     def rate(self) -> float:
@@ -247,4 +255,5 @@ class BatchRun:
             else None,
             peak_bytes=status.memory.get("peak", 0),
             budget_bytes=status.memory.get("budget", 0),
+            status=status,
         )

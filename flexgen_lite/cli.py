@@ -10,7 +10,6 @@ from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from flexgen_lite.config import EngineConfig
-    from flexgen_lite.messages import Status
 
 
 class _Group(TyperGroup):
@@ -32,7 +31,6 @@ class _Group(TyperGroup):
 
 app = typer.Typer(
     cls=_Group,
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -49,6 +47,8 @@ AttentionWorkers = Annotated[str | None, typer.Option(help="Number of attention 
 LoadFormat = Annotated[str | None, typer.Option(help="auto, or dummy for random weights from config.json.")]
 Trace = Annotated[Path | None, typer.Option(help="Write a trace of all lanes to this file.")]
 MaxModelLen = Annotated[str | None, typer.Option(help="Most tokens of one sequence, or auto.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Tell of warnings and errors only.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Tell everything as JSON, one object a line.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other configuration key.")]
 Endpoint = Annotated[str | None, typer.Option(help="Endpoint of a running engine, ipc://... or tcp://HOST:PORT.")]
 KeyFile = Annotated[Path | None, typer.Option(help="Key file of the engine at --endpoint, where it has one.")]
@@ -94,6 +94,8 @@ def run_batch(
     trace: Trace = None,
     max_model_len: MaxModelLen = None,
     settings: Set = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run a file of requests, on an engine of its own or on a running one (--endpoint).
 
@@ -101,6 +103,7 @@ def run_batch(
     """
     from flexgen_lite.batch_command import run_on_endpoint, run_on_own_engine
     from flexgen_lite.batch_run import check_files
+    from flexgen_lite.voice import errors_told, make_voice
 
     flags = {
         "dtype": dtype,
@@ -112,14 +115,16 @@ def run_batch(
         "trace": trace,
         "max_model_len": max_model_len,
     }
-    check_files(input_file, output_file)
-    if endpoint is None:
-        if key_file is not None:
-            flags["key_file"] = str(key_file)
-        run_on_own_engine(_engine_config(config, model, flags, settings), input_file, output_file, overwrite)
-    else:
-        _refuse_engine_flags({"config": config, "set": settings, **flags})
-        run_on_endpoint(endpoint, key_file, model, input_file, output_file, overwrite)
+    with make_voice(quiet, as_json) as voice, errors_told(voice):
+        check_files(input_file, output_file)
+        if endpoint is None:
+            if key_file is not None:
+                flags["key_file"] = str(key_file)
+            engine = _engine_config(config, model, flags, settings)
+            run_on_own_engine(engine, input_file, output_file, overwrite, voice)
+        else:
+            _refuse_engine_flags({"config": config, "set": settings, **flags})
+            run_on_endpoint(endpoint, key_file, model, input_file, output_file, overwrite, voice)
 
 
 @app.command()
@@ -135,9 +140,12 @@ def launch(
     trace: Trace = None,
     max_model_len: MaxModelLen = None,
     settings: Set = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Start an engine and serve clients until Ctrl-C or SIGTERM."""
-    from flexgen_lite.launch_command import serve
+    from flexgen_lite.launch_command import launch_engine
+    from flexgen_lite.voice import errors_told, make_voice
 
     flags = {
         "dtype": dtype,
@@ -149,7 +157,8 @@ def launch(
         "trace": trace,
         "max_model_len": max_model_len,
     }
-    serve(_engine_config(config, model, flags, settings))
+    with make_voice(quiet, as_json) as voice, errors_told(voice):
+        launch_engine(_engine_config(config, model, flags, settings), voice)
 
 
 @app.command()
@@ -214,13 +223,13 @@ def demo(
 def status(
     endpoint: Annotated[str, typer.Option(help="Endpoint of a running engine, ipc://... or tcp://HOST:PORT.")],
     key_file: KeyFile = None,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Keep showing it, until Ctrl-C.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Print what a running engine is doing."""
-    from flexgen_lite.client import Client
+    from flexgen_lite.status_command import show_status
 
-    with Client(endpoint, key_file=key_file) as client:
-        typer.echo(f"model: {client.welcome.model}")
-        typer.echo(_describe(client.status()))
+    show_status(endpoint, key_file, watch, as_json)
 
 
 @app.command()
@@ -255,18 +264,6 @@ def keygen(key_file: Annotated[Path, typer.Argument(help="The file to make.")]) 
     typer.echo(f"{key_file}: start the engine with --set key_file={key_file}, give clients a copy")
 
 
-def _describe(status: Status) -> str:
-    from flexgen_lite.sizes import format_size
-
-    lanes = ", ".join(f"{lane} {share:.0%}" for lane, share in status.lanes.items())
-    memory = ", ".join(f"{name} {format_size(size)}" for name, size in status.memory.items())
-    totals = ", ".join(f"{name} {value:.10g}" for name, value in status.totals.items())
-    return (
-        f"requests: {status.running} running, {status.waiting} waiting, {status.done} done\n"
-        f"lanes: {lanes}\nmemory: {memory}\ntotals: {totals}"
-    )
-
-
 def _engine_config(
     path: Path | None, model: str | None, flags: dict[str, Any], settings: list[str] | None
 ) -> EngineConfig:
@@ -291,21 +288,12 @@ def _report(error: Exception) -> int:
     import os
     import sys
 
-    from flexgen_lite.errors import EngineError
+    from flexgen_lite.errors import describe
 
     logging.getLogger("flexgen_lite").debug("the command failed", exc_info=error)
-    if isinstance(error, EngineError):
-        typer.echo(f"error: {error}", err=True)
-        return 2 if error.user_error else 1
     if isinstance(error, BrokenPipeError):  # whoever read the output has had enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename else ""
-        typer.echo(f"error: {where}{error.strerror}", err=True)
-        return 2
-    if isinstance(error, (ValueError, OSError)):
-        typer.echo(f"error: {error}", err=True)
-        return 2
-    typer.echo(f"error: internal failure, {type(error).__name__}: {error}", err=True)
-    return 1
+    message, code = describe(error)
+    typer.echo(f"error: {message}", err=True)
+    return code

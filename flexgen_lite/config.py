@@ -60,94 +60,147 @@ class EngineConfig(BaseModel):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
-        description="Type that weights, activations and KV cache are held and computed in.",
+        description="Type of weights, activations and KV cache. `auto`: the checkpoint's own on CUDA, and where it is"
+        " float32; a 16-bit checkpoint on a CPU becomes bfloat16 if that is measured to be faster than "
+        "float32 at start, else float32.",
         json_schema_extra=expects('"auto", "float32", "bfloat16" or "float16"'),
     )
     device: Device = Field(
         default="auto",
-        description="Compute device of the matrix products.",
+        description="Where the matrix products are computed. `auto`: the first GPU that PyTorch sees, else the CPU. "
+        "What has run on a GPU is in [gpu.md](gpu.md).",
         json_schema_extra=expects('"auto", "cpu", "cuda" or "cuda:N"'),
     )
     load_format: Literal["auto", "dummy"] = Field(
         default="auto",
-        description='"dummy" takes random weights from config.json alone, for benchmarks.',
+        description="`dummy`: random weights from `config.json` alone, for benchmarks.",
         json_schema_extra=expects('"auto" or "dummy"'),
     )
     verify_weights: Switch = Field(
         default=None,
-        description="Compare weights, whenever they are read, with the checksums of their first load; auto does not.",
+        description="Compare weights, whenever they are read, with the checksums that were recorded when they were "
+        "first loaded; a difference ends the engine with an error that names the file. `auto`: `false`.",
         json_schema_extra=expects('true, false or "auto"'),
     )
     ram: Size = Field(
         default=None,
         gt=0,
-        description="Budget for everything the engine takes of main memory.",
+        description="Everything the engine takes of main memory: processes, shared memory, page cache. `auto`: 85 % "
+        "of what is free at start, within the cgroup's limit.",
         json_schema_extra=SIZE_EXPECTED,
     )
     gpu: Size = Field(
         default=None,
         gt=0,
-        description="Budget for everything the engine takes of GPU memory.",
+        description="Everything it takes of GPU memory. `auto`: 90 % of the GPU's. Without effect on a CPU.",
         json_schema_extra=SIZE_EXPECTED,
     )
-    max_model_len: Count = count(1, "Most tokens of one sequence, prompt and generated ones together.")
-    max_sequences: Count = count(1, "Most sequences running at once.")
-    micro_batches: Count = count(1, "Micro-batches of a block.")
-    micro_batch_tokens: Count = count(1, "Most tokens of one micro-batch.")
+    max_model_len: Count = count(
+        1,
+        "Most tokens of one sequence, prompt and generated ones together. `auto`: the model's limit; for rotary "
+        "embeddings of type `longrope` or `dynamic` the original context.",
+    )
+    max_sequences: Count = count(
+        1,
+        "Most sequences running at once. `auto`: 256, or as many as `run-batch` has lines. Never more than "
+        "`micro_batches` x `micro_batch_tokens`.",
+    )
+    micro_batches: Count = count(
+        1,
+        "Most micro-batches of a pass. If set, a pass uses all of them, evenly filled; with `auto` on a CPU as few as"
+        " will do. `auto`: 1 to 4, by the budget; 4 beside a GPU.",
+    )
+    micro_batch_tokens: Count = count(
+        1,
+        "Most tokens of one micro-batch; longer prompts come in chunks. `auto`: 64 to 2048, by the budget.",
+    )
     page_tokens: PageTokens = Field(
         default=None,
-        description="Tokens of one KV page.",
+        description="Tokens of one KV page. `auto`: 16.",
         json_schema_extra=expects('a power of two from 16 to 256, or "auto"'),
     )
-    layer_slots: Count = count(2, "Layer slots in main memory.")
-    device_slots: Count = count(2, "Layer slots on the device.")
-    attention_workers: Count = count(1, "Attention worker processes.")
-    attention_threads: Count = count(1, "Threads of each attention worker.")
-    compute_threads: Count = count(1, "Threads of the compute worker.")
-    loader_threads: Count = count(1, "Reads that the disk loader keeps in flight.")
+    layer_slots: Count = count(
+        2,
+        "Layer slots in main memory. A number below the model's layers streams all layers through so many slots. "
+        "`auto`: all layers stay if there is room; else 2 slots (3 beside a GPU, 2 where memory is short), and as "
+        "many resident layers as there is room for.",
+    )
+    device_slots: Count = count(
+        2,
+        "Layer slots on a GPU. `auto`: as many as `gpu` allows; with more than 3, layers that are in RAM stay in the "
+        "others.",
+    )
+    attention_workers: Count = count(
+        1,
+        "Attention worker processes. `auto`: as many as `attention_cpus` has entries, else one per NUMA node.",
+    )
+    attention_threads: Count = count(
+        1,
+        "Threads of each. `auto`: one per physical core, divided among the workers; beside a GPU two cores are left "
+        "out.",
+    )
+    compute_threads: Count = count(
+        1,
+        "Threads of the compute worker. `auto`: one per physical core; beside a GPU at most 4.",
+    )
+    loader_threads: Count = count(
+        1,
+        "Reads that the disk loader keeps in flight. `auto`: 4.",
+    )
     attention_cpus: CpuSets = Field(
         default=None,
-        description="CPUs of each attention worker, one entry per worker.",
+        description='Such as `["0-7", "8-15"]`. `auto`: not bound.',
         json_schema_extra=expects(
             'one list of CPUs per worker, such as [[0, 1], [2, 3]] or ["0-7", "8-15"], or "auto"'
         ),
     )
-    compute_cpus: Cpus = Field(default=None, description="CPUs of the compute worker.", json_schema_extra=CPUS_EXPECTED)
-    loader_cpus: Cpus = Field(default=None, description="CPUs of the disk loader.", json_schema_extra=CPUS_EXPECTED)
+    compute_cpus: Cpus = Field(
+        default=None,
+        description="Of the compute worker. `auto`: not bound.",
+        json_schema_extra=CPUS_EXPECTED,
+    )
+    loader_cpus: Cpus = Field(
+        default=None,
+        description="Of the disk loader. `auto`: not bound.",
+        json_schema_extra=CPUS_EXPECTED,
+    )
     stage_weights: Switch = Field(
         default=None,
-        description="Copy each layer to a slot on the device before use; auto does so on CUDA.",
+        description="Copy each layer to a slot on the device before use. `auto`: on CUDA only; leave it so, except to"
+        " try the staging path on a CPU.",
         json_schema_extra=expects('true, false or "auto"'),
     )
     trace: PathValue = Field(
         default=None,
-        description="File that a trace of all lanes is written to (Chrome trace event JSON).",
+        description="File for a trace with one row per lane (Chrome trace event JSON; opens in Perfetto).",
         json_schema_extra=expects("the path of a file"),
     )
     endpoint: Endpoint = Field(
         default=None,
-        description="Where clients connect; by default a socket in the engine's private directory.",
+        description="Where clients connect. `auto`: a socket in the engine's private directory. A path where "
+        "something else is, is refused. Over `tcp://` only with a `key_file`.",
         json_schema_extra=expects(
             f"ipc:// and the path of a socket, at most {MAX_SOCKET_PATH} bytes, or tcp://HOST:PORT with a key_file"
         ),
     )
     key_file: PathValue = Field(
         default=None,
-        description="Key that clients have to hold; an endpoint on tcp:// must have one (flexgen-lite keygen).",
+        description="Made by `flexgen-lite keygen FILE`; clients must hold the same file, and all between them and "
+        "the engine is encrypted (ZeroMQ CURVE).",
         json_schema_extra=expects("the path of a file made by `flexgen-lite keygen`"),
     )
     start_timeout: float = Field(
         default=600.0,
         gt=0,
         le=1e9,
-        description="Seconds that the engine may take to become ready.",
+        description="That the engine may take to become ready.",
         json_schema_extra=SECONDS_EXPECTED,
     )
     worker_timeout: float = Field(
         default=300.0,
         gt=0,
         le=1e9,
-        description="Seconds that a worker may take for one order before it is given up.",
+        description="That a worker may take for one order before it is given up.",
         json_schema_extra=SECONDS_EXPECTED,
     )
 

@@ -19,3 +19,15 @@ class EngineError(RuntimeError):
 
 class NoStatus(EngineError):
     """The engine has not told its status in time. It may be busy: whether it is there at all is found out otherwise."""
+
+
+def describe(error: Exception) -> tuple[str, int]:
+    """What a command says of an error, and its exit code: 2 for the user's errors, 1 for the engine's."""
+    if isinstance(error, EngineError):
+        return str(error), 2 if error.user_error else 1
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}", 2
+    if isinstance(error, (ValueError, OSError)):
+        return str(error), 2
+    return f"internal failure, {type(error).__name__}: {error}", 1

@@ -9,12 +9,11 @@ from flexgen_lite.config import EngineConfig
 from flexgen_lite.engine_process import EngineProcess
 from flexgen_lite.errors import NoStatus
 from flexgen_lite.messages import Status
-from flexgen_lite.terminal import log, signals_interrupt
+from flexgen_lite.terminal import signals_interrupt
+from flexgen_lite.voice import LiveVoice, Voice
 
-_STATUS_SECONDS = 10.0
 
-
-def serve(config: EngineConfig) -> None:
+def launch_engine(config: EngineConfig, voice: Voice) -> None:
     """Serve until interrupted.
 
     Raises:
@@ -23,24 +22,25 @@ def serve(config: EngineConfig) -> None:
     try:
         with (
             signals_interrupt(),
-            EngineProcess(config, on_log=log, on_plan=_print) as engine,
+            EngineProcess(config, on_log=voice.log, on_plan=voice.plan) as engine,
             Client(engine.endpoint, epitaph=engine.last_words, key_file=config.key_file) as client,
         ):
-            _print(f"endpoint: {engine.endpoint}")
-            _watch(client)
+            voice.ready(engine.endpoint)
+            _watch(client, voice)
     except KeyboardInterrupt:
-        _print("stopped")
+        voice.say("stopped")
 
 
-def _watch(client: Client) -> None:
-    """Print a line whenever something has changed. Ends with an error only."""
+def _watch(client: Client, voice: Voice) -> None:
+    """Tell whenever something has changed. Ends with an error only."""
     line = ""
     while True:
         with contextlib.suppress(NoStatus):  # it is busy
-            before, line = line, _line(client.status())
-            if line != before:
-                _print(line)
-        client.wait_for_end(_STATUS_SECONDS)
+            status = client.status()
+            before, line = line, _line(status)
+            if line != before or isinstance(voice, LiveVoice):
+                voice.progress(line, {}, status)
+        client.wait_for_end(voice.interval)
 
 
 def _line(status: Status) -> str:
@@ -48,7 +48,3 @@ def _line(status: Status) -> str:
     if not status.running:
         return text
     return f"{text}; " + ", ".join(f"{lane} {share:.0%}" for lane, share in status.lanes.items())
-
-
-def _print(text: str) -> None:
-    print(text, flush=True)

@@ -18,7 +18,7 @@ from flexgen_lite.demo.records import Record, generate, is_correct, prompt
 from flexgen_lite.engine_process import EngineProcess
 from flexgen_lite.result_file import ResultWriter
 from flexgen_lite.sizes import format_size
-from flexgen_lite.terminal import log
+from flexgen_lite.voice import make_voice
 
 MODEL = Path(__file__).parent / "model"
 RAM = "1GiB"
@@ -38,11 +38,12 @@ def run_demo(records: int, ram: str | None) -> None:
         requests, results = Path(folder) / "records.jsonl", Path(folder) / "labels.jsonl"
         _write_requests(requests, labelled)
         with (
-            EngineProcess(config, on_log=log, on_plan=log) as engine,
+            make_voice(quiet=False, as_json=False) as voice,
+            EngineProcess(config, on_log=voice.log, on_plan=voice.plan) as engine,
             Client(engine.endpoint, epitaph=engine.last_words) as client,
             ResultWriter(results) as writer,
         ):
-            last = watch(BatchRun(client, requests, writer))
+            last = watch(BatchRun(client, requests, writer), voice)
         answers = _read_answers(results)
     texts = [answers.get(f"record-{number}", "") for number in range(records)]
     _show_examples(labelled, texts)

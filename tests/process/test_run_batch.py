@@ -161,20 +161,19 @@ def test_an_engine_that_does_not_start(tmp_path: Path, mode: str, code: int) -> 
 def test_launch_serves_until_it_is_stopped(tmp_path: Path, runtime_base: Path, number: signal.Signals) -> None:
     program = start("launch", "--model", "m")
     assert program.stdout is not None
-    lines = []
-    while not lines or not lines[-1].startswith("endpoint: "):
-        lines.append(program.stdout.readline())
-    assert lines[0] == "weights: 1.0 GiB\n"
-    endpoint = lines[-1].split()[1]
+    line = program.stdout.readline()
+    assert line.startswith("endpoint: ")
+    endpoint = line.split()[1]
     code, output, _ = run("status", "--endpoint", endpoint)
     assert code == 0
-    assert "requests: 0 running, 0 waiting, 0 done" in output
+    assert "0 running  ·  0 waiting  ·  0 done" in output
     requests = write_requests(tmp_path / "in", ["a", "b"])
     assert run("run-batch", "-i", requests, "-o", tmp_path / "out", "--endpoint", endpoint)[0] == 0
     program.send_signal(number)
     output, errors = program.communicate(timeout=20)
     assert program.returncode == 0, errors
     assert output.endswith("stopped\n")
+    assert errors.startswith("hello from") and "weights: 1.0 GiB\n" in errors
     assert "Traceback" not in errors
     assert list(runtime_base.iterdir()) == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import types
@@ -34,7 +35,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[EngineConfig]:
     """The configurations of the engines that commands would have started."""
     configs: list[EngineConfig] = []
     module = types.ModuleType("flexgen_lite.launch_command")
-    module.serve = configs.append  # type: ignore[attr-defined]
+    module.launch_engine = lambda config, voice: configs.append(config)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flexgen_lite.launch_command", module)
     return configs
 
@@ -112,11 +113,11 @@ def test_unknown_options_are_usage_errors() -> None:
     ],
 )
 def test_exit_codes(monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, message: str) -> None:
-    def serve(_: object) -> None:
+    def serve(*_: object) -> None:
         raise error
 
     module = types.ModuleType("flexgen_lite.launch_command")
-    module.serve = serve  # type: ignore[attr-defined]
+    module.launch_engine = serve  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flexgen_lite.launch_command", module)
     assert run("launch", "--model", "m") == (code, message)
 
@@ -180,3 +181,18 @@ def test_what_is_exported_is_there() -> None:
     assert set(flexgen_lite.__all__) <= set(dir(flexgen_lite))
     with pytest.raises(AttributeError, match="nonsense"):
         _ = flexgen_lite.nonsense
+
+
+COMPLETING = "import sys; sys.argv[0] = 'flexgen-lite'; from flexgen_lite.cli import main; main()"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_are_told_how_to_complete(shell: str) -> None:
+    def complete(**variables: str) -> str:
+        command, told = [sys.executable, "-c", COMPLETING], {**os.environ, **variables}
+        return subprocess.run(command, env=told, capture_output=True, text=True, timeout=30).stdout
+
+    script = complete(_FLEXGEN_LITE_COMPLETE=f"source_{shell}")
+    assert "flexgen-lite" in script and "_FLEXGEN_LITE_COMPLETE" in script
+    asked = {"_FLEXGEN_LITE_COMPLETE": "complete_bash", "COMP_WORDS": "flexgen-lite ru", "COMP_CWORD": "1"}
+    assert complete(**asked).split() == ["run-batch"]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from flexgen_lite.config import ConfigError, EngineConfig, parse_setting
+from flexgen_lite.config_reference import reference
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -187,3 +188,8 @@ def test_settings(text: str, key: str, value: object) -> None:
 def test_what_is_no_setting(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_setting(text)
+
+
+def test_the_reference_page_is_what_the_definitions_say() -> None:
+    page = Path(__file__).parents[2] / "docs" / "configuration.md"
+    assert page.read_text(encoding="utf-8") == reference()
