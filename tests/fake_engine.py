@@ -100,6 +100,7 @@ class FakeEngine:
         context = zmq.Context()
         self._router = context.socket(zmq.ROUTER)
         self._router.set(zmq.LINGER, 200)
+        self._router.set(zmq.SNDHWM, 0)  # it drops what does not fit
         self._router.bind(self.endpoint)
         self._bound.set()
         codec = Codec(ToEngine)
