@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flexgen_lite.batch_file import BadLine, BatchRequest, count_lines, read_requests
-from flexgen_lite.chat_template import ChatError
+from flexgen_lite.chat_template import Chat, ChatError
 from flexgen_lite.client import Client
 from flexgen_lite.completion import Completion
 from flexgen_lite.errors import NoStatus
@@ -109,6 +109,7 @@ class BatchRun:
         results: one result a line, in the order in which they finish. Closed when the run ends.
         warn: is given what a user should know, on another thread.
         priority: of its requests, see Client.submit.
+        own_templates: take chat templates from lines: they are programs.
 
     Attributes:
         num_earlier: lines that earlier runs have given a row.
@@ -128,8 +129,10 @@ class BatchRun:
         *,
         warn: Callable[[str], None] = lambda _: None,
         priority: int = 0,
+        own_templates: bool = True,
     ) -> None:
         self._priority = priority
+        self._own_templates = own_templates
         self._cancelled = False
         self._job: Job | None = None
         self._client = client
@@ -211,6 +214,8 @@ class BatchRun:
                 self._warned = True
                 self._warn(f"requests name the model {item.model!r}; {self._model!r} answers them")
             try:
+                if not self._own_templates and isinstance(item.prompt, Chat) and item.prompt.chat_template is not None:
+                    raise ChatError("body.chat_template is a program, which is not taken here")
                 asked = self._client.request_of(item.prompt, item.params, echo=item.echo)
             except ChatError as error:
                 self._results.write(item, answers, Completion(0, "", [], 0, str(error)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import ipaddress
 import socket
 import tempfile
@@ -109,6 +110,7 @@ def _serve(connect: Callable[[], Client], listening: socket.socket, options: Htt
             data_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flexgen-lite-")))
         else:
             data_dir = options.data_dir
+            stack.enter_context(_locked(data_dir))
         api = Api(connect, data_dir, options.model_name, options.api_key)
         stack.callback(api.batches.close)
         settings = uvicorn.Config(api.app, log_level="warning", lifespan="off", timeout_graceful_shutdown=5)
@@ -128,6 +130,18 @@ def _until_interrupted() -> Iterator[None]:
             yield
     except KeyboardInterrupt:
         print("stopped", flush=True)
+
+
+@contextlib.contextmanager
+def _locked(data_dir: Path) -> Iterator[None]:
+    """Two servers would write the same batches."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with (data_dir / "lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{data_dir} is in use by another server: give another --data-dir") from None
+        yield
 
 
 def _is_loopback(host: str) -> bool:

@@ -112,7 +112,9 @@ class LiveVoice(Voice):
         from rich.live import Live
 
         self._console = Console(stderr=True)
-        self._live = Live(console=self._console, auto_refresh=False, redirect_stdout=True, redirect_stderr=True)
+        self._live = Live(
+            console=self._console, auto_refresh=False, redirect_stdout=sys.stdout.isatty(), redirect_stderr=True
+        )
         self._begun = 0.0
         self._first: dict[str, float] | None = None  # counters when the work began
         self._window = Window()

@@ -163,7 +163,7 @@ class BatchStore:
     def _compute(self, batch_id: str, out: Path) -> None:
         source = self._files.path(self.get(batch_id).input_file_id)
         with self._connect() as client, ResultWriter(out) as results:
-            run = BatchRun(client, source, results, priority=PRIORITY)
+            run = BatchRun(client, source, results, priority=PRIORITY, own_templates=False)
             with self._lock:
                 self._runs[batch_id] = run
             if self.get(batch_id).status == "cancelling":

@@ -11,7 +11,7 @@ from typing import Any
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from flexgen_lite.chat_template import ChatError
+from flexgen_lite.chat_template import Chat, ChatError
 from flexgen_lite.client import Client
 from flexgen_lite.completion import Completion, Delta
 from flexgen_lite.http.errors import ApiError
@@ -21,6 +21,7 @@ from flexgen_lite.request import Request
 from flexgen_lite.request_body import CHAT, COMPLETIONS, Body, RequestError, parse_body
 from flexgen_lite.response_body import ID_PREFIXES, chat_logprobs, response_body, text_logprobs
 
+OWN_TEMPLATE = "chat_template is a program, which is not taken over HTTP: the model's own is used"
 MAX_PROMPTS = 2048  # of one request
 
 
@@ -49,6 +50,8 @@ class Generation:
         stream, with_usage = _stream_options(body)
         bodies = _bodies(url, body)
         self._check_model(bodies[0].model)
+        if any(isinstance(one.prompt, Chat) and one.prompt.chat_template is not None for one in bodies):
+            raise ApiError(400, OWN_TEMPLATE, "chat_template")
         try:
             requests = [self._client.request_of(b.prompt, b.params, echo=b.echo, stream=stream) for b in bodies]
         except ChatError as error:

@@ -155,6 +155,11 @@ def test_bad_requests(client: openai.OpenAI, changes: dict[str, Any], words: str
         client.completions.create(**{"model": "demo", "prompt": "x", **GREEDY, **changes})
 
 
+def test_a_template_of_the_callers_own_is_refused(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="chat_template is a program"):
+        client.chat.completions.create(model="demo", messages=TALK, extra_body={"chat_template": "x"})
+
+
 def test_bodies_that_are_none(url: str) -> None:
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
     for content, kind, status in (
@@ -288,6 +293,9 @@ def test_a_batch_goes_on_with_the_next_server(model: Path, tmp_path: Path) -> No
     assert 0 < rows_before < 600
     with server(model, *data) as (url, _):
         client = openai.OpenAI(base_url=url, api_key="any", max_retries=0, timeout=60)
+        command = [sys.executable, "-m", "flexgen_lite", "serve", "--port", "0", "--ram", "2GiB", *data]
+        other = subprocess.run([*command, "--model", str(model)], capture_output=True, text=True, timeout=60)
+        assert other.returncode == 2 and "is in use by another server" in other.stderr
         done = wait_for(client, batch.id, "completed", "failed")
         assert done.status == "completed" and done.request_counts.completed == 600
         rows = client.files.content(done.output_file_id).text.splitlines()

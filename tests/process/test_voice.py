@@ -52,6 +52,19 @@ def test_a_batch_on_a_terminal(tmp_path: Path) -> None:
     assert "Traceback" not in shown
 
 
+def test_the_summary_goes_where_standard_output_goes(tmp_path: Path) -> None:
+    requests = write_requests(tmp_path / "in", ["a"])
+    master, slave = pty.openpty()
+    command = [sys.executable, "-c", WITH_FAKE_COORDINATOR, "serves", "run-batch", "-i", str(requests)]
+    environment = {**os.environ, "TERM": "xterm"}
+    done = subprocess.run(
+        [*command, "-o", str(tmp_path / "out"), "--model", "m"], stdout=subprocess.PIPE, stderr=slave, env=environment
+    )
+    os.close(slave)
+    os.close(master)
+    assert done.returncode == 0 and done.stdout.startswith(b"done: 1 requests") and b"\x1b" not in done.stdout
+
+
 def test_without_colour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     requests = write_requests(tmp_path / "in", ["a"])
