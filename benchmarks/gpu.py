@@ -12,12 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -177,7 +179,33 @@ def _generate(model: Any, prompts: list[list[int]], args: argparse.Namespace) ->
     return {"seconds": time.perf_counter() - start, "tokens": tokens, "memory": {"gpu_peak": peak}}
 
 
-SYSTEMS = {"ours": run_ours, "transformers": run_transformers, "accelerate": run_accelerate}
+def run_flexgen(model: Path, prompts: list[list[int]], args: argparse.Namespace) -> dict[str, Any]:
+    """FlexGen 0.1.8 of the package index, OPT alone: every prompt padded to `--longest`, all of them as one block of
+    batches of `--batch`. `--percent` as its own command takes it; the tokenizer, which it would fetch, is left out."""
+    import flexgen.flex_opt as flex
+
+    flex.AutoTokenizer = SimpleNamespace(from_pretrained=lambda *_, **__: None)
+    flex.get_test_inputs = lambda length, count, _: [[5 + n % 100 for n in range(length)]] * count
+    own = argparse.ArgumentParser()
+    flex.add_parser_arguments(own)
+    batches = len(prompts) // args.batch
+    with tempfile.TemporaryDirectory() as offload:
+        flex.run_flexgen(
+            own.parse_args(
+                [
+                    *("--model", f"facebook/{args.shape}", "--path", flex.DUMMY_WEIGHT, "--offload-dir", offload),
+                    *("--prompt-len", str(args.longest), "--gen-len", str(args.max_tokens), "--verbose", "1"),
+                    *("--gpu-batch-size", str(args.batch), "--num-gpu-batches", str(batches), "--log-file", os.devnull),
+                    *("--percent", *args.percent.split(), *(["--cpu-cache-compute"] if args.cpu_cache_compute else [])),
+                ]
+            )
+        )
+    seconds = sum(flex.timers("generate").costs)
+    tokens = batches * args.batch * args.max_tokens
+    return {"seconds": seconds, "tokens": tokens, "memory": {"gpu_peak": torch.cuda.max_memory_reserved()}}
+
+
+SYSTEMS = {"flexgen": run_flexgen, "ours": run_ours, "transformers": run_transformers, "accelerate": run_accelerate}
 
 
 def main() -> None:
@@ -195,6 +223,8 @@ def main() -> None:
     run.add_argument("--max-tokens", type=int, default=32)
     run.add_argument("--batch", type=int, default=8, help="of the peers")
     run.add_argument("--accelerate-gpu", default="8GiB", help="what Accelerate may fill with weights")
+    run.add_argument("--percent", default="20 80 0 100 100 0", help="FlexGen's placement")
+    run.add_argument("--cpu-cache-compute", action="store_true", help="FlexGen: attention on the CPU")
     run.add_argument("--settings", default="{}", help="further options of ours, JSON")
     run.add_argument("--out", type=Path, default=None, help="directory for traces")
     args = parser.parse_args()
