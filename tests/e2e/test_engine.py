@@ -165,7 +165,9 @@ def test_a_trace_is_written(model: Path, tmp_path: Path) -> None:
         engine.generate(ragged_prompts(3, longest=9), GREEDY)
     events = json.loads(trace.read_text())["traceEvents"]
     tracks = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
-    assert {"disk", "compute", "attention worker 0", "pass"} <= tracks
+    processes = {event["args"]["name"] for event in events if event["name"] == "process_name"}
+    assert {"disk", "compute", "attention", "pass"} <= tracks
+    assert {"disk loader", "compute worker", "attention worker 0", "coordinator"} <= processes
 
 
 def test_an_endpoint_is_never_taken_from_another(model: Path, tmp_path: Path) -> None:
