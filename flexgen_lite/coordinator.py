@@ -71,7 +71,7 @@ class Coordinator:
         self._expected = expected
         self._machine = inspect_machine()
         try:
-            lanes = Lanes(config.trace)
+            lanes = Lanes(config.trace, lambda text: log(f"warning: {text}"))
         except OSError as error:
             raise plan.PlanError(f"trace={config.trace} cannot be written: {error.strerror}") from error
         self._arenas = {name: Arena(name) for name in ("weights", "kv", "exchange")}

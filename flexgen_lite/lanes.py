@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from flexgen_lite.trace_file import COORDINATOR, TraceFile
@@ -24,12 +25,12 @@ class Lanes:
         trace: the file, or None.
     """
 
-    def __init__(self, trace: Path | None) -> None:
+    def __init__(self, trace: Path | None, warn: Callable[[str], None] = lambda _: None) -> None:
         self.overhead_ns = 0  # of passes: time in which no lane was busy
         self._busy_ns: dict[str, dict[str, int]] = {lane: {} for lane in LANES}  # lane -> track -> time
         self._end_ns: dict[str, int] = {}  # of the last span on a track
         self._pass_spans: list[tuple[int, int]] = []
-        self.trace = TraceFile(trace) if trace is not None else None
+        self.trace = TraceFile(trace, warn) if trace is not None else None
 
     @property
     def busy_ns(self) -> dict[str, int]:
@@ -48,6 +49,8 @@ class Lanes:
     def end_pass(self, name: str, start_ns: int, end_ns: int) -> None:
         """A pass is over, and its spans are in."""
         self.span(COORDINATOR, "pass", name, start_ns, end_ns)
+        if self.trace is not None:
+            self.trace.flush()
         spans, self._pass_spans = sorted(self._pass_spans), []
         reached = start_ns
         for begin, end in spans:

@@ -25,8 +25,11 @@ def write_report(trace: Path, page: Path) -> str:
 
     Raises:
         TraceError: the trace is none, or has no pass.
+        ValueError: the page would take the place of the trace.
         OSError: one of the files cannot be read or written.
     """
+    if page.exists() and page.samefile(trace):
+        raise ValueError(f"{page} is the trace: give another file for the page")
     summary = summarise(read_events(trace))
     if not summary.num_passes:
         raise TraceError(f"{trace} has no finished pass: the run ended before")
@@ -44,7 +47,8 @@ def write_report(trace: Path, page: Path) -> str:
         },
         "memory": [(time, values["used"]) for time, values in _points(summary, "memory, bytes")],
         "budget": summary.about.get("ram_bytes", 0),
-        "sequences": [(time, v["running"], v["waiting"]) for time, v in _points(summary, "sequences")],
+        "running": [(time, values["running"]) for time, values in _points(summary, "sequences")],
+        "waiting": [(time, values["waiting"]) for time, values in _points(summary, "sequences")],
         "losses": [(time, f"{process} {what}") for time, process, what in summary.losses],
         "passes": [
             {"name": name, "start": start, "end": end, "left_out": left_out, "rows": _rows(spans)}
@@ -74,8 +78,8 @@ def choose_passes(passes: Series) -> list[tuple[str, float, float]]:
 
 
 def lane_shares(summary: Summary) -> dict[str, float]:
-    """Share of the time from the first pass to the last in which each lane was busy: that of its busiest row."""
-    time = max(summary.end - summary.begin, 1e-9)
+    """Share of the passes' time in which each lane was busy: that of its busiest row."""
+    time = max(summary.pass_time, 1e-9)
     return {
         lane: min(1.0, max((busy for (_, row), busy in summary.busy.items() if row == lane), default=0.0) / time)
         for lane in LANES
@@ -119,18 +123,17 @@ def _rows(spans: Iterable[Any]) -> list[dict[str, Any]]:
 
 def _facts(summary: Summary, shares: dict[str, float]) -> str:
     """The numbers at the top."""
-    seconds = (summary.end - summary.begin) / 1e6
-    tokens = _points(summary, "tokens")
-    last = tokens[-1][1] if tokens else {}
-    memory = max((values["used"] for _, values in _points(summary, "memory, bytes")), default=0.0)
-    requests = _points(summary, "requests")
+    seconds, between = summary.pass_time / 1e6, (summary.end - summary.begin - summary.pass_time) / 1e6
+    counters = {name: summary.counters.get(name, Series()) for name in ("tokens", "requests", "memory, bytes")}
+    tokens, budget = counters["tokens"].last, int(summary.about.get("ram_bytes", 0))
+    peak = int(counters["memory, bytes"].most.get("used", 0))
     facts = {
-        "time": f"{seconds:,.1f} s",
+        "time in passes": f"{seconds:,.1f} s" + (f", {between:,.1f} s between" if between >= 0.05 * seconds else ""),
         "passes": f"{summary.num_passes:,}",
-        "generated": f"{last.get('generated', 0) / max(seconds, 1e-9):,.1f} tok/s",
-        "prompts": f"{last.get('prompt', 0) / max(seconds, 1e-9):,.1f} tok/s",
-        "requests": f"{requests[-1][1]['done']:,.0f}" if requests else "0",
-        "peak memory": f"{format_size(int(memory))} of {format_size(int(summary.about.get('ram_bytes', 0)))}",
+        "generated": f"{tokens.get('generated', 0) / max(seconds, 1e-9):,.1f} tok/s",
+        "prompts": f"{tokens.get('prompt', 0) / max(seconds, 1e-9):,.1f} tok/s",
+        "requests": f"{counters['requests'].last.get('done', 0):,.0f}",
+        "peak memory": f"{format_size(peak)} of {format_size(budget)}",
         "workers lost": str(len(summary.losses)),
         "model": f"{summary.about.get('class', '?')}, {summary.about.get('dtype', '?')}",
         "device": str(summary.about.get("device", "?")),

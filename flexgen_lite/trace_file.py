@@ -1,13 +1,16 @@
 """A trace of what each process did when, in Chrome's trace event format, which Perfetto opens.
 
 Written as it happens, one event a line, so that it takes no memory; a file that a crash has cut off can still be read.
+A disk that is full ends the trace, not the run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TextIO
 
 ABOUT = "flexgen-lite"
 COORDINATOR = "coordinator"
@@ -17,22 +20,25 @@ class TraceFile:
     """
     Args:
         path: the file; what is there is overwritten.
+        warn: is told once if the trace cannot be gone on with.
 
     Raises:
         OSError: it cannot be written.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("w", encoding="utf-8")
+    def __init__(self, path: Path, warn: Callable[[str], None] = lambda _: None) -> None:
+        self._path, self._warn = path, warn
+        self._file: TextIO | None = path.open("w", encoding="utf-8")
         self._processes: dict[str, int] = {}
         self._tracks: dict[tuple[str, str], int] = {}
-        self._file.write('{"displayTimeUnit": "ms", "traceEvents": [')
+        self._write('{"displayTimeUnit": "ms", "traceEvents": [')
         self._is_first = True
         self._process(COORDINATOR)
 
     def about(self, values: Mapping[str, object]) -> None:
         """What is traced: model, plan and the like."""
         self._event({"name": ABOUT, "ph": "M", "pid": self._process(COORDINATOR), "tid": 0, "args": dict(values)})
+        self.flush()
 
     def span(self, process: str, track: str, name: str, start_ns: int, end_ns: int) -> None:
         """A piece of work; `track` is its row among those of its process, where pieces come in order."""
@@ -51,9 +57,14 @@ class TraceFile:
         place = {"pid": self._process(COORDINATOR), "tid": 0}
         self._event({"name": name, "ph": "C", **place, "ts": time_ns / 1000, "args": dict(values)})
 
+    def flush(self) -> None:
+        """What was written is in the file, whatever becomes of this process."""
+        self._try(lambda file: file.flush())
+
     def close(self) -> None:
-        self._file.write("\n]}\n")
-        self._file.close()
+        self._write("\n]}\n")
+        self._try(lambda file: file.close())
+        self._file = None
 
     def _process(self, name: str) -> int:
         if name not in self._processes:
@@ -71,5 +82,19 @@ class TraceFile:
         return self._tracks[process, name]
 
     def _event(self, event: Mapping[str, object]) -> None:
-        self._file.write(("\n" if self._is_first else ",\n") + json.dumps(event, ensure_ascii=False))
+        self._write(("\n" if self._is_first else ",\n") + json.dumps(event, ensure_ascii=False))
         self._is_first = False
+
+    def _write(self, text: str) -> None:
+        self._try(lambda file: file.write(text))
+
+    def _try(self, action: Callable[[TextIO], object]) -> None:
+        if self._file is None:
+            return
+        try:
+            action(self._file)
+        except OSError as error:
+            file, self._file = self._file, None
+            with contextlib.suppress(OSError):  # it tries to write what is left
+                file.close()
+            self._warn(f"the trace {self._path} ends here: {error.strerror}")

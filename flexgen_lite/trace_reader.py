@@ -6,6 +6,7 @@ Times are microseconds of the traced machine's monotonic clock.
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from flexgen_lite.trace_file import ABOUT, COORDINATOR
 
 MOST_POINTS = 2000  # that are kept of a counter
 MOST_INSTANTS = 200
+RECENT_PASSES = 8  # that a span told of late may lie in
 PASS_TRACK = "pass"
 Track = tuple[str, str]  # process, row
 
@@ -33,13 +35,24 @@ class Span:
 
 @dataclass(slots=True)
 class Series:
-    """A counter over time, thinned out evenly as it grows."""
+    """A counter over time, thinned out evenly as it grows.
+
+    Attributes:
+        points: (time, values).
+        last: the last values, thinned out or not.
+        most: the largest of each.
+    """
 
     points: list[tuple[float, dict[str, float]]] = field(default_factory=list)
+    last: dict[str, float] = field(default_factory=dict)
+    most: dict[str, float] = field(default_factory=dict)
     _every: int = 1
     _seen: int = 0
 
     def add(self, time: float, values: dict[str, float]) -> None:
+        self.last = values
+        for name, value in values.items():
+            self.most[name] = max(value, self.most.get(name, value))
         if self._seen % self._every == 0:
             self.points.append((time, values))
             if len(self.points) > MOST_POINTS:
@@ -53,7 +66,7 @@ class Summary:
     """
     Attributes:
         about: what was traced.
-        busy: microseconds of work on each track.
+        busy: microseconds of work on each track within passes: not the first loading, and nothing between jobs.
         passes: beginnings, ends and names; thinned out like counters.
         num_passes: of all.
         pass_time: microseconds in which passes ran.
@@ -121,10 +134,38 @@ class _Names:
         return self._tracks.get(event["tid"], ("?", "?"))
 
 
+class _BusyInPasses:
+    """Adds up the time of spans that lies in passes. A pass is told of when it is over, a span too: either may come
+    first. Memory: the spans since the last pass."""
+
+    def __init__(self) -> None:
+        self.busy: dict[Track, float] = {}
+        self._ends: dict[Track, float] = {}
+        self._passes: deque[tuple[float, float]] = deque(maxlen=RECENT_PASSES)
+        self._open: list[tuple[Track, float, float]] = []  # spans that may reach into the next pass
+
+    def span(self, track: Track, start: float, end: float) -> None:
+        begin = max(start, self._ends.get(track, start))  # what overlaps on a track counts once
+        self._ends[track] = max(end, self._ends.get(track, end))
+        self.busy.setdefault(track, 0.0)
+        if begin < end:
+            for one in self._passes:
+                self._add(track, begin, end, one)
+            self._open.append((track, begin, end))
+
+    def pass_over(self, start: float, end: float) -> None:
+        for track, begin, stop in self._open:
+            self._add(track, begin, stop, (start, end))
+        self._open = [span for span in self._open if span[2] > end]
+        self._passes.append((start, end))
+
+    def _add(self, track: Track, begin: float, end: float, within: tuple[float, float]) -> None:
+        self.busy[track] += max(0.0, min(end, within[1]) - max(begin, within[0]))
+
+
 def summarise(events: Iterable[dict[str, Any]]) -> Summary:
     """One run through all events."""
-    found, names = Summary(), _Names()
-    ends: dict[Track, float] = {}
+    found, names, busy = Summary(), _Names(), _BusyInPasses()
     for event in events:
         match event["ph"]:
             case "M" if event["name"] == ABOUT:
@@ -138,10 +179,9 @@ def summarise(events: Iterable[dict[str, Any]]) -> Summary:
                     found.pass_time += end - start
                     found.passes.add(start, {"end": end, "number": found.num_passes})
                     found.begin, found.end = min(found.begin, start), max(found.end, end)
+                    busy.pass_over(start, end)
                 else:
-                    begin = max(start, ends.get(track, start))
-                    found.busy[track] = found.busy.get(track, 0.0) + max(0.0, end - begin)
-                    ends[track] = max(end, ends.get(track, end))
+                    busy.span(track, start, end)
             case "C":
                 found.counters.setdefault(event["name"], Series()).add(event["ts"], event["args"])
             case "i":
@@ -149,6 +189,7 @@ def summarise(events: Iterable[dict[str, Any]]) -> Summary:
                     found.losses.append((event["ts"], names.process(event), event["name"]))
             case "end":
                 found.is_whole = True
+    found.busy = busy.busy
     return found
 
 

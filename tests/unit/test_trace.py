@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from flexgen_lite.bottleneck import verdict
 from flexgen_lite.cli import app
+from flexgen_lite.lanes import Lanes
 from flexgen_lite.report import choose_passes, lane_shares, rates, write_report
 from flexgen_lite.trace_file import TraceFile
 from flexgen_lite.trace_reader import MOST_POINTS, Series, TraceError, look_closer, read_events, summarise
@@ -70,6 +71,42 @@ def test_shares_of_equal_parts_of_the_time(tmp_path: Path) -> None:
     assert len(few.windows[0]) == 1 and few.left_out == [3]
 
 
+def test_loading_before_the_first_pass_and_work_between_passes_do_not_count(tmp_path: Path) -> None:
+    """A load that reaches into a pass, and is told of only after it, counts with the part that lies in it."""
+    trace = TraceFile(tmp_path / "t.json")
+    trace.span(*DISK, "load 0", 0, 10 * SECOND)
+    trace.span(*COMPUTE, "layer 0", 10 * SECOND, 11 * SECOND)
+    trace.span("coordinator", "pass", "pass 1", 10 * SECOND, 11 * SECOND)
+    trace.span(*DISK, "load 1", 10 * SECOND + SECOND // 2, 15 * SECOND)  # ends in the idle time behind the pass
+    trace.span(*DISK, "load 2", 29 * SECOND, 31 * SECOND)
+    trace.span("coordinator", "pass", "pass 2", 30 * SECOND, 32 * SECOND)
+    trace.close()
+    found = summarise(read_events(tmp_path / "t.json"))
+    assert found.busy == {DISK: pytest.approx(1.5e6), COMPUTE: pytest.approx(1e6)}
+    assert lane_shares(found)["disk"] == pytest.approx(0.5)
+    assert "3.0 s, 19.0 s between" in _page(tmp_path / "t.json")
+
+
+def test_a_killed_engine_leaves_what_it_was_and_all_passes(tmp_path: Path) -> None:
+    lanes = Lanes(tmp_path / "t.json")
+    assert lanes.trace is not None
+    lanes.trace.about({"model": "m"})
+    assert summarise(read_events(tmp_path / "t.json")).about == {"model": "m"}
+    lanes.end_pass("pass 1", 0, SECOND)
+    assert summarise(read_events(tmp_path / "t.json")).num_passes == 1
+
+
+def test_a_full_disk_ends_the_trace_and_not_the_run() -> None:
+    warnings: list[str] = []
+    lanes = Lanes(Path("/dev/full"), warnings.append)
+    for number in range(3):
+        lanes.add("disk", "disk", "load", number * SECOND, (number + 1) * SECOND)
+        lanes.end_pass("pass", number * SECOND, (number + 1) * SECOND)
+    lanes.close()
+    assert warnings == ["the trace /dev/full ends here: No space left on device"]
+    assert lanes.busy_ns["disk"] == 3 * SECOND
+
+
 @pytest.mark.parametrize("cut", [1, 40, 200])
 def test_a_trace_that_a_crash_has_cut_off_is_read(tmp_path: Path, cut: int) -> None:
     path = write_trace(tmp_path / "t.json", passes=5, close=False)
@@ -93,6 +130,7 @@ def test_the_page_stands_alone_and_shows_names_as_they_are(tmp_path: Path) -> No
     data = json.loads(re.findall(r'id="data">(.*?)</script>', page, re.S)[0])
     assert [one["name"] for one in data["passes"]] == ["pass 1", "pass 2"]
     assert [row["row"] for row in data["passes"][0]["rows"]] == ["pass", "disk", "compute", "attention"]
+    assert data["running"][0] == [11e6, 5] and data["waiting"][0] == [11e6, 2]
     assert data["budget"] == 1 << 30 and data["losses"] == [[11e6, "disk loader lost: killed"]]
 
 
@@ -109,6 +147,7 @@ def test_a_long_run_is_thinned_out() -> None:
     assert MOST_POINTS // 2 <= len(series.points) <= MOST_POINTS
     steps = {after[0] - before[0] for before, after in zip(series.points, series.points[1:], strict=False)}
     assert len(steps) == 1, "evenly"
+    assert series.last == series.most == {"value": 49_999}
 
 
 @pytest.mark.parametrize(
@@ -139,7 +178,8 @@ def test_the_command(tmp_path: Path) -> None:
         (["report", str(tmp_path / "none.json")], "No such file"),
         (["report", str(trace), "-o", str(tmp_path / "none" / "r.html")], "No such file"),
         (["report", str(trace), "-o", str(tmp_path)], "Is a directory"),
-        (["report", __file__], "is not a trace of flexgen-lite"),
+        (["report", __file__, "-o", str(tmp_path / "other.html")], "is not a trace of flexgen-lite"),
+        (["report", str(trace), "-o", str(trace)], "is the trace: give another file"),
     ):
         done = runner.invoke(app, arguments)
         assert done.exit_code == 2 and words in done.output, done.output
