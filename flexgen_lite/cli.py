@@ -54,6 +54,10 @@ Endpoint = Annotated[str | None, typer.Option(help="Endpoint of a running engine
 KeyFile = Annotated[Path | None, typer.Option(help="Key file of the engine at --endpoint, where it has one.")]
 
 
+ENGINE_FLAGS = ("dtype", "device", "ram", "gpu", "attention_workers", "load_format", "trace", "max_model_len")
+"""Configuration keys with a flag of their own, in every command that starts an engine."""
+
+
 def main() -> None:
     """The entry point."""
     app(prog_name="flexgen-lite")
@@ -105,16 +109,7 @@ def run_batch(
     from flexgen_lite.batch_run import check_files
     from flexgen_lite.voice import errors_told, make_voice
 
-    flags = {
-        "dtype": dtype,
-        "device": device,
-        "ram": ram,
-        "gpu": gpu,
-        "attention_workers": attention_workers,
-        "load_format": load_format,
-        "trace": trace,
-        "max_model_len": max_model_len,
-    }
+    flags = _engine_flags(locals())
     with make_voice(quiet, as_json) as voice, errors_told(voice):
         check_files(input_file, output_file)
         if endpoint is None:
@@ -147,16 +142,7 @@ def launch(
     from flexgen_lite.launch_command import launch_engine
     from flexgen_lite.voice import errors_told, make_voice
 
-    flags = {
-        "dtype": dtype,
-        "device": device,
-        "ram": ram,
-        "gpu": gpu,
-        "attention_workers": attention_workers,
-        "load_format": load_format,
-        "trace": trace,
-        "max_model_len": max_model_len,
-    }
+    flags = _engine_flags(locals())
     with make_voice(quiet, as_json) as voice, errors_told(voice):
         launch_engine(_engine_config(config, model, flags, settings), voice)
 
@@ -186,16 +172,7 @@ def serve(
     """Serve the OpenAI API over HTTP, with an engine of its own or in front of a running one (--endpoint)."""
     from flexgen_lite.serve_command import HttpOptions, read_api_key, serve_http, serve_http_at
 
-    flags = {
-        "dtype": dtype,
-        "device": device,
-        "ram": ram,
-        "gpu": gpu,
-        "attention_workers": attention_workers,
-        "load_format": load_format,
-        "trace": trace,
-        "max_model_len": max_model_len,
-    }
+    flags = _engine_flags(locals())
     options = HttpOptions(host, port, read_api_key(api_key, api_key_file), data_dir, served_model_name)
     if endpoint is None:
         if key_file is not None:
@@ -262,6 +239,11 @@ def keygen(key_file: Annotated[Path, typer.Argument(help="The file to make.")]) 
 
     make_key_file(key_file)
     typer.echo(f"{key_file}: start the engine with --set key_file={key_file}, give clients a copy")
+
+
+def _engine_flags(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those of a command's arguments that are ENGINE_FLAGS."""
+    return {name: arguments[name] for name in ENGINE_FLAGS}
 
 
 def _engine_config(

@@ -36,6 +36,7 @@ from flexgen_lite.gauges import Gauges
 from flexgen_lite.lanes import Lanes
 from flexgen_lite.machine import inspect_machine
 from flexgen_lite.memory_use import MemoryUse
+from flexgen_lite.plan_text import describe
 from flexgen_lite.requests import MAX_OPEN, Answer, Requests
 from flexgen_lite.schedule import RunColumns, Schedule
 from flexgen_lite.suspects import TRIES, Suspects
@@ -221,7 +222,7 @@ class Coordinator:
 
     def _make_setup(self, message: messages.ModelOpened) -> None:
         setup = self._setup = set_up(message, self._config, self._machine, self._expected)
-        emit("plan", text=plan.describe(setup.plan, setup.spec))
+        emit("plan", text=describe(setup.plan, setup.spec))
         self._gauges.trace_about(self._config, setup)
         for warning in (*setup.spec.warnings, *setup.plan.warnings):
             log(f"warning: {warning}")
@@ -477,7 +478,7 @@ class Coordinator:
 
     def _welcome(self) -> messages.Welcome:
         assert self._setup is not None
-        opened, text = self._setup.opened, plan.describe(self._plan, self._setup.spec)
+        opened, text = self._setup.opened, describe(self._plan, self._setup.spec)
         return messages.Welcome(
             messages.PROTOCOL,
             self._config.model,

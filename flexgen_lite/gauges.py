@@ -11,7 +11,7 @@ from flexgen_lite.engine_setup import Setup
 from flexgen_lite.lanes import Lanes
 from flexgen_lite.memory_use import MemoryUse
 from flexgen_lite.messages import Status
-from flexgen_lite.plan import describe
+from flexgen_lite.plan_text import describe
 
 LANE_SECONDS = 5.0  # over which busy shares are shown
 

@@ -50,6 +50,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+SMALL_PASSES: dict[str, Any] = {
+    "dtype": "float32", "micro_batches": 2, "micro_batch_tokens": 32, "max_sequences": 7, "attention_workers": 2,
+    "attention_threads": 1, "page_tokens": 16,
+}  # fmt: skip
+"""Settings of an engine that make even a few short prompts come in chunks, and wait for places."""
+
+
 def make_model(family: str, directory: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """Saves a model of the family, as Transformers saves it; repeatable."""
     kind, overrides = FAMILIES[family]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from flexgen_lite.batch_run import BatchRun
 from flexgen_lite.chat_template import ChatError
 from flexgen_lite.demo.run import MODEL
 from flexgen_lite.result_file import ResultWriter
+from tests.chat_model import make_chat_model
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message.role == 'robot' %}{{ raise_exception('no robots') }}"
@@ -27,10 +27,7 @@ PARAMS = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("chat") / "model"
-    shutil.copytree(MODEL, folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-    return folder
+    return make_chat_model(tmp_path_factory.mktemp("chat"), TEMPLATE)
 
 
 @pytest.fixture(scope="module")

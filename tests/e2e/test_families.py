@@ -12,20 +12,10 @@ import pytest
 
 from flexgen_lite import FlexGenLite, SamplingParams
 from flexgen_lite.workers.probe import TESTED_TYPES
-from tests.tiny_models import FAMILIES, make_model, ragged_prompts, reference_tokens
+from tests.tiny_models import FAMILIES, SMALL_PASSES, make_model, ragged_prompts, reference_tokens
 
 MAX_TOKENS = 10
-SETTINGS = {
-    "dtype": "float32",
-    "micro_batches": 2,
-    "micro_batch_tokens": 32,
-    "max_sequences": 7,
-    "attention_workers": 2,
-    "attention_threads": 1,
-    "page_tokens": 16,
-    "layer_slots": 2,
-    "device": "cpu",
-}
+SETTINGS = {**SMALL_PASSES, "layer_slots": 2, "device": "cpu"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -10,25 +10,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from flexgen_lite import FlexGenLite, SamplingParams
-from tests.tiny_models import FAMILIES, make_model, ragged_prompts, reference_tokens
+from tests.tiny_models import FAMILIES, SMALL_PASSES, make_model, ragged_prompts, reference_tokens
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 MAX_TOKENS = 10
-SETTINGS: dict[str, Any] = {
-    "dtype": "float32",
-    "micro_batches": 2,
-    "micro_batch_tokens": 32,
-    "max_sequences": 7,
-    "attention_workers": 2,
-    "attention_threads": 1,
-    "page_tokens": 16,
-    "device": "cuda",
-    "ram": "4GiB",
-    "gpu": "2GiB",
-}
+SETTINGS = {**SMALL_PASSES, "device": "cuda", "ram": "4GiB", "gpu": "2GiB"}
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import httpx
 import openai
 import pytest
 
-from flexgen_lite.demo.run import MODEL
+from tests.chat_model import make_chat_model
 
 KEY = "a-key-of-ours"
 TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
@@ -51,10 +50,7 @@ def server(model: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[s
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("serve") / "model"
-    shutil.copytree(MODEL, folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-    return folder
+    return make_chat_model(tmp_path_factory.mktemp("serve"), TEMPLATE)
 
 
 @pytest.fixture(scope="module")
