@@ -71,7 +71,7 @@ class BatchStore:
         self._closing = False
         folder.mkdir(parents=True, exist_ok=True)
         for path in sorted(folder.glob("batch-*.json")):
-            batch = Batch(**json.loads(path.read_text(encoding="utf-8")))
+            batch = _read(path)
             self._batches[batch.id] = batch
             if batch.status in OPEN:
                 self._start(batch)
@@ -97,7 +97,8 @@ class BatchStore:
         self._files.get(file_id)
         window = body.get("completion_window", "24h")
         batch = Batch(new_id("batch"), endpoint, file_id, window, int(time.time()), metadata=metadata)
-        self._put(batch)
+        with self._lock:
+            self._put(batch)
         self._start(batch)
         return batch
 
@@ -155,7 +156,9 @@ class BatchStore:
                     self._compute(batch_id, out)
                 if not self._closing:
                     self._hand_over(batch_id, out)
-        except (EngineError, OSError, ValueError, ApiError) as error:
+        except EngineError:
+            return  # the server ends with its engine; the next one goes on with the batch
+        except (OSError, ValueError, ApiError) as error:
             if not self._closing:
                 errors = {"object": "list", "data": [{"message": str(error), "code": "failed"}]}
                 self._change(batch_id, status="failed", failed_at=int(time.time()), errors=errors)
@@ -202,14 +205,20 @@ class BatchStore:
             before = self._batches[batch_id]
             if before.status == "cancelling" and changes.get("status") == "in_progress":
                 changes.pop("status")
-            batch = self._batches[batch_id] = replace(before, **changes)
-        self._put(batch)
+            return self._put(replace(before, **changes))
+
+    def _put(self, batch: Batch) -> Batch:
+        """While the lock is held: no change may be lost between reading and writing."""
+        self._batches[batch.id] = batch
+        write_json(self._folder / f"{batch.id}.json", asdict(batch))
         return batch
 
-    def _put(self, batch: Batch) -> None:
-        with self._lock:
-            self._batches[batch.id] = batch
-            write_json(self._folder / f"{batch.id}.json", asdict(batch))
+
+def _read(path: Path) -> Batch:
+    try:
+        return Batch(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no batch of this server: move it away ({error})") from None
 
 
 def _is_text(value: object) -> bool:
