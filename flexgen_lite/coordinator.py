@@ -292,6 +292,8 @@ class Coordinator:
                 self._model_opened(message)
             case messages.Ready():
                 self._crew.ready(worker)
+                if worker.number > 0:
+                    log(f"{worker.name} (process {worker.pid}) is ready")
             case messages.Abandoned():
                 self._abandoning.discard(worker.name)
         self._go_on()

@@ -115,9 +115,14 @@ def test_a_worker_that_hangs_is_replaced(model: Path, expected: list[list[int]],
 
 
 def test_a_worker_lost_often_while_another_holds_up_the_work(
-    model: Path, expected: list[list[int]], runtime: Path
+    model: Path, expected: list[list[int]], runtime: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It started well each time: that nothing got done in between is not its fault."""
+    caplog.set_level(logging.INFO, "flexgen_lite")
+
+    def is_ready(victim: psutil.Process) -> bool:
+        return f"attention worker 1 (process {victim.pid}) is ready" in caplog.messages
+
     with start(model) as engine:
         workers = worker_processes(engine)
         job = engine.submit(PROMPTS, SAMPLED)
@@ -125,8 +130,7 @@ def test_a_worker_lost_often_while_another_holds_up_the_work(
         workers["compute worker"].suspend()
         for number in range(6):
             victim = worker_processes(engine)["attention worker 1"]
-            wait_until(lambda victim=victim: any("-kv" in line.path for line in victim.memory_maps()))
-            time.sleep(0.3)  # it says so next
+            wait_until(lambda number=number, victim=victim: number == 0 or is_ready(victim))
             victim.kill()
             wait_until(lambda number=number: restarts(engine) == number + 1)
         workers["compute worker"].resume()
