@@ -39,7 +39,7 @@ class Setup:
     def packed_units(self) -> frozenset[int]:
         """Those that stay where they are loaded to and are computed with there: for the order that products want."""
         layers = self.spec.num_layers
-        stay = frozenset(range(layers + 1)) - frozenset(self.plan.streamed_layers(layers))
+        stay = frozenset(range(layers + 1)) - frozenset(self.plan.ring_layers(layers))
         return frozenset() if self.plan.staged else stay
 
     # ------------------------------------------------------------------------------------------------ for workers
@@ -86,7 +86,7 @@ class Setup:
         last = len(made.slot_offsets) - 1
         pinned = {layers: last} | {layer: slot for slot, layer in enumerate(made.resident_layers)}
         ring = range(len(made.resident_layers), last)
-        host = SlotRing(pinned, made.streamed_layers(layers), tuple(ring))
+        host = SlotRing(pinned, made.ring_layers(layers), tuple(ring), made.device_alone)
         if not made.staged:
             return Schedule(layers, host)
         stay = dict(zip(made.device_layers, range(made.device_slots), strict=False))

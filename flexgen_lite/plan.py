@@ -13,6 +13,7 @@ from flexgen_lite.expected_work import ExpectedWork
 from flexgen_lite.kv_layout import page_bytes
 from flexgen_lite.machine import Machine
 from flexgen_lite.model_spec import ITEM_BYTES, ModelSpec
+from flexgen_lite.placement import Placement, Sizes, place
 from flexgen_lite.sampling_wire import SCORED_BYTES
 from flexgen_lite.sizes import format_size
 
@@ -53,12 +54,13 @@ class Plan:
     gpu: int
     staged: bool
     resident_layers: tuple[int, ...]
-    layer_slots: int  # of the ring; 0 where every layer is resident
+    layer_slots: int  # of the ring, through which the other layers come; 0 where there are none
     slot_offsets: tuple[int, ...]
     layer_slot_bytes: int
     weights_bytes: int
     device_slots: int
     device_layers: tuple[int, ...]  # that stay in the first device slots; the others come through the rest of them
+    device_alone: tuple[int, ...]  # of those, the ones that have no place in RAM: they come through its ring once
     copy_head: bool  # the products use a copy of the tied head in an order that suits them
     num_pages: int
     page_tokens: int
@@ -85,7 +87,8 @@ class Plan:
     def kv_tokens(self) -> int:
         return self.num_pages * self.page_tokens
 
-    def streamed_layers(self, num_layers: int) -> tuple[int, ...]:
+    def ring_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Those that come through the ring, in every pass or once."""
         return tuple(layer for layer in range(num_layers) if layer not in set(self.resident_layers))
 
 
@@ -149,34 +152,34 @@ def make_plan(
     need = _need(config, spec, machine, compute_bytes, on_gpu, expected)
     tokens, count, slots = _choose_block(need, ram)
     fixed = need.fixed(tokens, count)
-    resident, ring, num_pages = _place(need, ram - sum(fixed.values()), slots)
-    copy_head = 0 < spec.head_copy_bytes <= ram * HEAD_COPY_SHARE and config.stage_weights is not True and not ring
-    if copy_head:
-        with_copy = fixed | {"head copy": spec.head_copy_bytes}
-        placed = _place(need, ram - sum(with_copy.values()), slots)
-        copy_head = placed[1] == 0 and placed[2] >= need.least_pages
-        if copy_head:
-            fixed, (resident, ring, num_pages) = with_copy, placed
-    layer_bytes = (len(resident) + ring) * need.layer_slot
     staged = on_gpu if config.stage_weights is None else config.stage_weights
     if on_gpu and not staged:
         raise PlanError("stage_weights=false is not possible on a GPU: its layers are used from device slots")
     gpu = config.gpu or int(gpu_total * AUTO_GPU_SHARE)
-    threads = _attention_threads(config, machine, need.workers, on_gpu)
     device_slots = _device_slots(need, staged, gpu, fixed["workspace"])
+    copy_head = 0 < spec.head_copy_bytes <= ram * HEAD_COPY_SHARE and config.stage_weights is not True
+    if copy_head:
+        with_copy = fixed | {"head copy": spec.head_copy_bytes}
+        placed = _place(need, ram - sum(with_copy.values()), slots, device_slots)
+        copy_head = placed.ring == 0 and placed.num_pages >= need.least_pages
+        fixed = with_copy if copy_head else fixed
+    placed = _place(need, ram - sum(fixed.values()), slots, device_slots)
+    layer_bytes = (len(placed.resident) + placed.ring) * need.layer_slot
+    threads = _attention_threads(config, machine, need.workers, on_gpu)
     return Plan(
         ram=ram,
         gpu=gpu,
         staged=staged,
-        resident_layers=resident,
-        layer_slots=ring,
-        slot_offsets=tuple(i * need.layer_slot for i in range(len(resident) + ring + 1)),
+        resident_layers=placed.resident,
+        layer_slots=placed.ring,
+        slot_offsets=tuple(i * need.layer_slot for i in range(len(placed.resident) + placed.ring + 1)),
         layer_slot_bytes=need.layer_slot,
         weights_bytes=layer_bytes + spec.units[-1].num_bytes,
         device_slots=device_slots,
-        device_layers=_device_layers(resident, spec.num_layers, device_slots),
+        device_layers=placed.on_device,
+        device_alone=tuple(layer for layer in placed.on_device if layer not in placed.resident),
         copy_head=copy_head,
-        num_pages=num_pages,
+        num_pages=placed.num_pages,
         page_tokens=need.page_tokens,
         max_sequences=min(need.max_sequences, tokens * count),
         micro_batches=count,
@@ -190,7 +193,7 @@ def make_plan(
         attention_cpus=config.attention_cpus or ((),) * need.workers,
         compute_cpus=config.compute_cpus or (),
         loader_cpus=config.loader_cpus or (),
-        parts={**fixed, "layers": layer_bytes, "KV cache": num_pages * need.page},
+        parts={**fixed, "layers": layer_bytes, "KV cache": placed.num_pages * need.page},
         warnings=_warnings(config, on_gpu, need.max_sequences, tokens * count),
     )
 
@@ -304,32 +307,12 @@ def _choose_block(need: _Need, ram: int) -> tuple[int, int, int]:
     return fitting[-1]
 
 
-def _place(need: _Need, available: int, slots: int) -> tuple[tuple[int, ...], int, int]:
-    """(resident layers, slots of the ring, KV pages) for what the budget leaves to weights and KV cache.
-
-    All layers stay in RAM if they leave room for the sequences that are wanted, or fill at most three quarters.
-    Otherwise room for sequences comes first, since every pass costs one load of the streamed layers whatever rides on
-    it; layers stay as far as there is room beyond that.
-    """
-    config, spec = need.config, need.spec
-    all_layers = need.layer_slot * spec.num_layers
-    streaming = config.layer_slots is not None and config.layer_slots < spec.num_layers
-    roomy = all_layers + need.page * need.wanted_pages <= available or all_layers <= available * 3 // 4
-    if roomy and not streaming and all_layers + need.page * need.least_pages <= available:
-        resident, ring = tuple(range(spec.num_layers)), 0
-    else:
-        after_slots = available - slots * need.layer_slot
-        spare = (after_slots - min(need.wanted_pages * need.page, after_slots)) // need.layer_slot
-        resident = () if streaming else spread_evenly(min(spare, spec.num_layers - slots), spec.num_layers)
-        ring = slots
-    left = available - (len(resident) + ring) * need.layer_slot - spec.num_layers * KV_ALIGNMENT_BYTES
-    return resident, ring, min(need.most_pages, left // need.page)
-
-
-def spread_evenly(count: int, total: int) -> tuple[int, ...]:
-    """`count` of the numbers 0 .. total - 1, as far apart as they can be, so that a reader never meets a long run of
-    the others."""
-    return tuple(sorted({(2 * i + 1) * total // (2 * count) for i in range(count)})) if count else ()
+def _place(need: _Need, available: int, slots: int, device_slots: int) -> Placement:
+    """What the budget leaves to weights and KV cache, shared out."""
+    layers, forced = need.spec.num_layers, need.config.layer_slots
+    sizes = Sizes(layers, need.layer_slot, need.page, need.least_pages, need.wanted_pages, need.most_pages)
+    staying = layers if device_slots >= layers else max(0, device_slots - DEVICE_RING)
+    return place(sizes, available - layers * KV_ALIGNMENT_BYTES, slots, forced is not None and forced < layers, staying)
 
 
 def num_attention_workers(config: EngineConfig, machine: Machine) -> int:
@@ -374,11 +357,3 @@ def _device_slots(need: _Need, staged: bool, gpu: int, work: int) -> int:
             "raise gpu, or lower micro_batch_tokens"
         )
     return min(need.config.device_slots or fitting, fitting, layers)
-
-
-def _device_layers(resident: tuple[int, ...], layers: int, slots: int) -> tuple[int, ...]:
-    """Layers that are copied to the device once: of those that are in RAM, as many as leave a ring for the others."""
-    if slots >= layers:
-        return resident
-    count = min(max(0, slots - DEVICE_RING), len(resident))
-    return tuple(resident[index] for index in spread_evenly(count, len(resident)))

@@ -9,13 +9,16 @@ from flexgen_lite.sizes import format_size
 
 def describe(plan: Plan, spec: ModelSpec) -> str:
     """The plan for people."""
+    streamed = spec.num_layers - len(plan.resident_layers) - len(plan.device_alone)
     layers = f"{len(plan.resident_layers)} of {spec.num_layers} layers in RAM"
-    if plan.layer_slots:
-        layers += f", {spec.num_layers - len(plan.resident_layers)} streamed through {plan.layer_slots} slots"
-    if plan.staged:
+    if plan.device_alone:
+        layers += f", {len(plan.device_alone)} on the device alone"
+    elif plan.staged:
         layers += f", {len(plan.device_layers)} also on the device"
-        if ring := plan.device_slots - len(plan.device_layers):
-            layers += f", the others through {ring} slots there"
+    if streamed:
+        layers += f", {streamed} streamed through {plan.layer_slots} slots"
+    if plan.staged and (ring := plan.device_slots - len(plan.device_layers)):
+        layers += f", those that are not on the device through {ring} slots there"
     lines = [
         f"model     {spec.class_name}, {spec.num_parameters / 1e6:,.1f} M parameters, {spec.dtype}, "
         f"{spec.num_layers} layers, sequences up to {spec.max_length} tokens",

@@ -59,7 +59,7 @@ class Schedule:
         self.num_layers = num_layers
         self._host = host
         self._device = device
-        self._pending_upload: tuple[int, int] | None = None
+        self._to_upload: dict[int, int] = {}  # unit -> device slot that waits for it
         self._parts: list[tuple[int, ...]] = []
         self._granted = 0  # columns of segments that were granted in this pass
         self._next_layer: list[int] = []  # first segment of each micro-batch that is not reported as done
@@ -94,7 +94,7 @@ class Schedule:
         uploads on their way, are lost."""
         self._suspended = False
         self._next_layer = []
-        self._pending_upload = None
+        self._to_upload.clear()
         self._host.rewind()
         if self._device is not None:
             self._device.reset()
@@ -179,14 +179,10 @@ class Schedule:
         return tuple(slots)
 
     def _uploads(self, device: SlotRing) -> list[Order]:
-        orders: list[Order] = []
-        while True:
-            self._pending_upload = self._pending_upload or device.next_fill()
-            if self._pending_upload is None:
-                return orders
-            unit, device_slot = self._pending_upload
-            slot = self._host.slot_of(unit)
-            if slot is None:
-                return orders
-            orders.append(UploadUnit(unit, slot, device_slot))
-            self._pending_upload = None
+        """Units that stay on the device may wait for one that the loader has not come to, behind others in the order of
+        a pass: those go first."""
+        while fill := device.next_fill():
+            unit, device_slot = fill
+            self._to_upload[unit] = device_slot
+        at_hand = [(unit, slot) for unit in self._to_upload if (slot := self._host.slot_of(unit)) is not None]
+        return [UploadUnit(unit, slot, self._to_upload.pop(unit)) for unit, slot in at_hand]

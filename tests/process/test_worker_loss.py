@@ -24,6 +24,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "resident": {},
     "streamed": {"layer_slots": 2},
     "staged": {"stage_weights": True, "layer_slots": 2},
+    "on the device alone": {"stage_weights": True, "layer_slots": 2, "device_slots": 4},
     "several micro-batches": {"micro_batches": 3, "micro_batch_tokens": 64, "max_sequences": 24},
 }
 
@@ -152,6 +153,9 @@ FAULTS = [
     ("staged", Fault("advance", 15, "exit")),
     ("staged", Fault("attend", 31, worker="worker 0")),
     ("staged", Fault("load", 21, "SIGSEGV")),
+    ("on the device alone", Fault("advance", 15)),
+    ("on the device alone", Fault("attend", 31, worker="worker 0")),
+    ("on the device alone", Fault("load", 4)),
     ("several micro-batches", Fault("advance", 50, "SIGKILL", after=True)),
     ("several micro-batches", Fault("attend", 50, "exit", worker="worker 0")),
     ("several micro-batches", Fault("begin", 4, after=True, worker="worker 1")),

@@ -36,6 +36,11 @@ def plan_for(spec: ModelSpec, expected: ExpectedWork | None = None, **options: o
     return make_plan(config, spec, MACHINE, 350 * MIB, on_gpu=False, gpu_total=0, expected=expected)
 
 
+def gpu_plan_for(spec: ModelSpec, **options: object) -> Plan:
+    config = EngineConfig(model="m", **options)
+    return make_plan(config, spec, MACHINE, 350 * MIB, on_gpu=True, gpu_total=80 * GIB)
+
+
 SPECS = st.builds(
     model,
     layers=st.integers(1, 40),
@@ -54,6 +59,7 @@ OPTIONS = st.fixed_dictionaries(
         "layer_slots": st.integers(2, 8),
         "page_tokens": st.sampled_from([16, 32, 64]),
         "stage_weights": st.booleans(),
+        "device_slots": st.integers(2, 12),
     },
 )
 
@@ -75,10 +81,14 @@ def test_a_plan_stays_inside_the_budget_and_hangs_together(
     except PlanError:
         assume(False)
     assert made.planned_bytes <= made.ram == options["ram"]
-    assert len(made.resident_layers) + len(made.streamed_layers(spec.num_layers)) == spec.num_layers
+    assert len(made.resident_layers) + len(made.ring_layers(spec.num_layers)) == spec.num_layers
     streamed = spec.num_layers - len(made.resident_layers)
     assert (made.layer_slots == 0) == (streamed == 0)
     assert made.layer_slots >= min(2, streamed)
+    on_device = set(made.device_layers)
+    assert set(made.device_alone) == on_device - set(made.resident_layers)
+    passing = spec.num_layers - len(on_device)
+    assert made.device_slots == 0 or made.device_slots >= len(on_device) + min(2, passing)
     assert made.weights_bytes == made.slot_offsets[-1] + spec.units[-1].num_bytes
     assert made.max_sequences <= made.micro_batches * made.micro_batch_tokens
     table = PageTable(made.num_pages, made.page_tokens, made.attention_workers)
@@ -104,6 +114,23 @@ def test_a_model_beyond_the_budget_streams_through_slots() -> None:
     made = plan_for(model(24, 200 * MIB, 400 * MIB, 2048, 2048), ram=4 * GIB)
     assert made.layer_slots == 2
     assert made.num_pages > 0
+
+
+def test_layers_on_a_gpu_keep_a_copy_in_ram_only_where_there_is_room() -> None:
+    spec = model(48, 1200 * MIB, 700 * MIB, 7168, 2048)  # OPT-30B
+    short, roomy = (gpu_plan_for(spec, ram=ram, gpu="16GiB") for ram in ("80GiB", "800GiB"))
+    assert len(short.device_layers) == len(short.device_alone) >= 6
+    assert len(short.resident_layers) + len(short.device_alone) == 48, "nothing is read from the disk in a pass"
+    assert not set(short.resident_layers) & set(short.device_layers)
+    assert short.layer_slots == 3
+    assert (roomy.layer_slots, roomy.device_alone, roomy.device_layers) == (0, (), short.device_layers)
+
+
+def test_a_model_that_fits_the_gpu_leaves_ram_to_the_kv_cache() -> None:
+    made = gpu_plan_for(model(32, 400 * MIB, 400 * MIB, 4096, 4096), ram="16GiB", gpu="20GiB")
+    assert (made.resident_layers, made.layer_slots) == ((), 3)
+    assert made.device_alone == tuple(range(32))
+    assert made.parts["KV cache"] > made.ram // 2
 
 
 def test_few_short_sequences_leave_room_for_layers() -> None:

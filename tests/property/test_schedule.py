@@ -9,7 +9,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexgen_lite.plan import spread_evenly
+from flexgen_lite.placement import spread_evenly
 from flexgen_lite.schedule import LoadUnit, Order, RunColumns, Schedule, UploadUnit
 from flexgen_lite.segment_queue import SegmentQueue
 from flexgen_lite.slot_ring import SlotRing
@@ -22,7 +22,14 @@ class Machine:
     """
 
     def __init__(
-        self, num_layers: int, resident: int, slots: int, device_slots: int | None, credit: int, seed: int
+        self,
+        num_layers: int,
+        resident: int,
+        slots: int,
+        device_slots: int | None,
+        credit: int,
+        seed: int,
+        device_alone: bool = False,
     ) -> None:
         self.num_layers = num_layers
         self.credit = credit
@@ -31,16 +38,20 @@ class Machine:
         streamed = [layer for layer in range(num_layers) if layer not in layers]
         first_ring, last = len(layers), len(layers) + slots
         pinned = {num_layers: last} | {layer: slot for slot, layer in enumerate(layers)}
-        host = SlotRing(pinned, streamed, range(first_ring, last))
-        device = None
+        device, once = None, frozenset[int]()
         if device_slots is not None:
-            stay = {layer: slot for slot, layer in enumerate(layers[: max(0, device_slots - 2)])}
+            candidates = streamed if device_alone else layers
+            count = device_slots if device_slots == num_layers else device_slots - 2
+            stay = {layer: slot for slot, layer in enumerate(candidates[: max(0, count)])}
+            once = frozenset(stay) if device_alone else once
             rest = [layer for layer in range(num_layers) if layer not in stay]
             device = SlotRing({num_layers: device_slots} | stay, rest, range(len(stay), device_slots))
+        host = SlotRing(pinned, streamed, range(first_ring, last), once)
         self.staged = device is not None
         self.schedule = Schedule(num_layers, host, device)
         self.host: dict[int, int] = {}  # slot -> unit
         self.device: dict[int, int] = {}
+        self.loads: Counter[int] = Counter()
         self.loading: list[LoadUnit] = []  # in order: one loader
         self.uploading: list[UploadUnit] = []
         self.queue = SegmentQueue((), credit)
@@ -60,6 +71,7 @@ class Machine:
                     assert order.slot not in busy, "a slot is overwritten while it is read"
                     self.host.pop(order.slot, None)
                     self.loading.append(order)
+                    self.loads[order.unit] += 1
                 case UploadUnit():
                     assert self.host[order.slot] == order.unit
                     assert order.device_slot not in {slot for _, _, slot in self.segments}
@@ -164,7 +176,8 @@ def machines(draw: st.DrawFn) -> Machine:
     slots = draw(st.integers(min(2, streamed), max(2, streamed))) if streamed else 0
     slots = min(slots, streamed)
     device_slots = draw(st.none() | st.integers(min(2, num_layers), num_layers))
-    return Machine(num_layers, resident, slots, device_slots, draw(st.integers(1, 2)), draw(st.integers(0, 2**32)))
+    credit, seed, device_alone = draw(st.integers(1, 2)), draw(st.integers(0, 2**32)), draw(st.booleans())
+    return Machine(num_layers, resident, slots, device_slots, credit, seed, device_alone)
 
 
 PASSES = st.lists(
@@ -191,6 +204,15 @@ def test_a_pass_that_is_given_up_can_be_begun_again(
                 break
             machine.abandon(compute_lost)
         machine.run_pass(parts)
+
+
+def test_layers_that_stay_on_the_device_are_loaded_once() -> None:
+    machine = Machine(8, 2, 2, 5, 1, 0, device_alone=True)
+    machine.run_pass([(0,), (0,)])
+    machine.loads.clear()
+    for _ in range(3):
+        machine.run_pass([(0,), (0,)])
+    assert set(machine.loads) == {4, 5, 7}, "of the six that are not in RAM, the first three stay on the device"
 
 
 @given(machines())
