@@ -117,7 +117,7 @@ class Admission:
         if self._tokenizer is not None:
             decode = partial(self._tokenizer.decode, skip_special_tokens=params.skip_special_tokens)
         if params.stop:
-            sequence.stop_strings = StopStrings(params.stop, decode)
+            sequence.stop_strings = StopStrings(params.stop, decode, params.min_tokens)
         if request.stream:
             sequence.stream = TextStream(decode, params.stop, len(tokens))
         return sequence
@@ -131,6 +131,11 @@ class Admission:
             if self._limits.prefix_token_id is None:
                 raise RequestError("the model has no token to begin with: give a context")
             tokens, before = [self._limits.prefix_token_id, *tokens], 1
+        if request.context > 0 and before >= len(tokens):
+            raise RequestError(
+                f"the continuation {request.prompt[request.context :]!r} has no token of its own: the tokenizer makes "
+                "one of it and the end of the context"
+            )
         return tokens, replace(request.params, scored_from=before)
 
     def _tokenize(self, request: WireRequest) -> list[int]:

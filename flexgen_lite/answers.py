@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from flexgen_lite.admission import Tokenizer
 from flexgen_lite.batching import RunningRequest
 from flexgen_lite.messages import RequestDelta, RequestDone, WireOutput, WirePrompt
-from flexgen_lite.open_request import OpenRequest, Origin
+from flexgen_lite.open_request import OpenRequest, Origin, Output
 from flexgen_lite.sampling_wire import TokenLogprobs
 
 
@@ -20,14 +20,14 @@ class Answers:
         self._tokenizer = tokenizer
         self._texts: dict[int, str] = {}  # of tokens that were asked for
 
-    def output(self, sequence: RunningRequest, reason: str) -> WireOutput:
+    def output(self, sequence: RunningRequest, reason: str) -> Output:
         """What came of a sequence that is over."""
-        token_ids = list(sequence.tokens[sequence.num_prompt_tokens :])
+        token_ids = sequence.tokens[sequence.num_prompt_tokens :]
         shown = token_ids[:-1] if reason == "stop" and not sequence.has_stop_string else token_ids
-        text = self._decode(shown, sequence.params.skip_special_tokens)
+        text = self._decode(list(shown), sequence.params.skip_special_tokens)
         if sequence.stop_strings is not None and sequence.has_stop_string:
-            text = sequence.stop_strings.cut(text, sequence.params.include_stop_str_in_output)
-        return WireOutput(text, tuple(token_ids), reason, tuple(sequence.logprobs or ()))
+            text = sequence.stop_strings.cut(text, shown, sequence.params.include_stop_str_in_output)
+        return Output(text, token_ids, reason, sequence.logprobs)
 
     def prompt(self, sequence: RunningRequest, echo: bool) -> WirePrompt | None:
         """The prompt of a request's first sequence, if it was asked for."""
@@ -35,11 +35,15 @@ class Answers:
             return None
         token_ids = list(sequence.tokens[: sequence.num_prompt_tokens])
         text = self._decode(token_ids, False) if echo else ""
-        return WirePrompt(text, tuple(token_ids), tuple(sequence.prompt_logprobs or ()))
+        scored = sequence.prompt_logprobs
+        if scored is not None and len(scored) < sequence.num_prompt_tokens - sequence.params.scored_from:
+            scored = None  # it was cancelled meanwhile
+        return WirePrompt(text, tuple(token_ids), tuple(scored or ()))
 
     def done(self, owner: OpenRequest, num_prompt_tokens: int) -> RequestDone:
         """All that came of a request."""
-        origin, outputs = owner.origin, [owner.outputs[number] for number in sorted(owner.outputs)]
+        origin, kept = owner.origin, [owner.outputs[number] for number in sorted(owner.outputs)]
+        outputs = [WireOutput(o.text, tuple(o.token_ids), o.finish_reason, tuple(o.logprobs or ())) for o in kept]
         wanted: set[int] = set()
         for output in outputs:
             if output.logprobs:

@@ -82,7 +82,7 @@ class RunningRequest:
     def add(self, token: int) -> None:
         """The next token, as it was drawn."""
         self.tokens.append(token)
-        if self.stop_strings is not None and self.num_generated >= self.params.min_tokens:
+        if self.stop_strings is not None and self.num_generated > self.params.min_tokens:
             self.stop_strings.look(self.tokens, self.num_prompt_tokens)
 
     def make_sibling(self) -> RunningRequest | None:
@@ -363,8 +363,9 @@ class Batcher:
                 if request.finish_reason is not None or request.overflowed:
                     finished.append(request)
         for request in finished:
-            share = request.num_generated / max(1, request.params.max_tokens)
-            self._expected_share += (share - self._expected_share) * EXPECTED_WEIGHT
+            if request.params.max_tokens:
+                share = request.num_generated / request.params.max_tokens
+                self._expected_share += (share - self._expected_share) * EXPECTED_WEIGHT
             self.release(request)
         return finished
 

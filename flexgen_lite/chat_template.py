@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from flexgen_lite.messages import WireChatTemplate
 
 MAX_TEXT = 8 << 20  # characters of a rendered prompt
+_END = "<end of the message that goes on> "
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -73,24 +74,40 @@ def render(chat: Chat, template: WireChatTemplate | None) -> str:
     try:
         # The messages and variables as JSON has them: no object of ours within the template's reach.
         plain = json.loads(json.dumps(names | dict(chat.template_kwargs)))
+        if chat.continue_final_message:
+            _mark_last(plain["messages"])
         text: str = _compiled(source).render({**special_tokens, **plain})
+    except ChatError:
+        raise
     except TemplateError as error:
         raise ChatError(f"the chat template refuses the messages: {error.message or type(error).__name__}") from None
     except Exception as error:  # it is a program, and may fail in any way
         raise ChatError(f"the chat template fails on the messages: {type(error).__name__}: {error}") from None
     if len(text) > MAX_TEXT:
         raise ChatError(f"the messages make a prompt of {len(text)} characters, {MAX_TEXT} allowed: shorten them")
-    return _cut_behind_last(text, chat) if chat.continue_final_message else text
+    return _cut_behind_last(text) if chat.continue_final_message else text
 
 
-def _cut_behind_last(text: str, chat: Chat) -> str:
+def _mark_last(messages: list[dict[str, Any]]) -> None:
+    """Puts _END behind the text of the last message."""
+    last = messages[-1] if messages else {}
+    content = last.get("content")
+    if isinstance(content, str):
+        last["content"] = content + _END
+        return
+    blocks = [block for block in content or () if isinstance(block, dict) and isinstance(block.get("text"), str)]
+    if not blocks:
+        raise ChatError("the last message cannot be gone on with: it has no text")
+    blocks[-1]["text"] += _END
+
+
+def _cut_behind_last(text: str) -> str:
     """Without what the template puts behind the last message, so that it goes on."""
-    last = chat.messages[-1].get("content") if chat.messages else None
-    content = last.rstrip() if isinstance(last, str) else ""
-    at = text.rfind(content)
-    if not content or at < 0:
+    at = text.rfind(_END.rstrip())
+    if at < 0:
         raise ChatError("the last message cannot be gone on with: the prompt does not have its content as it is")
-    return text[: at + len(content)]
+    # A template that trims messages has trimmed the mark: had it come without, the text would have been trimmed.
+    return text[:at] if text.startswith(_END, at) else text[:at].rstrip()
 
 
 @functools.lru_cache(maxsize=8)

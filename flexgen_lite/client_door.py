@@ -16,10 +16,12 @@ from flexgen_lite.access import ZAP_ENDPOINT, Keys
 from flexgen_lite.codec import Codec, MessageError
 from flexgen_lite.event_loop import EventLoop
 from flexgen_lite.plan import PlanError
-from flexgen_lite.requests import MAX_OPEN
+from flexgen_lite.requests import MAX_OPEN, MAX_UNREAD_DELTAS
 
 MAX_MESSAGE_BYTES = 64 << 20
-MAX_UNREAD = 3 * MAX_OPEN  # messages for a client that does not read them; beyond that it counts as gone
+# Messages for a client that does not read them; beyond that it counts as gone.
+MAX_UNREAD = 3 * MAX_OPEN + MAX_UNREAD_DELTAS
+MAX_DROPPED = 1000  # clients that are remembered for it
 GARBAGE_LINES, GARBAGE_SECONDS = 5, 60.0  # so many lines of the log in so many seconds are about garbage
 
 
@@ -46,6 +48,7 @@ class ClientDoor:
         self._socket: zmq.Socket[bytes] | None = None
         self._judge: zmq.Socket[bytes] | None = None
         self._path: Path | None = None
+        self._dropped: dict[bytes, None] = {}  # clients that did not read, and may not know yet
         self._complaining_since = 0.0
         self._num_complaints = 0
 
@@ -90,11 +93,15 @@ class ClientDoor:
         assert self._socket is not None
         try:
             self._socket.send_multipart([client, self._encode(message)], zmq.NOBLOCK)
-        except zmq.ZMQError:
+        except zmq.ZMQError as error:
+            if error.errno == zmq.EAGAIN:
+                self._dropped[client] = None
+                if len(self._dropped) > MAX_DROPPED:
+                    del self._dropped[next(iter(self._dropped))]
             self._on_gone(client)
 
     def tell_the_end(self, clients: Iterable[bytes], text: str) -> None:
-        """The engine is going down, as far as they can still be told."""
+        """The engine does nothing more for these clients, as far as they can still be told."""
         if self._socket is None:
             return
         for client in clients:
@@ -122,7 +129,10 @@ class ClientDoor:
         except MessageError as error:
             self._complain(str(error))
             return
-        self._on_message(frames[0], message)
+        if frames[0] in self._dropped:
+            self.tell_the_end(frames[:1], f"{MAX_UNREAD} answers were waiting for this client: it was given up")
+        else:
+            self._on_message(frames[0], message)
 
     def _complain(self, text: str) -> None:
         now = time.monotonic()

@@ -127,8 +127,8 @@ class EngineConfig(BaseModel):
     )
     device_slots: Count = count(
         2,
-        "Layer slots on a GPU. `auto`: as many as `gpu` allows. Layers stay in all but 3 of them, and leave their place "
-        "in main memory to others where that is short.",
+        "Layer slots on a GPU. `auto`: as many as `gpu` allows. Layers stay in all but 3 of them, and leave their "
+        "place in main memory to others where that is short.",
     )
     attention_workers: Count = count(
         1,

@@ -24,6 +24,7 @@ from flexgen_lite.messages import (
     Connect,
     EngineFailed,
     GetStatus,
+    ReadDeltas,
     RequestDelta,
     RequestDone,
     Status,
@@ -34,6 +35,7 @@ from flexgen_lite.messages import (
 )
 
 _HIGH_WATER = 1000  # messages
+_DELTAS_A_REPORT = 256
 _FAREWELL_MS = 500  # for the last Cancel messages to go out
 _CLOSE_SECONDS = 5.0
 _REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
@@ -74,6 +76,7 @@ class Connection:
         self._closing = False
         self._welcomed: Future[Welcome] = Future()
         self._num_in_flight = 0
+        self._num_deltas = 0  # read since the engine was told
         self._backlog: deque[bytes] = deque()
         self._asked_at: float | None = None  # when a GetStatus went out that nothing came after
         self._heard_at = time.monotonic()
@@ -245,6 +248,10 @@ class Connection:
             if job is not None and job.complete(message):
                 self._num_in_flight -= 1
         elif isinstance(message, RequestDelta):
+            self._num_deltas += 1
+            if self._num_deltas == _DELTAS_A_REPORT:
+                self._backlog.append(self._encode(ReadDeltas(self._num_deltas)))
+                self._num_deltas = 0
             if (job := self._jobs.get(message.job_id)) is not None:
                 job.grow(message)
         elif isinstance(message, Status):

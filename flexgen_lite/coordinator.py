@@ -471,6 +471,8 @@ class Coordinator:
                 self._begin_soon()
             case messages.Cancel():
                 self._answer(self._queue.cancel(client, message.job_id))
+            case messages.ReadDeltas():
+                self._queue.deltas_read(client, message.count)
             case messages.GetStatus():
                 self._door.send(client, self._status())
 

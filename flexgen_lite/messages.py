@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from flexgen_lite.model_spec import AttentionSpec, FileStamp, ModelSpec, UnitSpec
 from flexgen_lite.sampling_wire import Sample, Scored, TokenLogprobs, WireParams
 
-PROTOCOL = 5
+PROTOCOL = 6
 """Version of the messages between clients and the coordinator."""
 
 REPORT_SECONDS = 0.1
@@ -412,7 +412,14 @@ class GetStatus:
     pass
 
 
-ToEngine = Connect | Submit | Cancel | GetStatus
+@dataclass(frozen=True, slots=True)
+class ReadDeltas:
+    """So many more RequestDelta were read: the engine sends a client no more than MAX_UNREAD_DELTAS ahead."""
+
+    count: int
+
+
+ToEngine = Connect | Submit | Cancel | GetStatus | ReadDeltas
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from flexgen_lite.messages import WireOutput, WirePrompt
+from flexgen_lite.kept_logprobs import KeptLogprobs
+from flexgen_lite.messages import WirePrompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +16,16 @@ class Origin:
     client: bytes | None
     job_id: str
     index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A sequence that is over, as small as it can wait for the others of its request."""
+
+    text: str
+    token_ids: Sequence[int]
+    finish_reason: str
+    logprobs: KeptLogprobs | None
 
 
 @dataclass(slots=True, eq=False)
@@ -38,7 +50,7 @@ class OpenRequest:
     priority: int = 0
     num_made: int = 1
     num_live: int = 1
-    outputs: dict[int, WireOutput] = field(default_factory=dict)
+    outputs: dict[int, Output] = field(default_factory=dict)
     prompt: WirePrompt | None = None
     answered: bool = False
 

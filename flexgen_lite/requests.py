@@ -15,6 +15,7 @@ from flexgen_lite.sampling_wire import NO_TOKEN
 from flexgen_lite.waiting_queue import WaitingQueue
 
 MAX_OPEN = 4096  # requests of a client, or a kept job, that wait or run
+MAX_UNREAD_DELTAS = 4096  # for a client that does not read them; what they would tell comes with later ones
 MAX_JOBS = 10_000  # that are remembered, so that nothing of them is done twice
 MAX_KEPT_JOBS = 200  # each has a file
 OVERFLOW = "the model's logits are not finite: its numbers overflow in this dtype, use bfloat16 or float32"
@@ -38,6 +39,7 @@ class Requests:
         self._kept: dict[str, KeptJob] = {}
         self._close_when_empty: set[str] = set()  # kept jobs that were cancelled
         self._cancelled: set[int] = set()
+        self._unread: Counter[bytes] = Counter()  # deltas, by client
         self._set_aside: dict[int, RunningRequest] = {}
         self.totals: Counter[str] = Counter()
 
@@ -75,6 +77,8 @@ class Requests:
 
     def _submit_kept(self, client: bytes, message: Submit) -> list[Answer]:
         job = self._kept.get(message.job_id)
+        if message.job_id in self._close_when_empty:
+            return _refuse_all(client, message, "a job of this id is being cancelled: try again")
         if job is None:
             if len(self._kept) >= MAX_KEPT_JOBS:
                 text = f"the engine keeps {MAX_KEPT_JOBS} jobs already: cancel one that is not needed any more"
@@ -119,9 +123,14 @@ class Requests:
             self._close_cancelled_jobs()
         return answers
 
+    def deltas_read(self, client: bytes, count: int) -> None:
+        """The client has read so many more."""
+        self._unread[client] = max(0, self._unread[client] - count)
+
     def forget(self, client: bytes) -> None:
         """The client is gone: nobody is to be told. Its kept jobs go on."""
         self.cancel(client, None)
+        del self._unread[client]
         for job in self._kept.values():
             job.client = None if job.client == client else job.client
         for key in [key for key in self._next_index if key[0] == client]:
@@ -180,10 +189,12 @@ class Requests:
             owner = sequence.owner
             if sequence.stream is None or sequence.id not in self._batcher.running or sequence.num_generated == 0:
                 continue
-            if owner is not None and owner.origin.client is not None and not owner.answered:
+            client = owner.origin.client if owner is not None and not owner.answered else None
+            if client is not None and self._unread[client] < MAX_UNREAD_DELTAS:
                 delta = self._answers.delta(sequence)
                 if delta is not None:
-                    yield owner.origin.client, delta
+                    self._unread[client] += 1
+                    yield client, delta
 
     def clients(self) -> set[bytes]:
         """Those that have ever submitted a job and are not known to be gone."""
@@ -207,6 +218,7 @@ class Requests:
             self._num_open[origin.client] += 1
         if sequence.finish_reason is not None:  # a prompt of one token, which has no logprob
             owner.give_up_the_rest()
+            owner.outputs = {number: self._answers.output(sequence, "length") for number in range(request.params.n)}
             return self._finish(sequence, "length")
         self._waiting.add(sequence)
         return []

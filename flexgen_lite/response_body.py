@@ -78,7 +78,7 @@ def _chat_choice(index: int, asked: Asked, completion: Completion, output: Compl
         "index": index,
         "message": {"role": "assistant", "content": output.text},
         "finish_reason": output.finish_reason,
-        "logprobs": None if output.logprobs is None else chat_logprobs(output.token_ids, output.logprobs),
+        "logprobs": chat_logprobs(output.token_ids, output.logprobs, asked.params.logprobs),
     }
     return choice | _extras(asked, completion, output)
 
@@ -101,12 +101,15 @@ def echoed(completion: Completion) -> str:
     return completion.prompt if isinstance(completion.prompt, str) else completion.prompt_text or ""
 
 
-def text_logprobs(tokens: Sequence[int], places: Places, token_texts: Mapping[int, str]) -> dict[str, Any]:
-    """In the form of the completions API; the first token of a prompt has no logprob."""
+def text_logprobs(
+    tokens: Sequence[int], places: Places, token_texts: Mapping[int, str], offset: int = 0
+) -> dict[str, Any]:
+    """In the form of the completions API; the first token of a prompt has no logprob. `offset`: characters of the
+    tokens before."""
     texts: list[str] = []
     values: list[float | None] = []
     top: list[dict[str, float] | None] = []
-    offsets, offset = [], 0
+    offsets = []
     for token, place in zip(tokens, places, strict=False):
         texts.append(place[token].decoded_token if place is not None else token_texts.get(token, ""))
         values.append(place[token].logprob if place is not None else None)
@@ -116,12 +119,17 @@ def text_logprobs(tokens: Sequence[int], places: Places, token_texts: Mapping[in
     return {"tokens": texts, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
 
 
-def chat_logprobs(tokens: Sequence[int], places: Sequence[Mapping[int, Logprob]]) -> dict[str, Any]:
-    """In the form of the chat API."""
+def chat_logprobs(
+    tokens: Sequence[int], places: Sequence[Mapping[int, Logprob]] | None, num_top: int | None
+) -> dict[str, Any] | None:
+    """In the form of the chat API, with the `num_top` most likely tokens of each place."""
+    if places is None:
+        return None
     content = []
     for token, place in zip(tokens, places, strict=False):
         entry = _chat_entry(place[token])
-        entry["top_logprobs"] = [_chat_entry(found) for found in sorted(place.values(), key=lambda found: found.rank)]
+        top = sorted(place.values(), key=lambda found: found.rank)
+        entry["top_logprobs"] = [_chat_entry(found) for found in top if found.rank <= (num_top or 0)]
         content.append(entry)
     return {"content": content}
 

@@ -60,10 +60,12 @@ def texts_alone(texts: Iterable[Prompt]) -> Iterator[Request]:
 def score_of(completion: Completion) -> Score:
     """
     Raises:
-        ValueError: the request failed; the message says why.
+        ValueError: the request failed, or was cancelled; the message says why.
     """
     if completion.error is not None:
         raise ValueError(f"pair {completion.index}: {completion.error}")
+    if any(output.finish_reason == "cancelled" for output in completion.outputs):
+        raise ValueError(f"pair {completion.index}: it was cancelled")
     token_ids, logprobs, greedy = [], [], True
     for token, place in zip(completion.prompt_token_ids or (), completion.prompt_logprobs or (), strict=True):
         if place is not None:

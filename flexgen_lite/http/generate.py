@@ -50,6 +50,8 @@ class Generation:
         stream, with_usage = _stream_options(body)
         bodies = _bodies(url, body)
         self._check_model(bodies[0].model)
+        if stream and any(one.echo and not isinstance(one.prompt, str) for one in bodies):
+            raise ApiError(400, "echo of token ids is not supported in a stream: leave stream out", "stream")
         if any(isinstance(one.prompt, Chat) and one.prompt.chat_template is not None for one in bodies):
             raise ApiError(400, OWN_TEMPLATE, "chat_template")
         try:
@@ -96,7 +98,8 @@ class _Sse:
             "created": int(time.time()),
             "model": model,
         }
-        self._begun: set[tuple[int, int]] = set()
+        self._begun: set[tuple[int, int]] = set()  # prompt and answer, as below
+        self._offsets: dict[tuple[int, int], int] = {}  # characters of the tokens that were told with logprobs
         self._usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
 
     async def chunks(
@@ -131,14 +134,16 @@ class _Sse:
             self._begun.add((delta.index, delta.number))
             if self._is_chat:
                 choices.append({**base, "delta": {"role": "assistant", "content": ""}})
-            elif body.echo and isinstance(body.prompt, str):
+            elif body.echo:
                 choices.append({**base, "text": body.prompt})
         choice = {**base, "finish_reason": delta.finish_reason}
-        if delta.logprobs is not None:
-            places = delta.logprobs
-            choice["logprobs"] = (
-                chat_logprobs(delta.token_ids, places) if self._is_chat else text_logprobs(delta.token_ids, places, {})
-            )
+        if self._is_chat:
+            choice["logprobs"] = chat_logprobs(delta.token_ids, delta.logprobs, body.params.logprobs)
+        elif delta.logprobs is not None:
+            who = delta.index, delta.number
+            found = text_logprobs(delta.token_ids, delta.logprobs, {}, self._offsets.get(who, 0))
+            self._offsets[who] = self._offsets.get(who, 0) + sum(map(len, found["tokens"]))
+            choice["logprobs"] = found
         if body.return_token_ids:
             choice["token_ids"] = delta.token_ids
         choice |= {"delta": {"content": delta.text}} if self._is_chat else {"text": delta.text}

@@ -103,7 +103,9 @@ class FlexGenLiteLM(TemplateLM):
         **_: Any,
     ) -> list[tuple[float, bool]]:
         asked = []
-        for _text, context, continuation in requests:
+        for text, context, continuation in requests:
+            if not continuation:
+                raise ValueError(f"a continuation has no token of its own after its context: {text!r}")
             tokens = (context + continuation)[-(self.max_length + 1) :]
             asked.append(Request(tokens, SCORED, scored_from=max(1, len(tokens) - len(continuation))))
         job = self._client.submit_requests(asked, len(asked))

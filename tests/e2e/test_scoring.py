@@ -53,6 +53,16 @@ def test_continuations_of_texts(engine: FlexGenLite, logprobs_of) -> None:  # ty
         assert score.is_greedy == (greedy == rest)
 
 
+def test_a_continuation_without_a_token_of_its_own_is_refused(engine: FlexGenLite) -> None:
+    """It would get the best of all scores."""
+    encode = AutoTokenizer.from_pretrained(MODEL).encode
+    text = TEXTS[0]
+    whole = len(encode(text))
+    cut = next(cut for cut in range(len(text) - 1, 0, -1) if len(encode(text[:cut])) == whole and text[cut - 1] != " ")
+    with pytest.raises(ValueError, match="has no token of its own"):
+        engine.score([text[:cut]], [text[cut:]])
+
+
 def test_what_is_generated_is_greedy(engine: FlexGenLite) -> None:
     completion = engine.generate(TEXTS[0])
     token_ids = completion.token_ids

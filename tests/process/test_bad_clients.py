@@ -16,11 +16,22 @@ import zmq
 from flexgen_lite import Client, EngineError, FlexGenLite, SamplingParams
 from flexgen_lite.client_door import MAX_MESSAGE_BYTES
 from flexgen_lite.codec import Codec
-from flexgen_lite.messages import Cancel, Connect, GetStatus, RequestDone, Submit, ToClient, ToEngine, WireRequest
+from flexgen_lite.messages import (
+    Cancel,
+    Connect,
+    EngineFailed,
+    GetStatus,
+    RequestDone,
+    Submit,
+    ToClient,
+    ToEngine,
+    WireRequest,
+)
 from flexgen_lite.requests import MAX_OPEN
 from tests.tiny_models import make_model, ragged_prompts
 
 PROMPTS = ragged_prompts(60, longest=20)
+LONG = SamplingParams(max_tokens=110, temperature=0.8, seed=1, ignore_eos=True)
 PARAMS = SamplingParams(max_tokens=40, temperature=0.8, seed=1, ignore_eos=True)
 ENCODE, DECODE = Codec(ToEngine).encode, Codec(ToClient).decode
 
@@ -66,6 +77,17 @@ client = Client(sys.argv[1])
 job = client.submit(PROMPTS, PARAMS, job_id=sys.argv[2], keep=sys.argv[3] == "keep")
 next(iter(job))
 os._exit(9)
+"""
+
+
+STREAMING = """
+import sys
+from flexgen_lite import Client
+from flexgen_lite.request import Request
+from tests.process.test_bad_clients import LONG
+client = Client(sys.argv[1], heartbeat=1)
+job = client.submit_requests((Request([5, 6, 7], LONG, stream=True) for _ in range(200)), 200)
+print(sum(len(completion.token_ids) for completion in job), flush=True)
 """
 
 
@@ -195,13 +217,18 @@ def test_a_flood_is_refused_beyond_the_window(
 def test_a_client_that_does_not_read_is_dropped(
     engine: FlexGenLite, expected: list[list[int]], raw: zmq.Socket[bytes]
 ) -> None:
-    """Refusals are answered at once, so they pile up first."""
+    """Refusals are answered at once, so they pile up first. It is told when it reads on."""
     before = coordinator_bytes(engine)
     bad = SamplingParams(max_tokens=2, stop_token_ids=[10**6]).to_wire()
     for part in range(100):
         raw.send(ENCODE(Submit(f"deaf {part}", tuple(WireRequest(i, (5,), bad) for i in range(1000)), False)))
     assert tokens(engine) == expected
     assert coordinator_bytes(engine) - before < 60e6
+    while raw.poll(1000):
+        raw.recv()
+    raw.send(ENCODE(GetStatus()))  # as a client does that has heard nothing for a while
+    message = DECODE(raw.recv())
+    assert isinstance(message, EngineFailed) and "was given up" in message.message
 
 
 def test_many_clients_at_once(engine: FlexGenLite, expected: list[list[int]]) -> None:
@@ -211,3 +238,25 @@ def test_many_clients_at_once(engine: FlexGenLite, expected: list[list[int]]) ->
         assert [list(c.token_ids) for c in job.results()] == expected
     for client in clients:
         client.close()
+
+
+def test_a_reader_of_streams_may_stand_still(engine: FlexGenLite) -> None:
+    """What it is told is held back meanwhile: more than the socket would take."""
+    before = engine.status().done
+
+    def wait_until(done: int, submitted: int) -> None:
+        deadline = time.monotonic() + 60
+        while (status := engine.status()).done - before < done or status.running + status.waiting < submitted:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    command = [sys.executable, "-c", STREAMING, engine.endpoint]
+    with subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            wait_until(done=0, submitted=200)
+            psutil.Process(process.pid).suspend()
+            wait_until(done=200, submitted=0)
+            psutil.Process(process.pid).resume()
+            assert process.communicate(timeout=60)[0] == f"{200 * 110}\n"
+        finally:
+            process.kill()

@@ -52,14 +52,29 @@ def test_the_text_is_that_of_transformers(template: str, more: dict[str, Any], a
     assert render(chat, WireChatTemplate(template, TOKENS)) == expected
 
 
-def test_the_last_message_goes_on() -> None:
-    chat = Chat(
-        [*TALK, {"role": "assistant", "content": "And so "}], add_generation_prompt=False, continue_final_message=True
-    )
-    text = render(chat, WireChatTemplate(CHATML, TOKENS))
-    assert text.endswith("<|im_start|>assistant\nAnd so")
+@pytest.mark.parametrize("content", ["And so ", "```python\n", " Hello", "Hello", " A\n\n B \n"])
+@pytest.mark.parametrize("template", [CHATML, CHATML.replace("['content']", "['content'] | trim")])
+def test_the_last_message_goes_on(template: str, content: str) -> None:
+    talk = [*TALK, {"role": "assistant", "content": content}]
+    chat = Chat(talk, add_generation_prompt=False, continue_final_message=True)
+    (expected,), _ = render_jinja_template([talk], None, None, template, continue_final_message=True, **TOKENS)
+    assert render(chat, WireChatTemplate(template, TOKENS)) == expected
+
+
+def test_a_last_message_of_several_parts_goes_on() -> None:
+    parts = [{"type": "text", "text": "One. "}, {"type": "text", "text": "Two, "}]
+    template = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}</s>{% endfor %}"
+    chat = Chat([{"role": "user", "content": parts}], None, {}, template, False, True)
+    assert render(chat, None) == "One. Two, "
+    with pytest.raises(ChatError, match="it has no text"):
+        render(Chat([{"role": "user", "content": []}], None, {}, template, False, True), None)
+
+
+def test_a_message_cannot_both_go_on_and_be_answered() -> None:
     with pytest.raises(ChatError, match="exclude each other"):
         render(Chat(TALK, continue_final_message=True), WireChatTemplate(CHATML, TOKENS))
+    with pytest.raises(ChatError, match="does not have its content"):
+        render(Chat(TALK, None, {}, "{{ bos_token }}", False, True), None)
 
 
 def test_a_template_of_the_request_wins() -> None:

@@ -237,6 +237,60 @@ def test_a_prompt_of_one_token_has_no_logprob(requests: Requests) -> None:
     assert requests.num_waiting == 0
 
 
+def test_a_prompt_that_was_scored_in_part_has_no_logprobs(requests: Requests) -> None:
+    """Those that there are would be taken for others' ."""
+    assert submit(requests, tuple(range(1, 36)) * 2, replace(PARAMS, prompt_logprobs=0, max_tokens=0)) is None
+    composed = requests.next_pass()
+    requests.cancel(b"client", "job")
+    num_scored = sum(len(p.scored.targets) for m in composed for p in m.pieces if p.scored)
+    results = [Result((), (), (TokenLogprobs(-1.0, 1, ()),) * num_scored)]
+    ((_, done),) = requests.end_pass(composed, results)
+    assert isinstance(done, RequestDone)
+    assert done.outputs[0].finish_reason == "cancelled"
+    assert done.prompt is not None and done.prompt.logprobs == ()
+
+
+def test_several_answers_without_a_token(requests: Requests) -> None:
+    none = replace(PARAMS, prompt_logprobs=0, max_tokens=0, n=3)
+    answers = requests.submit(b"client", Submit("job", (WireRequest(0, (5,), none),), False))
+    assert [len(done.outputs) for _, done in answers] == [3]
+
+
+def test_a_reader_who_stands_still_gets_the_rest_at_the_end(
+    requests: Requests, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flexgen_lite.requests.MAX_UNREAD_DELTAS", 2)
+    params = replace(PARAMS, max_tokens=6, stop=())
+    requests.submit(b"client", Submit("job", (WireRequest(0, (5, 6, 7), params, stream=True),), False))
+    told = []
+    for number in range(6):
+        if number == 4:
+            requests.deltas_read(b"client", 1)
+        told.append([m for _, m in requests.end_pass(requests.next_pass(), [Result((10 + number,))])])
+    assert [len(messages) for messages in told] == [1, 1, 0, 0, 1, 1]
+    assert told[4][0].token_ids == (12, 13, 14), "all that has come since"
+    assert told[5][0].outputs[0].token_ids == tuple(range(10, 16))
+
+
+def test_a_kept_job_that_is_being_cancelled_takes_nothing(requests: Requests) -> None:
+    message = Submit("job", (WireRequest(0, (5, 6, 7), PARAMS),), True)
+    assert requests.submit(b"a", message) == []
+    composed = requests.next_pass()
+    requests.cancel(b"a", "job")
+    ((_, refused),) = requests.submit(b"b", message)
+    assert "being cancelled" in (refused.error or "")
+    requests.end_pass(composed, [Result((8,))])
+    assert requests.submit(b"b", message) == []
+
+
+def test_scores_say_nothing_of_how_long_answers_are(requests: Requests) -> None:
+    for index in range(400):
+        submit(requests, (5, 6), replace(PARAMS, prompt_logprobs=0, max_tokens=0), index)
+        composed = requests.next_pass()
+        requests.end_pass(composed, [Result((), (), (TokenLogprobs(-1.0, 1, ()),))])
+    assert requests._batcher._expected_share == 1.0
+
+
 def test_logprobs_that_are_no_numbers_fail_the_request(requests: Requests) -> None:
     assert submit(requests, (5, 6), replace(PARAMS, prompt_logprobs=0)) is None
     nan = TokenLogprobs(float("nan"), 1, ())
