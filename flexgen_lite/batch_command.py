@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 from pathlib import Path
 
 from flexgen_lite.batch_run import BatchRun, Progress
@@ -18,6 +20,7 @@ from flexgen_lite.voice import Voice
 
 def run_on_own_engine(config: EngineConfig, input_file: Path, output_file: Path, overwrite: bool, voice: Voice) -> None:
     """Start an engine, run the file, stop the engine."""
+    _leave_to_rows(output_file, voice)
     with (
         signals_interrupt(),
         ResultWriter(output_file, overwrite=overwrite, warn=voice.warn) as results,
@@ -41,6 +44,7 @@ def run_on_endpoint(
     Raises:
         EngineError: it serves another model than `model`.
     """
+    _leave_to_rows(output_file, voice)
     with (
         signals_interrupt(),
         ResultWriter(output_file, overwrite=overwrite, warn=voice.warn) as results,
@@ -50,6 +54,13 @@ def run_on_endpoint(
         if model is not None and os.path.realpath(model) != os.path.realpath(served):
             raise EngineError(f"the engine at {endpoint} serves {served}, not {model}", user_error=True)
         _run(client, input_file, results, voice)
+
+
+def _leave_to_rows(output_file: Path, voice: Voice) -> None:
+    """Where rows go to standard output, nothing else does."""
+    with contextlib.suppress(OSError):
+        if os.path.samestat(os.fstat(1), os.stat(output_file)):
+            voice.standard_output = sys.stderr
 
 
 def _run(client: Client, input_file: Path, results: ResultWriter, voice: Voice) -> None:

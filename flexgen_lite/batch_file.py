@@ -133,15 +133,11 @@ def read_requests(lines: Iterator[bytes]) -> Iterator[BatchRequest | BadLine]:
 
 
 def count_lines(path: Path) -> int | None:
-    """Lines of a file, or None where counting takes long or reading would use it up."""
+    """Lines of a file that are not blank, or None where counting takes long or reading would use it up."""
     if not path.is_file() or path.stat().st_size > _COUNT_UP_TO:
         return None
-    num_lines, last = 0, b"\n"
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            num_lines += chunk.count(b"\n")
-            last = chunk
-    return num_lines + (not last.endswith(b"\n"))
+    with path.open("rb") as lines:
+        return sum(not line.isspace() for line in lines)
 
 
 def _parse_line(line: bytes) -> dict[str, Any]:

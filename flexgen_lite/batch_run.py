@@ -17,6 +17,7 @@ from flexgen_lite.errors import NoStatus
 from flexgen_lite.job import Job
 from flexgen_lite.messages import Status
 from flexgen_lite.request import Request
+from flexgen_lite.request_body import CHAT, COMPLETIONS, RequestError
 from flexgen_lite.result_file import ResultWriter
 from flexgen_lite.result_row import request_id
 from flexgen_lite.sizes import format_size
@@ -84,12 +85,16 @@ class Progress:
         return text
 
 
-def check_files(input_file: Path, output_file: Path) -> None:
-    """Refuse what would fail after the engine has been started.
+def check_files(input_file: Path, output_file: Path, trace: Path | None = None) -> None:
+    """Refuse what would fail after the engine has been started, or destroy a file.
 
     Raises:
-        OSError: the input cannot be read, or the output is the input or in no directory.
+        OSError: the input cannot be read, the output is the input or in no directory, or the trace is one of them.
     """
+    if trace is not None:
+        for path, what in ((input_file, "input"), (output_file, "output")):
+            if path.resolve() == trace.resolve() or (path.exists() and trace.exists() and path.samefile(trace)):
+                raise FileExistsError(f"{trace} is the {what} file: give another file for the trace")
     with input_file.open("rb"):
         pass
     if output_file.exists():
@@ -110,6 +115,8 @@ class BatchRun:
         warn: is given what a user should know, on another thread.
         priority: of its requests, see Client.submit.
         own_templates: take chat templates from lines: they are programs.
+        url: the only one that lines may ask for; None: any.
+        model_name: what rows call the model; None: as the engine does.
 
     Attributes:
         num_earlier: lines that earlier runs have given a row.
@@ -130,15 +137,18 @@ class BatchRun:
         warn: Callable[[str], None] = lambda _: None,
         priority: int = 0,
         own_templates: bool = True,
+        url: str | None = None,
+        model_name: str | None = None,
     ) -> None:
         self._priority = priority
+        self._url = url
         self._own_templates = own_templates
         self._cancelled = False
         self._job: Job | None = None
         self._client = client
         self._input_file = input_file
         self._total = count_lines(input_file)
-        self._model = client.welcome.model
+        self._model = model_name or client.welcome.model
         self._warn = warn
         self._results = results
         self._open: dict[int, tuple[BatchRequest, str]] = {}
@@ -210,14 +220,12 @@ class BatchRun:
                 self._results.write_bad_line(item, answers)
                 self._num_bad += 1
                 continue
-            if item.model not in (None, self._model) and not self._warned:
+            if item.model not in (None, self._model, self._client.welcome.model) and not self._warned:
                 self._warned = True
                 self._warn(f"requests name the model {item.model!r}; {self._model!r} answers them")
             try:
-                if not self._own_templates and isinstance(item.prompt, Chat) and item.prompt.chat_template is not None:
-                    raise ChatError("body.chat_template is a program, which is not taken here")
-                asked = self._client.request_of(item.prompt, item.params, echo=item.echo)
-            except ChatError as error:
+                asked = self._request(item)
+            except (ChatError, RequestError) as error:
                 self._results.write(item, answers, Completion(0, "", [], 0, str(error)))
                 self._num_bad += 1
                 continue
@@ -225,11 +233,23 @@ class BatchRun:
             index += 1
             yield asked
 
+    def _request(self, item: BatchRequest) -> Request:
+        """
+        Raises:
+            ChatError, RequestError: it cannot be one here.
+        """
+        url = CHAT if isinstance(item.prompt, Chat) else COMPLETIONS
+        if self._url not in (None, url):
+            raise RequestError(f"url is {url!r}: the batch is for {self._url!r}")
+        if not self._own_templates and isinstance(item.prompt, Chat) and item.prompt.chat_template is not None:
+            raise ChatError("body.chat_template is a program, which is not taken here")
+        return self._client.request_of(item.prompt, item.params, echo=item.echo)
+
     def _write_results(self, job: Job) -> None:
         try:
             for completion in job:
                 request, answers = self._open.pop(completion.index)
-                if completion.finish_reason != "cancelled":
+                if all(output.finish_reason != "cancelled" for output in completion.outputs):
                     self._results.write(request, answers, completion)
         except Exception as error:
             self._failure = error

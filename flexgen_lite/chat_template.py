@@ -85,6 +85,10 @@ def render(chat: Chat, template: WireChatTemplate | None) -> str:
         raise ChatError(f"the chat template fails on the messages: {type(error).__name__}: {error}") from None
     if len(text) > MAX_TEXT:
         raise ChatError(f"the messages make a prompt of {len(text)} characters, {MAX_TEXT} allowed: shorten them")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ChatError("the messages make a prompt that has characters that are not Unicode text") from None
     return _cut_behind_last(text) if chat.continue_final_message else text
 
 

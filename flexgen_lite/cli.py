@@ -111,7 +111,7 @@ def run_batch(
 
     flags = _engine_flags(locals())
     with make_voice(quiet, as_json) as voice, errors_told(voice):
-        check_files(input_file, output_file)
+        check_files(input_file, output_file, trace)
         if endpoint is None:
             if key_file is not None:
                 flags["key_file"] = str(key_file)

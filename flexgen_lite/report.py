@@ -30,12 +30,15 @@ def write_report(trace: Path, page: Path) -> str:
     """
     if page.exists() and page.samefile(trace):
         raise ValueError(f"{page} is the trace: give another file for the page")
-    summary = summarise(read_events(trace))
-    if not summary.num_passes:
-        raise TraceError(f"{trace} has no finished pass: the run ended before")
-    chosen = choose_passes(summary.passes)
-    windows = [(start, end) for _, start, end in chosen]
-    detail = look_closer(read_events(trace), summary.begin, summary.end, PARTS, windows, WINDOW_SPANS)
+    try:
+        summary = summarise(read_events(trace))
+        if not summary.num_passes:
+            raise TraceError(f"{trace} has no finished pass: the run ended before")
+        chosen = choose_passes(summary.passes)
+        windows = [(start, end) for _, start, end in chosen]
+        detail = look_closer(read_events(trace), summary.begin, summary.end, PARTS, windows, WINDOW_SPANS)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise TraceError(f"{trace} is damaged, or another program's: an event is not as ours are ({error})") from None
     shares = lane_shares(summary)
     sentence = verdict(shares)
     data = {

@@ -8,6 +8,7 @@ from typing import Any
 
 from flexgen_lite.chat_template import Chat
 from flexgen_lite.completion import Prompt
+from flexgen_lite.request import MAX_PROMPT_UNITS
 from flexgen_lite.sampling_params import MAX_TOKEN_ID, SamplingParams
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -116,6 +117,9 @@ def shown(value: object) -> str:
 
 def parse_prompt(where: str, prompt: object) -> Prompt:
     """A text or a list of token ids."""
+    if isinstance(prompt, str | list) and len(prompt) > MAX_PROMPT_UNITS:
+        unit = "characters" if isinstance(prompt, str) else "tokens"
+        raise RequestError(f"{where}prompt has {len(prompt)} {unit}, {MAX_PROMPT_UNITS} allowed")
     if isinstance(prompt, str):
         _check_text(f"{where}prompt", prompt)
         return prompt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,9 +25,13 @@ def _require_bool(name: str, value: object) -> None:
 
 
 def _require_float(name: str, value: object) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):  # type: ignore[arg-type]
-        raise ValueError(f"{name}={value!r} is not allowed: give a finite number")
-    return float(value)  # type: ignore[arg-type]
+    number = math.nan
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # a whole number beyond all floating-point ones
+            number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name}={value!r:.60} is not allowed: give a finite number")
+    return number
 
 
 def _require_bias(value: object) -> dict[int, float]:

@@ -50,6 +50,7 @@ def serve_http(config: EngineConfig, options: HttpOptions) -> None:
         ValueError: the address cannot be listened to.
     """
     _need_extra()
+    _check_data_dir(options.data_dir)
     with (
         _until_interrupted(),
         _listen(options.host, options.port) as listening,
@@ -62,6 +63,7 @@ def serve_http(config: EngineConfig, options: HttpOptions) -> None:
 def serve_http_at(endpoint: str, key_file: Path | None, options: HttpOptions) -> None:
     """The same in front of a running engine."""
     _need_extra()
+    _check_data_dir(options.data_dir)
     with _until_interrupted(), _listen(options.host, options.port) as listening:
         _serve(lambda: Client(endpoint, key_file=key_file), listening, options)
 
@@ -87,6 +89,12 @@ def _need_extra() -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise ValueError(f"{error.name} is not installed: pip install 'flexgen-lite[serve]'") from None
+
+
+def _check_data_dir(data_dir: Path | None) -> None:
+    """Before the engine is started."""
+    if data_dir is not None and data_dir.exists() and not data_dir.is_dir():
+        raise ValueError(f"{data_dir} is no directory: give another --data-dir")
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 from flexgen_lite.messages import Status
 from flexgen_lite.rates import Window, seconds_left
@@ -22,9 +22,13 @@ class Voice:
 
     Attributes:
         interval: seconds between two calls of `progress`.
+        standard_output: where results of the command go.
     """
 
     interval = LINE_SECONDS
+
+    def __init__(self) -> None:
+        self.standard_output: TextIO = sys.stdout
 
     def __enter__(self) -> Self:
         return self
@@ -48,7 +52,7 @@ class Voice:
 
     def say(self, text: str) -> None:
         """What the command is there for."""
-        print(text, flush=True)
+        print(text, file=self.standard_output, flush=True)
 
     def progress(self, text: str, values: dict[str, Any], status: Status) -> None:
         """How far it is: in a line, in numbers, and what the engine does."""
@@ -99,7 +103,8 @@ class JsonVoice(Voice):
         self._tell("error", message=message, exit_code=exit_code)
 
     def _tell(self, event: str, **values: Any) -> None:
-        print(json.dumps({"event": event, **values}), flush=True)
+        self.standard_output.write(json.dumps({"event": event, **values}) + "\n")  # at once: several threads tell
+        self.standard_output.flush()
 
 
 class LiveVoice(Voice):
@@ -108,6 +113,7 @@ class LiveVoice(Voice):
     interval = LIVE_SECONDS
 
     def __init__(self) -> None:
+        super().__init__()
         from rich.console import Console
         from rich.live import Live
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import os
+import re
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -14,8 +15,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
-from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -26,6 +28,7 @@ from flexgen_lite.http.errors import ApiError, on_api_error, on_failure, on_http
 from flexgen_lite.http.file_store import FileStore
 from flexgen_lite.http.generate import Generation
 from flexgen_lite.http.json_body import read_json
+from flexgen_lite.http.json_response import JsonResponse
 from flexgen_lite.http.metrics import text_of
 
 STATUS_SECONDS = 10.0
@@ -55,7 +58,7 @@ class Api:
         self._names = {self._model, served, os.path.basename(os.path.normpath(served))}
         self._started = int(time.time())
         self._files = FileStore(data_dir / "files")
-        self.batches = BatchStore(data_dir / "batches", self._files, connect)
+        self.batches = BatchStore(data_dir / "batches", self._files, connect, self._model)
         generation = Generation(self._client, self._check_model, self._model)
         routes = [
             Route("/health", self._health),
@@ -76,7 +79,7 @@ class Api:
         ]
         self.app = Starlette(
             routes=routes,
-            middleware=[Middleware(_KeyCheck, api_key)] if api_key is not None else [],
+            middleware=[Middleware(_OriginCheck), *([Middleware(_KeyCheck, api_key)] if api_key is not None else [])],
             exception_handlers={ApiError: on_api_error, HTTPException: on_http_error, Exception: on_failure},
         )
 
@@ -87,7 +90,7 @@ class Api:
             await run_in_threadpool(self._client.wait_for_end, 0.0)
         except EngineError as error:
             raise ApiError(503, str(error)) from error
-        return JSONResponse({"status": "ok"})
+        return JsonResponse({"status": "ok"})
 
     async def _metrics(self, caller: HttpRequest) -> Response:
         try:
@@ -97,11 +100,11 @@ class Api:
         return PlainTextResponse(text_of(status), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def _models(self, caller: HttpRequest) -> Response:
-        return JSONResponse({"object": "list", "data": [self._about_model()]})
+        return JsonResponse({"object": "list", "data": [self._about_model()]})
 
     async def _one_model(self, caller: HttpRequest) -> Response:
         self._check_model(caller.path_params["name"])
-        return JSONResponse(self._about_model())
+        return JsonResponse(self._about_model())
 
     def _about_model(self) -> dict[str, Any]:
         return {
@@ -130,7 +133,9 @@ class Api:
                 stored = await run_in_threadpool(self._files.add, upload.file, name, purpose)
         except HTTPException as error:
             raise ApiError(400, f"the body is no form with a file: {error.detail}") from None
-        return JSONResponse(stored.to_json())
+        except ClientDisconnect:
+            raise ApiError(499, "the caller is gone") from None
+        return JsonResponse(stored.to_json())
 
     async def _list_files(self, caller: HttpRequest) -> Response:
         files = await run_in_threadpool(self._files.list)
@@ -138,12 +143,12 @@ class Api:
         return _page(caller, [file.to_json() for file in files if purpose in (None, file.purpose)])
 
     async def _file(self, caller: HttpRequest) -> Response:
-        return JSONResponse(self._files.get(caller.path_params["file_id"]).to_json())
+        return JsonResponse(self._files.get(caller.path_params["file_id"]).to_json())
 
     async def _delete_file(self, caller: HttpRequest) -> Response:
         file_id = caller.path_params["file_id"]
         await run_in_threadpool(self._files.delete, file_id)
-        return JSONResponse({"id": file_id, "object": "file", "deleted": True})
+        return JsonResponse({"id": file_id, "object": "file", "deleted": True})
 
     async def _content(self, caller: HttpRequest) -> Response:
         return FileResponse(self._files.path(caller.path_params["file_id"]), media_type="application/octet-stream")
@@ -151,22 +156,22 @@ class Api:
     # ------------------------------------------------------------------------------------------------ batches
 
     async def _create_batch(self, caller: HttpRequest) -> Response:
-        return JSONResponse(self.batches.create(await read_json(caller)).to_json())
+        return JsonResponse(self.batches.create(await read_json(caller)).to_json())
 
     async def _list_batches(self, caller: HttpRequest) -> Response:
         return _page(caller, [batch.to_json() for batch in self.batches.list()])
 
     async def _batch(self, caller: HttpRequest) -> Response:
-        return JSONResponse(self.batches.get(caller.path_params["batch_id"]).to_json())
+        return JsonResponse(self.batches.get(caller.path_params["batch_id"]).to_json())
 
     async def _cancel_batch(self, caller: HttpRequest) -> Response:
-        return JSONResponse(self.batches.cancel(caller.path_params["batch_id"]).to_json())
+        return JsonResponse(self.batches.cancel(caller.path_params["batch_id"]).to_json())
 
 
 def _page(caller: HttpRequest, items: list[dict[str, Any]]) -> Response:
     """A part of a list, as the API pages it: `limit` of them behind the one whose id is `after`."""
     after, limit = caller.query_params.get("after"), caller.query_params.get("limit", "20")
-    if not limit.isascii() or not limit.isdigit() or not 1 <= int(limit) <= MOST_LISTED:
+    if not re.fullmatch(r"[0-9]{1,4}", limit) or not 1 <= int(limit) <= MOST_LISTED:
         raise ApiError(400, f"limit is {limit[:40]!r}: give 1 to {MOST_LISTED}", "limit")
     if after is not None:
         ids = [item["id"] for item in items]
@@ -175,7 +180,25 @@ def _page(caller: HttpRequest, items: list[dict[str, Any]]) -> Response:
         items = items[ids.index(after) + 1 :]
     shown = items[: int(limit)]
     ends = {"first_id": shown[0]["id"], "last_id": shown[-1]["id"]} if shown else {"first_id": None, "last_id": None}
-    return JSONResponse({"object": "list", "data": shown, "has_more": len(items) > len(shown), **ends})
+    return JsonResponse({"object": "list", "data": shown, "has_more": len(items) > len(shown), **ends})
+
+
+class _OriginCheck:
+    """Lets no page of another server in a browser change anything: a form of its takes no leave."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
+            headers = dict(scope["headers"])
+            origin, host = headers.get(b"origin"), headers.get(b"host", b"")
+            if origin is not None and origin.partition(b"://")[2] != host:
+                error = ApiError(403, "pages of other servers are not served: call from your own server")
+                response = await on_api_error(HttpRequest(scope), error)
+                await response(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 class _KeyCheck:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
+
+from flexgen_lite.http.json_response import JsonResponse
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 503: "service_unavailable"}
 
@@ -29,7 +31,7 @@ class ApiError(Exception):
 async def on_api_error(request: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
-    return JSONResponse(error.body(), error.status, headers)
+    return JsonResponse(error.body(), error.status, headers)
 
 
 async def on_http_error(request: HttpRequest, error: Exception) -> Response:
@@ -37,9 +39,9 @@ async def on_http_error(request: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     what = {404: f"there is no {request.url.path}", 405: f"{request.method} is not for {request.url.path}"}
     wrapped = ApiError(error.status_code, what.get(error.status_code, error.detail))
-    return JSONResponse(wrapped.body(), error.status_code, error.headers)
+    return JsonResponse(wrapped.body(), error.status_code, error.headers)
 
 
 async def on_failure(request: HttpRequest, error: Exception) -> Response:
     """What nobody foresaw: the log has it, the client a sentence."""
-    return JSONResponse(ApiError(500, "the server failed: see its log").body(), 500)
+    return JsonResponse(ApiError(500, "the server failed: see its log").body(), 500)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import re
@@ -42,6 +44,8 @@ class FileStore:
         self._folder = folder
         self._lock = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
+        for part in (*folder.glob("file-*.part"), *folder.glob("file-*.tmp")):  # a server before this one was killed
+            part.unlink()
 
     def add(self, source: BinaryIO, filename: str, purpose: str) -> StoredFile:
         """A copy of what is in `source`, from where it stands."""
@@ -56,8 +60,10 @@ class FileStore:
             raise
 
     def adopt(self, path: Path, filename: str, purpose: str) -> StoredFile:
-        """A file that is moved into the store."""
-        return self._describe(path, new_id("file"), filename, purpose)
+        """A file that is moved into the store. The same name takes the place of the file that had it: who was
+        interrupted may do it again."""
+        file_id = f"file-{hashlib.blake2b(filename.encode(), digest_size=12).hexdigest()}"
+        return self._describe(path, file_id, filename, purpose)
 
     def get(self, file_id: str) -> StoredFile:
         """
@@ -76,7 +82,10 @@ class FileStore:
 
     def list(self) -> list[StoredFile]:
         """The newest first."""
-        found = [self.get(path.stem) for path in self._folder.glob("file-*.json")]
+        found = []
+        for path in self._folder.glob("file-*.json"):
+            with contextlib.suppress(ApiError):  # it was deleted meanwhile
+                found.append(self.get(path.stem))
         return sorted(found, key=lambda file: (file.created_at, file.id), reverse=True)
 
     def delete(self, file_id: str) -> None:
@@ -106,5 +115,8 @@ def new_id(kind: str) -> str:
 def write_json(path: Path, values: dict[str, object]) -> None:
     """Replaces the file as a whole: a crash leaves the old one or the new one."""
     part = path.with_suffix(".tmp")
-    part.write_text(json.dumps(values), encoding="utf-8")
+    with part.open("w", encoding="utf-8") as file:
+        json.dump(values, file)
+        file.flush()
+        os.fsync(file.fileno())
     part.replace(path)

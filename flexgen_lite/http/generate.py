@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 
 from flexgen_lite.chat_template import Chat, ChatError
 from flexgen_lite.client import Client
@@ -17,6 +17,7 @@ from flexgen_lite.completion import Completion, Delta
 from flexgen_lite.http.errors import ApiError
 from flexgen_lite.http.job_events import job_events
 from flexgen_lite.http.json_body import read_json
+from flexgen_lite.http.json_response import JsonResponse
 from flexgen_lite.request import Request
 from flexgen_lite.request_body import CHAT, COMPLETIONS, Body, RequestError, parse_body
 from flexgen_lite.response_body import ID_PREFIXES, chat_logprobs, response_body, text_logprobs
@@ -50,6 +51,8 @@ class Generation:
         stream, with_usage = _stream_options(body)
         bodies = _bodies(url, body)
         self._check_model(bodies[0].model)
+        if stream and any(one.params.prompt_logprobs is not None for one in bodies):
+            raise ApiError(400, "prompt_logprobs is not supported in a stream: leave stream out", "stream")
         if stream and any(one.echo and not isinstance(one.prompt, str) for one in bodies):
             raise ApiError(400, "echo of token ids is not supported in a stream: leave stream out", "stream")
         if any(isinstance(one.prompt, Chat) and one.prompt.chat_template is not None for one in bodies):
@@ -59,7 +62,7 @@ class Generation:
         except ChatError as error:
             raise ApiError(400, str(error), "messages") from None
         if not stream:
-            return JSONResponse(await self._whole(bodies, requests, caller))
+            return JsonResponse(await self._whole(bodies, requests, caller))
         events = job_events(self._client, requests, caller)
         first = await anext(events, None)  # what is refused at once is told by the status
         if isinstance(first, Completion) and first.error is not None:

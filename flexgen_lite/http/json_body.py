@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 
 from flexgen_lite.http.errors import ApiError
@@ -21,10 +22,13 @@ async def read_json(request: HttpRequest) -> dict[str, Any]:
     if kind != "application/json":  # what a foreign web page may send without asking is of another type
         raise ApiError(415, f"content-type is {kind or 'missing'}: send application/json")
     data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > MAX_BYTES:
-            raise ApiError(413, f"the body has more than {MAX_BYTES} bytes: send less, or use a batch")
+    try:
+        async for chunk in request.stream():
+            data += chunk
+            if len(data) > MAX_BYTES:
+                raise ApiError(413, f"the body has more than {MAX_BYTES} bytes: send less, or use a batch")
+    except ClientDisconnect:
+        raise ApiError(499, "the caller is gone") from None
     try:
         body = json.loads(bytes(data))
     except (ValueError, RecursionError) as error:

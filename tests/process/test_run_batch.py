@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from flexgen_lite.messages import EngineFailed, Submit
+from flexgen_lite.messages import EngineFailed, RequestDone, Submit, WireOutput
 from tests import fake_coordinator
 from tests.fake_engine import FakeEngine, answer
 
@@ -111,6 +111,46 @@ def test_requests_that_the_engine_refuses(tmp_path: Path) -> None:
     assert code == 0
     assert output.startswith("done: 3 requests (1 failed)")
     assert rows(tmp_path / "out")["id-1"]["error"]["message"] == "too long"
+
+
+@pytest.mark.parametrize("how", [[], ["--json"]])
+def test_rows_on_standard_output_are_alone_there(tmp_path: Path, how: list[str]) -> None:
+    """Also where that is a file, which the summary would be written into from the beginning."""
+    requests = write_requests(tmp_path / "in", ["a", "b", "c"])
+    with (tmp_path / "out").open("w") as out:
+        command = [sys.executable, "-c", WITH_FAKE_COORDINATOR, "serves", "run-batch", "-i", str(requests)]
+        command += ["-o", "/dev/stdout", "--model", "m", *how]
+        done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True, check=True, timeout=40)
+    assert rows(tmp_path / "out").keys() == {"id-0", "id-1", "id-2"}
+    assert "done" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["in", "out", "link"])
+def test_a_trace_takes_the_place_of_no_file(tmp_path: Path, name: str) -> None:
+    requests = write_requests(tmp_path / "in", ["a"])
+    (tmp_path / "link").symlink_to(requests)
+    before = requests.read_text()
+    arguments = ["-i", requests, "-o", tmp_path / "out", "--model", "m", "--trace", tmp_path / name]
+    code, _, errors = run("run-batch", *arguments)
+    assert code == 2 and "give another file for the trace" in errors
+    assert requests.read_text() == before and not (tmp_path / "out").exists()
+
+
+def test_an_answer_that_is_not_whole_is_no_row(tmp_path: Path) -> None:
+    """Some answers of a request may be done when it is cancelled."""
+    requests = write_requests(tmp_path / "in", ["a", "b"], n=2)
+
+    def halfway(job_id: str, index: int) -> RequestDone:
+        outputs = tuple(WireOutput("x", (1,), reason) for reason in ("stop", "cancelled" if index else "stop"))
+        return RequestDone(job_id, index, 1, outputs)
+
+    def reply(submit: Submit) -> list[Any]:
+        return [halfway(submit.job_id, request.index) for request in submit.requests]
+
+    with FakeEngine(tmp_path / "e", on_submit=reply) as engine:
+        code, _, errors = run("run-batch", "-i", requests, "-o", tmp_path / "out", "--endpoint", engine.endpoint)
+    assert code == 0, errors
+    assert rows(tmp_path / "out").keys() == {"id-0"}
 
 
 def test_an_empty_file(tmp_path: Path) -> None:

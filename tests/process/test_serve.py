@@ -228,20 +228,24 @@ def test_files(client: openai.OpenAI) -> None:
 
 
 def test_a_batch(client: openai.OpenAI) -> None:
-    content = lines(5) + b"no json\n" + lines(1, max_tokens=0).replace(b'"0"', b'"bad"')
+    chat = lines(1).replace(b'"0"', b'"chat"').replace(b"/v1/completions", b"/v1/chat/completions")
+    chat = chat.replace(b'"prompt": "0: "', b'"messages": [{"role": "user", "content": "x"}]')
+    content = lines(5) + b"\nno json\n" + lines(1, max_tokens=0).replace(b'"0"', b'"bad"') + chat
     source = client.files.create(file=("in.jsonl", content), purpose="batch")
     batch = client.batches.create(
         input_file_id=source.id, endpoint="/v1/completions", completion_window="24h", metadata={"a": "b"}
     )
     done = wait_for(client, batch.id, "completed", "failed")
     assert done.status == "completed" and done.metadata == {"a": "b"}
-    assert (done.request_counts.total, done.request_counts.completed, done.request_counts.failed) == (7, 5, 2)
+    assert (done.request_counts.total, done.request_counts.completed, done.request_counts.failed) == (8, 5, 3)
     rows = [json.loads(line) for line in client.files.content(done.output_file_id).text.splitlines()]
     alone = client.completions.create(model="demo", prompt="3: ", **GREEDY)
     texts = {row["custom_id"]: row["response"]["body"]["choices"][0]["text"] for row in rows}
+    assert {row["response"]["body"]["model"] for row in rows} == {"demo"}
     assert texts.keys() == set("01234") and texts["3"] == alone.choices[0].text
     errors = [json.loads(line) for line in client.files.content(done.error_file_id).text.splitlines()]
-    assert sorted(str(row["custom_id"]) for row in errors) == ["None", "bad"]
+    assert sorted(str(row["custom_id"]) for row in errors) == ["None", "bad", "chat"]
+    assert any("the batch is for '/v1/completions'" in row["error"]["message"] for row in errors)
     assert batch.id in [one.id for one in client.batches.list()]
 
 
@@ -258,6 +262,27 @@ def test_bad_batches(client: openai.OpenAI) -> None:
             client.batches.create(**{**good, **changes})  # type: ignore[arg-type]
     with pytest.raises(openai.NotFoundError, match="there is no batch"):
         client.batches.retrieve("batch-1")
+
+
+def test_names_without_an_encoding_do_no_harm(url: str, client: openai.OpenAI) -> None:
+    source = client.files.create(file=("in.jsonl", lines(1)), purpose="batch")
+    body = {"input_file_id": source.id, "endpoint": "/v1/completions", "metadata": {"a": "\ud800"}}
+    headers = {"authorization": f"Bearer {KEY}", "content-type": "application/json"}
+    assert httpx.post(f"{url}/batches", content=json.dumps(body), headers=headers).json()["metadata"] == {"a": "\ud800"}
+    for path in ("batches", "files?limit=1", "batches?limit=100"):
+        assert httpx.get(f"{url}/{path}", headers=headers).status_code == 200
+    assert httpx.get(f"{url}/files?limit={'1' * 5000}", headers=headers).status_code == 400
+
+
+def test_pages_of_other_servers_change_nothing(url: str) -> None:
+    """A form in a web page, which asks no leave."""
+    headers = {"authorization": f"Bearer {KEY}", "origin": "http://elsewhere.example"}
+    upload = {"file": ("in.jsonl", b"x")}
+    there = httpx.post(f"{url}/files", headers=headers, files=upload, data={"purpose": "batch"})
+    assert there.status_code == 403 and "pages of other servers" in there.json()["error"]["message"]
+    headers["origin"] = url.removesuffix("/v1")
+    here = httpx.post(f"{url}/files", headers=headers, files=upload, data={"purpose": "batch"})
+    assert here.status_code == 200
 
 
 def test_a_cancelled_batch_keeps_what_is_done(client: openai.OpenAI) -> None:
@@ -279,7 +304,7 @@ def test_a_batch_goes_on_with_the_next_server(model: Path, tmp_path: Path) -> No
         client = openai.OpenAI(base_url=url, api_key="any", max_retries=0, timeout=60)
         source = client.files.create(file=("in.jsonl", lines(600, max_tokens=100, ignore_eos=True)), purpose="batch")
         batch = client.batches.create(input_file_id=source.id, endpoint="/v1/completions", completion_window="24h")
-        for _ in range(600):
+        for _ in range(3000):
             if (out := next((tmp_path / "data/batches").glob("*.jsonl"), None)) and out.stat().st_size:
                 break
             time.sleep(0.02)

@@ -133,7 +133,7 @@ def test_memory_does_not_grow_with_the_file() -> None:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize(("text", "count"), [(b"", 0), (b"a", 1), (b"a\n", 1), (b"a\n\nb", 3)])
+@pytest.mark.parametrize(("text", "count"), [(b"", 0), (b"a", 1), (b"a\n", 1), (b"a\n\n \r\nb", 2)])
 def test_count_lines(tmp_path: Path, text: bytes, count: int) -> None:
     (tmp_path / "f").write_bytes(text)
     assert count_lines(tmp_path / "f") == count

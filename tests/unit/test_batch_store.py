@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,83 @@ def test_a_batch_whose_engine_ends_is_left_open_for_the_next_server(
     BatchStore(tmp_path / "batches", files, other.connect)
     assert other.asked.wait(10), "the next one takes it up"
     other.ended.set()
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_batch_that_waits_is_cancelled_at_once(tmp_path: Path, files: FileStore, engine: Engine) -> None:
+    store = BatchStore(tmp_path / "batches", files, engine.connect)
+    ids = [create(store, files) for _ in range(4)]
+    wait_until(lambda: store.get(ids[1]).status == "in_progress")
+    assert [store.get(one).status for one in ids[2:]] == ["validating"] * 2
+    store.cancel(ids[2])
+    wait_until(lambda: store.get(ids[2]).status == "cancelled")
+    assert store.get(ids[3]).status == "validating"
+    assert store.cancel(ids[2]).status == "cancelled", "what is over stays as it is"
+
+
+ROWS = b'{"custom_id": "a", "error": null}\n{"custom_id": "b", "error": {}}\n{"custom_id": "c", "err'
+
+
+@pytest.fixture
+def computes(monkeypatch: pytest.MonkeyPatch) -> list[Exception | None]:
+    """Batches write ROWS instead of asking an engine, and fail with what is in the list."""
+    failures: list[Exception | None] = []
+
+    def compute(store: BatchStore, batch_id: str, out: Path) -> None:
+        out.write_bytes(ROWS)
+        if failures and (failure := failures.pop(0)) is not None:
+            raise failure
+
+    monkeypatch.setattr(BatchStore, "_compute", compute)
+    return failures
+
+
+def test_rows_are_handed_over_once(
+    tmp_path: Path, files: FileStore, engine: Engine, computes: list[Exception | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever interrupts it, and without the row that a crash has cut short."""
+    store = BatchStore(tmp_path / "batches", files, engine.connect)
+    change, interruptions = store._change, [OSError(errno.ENOSPC, "No space left on device")] * 2
+
+    def fail_at_first(batch_id: str, keep: bool = True, **changes: Any) -> Any:
+        if changes.get("status") == "completed" and interruptions:
+            raise interruptions.pop()
+        return change(batch_id, keep, **changes)
+
+    monkeypatch.setattr(store, "_change", fail_at_first)
+    monkeypatch.setattr("flexgen_lite.http.batch_store.RETRY_SECONDS", 0.05)
+    batch_id = create(store, files)
+    wait_until(lambda: store.get(batch_id).status == "completed")
+    batch = store.get(batch_id)
+    written = {file.id for file in files.list() if file.purpose == "batch_output"}
+    assert written == {batch.output_file_id, batch.error_file_id}
+    assert files.path(batch.output_file_id or "").read_bytes() == b'{"custom_id": "a", "error": null}\n'
+    assert files.path(batch.error_file_id or "").read_bytes() == b'{"custom_id": "b", "error": {}}\n'
+
+
+def test_what_was_done_before_a_failure_is_handed_over(
+    tmp_path: Path, files: FileStore, engine: Engine, computes: list[Exception | None]
+) -> None:
+    computes += [RuntimeError("nobody foresaw this"), FileExistsError("/a/path")]
+    store = BatchStore(tmp_path / "batches", files, engine.connect)
+    for words in ("nobody foresaw", "answer other requests"):
+        batch_id = create(store, files)
+        wait_until(lambda batch_id=batch_id: store.get(batch_id).status == "failed")  # type: ignore[misc]
+        batch = store.get(batch_id)
+        assert batch.errors is not None and words in batch.errors["data"][0]["message"]
+        assert batch.output_file_id is not None
+
+
+def test_files_whose_description_is_gone_are_not_listed(tmp_path: Path, files: FileStore) -> None:
+    kept = files.add(io.BytesIO(b"x"), "kept", "batch")
+    (tmp_path / "files" / "file-000000000000000000000000.json").write_text("{", encoding="utf-8")
+    assert [file.id for file in files.list()] == [kept.id]
 
 
 def test_a_record_that_is_none_says_which(tmp_path: Path, files: FileStore, engine: Engine) -> None:

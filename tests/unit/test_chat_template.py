@@ -77,6 +77,17 @@ def test_a_message_cannot_both_go_on_and_be_answered() -> None:
         render(Chat(TALK, None, {}, "{{ bos_token }}", False, True), None)
 
 
+def test_a_prompt_that_is_no_text_is_refused() -> None:
+    """From wherever it comes: tools, variables, the template itself."""
+    for chat in (
+        Chat(TALK, [{"x": "\ud800"}], {}, "{{ tools[0].x }}"),
+        Chat(TALK, None, {"x": "\ud800"}, "{{ x }}"),
+        Chat(TALK, None, {}, "{{ '\\ud800' }}"),
+    ):
+        with pytest.raises(ChatError, match="not Unicode text"):
+            render(chat, None)
+
+
 def test_a_template_of_the_request_wins() -> None:
     chat = Chat(TALK, chat_template="{{ messages | length }} {{ bos_token }}")
     assert render(chat, WireChatTemplate(CHATML, TOKENS)) == "3 <s>"

@@ -157,6 +157,8 @@ def test_a_long_run_is_thinned_out() -> None:
         (b'{"a": 1}\n', "is not a trace"),
         (b"\x00\xff" * 5000, "is not a trace"),
         (b'{"traceEvents": [\n{"name"\n{}\n', "is damaged"),
+        (b'{"traceEvents": [\n{"what": 1}\n]}\n', "is damaged, or another program's"),
+        (b'{"traceEvents": [\n[]\n]}\n', "is damaged, or another program's"),
         (b'{"traceEvents": [\n]}\n', "no finished pass"),
     ],
 )
