@@ -140,7 +140,6 @@ def test_a_worker_lost_often_while_another_holds_up_the_work(
 
 
 FAULTS = [
-    ("resident", Fault("advance", 1)),
     ("resident", Fault("advance", 20, "SIGSEGV", after=True)),
     ("resident", Fault("attend", 17, "raise", worker="worker 1")),
     ("resident", Fault("open", 1)),
@@ -149,15 +148,11 @@ FAULTS = [
     ("streamed", Fault("leave", 5)),
     ("streamed", Fault("advance", 33, "raise", after=True)),
     ("streamed", Fault("load", 40, after=True)),
-    ("streamed", Fault("attend", 40, after=True, worker="worker 1")),
     ("staged", Fault("advance", 15, "exit")),
-    ("staged", Fault("attend", 31, worker="worker 0")),
-    ("staged", Fault("load", 21, "SIGSEGV")),
     ("on the device alone", Fault("advance", 15)),
     ("on the device alone", Fault("attend", 31, worker="worker 0")),
-    ("on the device alone", Fault("load", 4)),
+    ("on the device alone", Fault("load", 4, "SIGSEGV")),
     ("several micro-batches", Fault("advance", 50, "SIGKILL", after=True)),
-    ("several micro-batches", Fault("attend", 50, "exit", worker="worker 0")),
     ("several micro-batches", Fault("begin", 4, after=True, worker="worker 1")),
 ]
 
