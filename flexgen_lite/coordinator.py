@@ -307,6 +307,9 @@ class Coordinator:
         for done in report.done:
             name = f"{'before ' * done.left_only}layer {done.layer} micro-batch {done.micro_batch}"
             self._gauges.lanes.add("compute", "compute", name, done.start_ns, done.end_ns)
+            if done.to_host_ns:
+                begin_ns = done.end_ns - done.to_host_ns
+                self._gauges.lanes.add("device-to-host", "device-to-host", name, begin_ns, done.end_ns)
             self._gauges.copy_ns += done.copy_ns
             if done.left_only:
                 self._flow.carry_out(self._scheduler.layer_left(done.layer, done.micro_batch))

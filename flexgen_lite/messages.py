@@ -331,9 +331,10 @@ class Segments:
 
 @dataclass(frozen=True, slots=True)
 class SegmentDone:
-    """`copy_ns` of its time went into the exchange arena and back. `token_ids`: the sampled tokens in the order of the
-    spans that asked for one, after the last segment; `logprobs`: of those of them that asked for it; `prompt_logprobs`:
-    of the scored rows, in the order of the spans. `left_only`: only layer `layer` - 1 was finished."""
+    """`copy_ns` of its time went into the exchange arena and back; with a GPU, its results were copied to the host for
+    `to_host_ns`, up to `end_ns`. `token_ids`: the sampled tokens in the order of the spans that asked for one, after
+    the last segment; `logprobs`: of those of them that asked for it; `prompt_logprobs`: of the scored rows, in the
+    order of the spans. `left_only`: only layer `layer` - 1 was finished."""
 
     layer: int
     micro_batch: int
@@ -341,6 +342,7 @@ class SegmentDone:
     start_ns: int
     end_ns: int
     copy_ns: int
+    to_host_ns: int
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]
     prompt_logprobs: tuple[TokenLogprobs, ...]

@@ -207,7 +207,7 @@ class ComputeWorker(serve.Worker):
             forward.advance(layer)
         copy_ns = forward.copy_ns - copied_ns
 
-        def done() -> None:
+        def done(to_host_ns: int) -> None:
             if slot is not None and not self._is_last(layer):
                 for worker in batch.workers:
                     ring(self._context.bells[str(worker)], Note(pass_id, layer, micro_batch))
@@ -215,7 +215,7 @@ class ComputeWorker(serve.Worker):
             scores = tuple(entry for scored in forward.scores for entry in read_scores(scored))
             end_ns = time.monotonic_ns()
             report = messages.SegmentDone(
-                layer, micro_batch, slot is None, start_ns, end_ns, copy_ns, tokens, logprobs, scores
+                layer, micro_batch, slot is None, start_ns, end_ns, copy_ns, to_host_ns, tokens, logprobs, scores
             )
             self._ended.append((pass_id, report))
             self._context.wake()

@@ -52,9 +52,10 @@ class CpuDevice:
         """A tensor on the device with the host tensor's content."""
         return host
 
-    def when_done(self, callback: Callable[[], None]) -> None:
-        """Calls back once everything that was enqueued so far is done."""
-        callback()
+    def when_done(self, callback: Callable[[int], None]) -> None:
+        """Calls back once everything that was enqueued so far is done, with the nanoseconds since the first copy of
+        results to the host began; 0 where that is not a lane of its own."""
+        callback(0)
 
     def upload(self, target: torch.Tensor, host: torch.Tensor, done: Callable[[], None]) -> None:
         """Copy a layer into its device slot beside everything else, then call back."""
@@ -85,7 +86,7 @@ class CpuDevice:
 
 
 class CudaDevice:
-    """Not exercised where no GPU is at hand; see docs/architecture.md."""
+    """Not exercised where no GPU is at hand; see docs/gpu.md."""
 
     credit = 2  # the next one is enqueued while the first runs
 
@@ -103,6 +104,7 @@ class CudaDevice:
         self._to_host = torch.cuda.Stream(self.torch_device, priority=-1)
         self._from_host = torch.cuda.Stream(self.torch_device, priority=-1)
         self._layers = torch.cuda.Stream(self.torch_device)  # whole layers
+        self._results_begin: Any = None  # event before the first copy to the host since the last `when_done`
         self._waiting = _Completions("device-to-host")
         self._uploads = _Completions("host-to-device")
 
@@ -122,6 +124,9 @@ class CudaDevice:
 
     def to_host(self, host: torch.Tensor, value: torch.Tensor) -> None:
         self._to_host.wait_event(self._compute.record_event())
+        if self._results_begin is None:
+            self._results_begin = torch.cuda.Event(enable_timing=True)
+            self._results_begin.record(self._to_host)
         with torch.cuda.stream(self._to_host):
             host.copy_(value, non_blocking=True)
         value.record_stream(self._to_host)
@@ -134,9 +139,16 @@ class CudaDevice:
         value.record_stream(self._compute)
         return value
 
-    def when_done(self, callback: Callable[[], None]) -> None:
+    def when_done(self, callback: Callable[[int], None]) -> None:
+        begin, self._results_begin = self._results_begin, None
+        copied = torch.cuda.Event(enable_timing=True)
+        copied.record(self._to_host)
         self._to_host.wait_event(self._compute.record_event())
-        self._waiting.add(_sleeping_event(self._to_host), callback)
+
+        def done() -> None:
+            callback(0 if begin is None else int(1e6 * begin.elapsed_time(copied)))
+
+        self._waiting.add(_sleeping_event(self._to_host), done)
 
     def upload(self, target: torch.Tensor, host: torch.Tensor, done: Callable[[], None]) -> None:
         with torch.cuda.stream(self._layers):
