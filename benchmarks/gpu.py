@@ -2,9 +2,10 @@
 
     python -m benchmarks.gpu rates
     python -m benchmarks.gpu run --shape opt-30b --system ours --out results/
+    python -m benchmarks.gpu compare --shapes opt-6.7b opt-30b --out results/
 
-`run` prints one JSON object: generated tokens per second from the first submission to the last result, what each lane
-was busy with, and how near the busiest came to the rates measured in the same run.
+`compare` runs ours and its peers, and writes a table and our traces. `run` prints one JSON object: generated tokens per
+second from the first submission to the last result and, of ours, what each lane was busy with and how much was moved.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig
+
+from benchmarks.gpu_table import compare
 
 OPT = {"vocab_size": 50272, "max_position_embeddings": 2048, "do_layer_norm_before": True}
 
@@ -107,6 +110,7 @@ def run_ours(model: Path, prompts: list[list[int]], args: argparse.Namespace) ->
 
     settings = json.loads(args.settings)
     if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
         settings["trace"] = str(args.out / f"{args.shape}.trace.json")
     params = SamplingParams(max_tokens=args.max_tokens, temperature=0.0, ignore_eos=True)
     begun = time.perf_counter()
@@ -129,10 +133,24 @@ def run_ours(model: Path, prompts: list[list[int]], args: argparse.Namespace) ->
         "failed": len(failed),
         "first_failure": failed[0] if failed else None,
         "passes": total["passes"],
+        "moved": {
+            **{name: total[name] for name in ("uploaded_bytes", "kv_read_bytes", "disk_read_bytes")},
+            "flop": 2.0 * _parameters(model) * (total["prompt_tokens"] + total["generated_tokens"]),
+            "seconds": busy,
+        },
         "lanes": {lane: total[f"{lane}_seconds"] / busy for lane in status.lanes},
         "overhead": total["overhead_seconds"] / busy,
         "memory": status.memory,
     }
+
+
+def _parameters(model: Path) -> int:
+    """Of products: the embeddings are looked up, and the head is as large."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        loaded = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    return int(loaded.num_parameters())
 
 
 def run_transformers(model: Path, prompts: list[list[int]], args: argparse.Namespace) -> dict[str, Any]:
@@ -227,9 +245,18 @@ def main() -> None:
     run.add_argument("--cpu-cache-compute", action="store_true", help="FlexGen: attention on the CPU")
     run.add_argument("--settings", default="{}", help="further options of ours, JSON")
     run.add_argument("--out", type=Path, default=None, help="directory for traces")
+    beside = commands.add_parser("compare")
+    beside.add_argument("--shapes", choices=SHAPES, nargs="+", default=["opt-6.7b", "opt-30b"])
+    beside.add_argument("--prompts", type=int, default=256, help="of ours")
+    beside.add_argument("--gpu", default="16GiB", help="budget of GPU memory")
+    beside.add_argument("--timeout", type=float, default=3600, help="seconds a run may take")
+    beside.add_argument("--out", type=Path, required=True, help="directory for the table, results and traces")
     args = parser.parse_args()
     if args.command == "rates":
-        print(json.dumps(rates(), indent=1))
+        print(json.dumps(rates()))
+        return
+    if args.command == "compare":
+        print(compare(args.shapes, args.prompts, args.gpu, args.out, args.timeout))
         return
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     with tempfile.TemporaryDirectory() as directory:

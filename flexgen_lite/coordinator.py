@@ -277,6 +277,7 @@ class Coordinator:
                 self._attended(worker, message)
             case messages.Loaded():
                 self._gauges.lanes.add("disk", "disk", f"load {message.unit}", message.start_ns, message.end_ns)
+                self._gauges.traffic["disk_read_bytes"] += message.num_bytes
                 self._crew.did_something(worker)
                 self._flow.loaded(message)
             case messages.Packed():
@@ -285,6 +286,7 @@ class Coordinator:
                 )
                 self._flow.was_packed(message)
             case messages.Uploaded():
+                self._gauges.traffic["uploaded_bytes"] += message.num_bytes
                 name = f"upload {message.unit}"
                 self._gauges.lanes.add("host-to-device", "host-to-device", name, message.start_ns, message.end_ns)
                 self._flow.uploaded(message)
@@ -436,6 +438,8 @@ class Coordinator:
         self._pass_id += 1
         self._progress = time.monotonic()
         self._pass_results = [Result(())] * len(self._pass)
+        assert self._setup is not None
+        self._gauges.traffic["kv_read_bytes"] += self._setup.kv_read_bytes(self._pass)
         token_batches = tuple(m.token_batch(k) for k, m in enumerate(self._pass))
         self._crew.compute.send(
             messages.BeginCompute(self._pass_id, made.compute_threads, token_batches), expects_answer=False

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from flexgen_lite import messages, plan
 from flexgen_lite.admission import Limits
-from flexgen_lite.batching import Batcher
+from flexgen_lite.batching import Batcher, MicroBatch
 from flexgen_lite.config import EngineConfig
 from flexgen_lite.expected_work import ExpectedWork
-from flexgen_lite.kv_layout import kv_spec
+from flexgen_lite.kv_layout import kv_spec, read_bytes
 from flexgen_lite.machine import Machine
 from flexgen_lite.model_spec import ModelSpec
 from flexgen_lite.page_table import PageTable
@@ -41,6 +43,14 @@ class Setup:
         layers = self.spec.num_layers
         stay = frozenset(range(layers + 1)) - frozenset(self.plan.ring_layers(layers))
         return frozenset() if self.plan.staged else stay
+
+    def kv_read_bytes(self, micro_batches: Iterable[MicroBatch]) -> int:
+        """Bytes of the KV cache that a pass reads for sequences that it computes one token of."""
+        layers, kinds = self.spec.attention, Counter(self.spec.attention)
+        lengths = [p.request.stored + 1 for m in micro_batches for p in m.pieces if p.num_rows == 1 and not p.prefill]
+        if len({layer.sliding_window for layer in kinds}) == 1 and not layers[0].sliding_window:
+            return sum(lengths) * read_bytes(layers, self.spec.dtype, 1)
+        return sum(n * read_bytes([kind], self.spec.dtype, t) for t in lengths for kind, n in kinds.items())
 
     # ------------------------------------------------------------------------------------------------ for workers
 

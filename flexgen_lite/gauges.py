@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping
 
 from flexgen_lite import __version__
@@ -22,6 +23,7 @@ class Gauges:
         self.memory = memory
         self.device_peak_bytes = 0  # of a GPU's memory
         self.copy_ns = 0  # of the compute worker's time, on copies from and to other processes
+        self.traffic: Counter[str] = Counter()  # bytes that were moved, by a name of totals
         self._busy_ns = 0
         self._pass_start_ns: int | None = None
         self._history: list[tuple[int, dict[str, int]]] = []
@@ -93,7 +95,7 @@ class Gauges:
             waiting=waiting,
             done=totals.get("requests_done", 0),
             lanes=lanes,
-            totals={name: float(value) for name, value in totals.items()} | seconds,
+            totals={name: float(value) for name, value in [*totals.items(), *self.traffic.items()]} | seconds,
             memory={"budget": budget, "used": used, "peak": self.memory.peak}
             | ({"gpu_peak": self.device_peak_bytes} if self.device_peak_bytes else {}),
         )

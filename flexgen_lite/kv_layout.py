@@ -32,6 +32,16 @@ def page_bytes(layers: Sequence[AttentionSpec], page_tokens: int, dtype: str) ->
     return page_tokens * token
 
 
+def read_bytes(layers: Sequence[AttentionSpec], dtype: str, tokens: int) -> int:
+    """What a new token's attention to `tokens` tokens, itself included, reads over all layers."""
+    return sum(
+        min(tokens, spec.sliding_window or tokens)
+        * spec.num_kv_heads
+        * (row_bytes(spec.head_dim, dtype) + row_bytes(spec.value_dim, dtype))
+        for spec in layers
+    )
+
+
 def row_bytes(dim: int, dtype: str) -> int:
     """A row of `dim` items in whole words of 32 bits."""
     if dtype not in ("float32", "bfloat16", "float16"):

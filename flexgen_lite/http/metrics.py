@@ -13,6 +13,9 @@ _COUNTERS = {
     "passes": "Passes through the model.",
     "restarts": "Workers started again.",
     "sent_back": "Running sequences that had to make room.",
+    "disk_read_bytes": "Bytes of weights read from files.",
+    "uploaded_bytes": "Bytes of weights copied to the device.",
+    "kv_read_bytes": "Bytes of the KV cache read for sequences that generate.",
     "busy_seconds": "Seconds in which passes were running.",
     "overhead_seconds": "Seconds of passes in which no lane was busy, or only copied to another.",
 }
