@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Mapping
 
 from flexgen_lite import __version__
@@ -23,7 +22,7 @@ class Gauges:
         self.memory = memory
         self.device_peak_bytes = 0  # of a GPU's memory
         self.copy_ns = 0  # of the compute worker's time, on copies from and to other processes
-        self.traffic: Counter[str] = Counter()  # bytes that were moved, by a name of totals
+        self.traffic = dict.fromkeys(("disk_read_bytes", "uploaded_bytes", "kv_read_bytes"), 0)
         self._busy_ns = 0
         self._pass_start_ns: int | None = None
         self._history: list[tuple[int, dict[str, int]]] = []
