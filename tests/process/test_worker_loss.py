@@ -68,32 +68,33 @@ def wait_until(true: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("victim", WORKERS)
 def test_a_killed_worker_is_started_again(
-    victim: str, model: Path, expected: list[list[int]], runtime: Path, caplog: pytest.LogCaptureFixture
+    model: Path, expected: list[list[int]], runtime: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "flexgen_lite")
     with start(model, layer_slots=2) as engine:
-        before = worker_processes(engine)
-        job = engine.submit(PROMPTS, SAMPLED)
-        time.sleep(0.15)
-        before[victim].send_signal(signal.SIGKILL)
-        assert [list(c.token_ids) for c in job.results()] == expected
-        assert tokens(engine) == expected, "and it goes on"
-        assert restarts(engine) == 1
-        after = worker_processes(engine)
-        assert {name for name in before if before[name].pid != after[name].pid} == {victim}
+        for number, victim in enumerate(WORKERS, start=1):
+            before = worker_processes(engine)
+            job = engine.submit(PROMPTS, SAMPLED)
+            time.sleep(0.15)
+            before[victim].send_signal(signal.SIGKILL)
+            assert [list(c.token_ids) for c in job.results()] == expected
+            assert tokens(engine) == expected, "and it goes on"
+            assert restarts(engine) == number
+            after = worker_processes(engine)
+            assert {name for name in before if before[name].pid != after[name].pid} == {victim}
     lines = [record.getMessage() for record in caplog.records if "was killed by SIGKILL" in record.getMessage()]
-    assert len(lines) == 1 and lines[0].startswith(victim) and "starting it again" in lines[0]
+    for line, victim in zip(lines, WORKERS, strict=True):
+        assert line.startswith(victim) and "starting it again" in line
 
 
-@pytest.mark.parametrize("victim", WORKERS)
-def test_a_worker_killed_while_idle(victim: str, model: Path, expected: list[list[int]], runtime: Path) -> None:
+def test_a_worker_killed_while_idle(model: Path, expected: list[list[int]], runtime: Path) -> None:
     with start(model, stage_weights=True, layer_slots=2) as engine:
         assert tokens(engine) == expected
-        worker_processes(engine)[victim].kill()
-        assert tokens(engine) == expected
-        assert restarts(engine) == 1
+        for number, victim in enumerate(WORKERS, start=1):
+            worker_processes(engine)[victim].kill()
+            assert tokens(engine) == expected
+            assert restarts(engine) == number
 
 
 def test_all_workers_killed_at_once(model: Path, expected: list[list[int]], runtime: Path) -> None:
@@ -139,39 +140,52 @@ def test_a_worker_lost_often_while_another_holds_up_the_work(
         assert restarts(engine) == 6
 
 
-FAULTS = [
-    ("resident", Fault("advance", 20, "SIGSEGV", after=True)),
-    ("resident", Fault("attend", 17, "raise", worker="worker 1")),
-    ("resident", Fault("open", 1)),
-    ("resident", Fault("pack", 2, after=True)),
-    ("resident", Fault("load", 3)),
-    ("streamed", Fault("leave", 5)),
-    ("streamed", Fault("advance", 33, "raise", after=True)),
-    ("streamed", Fault("load", 40, after=True)),
-    ("staged", Fault("advance", 15, "exit")),
-    ("on the device alone", Fault("advance", 15)),
-    ("on the device alone", Fault("attend", 31, worker="worker 0")),
-    ("on the device alone", Fault("load", 4, "SIGSEGV")),
-    ("several micro-batches", Fault("advance", 50, "SIGKILL", after=True)),
-    ("several micro-batches", Fault("begin", 4, after=True, worker="worker 1")),
-]
+FAULTS = {
+    "resident": [
+        Fault("open", 1),
+        Fault("load", 3),
+        Fault("pack", 2, after=True),
+        Fault("advance", 20, "SIGSEGV", after=True),
+        Fault("attend", 17, "raise", worker="worker 1"),
+    ],
+    "streamed": [
+        Fault("leave", 5),
+        Fault("load", 40, after=True),
+        Fault("advance", 33, "raise", after=True),
+        Fault("attend", 40, after=True, worker="worker 1"),
+    ],
+    "staged": [Fault("advance", 15, "exit"), Fault("load", 21, "SIGSEGV"), Fault("attend", 31, worker="worker 0")],
+    "on the device alone": [
+        Fault("load", 4, "SIGSEGV"),
+        Fault("advance", 15),
+        Fault("attend", 31, worker="worker 0"),
+    ],
+    "several micro-batches": [
+        Fault("advance", 50, after=True),
+        Fault("attend", 50, "exit", worker="worker 0"),
+        Fault("begin", 4, after=True, worker="worker 1"),
+    ],
+}
 
 
-@pytest.mark.parametrize(("layout", "fault"), FAULTS, ids=[f"{layout}-{f.place}-{f.call}" for layout, f in FAULTS])
-def test_a_fault_in_the_middle_of_the_work(
+@pytest.mark.parametrize("layout", FAULTS)
+def test_faults_in_the_middle_of_the_work(
     layout: str,
-    fault: Fault,
     model: Path,
     expected: list[list[int]],
     runtime: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    inject(monkeypatch, tmp_path / "faults", fault)
+    inject(monkeypatch, tmp_path / "faults", *FAULTS[layout])
+    everything = set(range(len(FAULTS[layout])))
     with start(model, **OPTIONS[layout]) as engine:
-        assert tokens(engine) == expected
-        assert restarts(engine) == 1
-    assert struck(tmp_path / "faults") == {0}
+        for _ in range(5):
+            assert tokens(engine) == expected
+            if struck(tmp_path / "faults") == everything:
+                break
+        assert struck(tmp_path / "faults") == everything
+        assert restarts(engine) == len(everything)
 
 
 def test_a_schedule_of_faults_drawn_at_random(
