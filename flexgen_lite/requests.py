@@ -125,7 +125,11 @@ class Requests:
 
     def deltas_read(self, client: bytes, count: int) -> None:
         """The client has read so many more."""
-        self._unread[client] = max(0, self._unread[client] - count)
+        left = self._unread[client] - max(0, count)
+        if left > 0:
+            self._unread[client] = left
+        else:
+            self._unread.pop(client, None)
 
     def forget(self, client: bytes) -> None:
         """The client is gone: nobody is to be told. Its kept jobs go on."""

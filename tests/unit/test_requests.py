@@ -264,12 +264,16 @@ def test_a_reader_who_stands_still_gets_the_rest_at_the_end(
     requests.submit(b"client", Submit("job", (WireRequest(0, (5, 6, 7), params, stream=True),), False))
     told = []
     for number in range(6):
+        requests.deltas_read(b"client", -5)
+        requests.deltas_read(b"another", 5)
         if number == 4:
             requests.deltas_read(b"client", 1)
         told.append([m for _, m in requests.end_pass(requests.next_pass(), [Result((10 + number,))])])
     assert [len(messages) for messages in told] == [1, 1, 0, 0, 1, 1]
     assert told[4][0].token_ids == (12, 13, 14), "all that has come since"
     assert told[5][0].outputs[0].token_ids == tuple(range(10, 16))
+    requests.deltas_read(b"client", 100)
+    assert not requests._unread
 
 
 def test_a_kept_job_that_is_being_cancelled_takes_nothing(requests: Requests) -> None:
