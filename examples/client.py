@@ -18,9 +18,10 @@ def main() -> None:
     parser.add_argument("endpoint")
     parser.add_argument("prompts", nargs="+")
     parser.add_argument("--max-tokens", type=int, default=32)
+    parser.add_argument("--key-file", help="of an engine on tcp://")
     args = parser.parse_args()
 
-    with Client(args.endpoint) as client:
+    with Client(args.endpoint, key_file=args.key_file) as client:
         print(f"model: {client.welcome.model}, sequences up to {client.welcome.max_length} tokens")
 
         job = client.submit(args.prompts, SamplingParams(max_tokens=args.max_tokens, temperature=0.0))
