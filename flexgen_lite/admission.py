@@ -10,8 +10,8 @@ from functools import partial
 from typing import Protocol
 
 from flexgen_lite.batching import RunningRequest
+from flexgen_lite.client_messages import WireRequest
 from flexgen_lite.kept_logprobs import KeptLogprobs
-from flexgen_lite.messages import WireRequest
 from flexgen_lite.open_request import OpenRequest
 from flexgen_lite.sampling_wire import WireParams
 from flexgen_lite.stop_strings import StopStrings

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from flexgen_lite.admission import Tokenizer
 from flexgen_lite.batching import RunningRequest
-from flexgen_lite.messages import RequestDelta, RequestDone, WireOutput, WirePrompt
+from flexgen_lite.client_messages import RequestDelta, RequestDone, WireOutput, WirePrompt
 from flexgen_lite.open_request import OpenRequest, Origin, Output
 from flexgen_lite.sampling_wire import TokenLogprobs
 

@@ -12,10 +12,10 @@ from typing import Any
 from flexgen_lite.batch_file import BadLine, BatchRequest, count_lines, read_requests
 from flexgen_lite.chat_template import Chat, ChatError
 from flexgen_lite.client import Client
+from flexgen_lite.client_messages import Status
 from flexgen_lite.completion import Completion
 from flexgen_lite.errors import NoStatus
 from flexgen_lite.job import Job
-from flexgen_lite.messages import Status
 from flexgen_lite.request import Request
 from flexgen_lite.request_body import CHAT, COMPLETIONS, RequestError
 from flexgen_lite.result_file import ResultWriter

@@ -11,7 +11,7 @@ from typing import Any
 
 import zmq
 
-from flexgen_lite import messages
+from flexgen_lite import client_messages
 from flexgen_lite.access import ZAP_ENDPOINT, Keys
 from flexgen_lite.codec import Codec, MessageError
 from flexgen_lite.event_loop import EventLoop
@@ -43,8 +43,8 @@ class ClientDoor:
         self._loop = loop
         self._context = context
         self._on_message, self._on_garbage, self._on_gone = on_message, on_garbage, on_gone
-        self._decode = Codec(messages.ToEngine, max_bytes=MAX_MESSAGE_BYTES).decode
-        self._encode = Codec(messages.ToClient).encode
+        self._decode = Codec(client_messages.ToEngine, max_bytes=MAX_MESSAGE_BYTES).decode
+        self._encode = Codec(client_messages.ToClient).encode
         self._socket: zmq.Socket[bytes] | None = None
         self._judge: zmq.Socket[bytes] | None = None
         self._path: Path | None = None
@@ -106,7 +106,7 @@ class ClientDoor:
             return
         for client in clients:
             with contextlib.suppress(zmq.ZMQError):
-                self._socket.send_multipart([client, self._encode(messages.EngineFailed(text))], zmq.NOBLOCK)
+                self._socket.send_multipart([client, self._encode(client_messages.EngineFailed(text))], zmq.NOBLOCK)
 
     def close(self) -> None:
         if self._socket is not None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
+from flexgen_lite.client_messages import RequestDelta, RequestDone, WireOutput
 from flexgen_lite.completion import Completion, CompletionOutput, Delta, Logprob, Prompt
-from flexgen_lite.messages import RequestDelta, RequestDone, WireOutput
 from flexgen_lite.sampling_wire import TokenLogprobs, WireParams
 
 

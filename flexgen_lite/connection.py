@@ -15,10 +15,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from flexgen_lite.access import Keys
-from flexgen_lite.codec import Codec, MessageError
-from flexgen_lite.errors import EngineError, NoStatus
-from flexgen_lite.job import Job
-from flexgen_lite.messages import (
+from flexgen_lite.client_messages import (
     PROTOCOL,
     Cancel,
     Connect,
@@ -33,6 +30,9 @@ from flexgen_lite.messages import (
     ToEngine,
     Welcome,
 )
+from flexgen_lite.codec import Codec, MessageError
+from flexgen_lite.errors import EngineError, NoStatus
+from flexgen_lite.job import Job
 
 _HIGH_WATER = 1000  # messages
 _DELTAS_A_REPORT = 256

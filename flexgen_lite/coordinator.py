@@ -22,7 +22,7 @@ from typing import Any, Self
 
 import zmq
 
-from flexgen_lite import messages, plan
+from flexgen_lite import client_messages, messages, plan
 from flexgen_lite.access import KeyFileError, read_key_file
 from flexgen_lite.arena import Arena
 from flexgen_lite.batching import MicroBatch, Result
@@ -276,19 +276,14 @@ class Coordinator:
             case messages.AttentionReport():
                 self._attended(worker, message)
             case messages.Loaded():
-                self._gauges.lanes.add("disk", "disk", f"load {message.unit}", message.start_ns, message.end_ns)
-                self._gauges.traffic["disk_read_bytes"] += message.num_bytes
+                self._gauges.loaded(message)
                 self._crew.did_something(worker)
                 self._flow.loaded(message)
             case messages.Packed():
-                self._gauges.lanes.span(
-                    "compute worker", "compute", f"pack {message.unit}", message.start_ns, message.end_ns
-                )
+                self._gauges.packed(message)
                 self._flow.was_packed(message)
             case messages.Uploaded():
-                self._gauges.traffic["uploaded_bytes"] += message.num_bytes
-                name = f"upload {message.unit}"
-                self._gauges.lanes.add("host-to-device", "host-to-device", name, message.start_ns, message.end_ns)
+                self._gauges.uploaded(message)
                 self._flow.uploaded(message)
             case messages.ModelOpened():
                 self._model_opened(message)
@@ -304,15 +299,8 @@ class Coordinator:
         if report.pass_id != self._pass_id or self._suspended:
             return
         self._progress = time.monotonic()
-        if report.device_peak_bytes:
-            self._gauges.device_peak_bytes = plan.CUDA_CONTEXT_BYTES + report.device_peak_bytes
+        self._gauges.computed(report)
         for done in report.done:
-            name = f"{'before ' * done.left_only}layer {done.layer} micro-batch {done.micro_batch}"
-            self._gauges.lanes.add("compute", "compute", name, done.start_ns, done.end_ns)
-            if done.to_host_ns:
-                begin_ns = done.end_ns - done.to_host_ns
-                self._gauges.lanes.add("device-to-host", "device-to-host", name, begin_ns, done.end_ns)
-            self._gauges.copy_ns += done.copy_ns
             if done.left_only:
                 self._flow.carry_out(self._scheduler.layer_left(done.layer, done.micro_batch))
                 continue
@@ -324,10 +312,9 @@ class Coordinator:
 
     def _attended(self, worker: WorkerProcess, report: messages.AttentionReport) -> None:
         self._progress = time.monotonic()
-        for done in report.done:
-            name = f"layer {done.layer} micro-batch {done.micro_batch}"
-            self._gauges.lanes.add("attention", worker.name, name, done.start_ns, done.end_ns)
-            if report.pass_id == self._pass_id and self._pass and not self._suspended:
+        self._gauges.attended(worker.name, report)
+        if report.pass_id == self._pass_id and self._pass and not self._suspended:
+            for done in report.done:
                 self._scheduler.attended(done.layer, done.micro_batch, _number(worker))
 
     def _compute_columns(self, order: RunColumns) -> None:
@@ -471,27 +458,27 @@ class Coordinator:
 
     def _handle_client(self, client: bytes, message: Any) -> None:
         match message:
-            case messages.Connect():
+            case client_messages.Connect():
                 self._door.send(client, self._welcome())
-            case messages.Submit():
+            case client_messages.Submit():
                 self._answer(self._queue.submit(client, message))
                 self._begin_soon()
-            case messages.Cancel():
+            case client_messages.Cancel():
                 self._answer(self._queue.cancel(client, message.job_id))
-            case messages.ReadDeltas():
+            case client_messages.ReadDeltas():
                 self._queue.deltas_read(client, message.count)
-            case messages.GetStatus():
+            case client_messages.GetStatus():
                 self._door.send(client, self._status())
 
     def _answer(self, answers: Iterable[Answer]) -> None:
         for client, message in answers:
             self._door.send(client, message)
 
-    def _welcome(self) -> messages.Welcome:
+    def _welcome(self) -> client_messages.Welcome:
         assert self._setup is not None
         opened, text = self._setup.opened, describe(self._plan, self._setup.spec)
-        return messages.Welcome(
-            messages.PROTOCOL,
+        return client_messages.Welcome(
+            client_messages.PROTOCOL,
             self._config.model,
             opened.fingerprint,
             opened.spec.max_length,
@@ -500,7 +487,7 @@ class Coordinator:
             opened.chat_template,
         )
 
-    def _status(self) -> messages.Status:
+    def _status(self) -> client_messages.Status:
         queue, totals = self._queue, {**self._queue.totals}
         totals |= {"restarts": self._crew.restarts, "sent_back": queue.num_sent_back}
         return self._gauges.status(queue.num_running, queue.num_waiting, totals, self._plan.ram)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from flexgen_lite.admission import Limits
 from flexgen_lite.batching import Batcher, MicroBatch
 from flexgen_lite.config import EngineConfig
 from flexgen_lite.expected_work import ExpectedWork
-from flexgen_lite.kv_layout import kv_spec, read_bytes
+from flexgen_lite.kv_layout import kv_spec, token_bytes_by_window
 from flexgen_lite.machine import Machine
 from flexgen_lite.model_spec import ModelSpec
 from flexgen_lite.page_table import PageTable
@@ -27,6 +26,7 @@ class Setup:
     plan: plan.Plan
     kv: messages.KvSpec
     exchange: messages.ExchangeSpec
+    kv_bytes_by_window: dict[int, int]  # of a token
 
     @property
     def spec(self) -> ModelSpec:
@@ -46,11 +46,11 @@ class Setup:
 
     def kv_read_bytes(self, micro_batches: Iterable[MicroBatch]) -> int:
         """Bytes of the KV cache that a pass reads for sequences that it computes one token of."""
-        layers, kinds = self.spec.attention, Counter(self.spec.attention)
         lengths = [p.request.stored + 1 for m in micro_batches for p in m.pieces if p.num_rows == 1 and not p.prefill]
-        if len({layer.sliding_window for layer in kinds}) == 1 and not layers[0].sliding_window:
-            return sum(lengths) * read_bytes(layers, self.spec.dtype, 1)
-        return sum(n * read_bytes([kind], self.spec.dtype, t) for t in lengths for kind, n in kinds.items())
+        return sum(
+            size * sum(min(length, window or length) for length in lengths)
+            for window, size in self.kv_bytes_by_window.items()
+        )
 
     # ------------------------------------------------------------------------------------------------ for workers
 
@@ -123,4 +123,4 @@ def set_up(
     made = plan.make_plan(config, spec, machine, opened.resident_bytes, device_bytes > 0, device_bytes, expected)
     kv = kv_spec(spec.attention, made.num_pages, made.page_tokens, spec.dtype)
     exchange = messages.ExchangeSpec(made.micro_batches, made.region_bytes, made.micro_batch_tokens, spec.dtype)
-    return Setup(opened, made, kv, exchange)
+    return Setup(opened, made, kv, exchange, token_bytes_by_window(spec.attention, spec.dtype))

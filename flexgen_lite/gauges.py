@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
-from flexgen_lite import __version__
+from flexgen_lite import __version__, messages
+from flexgen_lite.client_messages import Status
 from flexgen_lite.config import EngineConfig
 from flexgen_lite.engine_setup import Setup
 from flexgen_lite.lanes import Lanes
 from flexgen_lite.memory_use import MemoryUse
-from flexgen_lite.messages import Status
+from flexgen_lite.plan import CUDA_CONTEXT_BYTES
 from flexgen_lite.plan_text import describe
 
 LANE_SECONDS = 5.0  # over which busy shares are shown
@@ -39,6 +40,35 @@ class Gauges:
         self._history.append((now, self.lanes.busy_ns))
         while len(self._history) > 2 and now - self._history[1][0] > LANE_SECONDS * 1e9:
             self._history.pop(0)
+
+    # ------------------------------------------------------------------------------------------------ what was done
+
+    def loaded(self, message: messages.Loaded) -> None:
+        self.traffic["disk_read_bytes"] += message.num_bytes
+        self.lanes.add("disk", "disk", f"load {message.unit}", message.start_ns, message.end_ns)
+
+    def packed(self, message: messages.Packed) -> None:
+        self.lanes.span("compute worker", "compute", f"pack {message.unit}", message.start_ns, message.end_ns)
+
+    def uploaded(self, message: messages.Uploaded) -> None:
+        self.traffic["uploaded_bytes"] += message.num_bytes
+        name = f"upload {message.unit}"
+        self.lanes.add("host-to-device", "host-to-device", name, message.start_ns, message.end_ns)
+
+    def computed(self, report: messages.ComputeReport) -> None:
+        if report.device_peak_bytes:
+            self.device_peak_bytes = CUDA_CONTEXT_BYTES + report.device_peak_bytes
+        for done in report.done:
+            name = f"{'before ' * done.left_only}layer {done.layer} micro-batch {done.micro_batch}"
+            self.lanes.add("compute", "compute", name, done.start_ns, done.end_ns)
+            if done.to_host_ns:
+                self.lanes.add("device-to-host", "device-to-host", name, done.end_ns - done.to_host_ns, done.end_ns)
+            self.copy_ns += done.copy_ns
+
+    def attended(self, worker: str, report: messages.AttentionReport) -> None:
+        for done in report.done:
+            name = f"layer {done.layer} micro-batch {done.micro_batch}"
+            self.lanes.add("attention", worker, name, done.start_ns, done.end_ns)
 
     # ------------------------------------------------------------------------------------------------ trace
 

@@ -6,10 +6,10 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
+from flexgen_lite.client_messages import RequestDelta, RequestDone, WireRequest
 from flexgen_lite.completion import Completion, Delta, Prompt
 from flexgen_lite.completion_of import completion_of, delta_of, last_deltas
 from flexgen_lite.errors import EngineError
-from flexgen_lite.messages import RequestDelta, RequestDone, WireRequest
 from flexgen_lite.request import Request
 from flexgen_lite.sampling_wire import WireParams
 

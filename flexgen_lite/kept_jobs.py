@@ -6,8 +6,8 @@ import hashlib
 import tempfile
 from array import array
 
+from flexgen_lite.client_messages import RequestDone, WireRequest
 from flexgen_lite.codec import Codec
-from flexgen_lite.messages import RequestDone, WireRequest
 
 _CODEC = Codec(RequestDone)
 _REQUEST_CODEC = Codec(WireRequest)

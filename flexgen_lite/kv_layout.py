@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from flexgen_lite.messages import KvSpec
@@ -32,14 +33,12 @@ def page_bytes(layers: Sequence[AttentionSpec], page_tokens: int, dtype: str) ->
     return page_tokens * token
 
 
-def read_bytes(layers: Sequence[AttentionSpec], dtype: str, tokens: int) -> int:
-    """What a new token's attention to `tokens` tokens, itself included, reads over all layers."""
-    return sum(
-        min(tokens, spec.sliding_window or tokens)
-        * spec.num_kv_heads
-        * (row_bytes(spec.head_dim, dtype) + row_bytes(spec.value_dim, dtype))
-        for spec in layers
-    )
+def token_bytes_by_window(layers: Sequence[AttentionSpec], dtype: str) -> dict[int, int]:
+    """Bytes of a token's K and V in all layers that have the same window; 0: none."""
+    found: Counter[int] = Counter()
+    for spec in layers:
+        found[spec.sliding_window or 0] += page_bytes([spec], 1, dtype)
+    return dict(found)
 
 
 def row_bytes(dim: int, dtype: str) -> int:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 
 from flexgen_lite.client import Client
+from flexgen_lite.client_messages import Status
 from flexgen_lite.config import EngineConfig
 from flexgen_lite.engine_process import EngineProcess
 from flexgen_lite.errors import NoStatus
-from flexgen_lite.messages import Status
 from flexgen_lite.terminal import signals_interrupt
 from flexgen_lite.voice import LiveVoice, Voice
 

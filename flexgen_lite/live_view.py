@@ -11,8 +11,8 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from flexgen_lite.client_messages import Status
 from flexgen_lite.lanes import LANES
-from flexgen_lite.messages import Status
 from flexgen_lite.rates import clock
 from flexgen_lite.sizes import format_size
 

@@ -11,11 +11,11 @@ from typing import Any, Self, overload
 
 from flexgen_lite.chat_template import Messages
 from flexgen_lite.client import Client, is_one_chat, is_one_prompt
+from flexgen_lite.client_messages import Status
 from flexgen_lite.completion import Completion, Delta, Prompt
 from flexgen_lite.config import EngineConfig
 from flexgen_lite.engine_process import EngineProcess
 from flexgen_lite.job import Job
-from flexgen_lite.messages import Status
 from flexgen_lite.sampling_params import SamplingParams
 from flexgen_lite.scoring import Score
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from flexgen_lite.client_messages import WirePrompt
 from flexgen_lite.kept_logprobs import KeptLogprobs
-from flexgen_lite.messages import WirePrompt
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from flexgen_lite.client_messages import WireRequest
 from flexgen_lite.completion import Prompt
-from flexgen_lite.messages import WireRequest
 from flexgen_lite.sampling_params import MAX_TOKEN_ID, SamplingParams
 
 MAX_PROMPT_UNITS = 8 << 20  # characters or token ids

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from flexgen_lite.admission import Admission, Limits, RequestError, Tokenizer
 from flexgen_lite.answers import Answers, refusal
 from flexgen_lite.batching import Batcher, MicroBatch, Result, RunningRequest
+from flexgen_lite.client_messages import RequestDelta, RequestDone, Submit, WireRequest
 from flexgen_lite.kept_jobs import KeptJob
-from flexgen_lite.messages import RequestDelta, RequestDone, Submit, WireRequest
 from flexgen_lite.open_request import OpenRequest, Origin
 from flexgen_lite.sampling_wire import NO_TOKEN
 from flexgen_lite.waiting_queue import WaitingQueue

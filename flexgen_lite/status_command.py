@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from flexgen_lite.client import Client
-from flexgen_lite.messages import Status
+from flexgen_lite.client_messages import Status
 from flexgen_lite.terminal import signals_interrupt
 from flexgen_lite.voice import LiveVoice, Voice, is_terminal
 

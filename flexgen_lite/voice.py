@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any, Self, TextIO
 
-from flexgen_lite.messages import Status
+from flexgen_lite.client_messages import Status
 from flexgen_lite.rates import Window, seconds_left
 
 LINE_SECONDS = 10.0

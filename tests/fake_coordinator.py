@@ -53,7 +53,7 @@ def serve(path: Path, die_after: int | None) -> int:
     """Answer requests; after so many, be killed."""
     from fake_engine import FakeEngine
 
-    from flexgen_lite.messages import EngineFailed, Submit
+    from flexgen_lite.client_messages import EngineFailed, Submit
 
     def stop(*_: object) -> None:
         raise SystemExit(0)

@@ -10,8 +10,7 @@ from typing import Any, Self
 
 import zmq
 
-from flexgen_lite.codec import Codec
-from flexgen_lite.messages import (
+from flexgen_lite.client_messages import (
     PROTOCOL,
     Cancel,
     Connect,
@@ -25,6 +24,7 @@ from flexgen_lite.messages import (
     WireOutput,
     WireRequest,
 )
+from flexgen_lite.codec import Codec
 
 _TO_CLIENT = Codec(ToClient)
 

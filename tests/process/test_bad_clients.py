@@ -15,8 +15,7 @@ import zmq
 
 from flexgen_lite import Client, EngineError, FlexGenLite, SamplingParams
 from flexgen_lite.client_door import MAX_MESSAGE_BYTES
-from flexgen_lite.codec import Codec
-from flexgen_lite.messages import (
+from flexgen_lite.client_messages import (
     Cancel,
     Connect,
     EngineFailed,
@@ -27,6 +26,7 @@ from flexgen_lite.messages import (
     ToEngine,
     WireRequest,
 )
+from flexgen_lite.codec import Codec
 from flexgen_lite.requests import MAX_OPEN
 from tests.tiny_models import make_model, ragged_prompts
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flexgen_lite import Client, EngineError, SamplingParams
-from flexgen_lite.messages import Cancel, EngineFailed, GetStatus, RequestDone, Submit
+from flexgen_lite.client_messages import Cancel, EngineFailed, GetStatus, RequestDone, Submit
 from flexgen_lite.sampling_params import GREEDY
 from tests.fake_engine import FakeEngine, answer
 

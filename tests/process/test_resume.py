@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from flexgen_lite.messages import Submit
+from flexgen_lite.client_messages import Submit
 from tests import fake_coordinator
 from tests.fake_engine import FakeEngine
 

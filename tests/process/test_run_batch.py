@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from flexgen_lite.messages import EngineFailed, RequestDone, Submit, WireOutput
+from flexgen_lite.client_messages import EngineFailed, RequestDone, Submit, WireOutput
 from tests import fake_coordinator
 from tests.fake_engine import FakeEngine, answer
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flexgen_lite import messages
+from flexgen_lite import client_messages, messages
 from flexgen_lite.codec import Codec, MessageError
 
 UNIONS = {name: union for name, union in vars(messages).items() if name.startswith(("To", "From"))}
@@ -105,4 +105,4 @@ def test_errors_name_message_and_field() -> None:
     with pytest.raises(MessageError, match="Stop is not one of Connect"):
         codec.encode(messages.Stop())
     with pytest.raises(MessageError, match="9 bytes, 4 allowed"):
-        Codec(messages.ToEngine, max_bytes=4).decode(b"123456789")
+        Codec(client_messages.ToEngine, max_bytes=4).decode(b"123456789")

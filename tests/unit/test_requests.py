@@ -8,7 +8,7 @@ import pytest
 
 from flexgen_lite.admission import Limits
 from flexgen_lite.batching import Batcher, Result
-from flexgen_lite.messages import RequestDone, Submit, WireRequest
+from flexgen_lite.client_messages import RequestDone, Submit, WireRequest
 from flexgen_lite.page_table import PageTable
 from flexgen_lite.requests import OVERFLOW, Requests
 from flexgen_lite.sampling_wire import NO_TOKEN, Penalties, TokenLogprobs, WireParams
