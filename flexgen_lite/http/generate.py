@@ -55,6 +55,8 @@ class Generation:
             raise ApiError(400, "prompt_logprobs is not supported in a stream: leave stream out", "stream")
         if stream and any(one.echo and not isinstance(one.prompt, str) for one in bodies):
             raise ApiError(400, "echo of token ids is not supported in a stream: leave stream out", "stream")
+        if url == CHAT and self._client.welcome.chat_template is None:
+            raise ApiError(400, f"the model has no chat template: use {COMPLETIONS}", "messages")
         if any(isinstance(one.prompt, Chat) and one.prompt.chat_template is not None for one in bodies):
             raise ApiError(400, OWN_TEMPLATE, "chat_template")
         try:
