@@ -16,7 +16,12 @@ from hypothesis import strategies as st
 from flexgen_lite import client_messages, messages
 from flexgen_lite.codec import Codec, MessageError
 
-UNIONS = {name: union for name, union in vars(messages).items() if name.startswith(("To", "From"))}
+UNIONS = {
+    name: union
+    for module in (messages, client_messages)
+    for name, union in vars(module).items()
+    if name.startswith(("To", "From")) and typing.get_args(union)
+}
 MEMBERS = sorted({(name, member) for name, union in UNIONS.items() for member in typing.get_args(union)}, key=str)
 
 

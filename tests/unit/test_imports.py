@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PURE = (
     "slot_ring", "schedule", "batching", "page_table", "model_spec", "exchange", "kv_layout", "messages",
-    "sampling_wire", "stop_strings", "kept_logprobs", "open_request", "waiting_queue", "text_stream",
+    "client_messages", "sampling_wire", "stop_strings", "kept_logprobs", "open_request", "waiting_queue", "text_stream",
 )  # fmt: skip
 HEAVY = {"torch", "transformers", "numba", "greenlet"}
 COORDINATOR_SIDE = sorted(p.stem for p in (ROOT / "flexgen_lite").glob("*.py"))
