@@ -80,7 +80,7 @@ class WorkerProcess:
         lifeline, self._lifeline = os.pipe()
         self.process = subprocess.Popen(
             [
-                *(sys.executable, "-m", f"flexgen_lite.workers.{kind}", "--name", name, "--endpoint", address),
+                *(sys.executable, "-m", "flexgen_lite.workers", kind, "--name", name, "--endpoint", address),
                 *("--parent", str(os.getpid()), "--lifeline", str(lifeline), "--run-dir", str(run_dir)),
                 *(argument for item in arenas.items() for argument in ("--arena", "{}={}".format(*item))),
                 *(argument for item in bells.items() for argument in ("--bell", "{}={}".format(*item))),

@@ -71,7 +71,7 @@ command = " ".join(sys.orig_argv)
 given = json.loads(os.environ["FLEXGEN_LITE_TEST_FAULTS"])
 for place, (kind, *_) in PLACES.items():
     faults = [(i, f) for i, f in enumerate(given) if f["place"] == place and f["worker"] in command]
-    if faults and f"flexgen_lite.workers.{kind} " in command:
+    if faults and f"flexgen_lite.workers {kind} " in command:
         wrap(place, faults, Path(__file__).parent)
 """
 

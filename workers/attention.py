@@ -11,15 +11,12 @@ from flexgen_lite.arena import map_arena
 from flexgen_lite.bells import Note, ring
 from flexgen_lite.memory_use import resident_bytes
 from flexgen_lite.workers import serve
+from flexgen_lite.workers.attention_state import AttentionState
 
 
 class AttentionWorker(serve.Worker):
     def __init__(self, context: serve.Context) -> None:
         self._context = context
-        # Numba reads its thread count when it is imported, and it takes a while: import now, beside the other workers.
-        from flexgen_lite.workers.attention_state import AttentionState
-
-        self._make_state = AttentionState
         self._state: AttentionState | None = None
         self._prefaulted = threading.Event()  # enough, or no more time for it
         self._pass_id = -1
@@ -40,7 +37,7 @@ class AttentionWorker(serve.Worker):
             exchange = map_arena(
                 self._context.arenas["exchange"], message.exchange.num_regions * message.exchange.region_bytes
             )
-            self._state = self._make_state(message, kv, exchange)
+            self._state = AttentionState(message, kv, exchange)
             self._state.warm_up()
             self._num_layers = len(message.layers)
             threading.Thread(target=self._state.prefault, args=(self._prefaulted,), daemon=True).start()
@@ -75,5 +72,5 @@ class AttentionWorker(serve.Worker):
         return messages.AttentionReport(self._pass_id, items)
 
 
-if __name__ == "__main__":
+def main() -> None:
     serve.run(messages.ToAttention, messages.FromAttention, AttentionWorker)

@@ -234,5 +234,5 @@ class ComputeWorker(serve.Worker):
             self._bound[unit] = slot
 
 
-if __name__ == "__main__":
+def main() -> None:
     serve.run(messages.ToCompute, messages.FromCompute, ComputeWorker)

@@ -30,5 +30,5 @@ class Loader(serve.Worker):
         self._context.post(messages.Loaded(message.unit, message.slot, num_bytes, start_ns, end_ns))
 
 
-if __name__ == "__main__":
+def main() -> None:
     serve.run(messages.ToLoader, messages.FromLoader, Loader)
