@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 UNFINISHED = "\ufffd"  # what bytes decode to that are no whole character yet
+PATIENCE = 16  # tokens, more than any character has: what has come of so many is all that will
 
 
 class TextStream:
@@ -19,7 +20,9 @@ class TextStream:
     def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str], begin: int) -> None:
         self._decode, self._stop, self._begin = decode, stop, begin
         self._hold = max(map(len, stop), default=1) - 1
-        self._from = self._read = self.told = begin  # told: tokens that the reader knows
+        self._from = self._read = begin  # the tokens before the next ones, whose text is known: how those begin
+        self._next = begin  # tokens between `read` and it have no text
+        self.told = begin  # tokens that the reader knows
         self._held = ""
 
     def afresh(self) -> TextStream:
@@ -29,11 +32,15 @@ class TextStream:
     def next(self, tokens: Sequence[int]) -> str:
         """What can be told of the text since the last time."""
         self.told = len(tokens)
-        known = self._decode(list(tokens[self._from : self._read]))
-        text = self._decode(list(tokens[self._from :]))
-        if len(text) > len(known) and not text.endswith(UNFINISHED):
-            self._from, self._read = self._read, len(tokens)
+        before = list(tokens[self._from : self._read])
+        known = self._decode(before)
+        text = self._decode(before + list(tokens[self._next :]))
+        waited = len(tokens) - self._next > PATIENCE
+        if len(text) > len(known) and (waited or not text.endswith(UNFINISHED)):
+            self._from, self._read, self._next = self._next, len(tokens), len(tokens)
             self._held += text[len(known) :]
+        elif waited:
+            self._next = len(tokens)
         end = len(self._held) - self._hold
         if end <= 0:
             return ""

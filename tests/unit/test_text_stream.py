@@ -46,3 +46,28 @@ def test_another_sequence_begins_at_the_same_place() -> None:
     stream = TextStream(decode, (), 2)
     stream.next(list(b"xxabc"))
     assert stream.afresh().next(list(b"xxde")) == "de"
+
+
+def test_tokens_without_text_cost_nothing_for_long() -> None:
+    """Skipped special tokens, here 0; and a space that is dropped at the front of a text."""
+    longest = 0
+
+    def without_special(token_ids: list[int]) -> str:
+        nonlocal longest
+        longest = max(longest, len(token_ids))
+        return decode([token for token in token_ids if token]).removeprefix(" ")
+
+    stream, tokens, told = TextStream(without_special, (), 0), list(b" one"), ""
+    for token in [0] * 100 + list(b" two") + [0] * 50 + list(b" three"):
+        tokens.append(token)
+        told += stream.next(tokens)
+    assert told == "one two three"
+    assert longest < 40
+
+
+def test_bytes_that_are_no_character_are_told() -> None:
+    stream, tokens, told = TextStream(decode, (), 0), [], ""
+    for token in [*b"a", *[0xFF] * 100, *b"b"]:
+        tokens.append(token)
+        told += stream.next(tokens)
+    assert told == decode(tokens)
