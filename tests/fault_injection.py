@@ -72,6 +72,7 @@ given = json.loads(os.environ["FLEXGEN_LITE_TEST_FAULTS"])
 for place, (kind, *_) in PLACES.items():
     faults = [(i, f) for i, f in enumerate(given) if f["place"] == place and f["worker"] in command]
     if faults and f"flexgen_lite.workers {kind} " in command:
+        importlib.import_module("flexgen_lite.workers.__main__").imported(f"flexgen_lite.workers.{kind}")
         wrap(place, faults, Path(__file__).parent)
 """
 
