@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
-from flexgen_lite.batching import RunningRequest
 from flexgen_lite.client_messages import WireRequest
 from flexgen_lite.kept_logprobs import KeptLogprobs
 from flexgen_lite.open_request import OpenRequest
+from flexgen_lite.running_request import RunningRequest
 from flexgen_lite.sampling_wire import WireParams
 from flexgen_lite.stop_strings import StopStrings
 from flexgen_lite.text_stream import TextStream

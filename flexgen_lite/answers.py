@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from flexgen_lite.admission import Tokenizer
-from flexgen_lite.batching import RunningRequest
 from flexgen_lite.client_messages import RequestDelta, RequestDone, WireOutput, WirePrompt
 from flexgen_lite.open_request import OpenRequest, Origin, Output
+from flexgen_lite.running_request import RunningRequest
 from flexgen_lite.sampling_wire import TokenLogprobs
 
 

@@ -8,131 +8,17 @@ whose prompt is stored, and prompts (or the next chunk of a long one) as far as 
 from __future__ import annotations
 
 import math
-from collections.abc import MutableSequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from flexgen_lite.kept_logprobs import KeptLogprobs
 from flexgen_lite.messages import KvBatch, KvSpan, TokenBatch, TokenSpan
-from flexgen_lite.open_request import OpenRequest
-from flexgen_lite.page_table import PageTable
-from flexgen_lite.sampling_wire import NO_TOKEN, Penalties, Sample, Scored, TokenLogprobs, WireParams
-from flexgen_lite.stop_strings import StopStrings
-from flexgen_lite.text_stream import TextStream
+from flexgen_lite.page_table import PageTable, page_keys
+from flexgen_lite.running_request import RunningRequest
+from flexgen_lite.sampling_wire import NO_TOKEN, Scored, TokenLogprobs
 
 EXPECTED_MARGIN = 1.25  # over the average life
 EXPECTED_WEIGHT = 0.02  # of the last request that ended, in the average
-
-
-@dataclass(slots=True, eq=False)
-class RunningRequest:
-    """A sequence as the passes see it: `tokens` is the prompt and what was generated; the first `stored` of them have
-    their K and V in `pages` of attention worker `worker`.
-
-    It is the `number`-th of the sequences that `owner` asks for; `id`s rise in the order of arrival.
-    """
-
-    id: int
-    tokens: MutableSequence[int]
-    num_prompt_tokens: int
-    params: WireParams
-    seed: int
-    end_ids: frozenset[int]
-    stored: int = 0
-    worker: int = -1
-    pages: tuple[int, ...] = ()
-    times_sent_back: int = 0
-    overflowed: bool = False  # the model's numbers did, so that there is no next token
-    stop_strings: StopStrings | None = None
-    logprobs: KeptLogprobs | None = None  # of the generated tokens, if asked for
-    prompt_logprobs: KeptLogprobs | None = None  # of those of the prompt from `scored_from` on, if asked for
-    owner: OpenRequest | None = None
-    number: int = 0
-    stream: TextStream | None = None  # for a reader who wants its tokens as they come
-
-    @property
-    def num_generated(self) -> int:
-        return len(self.tokens) - self.num_prompt_tokens
-
-    @property
-    def most_stored(self) -> int:
-        """Tokens whose K and V are stored when it ends: all but the last."""
-        return self.num_prompt_tokens + self.params.max_tokens - 1
-
-    @property
-    def num_left(self) -> int:
-        """Known tokens that are to be computed and stored."""
-        return min(len(self.tokens), self.most_stored) - self.stored
-
-    @property
-    def finish_reason(self) -> str | None:
-        """ "stop" or "length" once the request is complete."""
-        generated = self.num_generated
-        if generated == 0:
-            return "length" if self.params.max_tokens == 0 and self.num_left == 0 else None
-        if generated >= self.params.min_tokens and (self.tokens[-1] in self.end_ids or self.has_stop_string):
-            return "stop"
-        return "length" if generated >= self.params.max_tokens else None
-
-    @property
-    def has_stop_string(self) -> bool:
-        """Whether the generated text has one, as of its last token."""
-        return self.stop_strings is not None and self.stop_strings.found
-
-    def add(self, token: int) -> None:
-        """The next token, as it was drawn."""
-        self.tokens.append(token)
-        if self.stop_strings is not None and self.num_generated > self.params.min_tokens:
-            self.stop_strings.look(self.tokens, self.num_prompt_tokens)
-
-    def make_sibling(self) -> RunningRequest | None:
-        """The next sequence from the same prompt, if one is wanted that has not been made."""
-        owner = self.owner
-        if owner is None or owner.num_made == owner.num_sequences or self.number != owner.num_made - 1:
-            return None
-        owner.num_made += 1
-        owner.num_live += 1
-        return RunningRequest(
-            self.id + 1,
-            self.tokens[: self.num_prompt_tokens],
-            self.num_prompt_tokens,
-            self.params,
-            self.seed + 1,
-            self.end_ids,
-            stop_strings=self.stop_strings.afresh() if self.stop_strings is not None else None,
-            logprobs=KeptLogprobs(self.params.logprobs) if self.params.logprobs is not None else None,
-            owner=owner,
-            number=self.number + 1,
-            stream=self.stream.afresh() if self.stream is not None else None,
-        )
-
-    def next_sample(self) -> Sample:
-        params = self.params
-        return Sample(
-            temperature=params.temperature,
-            top_k=params.top_k,
-            top_p=params.top_p,
-            seed=self.seed,
-            step=self.num_generated,
-            banned=tuple(sorted(self.end_ids)) if self.num_generated < params.min_tokens else (),
-            min_p=params.min_p,
-            bias=params.logit_bias,
-            penalties=self._penalties(),
-            num_logprobs=-1 if params.logprobs is None else params.logprobs,
-        )
-
-    def _penalties(self) -> Penalties | None:
-        params, first = self.params, self.num_prompt_tokens
-        if params.repetition_penalty == 1 and params.presence_penalty == 0 and params.frequency_penalty == 0:
-            return None
-        prompt = sorted(set(self.tokens[:first])) if params.repetition_penalty != 1 else ()
-        return Penalties(
-            params.repetition_penalty,
-            params.presence_penalty,
-            params.frequency_penalty,
-            tuple(prompt),
-            tuple(self.tokens[first:]),
-        )
+MOST_UNEVEN = 4  # requests' pages that a worker may have more than another because it has the beginning of a prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,12 +115,22 @@ class Waiting(Protocol):
     def put_back(self, request: RunningRequest) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """By attention worker: pages that are used or expected to be, and keys of prompts that are being computed."""
+
+    pages: list[int]
+    keys: list[set[bytes]]
+
+
 class Batcher:
     """Composes passes and commits their results.
 
     A request is admitted if its whole expected life has room beside those of the running ones. It gets pages as it
     grows; where there are none left, the youngest sequences of the same worker are sent back to wait, and computed
     again from their tokens later. The oldest always goes on, so there is no deadlock.
+
+    Prompts that begin alike share the pages of their beginning, once those are stored.
 
     How long a life to expect is learnt from those that ended: at first all of `max_tokens`.
 
@@ -244,10 +140,17 @@ class Batcher:
         micro_batches: most micro-batches of a pass.
         micro_batch_tokens: most rows of a micro-batch.
         spread: use as many micro-batches as there are, evenly filled, so that lanes overlap; else as few as will do.
+        share: whether prompts do.
     """
 
     def __init__(
-        self, pages: PageTable, max_sequences: int, micro_batches: int, micro_batch_tokens: int, spread: bool
+        self,
+        pages: PageTable,
+        max_sequences: int,
+        micro_batches: int,
+        micro_batch_tokens: int,
+        spread: bool,
+        share: bool = True,
     ) -> None:
         if max_sequences > micro_batches * micro_batch_tokens:
             raise ValueError(
@@ -258,9 +161,11 @@ class Batcher:
         self._micro_batches = micro_batches
         self._micro_batch_tokens = micro_batch_tokens
         self._spread = spread
+        self._share = share
         self._expected_share = 1.0  # of max_tokens that a request generates
         self.running: dict[int, RunningRequest] = {}
         self.num_sent_back = 0
+        self.num_shared = 0  # tokens that were not computed, as others had stored them
 
     def limit_rows(self, rows: int) -> int:
         """A micro-batch has at most so many rows from now on, if that is fewer than before; at least one."""
@@ -313,25 +218,70 @@ class Batcher:
         waiting.put_back(request)
 
     def _admit(self, bins: list[MicroBatch], waiting: Waiting) -> None:
-        """Takes requests from `waiting` as far as rows, places and pages go."""
-        promised = [0] * self._pages.num_workers  # pages that the running ones are expected to need in the end
+        """Takes requests from `waiting` as far as rows, places and pages go.
+
+        One that begins as a prompt does which is not stored yet waits for that, if this halves its rows at least.
+        """
+        table = self._pages
+        load = _Load([table.num_used(w) for w in range(table.num_workers)], [set() for _ in range(table.num_workers)])
         for running in self.running.values():
-            promised[running.worker] += self._expected_pages(running)
-        while len(self.running) < self._max_sequences and (request := waiting.first()) is not None:
-            room = self._most_room(bins)
-            if request.num_left > room and (request.num_left <= self._micro_batch_tokens or room == 0):
-                return
+            load.pages[running.worker] += max(0, self._expected_pages(running) - len(running.pages))
+            if running.stored < running.num_prompt_tokens:
+                load.keys[running.worker].update(self._keys(running))
+        held: list[RunningRequest] = []
+        while len(self.running) + len(held) < self._max_sequences and (request := waiting.first()) is not None:
             needed = self._expected_pages(request)
-            worker = min(range(self._pages.num_workers), key=lambda w: promised[w] / self._pages.size(w))
-            if promised[worker] and promised[worker] + needed > self._pages.size(worker):
-                return
-            pages = self._pages.allocate(request.id, request.num_left, worker)
+            worker, num_coming = self._choose(request, needed, load)
+            shared = table.find(worker, self._sharable(request))
+            stored, room = len(shared) * table.page_tokens, self._most_room(bins)
+            rows = request.num_left - stored
+            if 2 * (num_coming - len(shared)) * table.page_tokens >= rows:
+                held.append(waiting.take())
+                continue
+            if rows > room and (rows <= self._micro_batch_tokens or room == 0):
+                break
+            more = needed - len(shared) + table.num_idle(shared)
+            if load.pages[worker] and load.pages[worker] + more > table.size(worker):
+                break
+            used = table.num_used(worker)
+            pages = table.allocate(request.id, request.num_left, worker, shared)
             if pages is None:
-                return
-            promised[worker] += needed
-            request.worker, request.pages = worker, pages
+                break
+            load.pages[worker] += table.num_used(worker) - used + max(0, needed - len(pages))
+            load.keys[worker].update(self._keys(request))
+            request.worker, request.pages, request.stored = worker, pages, stored
+            self.num_shared += stored
             self.running[request.id] = waiting.take()
-            self._place(bins, request, request.num_left)
+            self._place(bins, request, rows)
+        for request in reversed(held):
+            waiting.put_back(request)
+
+    def _choose(self, request: RunningRequest, needed: int, load: _Load) -> tuple[int, int]:
+        """(worker, pages that it has or will have of what the request can share): the worker with the least to do, or
+        one that has more of it, if that has not much more to do."""
+        table, keys = self._pages, self._sharable(request)
+        least = min(range(table.num_workers), key=lambda w: load.pages[w] / table.size(w))
+        best, most = least, 0
+        for worker in (least, *range(table.num_workers)):
+            coming = load.keys[worker]
+            count = len(table.find(worker, keys))
+            while count < len(keys) and keys[count] in coming:
+                count += 1
+            if count > most and load.pages[worker] - load.pages[least] <= MOST_UNEVEN * needed:
+                best, most = worker, count
+        return best, most
+
+    def _sharable(self, request: RunningRequest) -> tuple[bytes, ...]:
+        """Keys of the pages that it may have from others."""
+        return self._keys(request)[: request.most_shared // self._pages.page_tokens]
+
+    def _keys(self, request: RunningRequest) -> tuple[bytes, ...]:
+        """Of the prompt's full pages."""
+        if request.page_keys is None:
+            page_tokens = self._pages.page_tokens
+            count = request.num_prompt_tokens // page_tokens if self._share else 0
+            request.page_keys = page_keys(request.tokens, page_tokens, count)
+        return request.page_keys
 
     def _expected_pages(self, request: RunningRequest) -> int:
         share = min(1.0, EXPECTED_MARGIN * self._expected_share)
@@ -359,6 +309,9 @@ class Batcher:
                         request.logprobs.append(next(logprobs))
                     if not request.overflowed:
                         request.add(token)
+                if request.stored < request.num_prompt_tokens:
+                    stored = min(request.stored + piece.num_rows, request.num_prompt_tokens)
+                    self._pages.publish(request.id, self._keys(request)[: stored // self._pages.page_tokens])
                 request.stored += piece.num_rows
                 if request.finish_reason is not None or request.overflowed:
                     finished.append(request)

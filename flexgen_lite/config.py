@@ -119,6 +119,12 @@ class EngineConfig(BaseModel):
         description="Tokens of one KV page. `auto`: 16.",
         json_schema_extra=expects('a power of two from 16 to 256, or "auto"'),
     )
+    prefix_caching: Switch = Field(
+        default=None,
+        description="Prompts that begin alike share the KV pages of their beginning, which is computed once. "
+        "`auto`: true.",
+        json_schema_extra=expects('true, false or "auto"'),
+    )
     layer_slots: Count = count(
         2,
         "Layer slots in main memory. A number below the model's layers streams all layers through so many slots. "

@@ -32,6 +32,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "micro_batches",
         "micro_batch_tokens",
         "page_tokens",
+        "prefix_caching",
         "layer_slots",
         "device_slots",
         "stage_weights",

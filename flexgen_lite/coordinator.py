@@ -228,7 +228,8 @@ class Coordinator:
             log(f"warning: {warning}")
         for name, num_bytes in setup.arena_bytes.items():
             self._arenas[name].resize(num_bytes)
-        self._schedule, self._requests = setup.make_schedule(), setup.make_requests()
+        self._schedule = setup.make_schedule()
+        self._requests = setup.make_requests(self._config.prefix_caching is not False)
         self._weights = WeightFlow(
             self._crew, self._schedule, setup.packed_units, setup.plan.copy_head, self._compute_columns
         )
@@ -490,6 +491,7 @@ class Coordinator:
     def _status(self) -> client_messages.Status:
         queue, totals = self._queue, {**self._queue.totals}
         totals |= {"restarts": self._crew.restarts, "sent_back": queue.num_sent_back}
+        totals["shared_prompt_tokens"] = queue.num_shared
         return self._gauges.status(queue.num_running, queue.num_waiting, totals, self._plan.ram)
 
 

@@ -104,10 +104,12 @@ class Setup:
         device = SlotRing({layers: made.device_slots} | stay, streamed, range(len(stay), made.device_slots))
         return Schedule(layers, host, device)
 
-    def make_requests(self) -> Requests:
+    def make_requests(self, share_prefixes: bool) -> Requests:
         made, spec = self.plan, self.spec
         pages = PageTable(made.num_pages, made.page_tokens, made.attention_workers)
-        batcher = Batcher(pages, made.max_sequences, made.micro_batches, made.micro_batch_tokens, made.spread)
+        batcher = Batcher(
+            pages, made.max_sequences, made.micro_batches, made.micro_batch_tokens, made.spread, share_prefixes
+        )
         eos = tuple(token for token in spec.eos_token_ids if 0 <= token < spec.vocab_size)
         prefix = spec.bos_token_id if spec.bos_token_id is not None else next(iter(eos), None)
         limits = Limits(spec.max_length, pages.max_tokens, spec.vocab_size, eos, prefix)

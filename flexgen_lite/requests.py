@@ -7,10 +7,11 @@ from collections.abc import Iterator
 
 from flexgen_lite.admission import Admission, Limits, RequestError, Tokenizer
 from flexgen_lite.answers import Answers, refusal
-from flexgen_lite.batching import Batcher, MicroBatch, Result, RunningRequest
+from flexgen_lite.batching import Batcher, MicroBatch, Result
 from flexgen_lite.client_messages import RequestDelta, RequestDone, Submit, WireRequest
 from flexgen_lite.kept_jobs import KeptJob
 from flexgen_lite.open_request import OpenRequest, Origin
+from flexgen_lite.running_request import RunningRequest
 from flexgen_lite.sampling_wire import NO_TOKEN
 from flexgen_lite.waiting_queue import WaitingQueue
 
@@ -51,6 +52,11 @@ class Requests:
     def num_sent_back(self) -> int:
         """How often a running request had to make room."""
         return self._batcher.num_sent_back
+
+    @property
+    def num_shared(self) -> int:
+        """Tokens of prompts that were not computed: others that began alike had been."""
+        return self._batcher.num_shared
 
     @property
     def num_running(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from flexgen_lite.batching import RunningRequest
+from flexgen_lite.running_request import RunningRequest
 
 Who = tuple[bytes | None, str]
 

@@ -7,6 +7,7 @@ from flexgen_lite.client_messages import Status
 _COUNTERS = {
     "generated_tokens": "Tokens generated.",
     "prompt_tokens": "Tokens of prompts computed.",
+    "shared_prompt_tokens": "Tokens of prompts that others which began alike had stored.",
     "requests_done": "Requests answered.",
     "requests_failed": "Requests refused or failed.",
     "requests_cancelled": "Requests cancelled.",

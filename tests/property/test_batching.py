@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexgen_lite.batching import Batcher, MicroBatch, Result, RunningRequest
+from flexgen_lite.batching import Batcher, MicroBatch, Piece, Result
+from flexgen_lite.kept_logprobs import KeptLogprobs
 from flexgen_lite.page_table import PageTable
-from flexgen_lite.sampling_wire import WireParams
+from flexgen_lite.running_request import RunningRequest
+from flexgen_lite.sampling_wire import TokenLogprobs, WireParams
 from flexgen_lite.waiting_queue import WaitingQueue
 
 EOS = 7
 
 
-def request(number: int, prompt: int, max_tokens: int) -> RunningRequest:
+def request(number: int, prompt: int, max_tokens: int, kind: int | None = None) -> RunningRequest:
+    """Prompts of the same kind begin alike; each is its own kind if nothing is said."""
     params = WireParams(max_tokens, 0, 0.0, 0, 1.0, None, (), False, True)
-    return RunningRequest(number, [1] * prompt, prompt, params, seed=0, end_ids=frozenset({EOS}))
+    first = 1000 + (number if kind is None else -kind)
+    return RunningRequest(number, [first] * prompt, prompt, params, seed=0, end_ids=frozenset({EOS}))
 
 
 def queue(requests: Iterable[RunningRequest]) -> WaitingQueue:
@@ -46,8 +51,32 @@ def check_rows(micro_batch: MicroBatch, index: int, workers: int, limit: int) ->
     assert {w for w in range(workers) if micro_batch.kv_batch(index, w).spans} == set(micro_batch.workers())
 
 
+class Memory:
+    """What the places of the KV pages hold: all tokens up to the one whose K and V are there."""
+
+    def __init__(self, page_tokens: int) -> None:
+        self._page_tokens = page_tokens
+        self._held: dict[tuple[int, int], tuple[int, ...]] = {}
+
+    def check(self, piece: Piece) -> None:
+        """Its past is there before the pass begins."""
+        tokens = tuple(piece.request.tokens)
+        for position in range(piece.request.stored):
+            assert self._held[self._place(piece, position)] == tokens[: position + 1], "another token's K and V"
+
+    def store(self, piece: Piece) -> None:
+        tokens, first = tuple(piece.request.tokens), piece.request.stored
+        for position in range(first, first + piece.num_rows):
+            self._held[self._place(piece, position)] = tokens[: position + 1]
+
+    def _place(self, piece: Piece, position: int) -> tuple[int, int]:
+        return piece.request.pages[position // self._page_tokens], position % self._page_tokens
+
+
 @given(
-    prompts=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 6)), min_size=1, max_size=25),
+    prompts=st.lists(
+        st.tuples(st.integers(1, 60), st.integers(1, 6), st.integers(0, 3) | st.none()), min_size=1, max_size=25
+    ),
     pages=st.integers(12, 40),
     workers=st.integers(1, 3),
     max_sequences=st.integers(1, 12),
@@ -59,7 +88,8 @@ def check_rows(micro_batch: MicroBatch, index: int, workers: int, limit: int) ->
 def test_every_request_is_served(prompts, pages, workers, max_sequences, micro_batches, tokens, spread, random) -> None:  # type: ignore[no-untyped-def]
     table = PageTable(pages * workers, 8, workers)
     batcher = Batcher(table, max_sequences, micro_batches, tokens, spread)
-    requests = [request(i, prompt, count) for i, (prompt, count) in enumerate(prompts)]
+    requests = [request(i, *prompt) for i, prompt in enumerate(prompts)]
+    memory = Memory(8)
     waiting = queue(requests)
     finished: list[RunningRequest] = []
     stored: Counter[int] = Counter()
@@ -71,7 +101,14 @@ def test_every_request_is_served(prompts, pages, workers, max_sequences, micro_b
         composed = batcher.compose(waiting)
         assert composed, "requests wait or run, but the pass is empty"
         assert len(composed) <= micro_batches and len(batcher.running) <= max_sequences
-        seen = [piece.request.id for micro_batch in composed for piece in micro_batch.pieces]
+        pieces = [piece for micro_batch in composed for piece in micro_batch.pieces]
+        for piece in pieces:
+            memory.check(piece)
+            if piece.request.id not in running:
+                stored[piece.request.id] = piece.request.stored  # by others, who began alike
+        for piece in pieces:
+            memory.store(piece)
+        seen = [piece.request.id for piece in pieces]
         assert len(seen) == len(set(seen)), "a request rides once in a pass"
         for number in [r.id for r in waiting if stored[r.id]]:
             assert requests[number].stored == 0 and requests[number].pages == ()
@@ -164,3 +201,79 @@ def test_short_answers_let_more_run_at_once_and_long_ones_send_the_youngest_back
         ended += [r.id for r in batcher.commit(composed, results)]
     assert batcher.num_sent_back > 0
     assert table.used_pages == 0 and len(ended) == 400 - finished
+
+
+def rows_by_pass(batcher: Batcher, waiting: WaitingQueue) -> list[dict[int, tuple[int, int]]]:
+    """(first position, rows) of each request, pass by pass, until all is done."""
+    passes = []
+    while waiting or batcher.running:
+        composed = batcher.compose(waiting)
+        pieces = [piece for micro_batch in composed for piece in micro_batch.pieces]
+        passes.append({piece.request.id: (piece.request.stored, piece.num_rows) for piece in pieces})
+        batcher.commit(composed, [Result((1,) * sum(p.completes for p in m.pieces)) for m in composed])
+    return passes
+
+
+def test_prompts_that_begin_alike_are_computed_once() -> None:
+    """The others wait for the pages of the first; one that is different does not."""
+    batcher = Batcher(PageTable(40, 8, 1), 8, 1, 64, spread=False)
+    waiting = queue([request(0, 20, 1, kind=1), request(1, 20, 1, kind=1), request(2, 30, 1, kind=1), request(3, 9, 1)])
+    assert rows_by_pass(batcher, waiting) == [{0: (0, 20), 3: (0, 9)}, {1: (16, 4), 2: (16, 14)}]
+    assert batcher.num_shared == 32
+
+
+def test_a_little_that_is_alike_is_not_waited_for() -> None:
+    batcher = Batcher(PageTable(40, 8, 1), 8, 1, 64, spread=False)
+    waiting = queue([request(0, 9, 1, kind=1), request(1, 30, 1, kind=1), request(2, 12, 1, kind=1)])
+    assert rows_by_pass(batcher, waiting) == [{0: (0, 9), 1: (0, 30)}, {2: (8, 4)}]
+
+
+def test_nothing_is_shared_if_so_said() -> None:
+    batcher = Batcher(PageTable(40, 8, 1), 8, 1, 64, spread=False, share=False)
+    waiting = queue([request(0, 20, 1, kind=1), request(1, 20, 1, kind=1)])
+    assert rows_by_pass(batcher, waiting) == [{0: (0, 20), 1: (0, 20)}]
+
+
+def test_the_last_token_is_always_computed() -> None:
+    batcher = Batcher(PageTable(40, 8, 1), 8, 1, 64, spread=False)
+    waiting = queue([request(0, 16, 1, kind=1), request(1, 16, 1, kind=1)])
+    assert rows_by_pass(batcher, waiting) == [{0: (0, 16)}, {1: (8, 8)}]
+
+
+def test_tokens_whose_logprobs_are_wanted_are_computed() -> None:
+    """Those of a continuation, in logits of the tokens before them."""
+    batcher = Batcher(PageTable(40, 8, 1), 8, 1, 128, spread=False)
+    scored = [request(i, 40, 0, kind=1) for i in range(3)]
+    for one, first in zip(scored, (30, 25, 1), strict=True):
+        one.params = replace(one.params, prompt_logprobs=0, scored_from=first)
+        one.prompt_logprobs = KeptLogprobs(0)
+    waiting, found = queue(scored), []
+    while waiting or batcher.running:
+        composed = batcher.compose(waiting)
+        results = []
+        for micro_batch in composed:
+            wanted = [p.scored for _, p in micro_batch.in_rows() if p.scored is not None]
+            found.append(
+                {p.request.id: (p.request.stored, len(p.scored.targets)) for p in micro_batch.pieces if p.scored}
+            )
+            count = sum(len(scored.targets) for scored in wanted)
+            results.append(Result((), (), (TokenLogprobs(-1.0, 1, ()),) * count))
+        batcher.commit(composed, results)
+    assert found == [{0: (0, 10), 2: (0, 39)}, {1: (24, 15)}]
+
+
+def test_a_prompt_goes_where_its_beginning_is_unless_that_worker_has_much_more_to_do() -> None:
+    table = PageTable(2000, 8, 2)
+    batcher = Batcher(table, 200, 1, 4000, spread=False)
+    waiting = queue(request(i, 40, 50, kind=1) for i in range(60))
+    workers: Counter[int] = Counter()
+    computed = 0
+    while waiting or batcher.running:
+        composed = batcher.compose(waiting)
+        for piece in (piece for micro_batch in composed for piece in micro_batch.pieces):
+            if piece.request.num_generated == 0:
+                workers[piece.request.worker] += 1
+                computed += piece.request.stored == 0
+        batcher.commit(composed, [Result((1,) * sum(p.completes for p in m.pieces)) for m in composed])
+    assert computed == 2, "once on each worker"
+    assert abs(workers[0] - workers[1]) <= 8

@@ -328,8 +328,8 @@ def test_clients_share_places_and_priorities_come_first() -> None:
 def test_a_cancelled_job_frees_its_pages_with_the_end_of_the_pass() -> None:
     pages = PageTable(16, 8, 1)
     requests = Requests(Batcher(pages, 8, 2, 32, spread=False), Limits(100, pages.max_tokens, 50, (2,)), None)
-    for job in ("kept on", "dropped"):
-        request = WireRequest(0, (5,) * 20, PARAMS)
+    for job in ("kept", "dropped"):
+        request = WireRequest(0, (5 + len(job),) * 20, PARAMS)
         requests.submit(b"client", Submit(job, (request,), False))
     composed = requests.next_pass()
     used = pages.used_pages
@@ -337,6 +337,6 @@ def test_a_cancelled_job_frees_its_pages_with_the_end_of_the_pass() -> None:
     assert pages.used_pages == used, "the pass still reads and writes them"
     requests.end_pass(composed, [Result((8,) * len(m.pieces)) for m in composed])
     assert 0 < pages.used_pages < used
-    requests.cancel(b"client", "kept on")
+    requests.cancel(b"client", "kept")
     requests.drop_cancelled()
     assert pages.used_pages == 0

@@ -7,8 +7,8 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexgen_lite.batching import RunningRequest
 from flexgen_lite.open_request import OpenRequest, Origin
+from flexgen_lite.running_request import RunningRequest
 from flexgen_lite.sampling_wire import WireParams
 from flexgen_lite.waiting_queue import WaitingQueue
 
