@@ -28,9 +28,9 @@ import pytest
 
 from flexgen_lite import FlexGenLite, SamplingParams
 from tests.fault_injection import Fault, inject, struck
-from tests.tiny_models import make_model, ragged_prompts
+from tests.tiny_models import make_model, ragged_prompts, some_alike
 
-PROMPTS = ragged_prompts(1200, longest=40)
+PROMPTS = some_alike(ragged_prompts(1200, longest=40))
 BODY: dict[str, Any] = {"max_tokens": 60, "temperature": 0.9, "top_k": 50, "seed": 7, "ignore_eos": True}
 SAMPLED = SamplingParams(**BODY)
 LAYOUTS: list[dict[str, Any]] = [

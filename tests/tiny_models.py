@@ -77,6 +77,12 @@ def ragged_prompts(count: int, longest: int, seed: int = 0) -> list[list[int]]:
     return [[rng.randrange(3, VOCAB) for _ in range(length)] for length in lengths]
 
 
+def some_alike(prompts: list[list[int]]) -> list[list[int]]:
+    """With the same 20 tokens before every third."""
+    beginning = [3 + number % 50 for number in range(20)]
+    return [beginning + prompt if number % 3 == 0 else prompt for number, prompt in enumerate(prompts)]
+
+
 def reference_tokens(directory: Path, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
     """Greedy tokens of Transformers' generate in float32, each prompt alone; end of sequence is a token like others."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()

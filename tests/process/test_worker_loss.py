@@ -15,10 +15,10 @@ import pytest
 
 from flexgen_lite import EngineError, FlexGenLite, SamplingParams
 from tests.fault_injection import Fault, inject, struck
-from tests.tiny_models import make_model, ragged_prompts
+from tests.tiny_models import make_model, ragged_prompts, some_alike
 
 WORKERS = ("compute worker", "disk loader", "attention worker 1")
-PROMPTS = ragged_prompts(40, longest=20)
+PROMPTS = some_alike(ragged_prompts(40, longest=20))
 SAMPLED = SamplingParams(max_tokens=24, temperature=0.9, top_k=50, seed=7, ignore_eos=True)
 OPTIONS: dict[str, dict[str, Any]] = {
     "resident": {},
