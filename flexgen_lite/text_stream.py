@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 UNFINISHED = "\ufffd"  # what bytes decode to that are no whole character yet
-PATIENCE = 16  # tokens, more than any character has: what has come of so many is all that will
+LONGEST = 4  # tokens of a character
+PATIENCE = 16  # tokens: of more, what ends with no whole character is told up to the last that is one
 
 
 class TextStream:
@@ -34,15 +35,18 @@ class TextStream:
         self.told = len(tokens)
         before = list(tokens[self._from : self._read])
         known = self._decode(before)
-        text = self._decode(before + list(tokens[self._next :]))
-        waited = len(tokens) - self._next > PATIENCE
+        waited, end = len(tokens) - self._next > PATIENCE, len(tokens)
+        text = self._decode(before + list(tokens[self._next : end]))
+        while waited and text.endswith(UNFINISHED) and end > len(tokens) - LONGEST:
+            end -= 1
+            text = self._decode(before + list(tokens[self._next : end]))
         if len(text) > len(known) and (waited or not text.endswith(UNFINISHED)):
-            self._from, self._read, self._next = self._next, len(tokens), len(tokens)
+            self._from, self._read, self._next = self._next, end, end
             self._held += text[len(known) :]
         elif waited:
-            self._next = len(tokens)
-        end = len(self._held) - self._hold
-        if end <= 0:
+            self._next = end
+        ready = len(self._held) - self._hold
+        if ready <= 0:
             return ""
-        told, self._held = self._held[:end], self._held[end:]
+        told, self._held = self._held[:ready], self._held[ready:]
         return told

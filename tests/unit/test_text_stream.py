@@ -71,3 +71,15 @@ def test_bytes_that_are_no_character_are_told() -> None:
         tokens.append(token)
         told += stream.next(tokens)
     assert told == decode(tokens)
+
+
+@given(
+    st.lists(st.sampled_from("aé€🙂 ".encode() + b"\xff\x80"), max_size=120), st.lists(st.integers(1, 25), max_size=60)
+)
+def test_what_is_told_stays_true_whatever_the_bytes(data: list[int], steps: list[int]) -> None:
+    tokens: list[int] = []
+    stream, told = TextStream(decode, (), 0), ""
+    for step in [*steps, len(data)]:
+        tokens, data = tokens + data[:step], data[step:]
+        told += stream.next(tokens)
+        assert decode(tokens).startswith(told)
