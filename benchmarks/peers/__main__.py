@@ -1,6 +1,6 @@
 """flexgen-lite against other engines, side by side on one machine in one run.
 
-    python -m benchmarks.peers [--shapes opt-1.3b llama-1.1b] [--workloads A B C D] [--systems ours transformers ...]
+    python -m benchmarks.peers [--shapes opt-1.3b llama-1.1b] [--workloads A B C D E] [--systems ours transformers ...]
 
 For each shape and workload, every system runs once in turn, and that --repeats times; each run is a fresh process. A
 system with several options, such as a batch size, is tried once with each first; the best counts, and is remembered

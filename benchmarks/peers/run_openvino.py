@@ -1,7 +1,7 @@
 """OpenVINO GenAI with continuous batching, all prompts submitted at once; runs in its own environment.
 
 Options: batched_tokens (most of a step), cache_gb, sequences (most at once), split_fuse (0: prompts in one piece),
-kv (type of the KV cache; u8 by default).
+kv (type of the KV cache; u8 by default), prefix_caching.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def measure(job: Job) -> Measurement:
     scheduler.max_num_batched_tokens = int(job.options["batched_tokens"])
     scheduler.max_num_seqs = int(job.options.get("sequences", 256))
     scheduler.dynamic_split_fuse = bool(job.options.get("split_fuse", 1))
-    scheduler.enable_prefix_caching = False
+    scheduler.enable_prefix_caching = bool(job.options.get("prefix_caching", 0))
     properties = {"INFERENCE_PRECISION_HINT": "bf16", "INFERENCE_NUM_THREADS": job.num_threads}
     if "kv" in job.options:
         properties["KV_CACHE_PRECISION"] = str(job.options["kv"])

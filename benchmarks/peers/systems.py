@@ -58,7 +58,8 @@ def _accelerate(workload: Workload, shape: Shape) -> list[Options]:
 
 def _openvino(workload: Workload, shape: Shape) -> list[Options]:
     cache = max(1, shape.group_bytes // (3 << 30)) if workload.in_memory_group else 4
-    return [{"batched_tokens": size, "cache_gb": cache} for size in (256, 1024, 8192)]
+    caching = {"prefix_caching": 1} if workload.common else {}
+    return [{"batched_tokens": size, "cache_gb": cache, **caching} for size in (256, 1024, 8192)]
 
 
 def _ctranslate2(workload: Workload, shape: Shape) -> list[Options]:

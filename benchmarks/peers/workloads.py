@@ -16,16 +16,19 @@ class Workload:
     longest: int
     max_tokens: int
     in_memory_group: bool = False  # held to the shape's budget by a memory cgroup
+    common: int = 0  # tokens that all prompts begin with
 
     @property
     def title(self) -> str:
         length = str(self.longest) if self.shortest == self.longest else f"{self.shortest}..{self.longest}"
-        return f"{self.num_prompts} prompts of {length} tokens, {self.max_tokens} generated"
+        common = f", the first {self.common} of them the same" if self.common else ""
+        return f"{self.num_prompts} prompts of {length} tokens{common}, {self.max_tokens} generated"
 
     def shortened(self) -> Workload:
         """To try the command itself with."""
         shortest, longest = max(4, self.shortest // 16), max(4, self.longest // 16)
-        return dataclasses.replace(self, num_prompts=4, shortest=shortest, longest=longest, max_tokens=4)
+        small = {"shortest": shortest, "longest": longest, "common": min(self.common, shortest - 1)}
+        return dataclasses.replace(self, num_prompts=4, max_tokens=4, **small)
 
 
 WORKLOADS = {
@@ -35,6 +38,7 @@ WORKLOADS = {
         Workload("B", 64, 64, 64, 128),
         Workload("C", 64, 16, 768, 32),
         Workload("D", 32, 128, 128, 16, in_memory_group=True),
+        Workload("E", 64, 512, 512, 16, common=448),
     )
 }
 
@@ -43,7 +47,8 @@ def prompts(workload: Workload, vocab_size: int, seed: int = 0) -> list[list[int
     """Token ids from 4 on: the ones below are special in both families."""
     rng = random.Random(seed)
     lengths = [_length(rng, workload) for _ in range(workload.num_prompts)]
-    return [[rng.randrange(4, vocab_size) for _ in range(n)] for n in lengths]
+    found = [[rng.randrange(4, vocab_size) for _ in range(n)] for n in lengths]
+    return [found[0][: workload.common] + tokens[workload.common :] for tokens in found]
 
 
 def unequal_work(tokens: Sequence[Sequence[int]], num_prompts: int, max_tokens: int) -> str | None:
