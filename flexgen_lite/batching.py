@@ -141,6 +141,7 @@ class Batcher:
         micro_batch_tokens: most rows of a micro-batch.
         spread: use as many micro-batches as there are, evenly filled, so that lanes overlap; else as few as will do.
         share: whether prompts do.
+        least_gain: rows, for fewer no prompt waits for the beginning of another.
     """
 
     def __init__(
@@ -151,6 +152,7 @@ class Batcher:
         micro_batch_tokens: int,
         spread: bool,
         share: bool = True,
+        least_gain: int = 0,
     ) -> None:
         if max_sequences > micro_batches * micro_batch_tokens:
             raise ValueError(
@@ -161,7 +163,7 @@ class Batcher:
         self._micro_batches = micro_batches
         self._micro_batch_tokens = micro_batch_tokens
         self._spread = spread
-        self._share = share
+        self._share, self._least_gain = share, least_gain
         self._expected_share = 1.0  # of max_tokens that a request generates
         self.running: dict[int, RunningRequest] = {}
         self.num_sent_back = 0
@@ -218,10 +220,16 @@ class Batcher:
         waiting.put_back(request)
 
     def _admit(self, bins: list[MicroBatch], waiting: Waiting) -> None:
-        """Takes requests from `waiting` as far as rows, places and pages go.
+        """Takes requests from `waiting` as far as rows, places and pages go."""
+        held, gain = self._take_from(waiting, bins, hold=True)
+        for request in reversed(held):
+            waiting.put_back(request)
+        if held and gain < self._least_gain:
+            self._take_from(waiting, bins, hold=False)
 
-        One that begins as a prompt does which is not stored yet waits for that, if this halves its rows at least.
-        """
+    def _take_from(self, waiting: Waiting, bins: list[MicroBatch], hold: bool) -> tuple[list[RunningRequest], int]:
+        """With `hold`, a request that begins as a prompt does which is not stored yet is left out, if another pass will
+        halve its rows at least. Returns those, and how many rows that saves."""
         table = self._pages
         load = _Load([table.num_used(w) for w in range(table.num_workers)], [set() for _ in range(table.num_workers)])
         for running in self.running.values():
@@ -229,14 +237,17 @@ class Batcher:
             if running.stored < running.num_prompt_tokens:
                 load.keys[running.worker].update(self._keys(running))
         held: list[RunningRequest] = []
+        gain = 0
         while len(self.running) + len(held) < self._max_sequences and (request := waiting.first()) is not None:
             needed = self._expected_pages(request)
             worker, num_coming = self._choose(request, needed, load)
             shared = table.find(worker, self._sharable(request))
             stored, room = len(shared) * table.page_tokens, self._most_room(bins)
             rows = request.num_left - stored
-            if 2 * (num_coming - len(shared)) * table.page_tokens >= rows:
+            saved = (num_coming - len(shared)) * table.page_tokens
+            if hold and 2 * saved >= rows:
                 held.append(waiting.take())
+                gain += saved
                 continue
             if rows > room and (rows <= self._micro_batch_tokens or room == 0):
                 break
@@ -253,8 +264,7 @@ class Batcher:
             self.num_shared += stored
             self.running[request.id] = waiting.take()
             self._place(bins, request, rows)
-        for request in reversed(held):
-            waiting.put_back(request)
+        return held, gain
 
     def _choose(self, request: RunningRequest, needed: int, load: _Load) -> tuple[int, int]:
         """(worker, pages that it has or will have of what the request can share): the worker with the least to do, or

@@ -19,6 +19,10 @@ from flexgen_lite.schedule import Schedule
 from flexgen_lite.slot_ring import SlotRing
 from flexgen_lite.tokenizer import TextTokenizer
 
+ROWS_OF_A_PASS = {"memory": 32, "disk": 256, "device": 4096}
+"""Rows whose products take about as long as a pass does for its weights alone, by where these come from: main memory at
+tens of GB/s, a disk, or main memory for a device that computes a hundred times as fast."""
+
 
 @dataclass(frozen=True, slots=True)
 class Setup:
@@ -107,8 +111,15 @@ class Setup:
     def make_requests(self, share_prefixes: bool) -> Requests:
         made, spec = self.plan, self.spec
         pages = PageTable(made.num_pages, made.page_tokens, made.attention_workers)
+        where = "device" if made.staged else "disk" if made.ring_layers(spec.num_layers) else "memory"
         batcher = Batcher(
-            pages, made.max_sequences, made.micro_batches, made.micro_batch_tokens, made.spread, share_prefixes
+            pages,
+            made.max_sequences,
+            made.micro_batches,
+            made.micro_batch_tokens,
+            made.spread,
+            share_prefixes,
+            ROWS_OF_A_PASS[where],
         )
         eos = tuple(token for token in spec.eos_token_ids if 0 <= token < spec.vocab_size)
         prefix = spec.bos_token_id if spec.bos_token_id is not None else next(iter(eos), None)

@@ -83,11 +83,14 @@ class Memory:
     micro_batches=st.integers(1, 4),
     tokens=st.integers(12, 40),
     spread=st.booleans(),
+    least_gain=st.sampled_from([0, 20, 1000]),
     random=st.randoms(use_true_random=False),
 )
-def test_every_request_is_served(prompts, pages, workers, max_sequences, micro_batches, tokens, spread, random) -> None:  # type: ignore[no-untyped-def]
+def test_every_request_is_served(
+    prompts, pages, workers, max_sequences, micro_batches, tokens, spread, least_gain, random
+) -> None:  # type: ignore[no-untyped-def]
     table = PageTable(pages * workers, 8, workers)
-    batcher = Batcher(table, max_sequences, micro_batches, tokens, spread)
+    batcher = Batcher(table, max_sequences, micro_batches, tokens, spread, least_gain=least_gain)
     requests = [request(i, *prompt) for i, prompt in enumerate(prompts)]
     memory = Memory(8)
     waiting = queue(requests)
@@ -226,6 +229,14 @@ def test_a_little_that_is_alike_is_not_waited_for() -> None:
     batcher = Batcher(PageTable(40, 8, 1), 8, 1, 64, spread=False)
     waiting = queue([request(0, 9, 1, kind=1), request(1, 30, 1, kind=1), request(2, 12, 1, kind=1)])
     assert rows_by_pass(batcher, waiting) == [{0: (0, 9), 1: (0, 30)}, {2: (8, 4)}]
+
+
+def test_no_prompt_waits_for_a_gain_that_is_smaller_than_a_pass() -> None:
+    batcher = Batcher(PageTable(80, 8, 1), 8, 1, 64, spread=False, least_gain=33)
+    waiting = queue([request(i, 20, 1, kind=1) for i in range(3)])
+    assert rows_by_pass(batcher, waiting) == [{0: (0, 20), 1: (0, 20), 2: (0, 20)}]
+    waiting = queue([request(i, 20, 1, kind=2) for i in range(4)])
+    assert rows_by_pass(batcher, waiting) == [{0: (0, 20)}, {1: (16, 4), 2: (16, 4), 3: (16, 4)}]
 
 
 def test_nothing_is_shared_if_so_said() -> None:
