@@ -244,6 +244,7 @@ class Batcher:
             shared = table.find(worker, self._sharable(request))
             stored, room = len(shared) * table.page_tokens, self._most_room(bins)
             rows = request.num_left - stored
+            assert rows > 0, "a request without a row never ends"
             saved = (num_coming - len(shared)) * table.page_tokens
             if hold and 2 * saved >= rows:
                 held.append(waiting.take())

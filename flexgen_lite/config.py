@@ -30,6 +30,8 @@ from flexgen_lite.config_values import (
     expects,
 )
 
+MAX_WORKERS, MAX_THREADS = 128, 1024  # beyond any machine; a slip is told before it starts processes
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names key, value and remedy.
@@ -121,8 +123,8 @@ class EngineConfig(BaseModel):
     )
     prefix_caching: Switch = Field(
         default=None,
-        description="Prompts that begin alike share the KV pages of their beginning, which is computed once. "
-        "`auto`: true.",
+        description="Prompts that begin alike share the KV pages of their beginning, which is computed once. In "
+        "bfloat16 and float16 an answer's rounding then depends on what else runs; `auto`: in float32 only.",
         json_schema_extra=expects('true, false or "auto"'),
     )
     layer_slots: Count = count(
@@ -139,19 +141,23 @@ class EngineConfig(BaseModel):
     attention_workers: Count = count(
         1,
         "Attention worker processes. `auto`: as many as `attention_cpus` has entries, else one per NUMA node.",
+        MAX_WORKERS,
     )
     attention_threads: Count = count(
         1,
         "Threads of each. `auto`: one per physical core, divided among the workers; beside a GPU two cores are left "
         "out.",
+        MAX_THREADS,
     )
     compute_threads: Count = count(
         1,
         "Threads of the compute worker. `auto`: one per physical core; beside a GPU at most 4.",
+        MAX_THREADS,
     )
     loader_threads: Count = count(
         1,
         "Reads that the disk loader keeps in flight. `auto`: 4.",
+        MAX_THREADS,
     )
     attention_cpus: CpuSets = Field(
         default=None,

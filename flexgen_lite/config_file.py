@@ -32,6 +32,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise YamlError(f"config={str(path)!r} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise YamlError(f"config={str(path)!r} is not text in UTF-8: give a YAML file") from None
+    except RecursionError:
+        raise YamlError(f"config={str(path)!r} is nested too deeply: give lines of key: value") from None
     except yaml.MarkedYAMLError as error:
         where = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise YamlError(f"config={str(path)!r}{where} is not good YAML: {error.problem}") from None

@@ -85,12 +85,13 @@ def expects(text: str) -> dict[str, Any]:
     return {"expects": text}
 
 
-def count(low: int, description: str) -> Any:
+def count(low: int, description: str, high: int | None = None) -> Any:
     return Field(
         default=None,
         ge=low,
+        le=high,
         description=description,
-        json_schema_extra=expects(f'a whole number from {low} up, or "auto"'),
+        json_schema_extra=expects(f'a whole number from {low} {f"to {high}" if high else "up"}, or "auto"'),
     )
 
 

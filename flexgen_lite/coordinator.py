@@ -229,7 +229,8 @@ class Coordinator:
         for name, num_bytes in setup.arena_bytes.items():
             self._arenas[name].resize(num_bytes)
         self._schedule = setup.make_schedule()
-        self._requests = setup.make_requests(self._config.prefix_caching is not False)
+        share = self._config.prefix_caching
+        self._requests = setup.make_requests(setup.spec.dtype == "float32" if share is None else share)
         self._weights = WeightFlow(
             self._crew, self._schedule, setup.packed_units, setup.plan.copy_head, self._compute_columns
         )

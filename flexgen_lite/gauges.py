@@ -29,7 +29,9 @@ class Gauges:
         self._history: list[tuple[int, dict[str, int]]] = []
 
     def pass_begins(self) -> None:
-        self._pass_start_ns = time.monotonic_ns()
+        now = self._pass_start_ns = time.monotonic_ns()
+        if not self._history or now - self._history[-1][0] > LANE_SECONDS * 1e9:  # an idle time says nothing
+            self._history = [(now, self.lanes.busy_ns)]
 
     def pass_ends(self, name: str) -> None:
         assert self._pass_start_ns is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
 from array import array
 
@@ -28,7 +29,8 @@ class KeptJob:
         self._places = array("Q")  # in the file, of the results, by index; _OPEN where there is none yet
         self._in_memory: dict[int, RequestDone] = {}  # results that the file had no room for
         self._num_done = 0
-        self._file = tempfile.TemporaryFile(prefix="flexgen-lite-")  # noqa: SIM115  # as long as the job
+        # as long as the job; unbuffered, for a buffer would try what failed again
+        self._file = tempfile.TemporaryFile(prefix="flexgen-lite-", buffering=0)  # noqa: SIM115
         self._end = 0
 
     @property
@@ -55,9 +57,7 @@ class KeptJob:
         self._num_done += self._places[done.index] == _OPEN
         data = _CODEC.encode(done)
         try:
-            self._file.seek(self._end)
-            self._file.write(len(data).to_bytes(_SIZE_BYTES, "little") + data)
-            self._file.flush()
+            self._write(len(data).to_bytes(_SIZE_BYTES, "little") + data)
         except OSError:  # no room for temporary files
             self._in_memory[done.index] = done
             self._places[done.index] = _IN_MEMORY
@@ -71,10 +71,24 @@ class KeptJob:
             return None
         if self._places[index] == _IN_MEMORY:
             return self._in_memory[index]
-        self._file.seek(self._places[index])
-        size = int.from_bytes(self._file.read(_SIZE_BYTES), "little")
-        done: RequestDone = _CODEC.decode(self._file.read(size))
+        place = self._places[index]
+        size = int.from_bytes(self._read(_SIZE_BYTES, place), "little")
+        done: RequestDone = _CODEC.decode(self._read(size, place + _SIZE_BYTES))
         return done
+
+    def _write(self, data: bytes) -> None:
+        written = 0
+        while written < len(data):  # the last of the room takes a part
+            written += os.pwrite(self._file.fileno(), data[written:], self._end + written)
+
+    def _read(self, size: int, place: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            more = os.pread(self._file.fileno(), size - len(data), place + len(data))
+            if not more:
+                raise OSError("the end of the kept results came too early")
+            data += more
+        return data
 
     def close(self) -> None:
         self._file.close()

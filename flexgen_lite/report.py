@@ -67,7 +67,7 @@ def write_report(trace: Path, page: Path) -> str:
         note=""
         if summary.is_whole
         else "<p class=note>The trace has no end: its engine was killed, or still runs.</p>",
-        data=json.dumps(data, separators=(",", ":")).replace("</", "<\\/"),
+        data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
     )
     page.write_text(text, encoding="utf-8")
     return sentence

@@ -140,7 +140,7 @@ class Requests:
     def forget(self, client: bytes) -> None:
         """The client is gone: nobody is to be told. Its kept jobs go on."""
         self.cancel(client, None)
-        del self._unread[client]
+        self._unread.pop(client, None)
         for job in self._kept.values():
             job.client = None if job.client == client else job.client
         for key in [key for key in self._next_index if key[0] == client]:
@@ -264,6 +264,7 @@ class Requests:
             self._num_open[client] -= 1
             if not self._num_open[client]:
                 del self._num_open[client]
+                self._unread.pop(client, None)
         return self._address(owner.origin, done)
 
     def _fail(self, sequence: RunningRequest, error: str) -> list[Answer]:

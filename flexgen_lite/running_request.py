@@ -50,11 +50,12 @@ class RunningRequest:
 
     @property
     def most_shared(self) -> int:
-        """Tokens that need not be computed where others have stored them: neither the last known one nor those whose
-        successors are scored."""
-        if self.prompt_logprobs is None:
-            return self.num_prompt_tokens - 1
-        return max(0, min(self.num_prompt_tokens, self.params.scored_from + len(self.prompt_logprobs)) - 1)
+        """Tokens that need not be computed where others have stored them: neither those whose successors are scored,
+        nor the last one that is to be computed."""
+        most = min(self.num_prompt_tokens, self.most_stored)
+        if self.prompt_logprobs is not None:
+            most = min(most, self.params.scored_from + len(self.prompt_logprobs))
+        return max(0, most - 1)
 
     @property
     def num_left(self) -> int:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 UNFINISHED = "\ufffd"  # what bytes decode to that are no whole character yet
-LONGEST = 4  # tokens of a character
-PATIENCE = 16  # tokens: of more, what ends with no whole character is told up to the last that is one
+PATIENCE = 16  # tokens without a text, more than any character has: they will have none
 
 
 class TextStream:
@@ -35,16 +34,12 @@ class TextStream:
         self.told = len(tokens)
         before = list(tokens[self._from : self._read])
         known = self._decode(before)
-        waited, end = len(tokens) - self._next > PATIENCE, len(tokens)
-        text = self._decode(before + list(tokens[self._next : end]))
-        while waited and text.endswith(UNFINISHED) and end > len(tokens) - LONGEST:
-            end -= 1
-            text = self._decode(before + list(tokens[self._next : end]))
-        if len(text) > len(known) and (waited or not text.endswith(UNFINISHED)):
-            self._from, self._read, self._next = self._next, end, end
+        text = self._decode(before + list(tokens[self._next :]))
+        if len(text) > len(known) and not text.endswith(UNFINISHED):
+            self._from, self._read, self._next = self._next, len(tokens), len(tokens)
             self._held += text[len(known) :]
-        elif waited:
-            self._next = end
+        elif known and text == known and len(tokens) - self._next > PATIENCE:
+            self._next = len(tokens)
         ready = len(self._held) - self._hold
         if ready <= 0:
             return ""

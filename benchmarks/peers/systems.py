@@ -32,7 +32,7 @@ class System:
 
 def _ours(workload: Workload, shape: Shape) -> list[Options]:
     if not workload.in_memory_group:
-        return [{"dtype": "bfloat16"}]
+        return [{"dtype": "bfloat16"} | ({"prefix_caching": 1} if workload.common else {})]
     length = workload.longest + shape.group_tokens  # the planner is told how long the job is
     return [
         {"dtype": "bfloat16", "max_sequences": workload.num_prompts, "max_model_len": length},

@@ -38,7 +38,11 @@ class FlexGenLiteLM(TemplateLM):
         add_bos_token: put the beginning of sequence in front of each prompt; by default the tokenizer decides.
         batch_size, max_batch_size, device: of the harness; the engine makes up its passes itself. A device other than
             the harness' default goes to the engine that is started.
+        key_file: of the running engine, or the one that is started.
         options: any key of EngineConfig, for an engine that is started.
+
+    Raises:
+        ValueError: `endpoint` is given, and something that only an engine that is started could be told.
     """
 
     def __init__(
@@ -51,17 +55,23 @@ class FlexGenLiteLM(TemplateLM):
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
+        key_file: str | None = None,
         **options: Any,
     ) -> None:
+        for_engine = {**({} if max_length is None else {"max_length": max_length}), **options}
+        if endpoint is not None and for_engine:
+            named = ", ".join(f"{key}={value}" for key, value in for_engine.items())
+            raise ValueError(f"{named}: the engine at endpoint={endpoint} is configured where it was started")
         super().__init__()
         self.tokenizer = AutoTokenizer.from_pretrained(pretrained)
         self._engine: FlexGenLite | None = None
         if endpoint is None:
             limits = {} if max_length is None else {"max_model_len": int(max_length)}
             place = {} if device is None else {"device": device}
-            self._engine = FlexGenLite(pretrained, **{**limits, **place, **options})
+            key = {} if key_file is None else {"key_file": key_file}
+            self._engine = FlexGenLite(pretrained, **{**limits, **place, **key, **options})
             endpoint = self._engine.endpoint
-        self._client = Client(endpoint)
+        self._client = Client(endpoint, key_file=key_file)
         self._add_bos_token = add_bos_token
         self.max_length = self._client.welcome.max_length
         self.max_gen_toks = int(max_gen_toks)

@@ -104,3 +104,11 @@ def _numbers(value: Any) -> list[float]:
     if isinstance(value, list | tuple):
         return [number for item in value for number in _numbers(item)]
     return [float({"True": 1, "False": 0}.get(str(value), value))]
+
+
+@pytest.mark.parametrize("option", [{"max_length": 64}, {"ramm": "3GiB"}, {"dtype": "float32"}])
+def test_an_engine_that_runs_is_not_configured_again(option: dict[str, Any]) -> None:
+    from flexgen_lite.lm_eval.model import FlexGenLiteLM
+
+    with pytest.raises(ValueError, match=f"{next(iter(option))}=.* configured where it was started"):
+        FlexGenLiteLM(str(MODEL), endpoint="ipc:///tmp/nowhere.sock", **option)

@@ -42,6 +42,8 @@ def test_answers_and_scores_are_the_same_as_without(tmp_path: Path) -> None:
             completions = engine.generate(prompts, sampled)
             answers.append([[list(output.token_ids) for output in c.outputs] for c in completions])
             scores.append([score.logprob for score in engine.score(contexts, continuations)])
+            short = engine.generate([prompts[0][:33]], SamplingParams(max_tokens=0, prompt_logprobs=0, n=3))
+            assert [len(output.token_ids) for output in short[0].outputs] == [0, 0, 0]
             shared.append(engine.status().totals["shared_prompt_tokens"])
     assert answers[0] == answers[1]
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)

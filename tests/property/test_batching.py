@@ -251,6 +251,13 @@ def test_the_last_token_is_always_computed() -> None:
     assert rows_by_pass(batcher, waiting) == [{0: (0, 16)}, {1: (8, 8)}]
 
 
+def test_of_what_is_only_scored_a_row_is_left() -> None:
+    """Its last token is not computed, so the pages may hold all that is: an answer without a score, of several."""
+    batcher = Batcher(PageTable(40, 8, 1), 8, 1, 64, spread=False)
+    waiting = queue([request(0, 17, 0, kind=1), request(1, 17, 0, kind=1)])
+    assert rows_by_pass(batcher, waiting) == [{0: (0, 16)}, {1: (8, 8)}]
+
+
 def test_tokens_whose_logprobs_are_wanted_are_computed() -> None:
     """Those of a continuation, in logits of the tokens before them."""
     batcher = Batcher(PageTable(40, 8, 1), 8, 1, 128, spread=False)

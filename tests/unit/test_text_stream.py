@@ -83,3 +83,23 @@ def test_what_is_told_stays_true_whatever_the_bytes(data: list[int], steps: list
         tokens, data = tokens + data[:step], data[step:]
         told += stream.next(tokens)
         assert decode(tokens).startswith(told)
+
+
+def test_tokens_that_each_end_within_a_character_are_told_when_it_is_whole() -> None:
+    texts = [b"\xe3\x81", *[b"\xbe\xe3\x81"] * 40, b"\xbe"]
+    stream, told = TextStream(lambda ids: b"".join(texts[i] for i in ids).decode("utf-8", "replace"), (), 0), ""
+    for number in range(len(texts)):
+        told += stream.next(list(range(number + 1)))
+    assert told == "\u307e" * 41
+
+
+def test_a_space_before_tokens_without_text_stays() -> None:
+    """As SentencePiece's decoders drop the first space of all."""
+    texts = ["\u2581", *[""] * 30, "\u2581foo"]
+    stream, told = (
+        TextStream(lambda ids: "".join(texts[i] for i in ids).replace("\u2581", " ").removeprefix(" "), (), 0),
+        "",
+    )
+    for number in range(len(texts)):
+        told += stream.next(list(range(number + 1)))
+    assert told == " foo"
