@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from flexgen_lite.messages import WireChatTemplate
 from flexgen_lite.sampling_wire import TokenLogprobs, WireParams
 
-PROTOCOL = 6
+PROTOCOL = 7
 """Version of these messages."""
 
 
@@ -139,6 +139,7 @@ class Status:
     lanes: dict[str, float]
     totals: dict[str, float]
     memory: dict[str, int]  # bytes: "budget", "used", "peak"; with a GPU "gpu_peak" of its memory
+    processes: dict[str, dict[str, int]] = field(default_factory=dict)  # bytes of each: "planned", "used", "peak"
 
 
 @dataclass(frozen=True, slots=True)

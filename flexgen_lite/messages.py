@@ -123,6 +123,20 @@ class KvSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class WarmUp:
+    """First order to an attention worker: have the kernels for KV of `dtype` at hand."""
+
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class WarmedUp:
+    """`resident_bytes`: the worker's private memory with the kernels in it."""
+
+    resident_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class AttachAttention:
     layers: tuple[AttentionSpec, ...]
     exchange: ExchangeSpec
@@ -186,8 +200,8 @@ class AttentionReport:
     done: tuple[Attended, ...]
 
 
-ToAttention = AttachAttention | BeginAttention | Abandon | Stop
-FromAttention = Hello | Ready | Abandoned | AttentionReport | Failed
+ToAttention = WarmUp | AttachAttention | BeginAttention | Abandon | Stop
+FromAttention = Hello | WarmedUp | Ready | Abandoned | AttentionReport | Failed
 
 
 # ---------------------------------------------------------------------------------------------- compute
@@ -237,6 +251,8 @@ class AttachCompute:
     streaming: bool  # slots are reused: every segment is reported at once
     threads: int
     cpus: tuple[int, ...]
+    process_bytes: int  # that the process may take of main memory, what it maps of files among it
+    workspace_bytes: int  # of that, for temporaries; 0 where they are in a GPU's memory
 
 
 @dataclass(frozen=True, slots=True)
