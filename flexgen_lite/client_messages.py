@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from flexgen_lite.messages import WireChatTemplate
 from flexgen_lite.sampling_wire import TokenLogprobs, WireParams
 
-PROTOCOL = 6
+PROTOCOL = 7
 """Version of these messages."""
 
 
