@@ -96,8 +96,7 @@ def render(chat: Chat, template: WireChatTemplate | None) -> str:
     except ChatError:
         raise
     except BrokenTemplate as error:
-        whose = "chat_template" if brings_program(chat, template) else "the model's chat template"
-        raise ChatError(f"{whose} has {_shown(error)}") from None
+        raise ChatError(f"{_whose(chat, template, source)} has {_shown(error)}") from None
     except Refusal as error:
         raise ChatError(f"the chat template refuses the messages: {_shown(error.message)}") from None
     except Exception as error:  # it is a program, and may fail in any way
@@ -154,6 +153,14 @@ def template_text(chat: Chat, template: WireChatTemplate | None) -> str:
         which = f"chat template {name!r}" if name != _UNNAMED else "chat template"
         raise ChatError(f"the model's {which} cannot be read: {template.unreadable[name]}")
     return template.named[name]
+
+
+def _whose(chat: Chat, template: WireChatTemplate | None, source: str) -> str:
+    """A template, for a message about it."""
+    if template is None or brings_program(chat, template):
+        return "chat_template"
+    name = next((f" {name!r}" for name, text in template.named.items() if text == source), "")
+    return f"the model's chat template{name}"
 
 
 def _names(template: WireChatTemplate) -> set[str]:

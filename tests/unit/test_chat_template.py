@@ -132,7 +132,7 @@ def test_a_broken_template_is_said_to_be_broken(template: str, words: str) -> No
     with pytest.raises(ChatError, match=f"^the model's chat template has {words}"):
         render(Chat(TALK), WireChatTemplate(template, TOKENS))
     named = WireChatTemplate(None, TOKENS, {"rag": template})
-    with pytest.raises(ChatError, match=f"^the model's chat template has {words}"):
+    with pytest.raises(ChatError, match=f"^the model's chat template 'rag' has {words}"):
         render(Chat(TALK, chat_template="rag"), named)
     with pytest.raises(ChatError, match=f"^chat_template has {words}"):
         render(Chat(TALK, chat_template=template), named)
