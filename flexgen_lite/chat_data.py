@@ -50,6 +50,14 @@ def plain_message(message: Mapping[str, Any]) -> dict[str, Any]:
     return known  # type: ignore[no-any-return]
 
 
+def in_one_text(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose content, where it comes in parts that are texts, is one text, a part a line."""
+    parts = message.get("content")
+    if not isinstance(parts, list) or not all(isinstance(part, dict) and "text" in part for part in parts):
+        return message
+    return {**message, "content": "\n".join(str(part["text"]) for part in parts)}
+
+
 def _is_numpy_scalar(value: object) -> bool:
     """Without importing NumPy: where there is such a value, it was imported."""
     numpy = sys.modules.get("numpy")

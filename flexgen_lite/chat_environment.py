@@ -14,6 +14,9 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+_PROBE = "text-of-a-part"
+_NOBODY_READS = "key-that-nobody-reads"
+
 
 class Refusal(TemplateError):
     """A template called raise_exception: it does not take the messages."""
@@ -47,6 +50,18 @@ def fault_of(source: str) -> str | None:
     except BrokenTemplate as error:
         return str(error)
     return None
+
+
+@functools.lru_cache(maxsize=8)
+def reads_parts(source: str, special_tokens: tuple[tuple[str, str], ...]) -> bool:
+    """Whether a template writes the texts of content that comes in parts, found out by trying. Others fail on it, or
+    write the list as Python or JSON has it, with all that is in it."""
+    message = {"role": "user", "content": [{"type": "text", "text": _PROBE, _NOBODY_READS: ""}]}
+    try:
+        text = compiled(source).render({**dict(special_tokens), "messages": [message], "tools": None})
+    except Exception:  # it is a program, and may fail in any way
+        return False
+    return _PROBE in text and _NOBODY_READS not in text
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from flexgen_lite.chat_data import REASONING, plain, plain_message
+from flexgen_lite.chat_data import REASONING, in_one_text, plain, plain_message
 from flexgen_lite.messages import WireChatTemplate
 
 MAX_TEXT = 8 << 20  # characters of a rendered prompt
@@ -60,6 +60,8 @@ class Chat:
         add_generation_prompt: end with the beginning of the assistant's answer.
         continue_final_message: end with the last message as it is, so that it goes on; a string is the key of what goes
             on, such as "reasoning_content", instead of "content".
+        join_parts: content that comes in several texts becomes one where the template reads no parts, for callers of
+            the chat API cannot know.
     """
 
     messages: Messages
@@ -68,6 +70,7 @@ class Chat:
     chat_template: str | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool | str = False
+    join_parts: bool = False
 
     def __len__(self) -> int:
         return len(self.messages)
@@ -82,16 +85,18 @@ def render(chat: Chat, template: WireChatTemplate | None) -> str:
     Raises:
         ChatError: there is no template, or it is broken, fails, or refuses the messages.
     """
-    from flexgen_lite.chat_environment import BrokenTemplate, Refusal, compiled
+    from flexgen_lite.chat_environment import BrokenTemplate, Refusal, compiled, reads_parts
 
     chat = _with_parameters(chat)
     source = template_text(chat, template)
     if chat.add_generation_prompt and chat.continue_final_message:
         raise ChatError("add_generation_prompt and continue_final_message exclude each other: give one of them")
+    special_tokens = template.special_tokens if template is not None else {}
     variables = _variables(chat)
+    if chat.join_parts and not reads_parts(source, tuple(special_tokens.items())):
+        variables["messages"] = [in_one_text(message) for message in variables["messages"]]
     try:
         final = _mark_last(variables["messages"], chat.continue_final_message, source)
-        special_tokens = template.special_tokens if template is not None else {}
         text = compiled(source).render({**special_tokens, **variables})
     except ChatError:
         raise
@@ -269,6 +274,9 @@ def _cut_behind_last(text: str, final: str) -> str:
 
 def _shown(said: object) -> str:
     """What a template says, for a message: it may have the conversation in it, and what is not Unicode."""
-    text = str(said)
+    try:
+        text = str(said)
+    except Exception:  # a list in lists in lists
+        text = f"a {type(said).__name__} that cannot be shown"
     text = text if len(text) <= _MAX_WORDS else text[:_MAX_WORDS] + "..."
     return text.encode("utf-8", "backslashreplace").decode()

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 
 from flexgen_lite.chat_template import Chat, ChatError, render
 from flexgen_lite.demo.run import MODEL
+from flexgen_lite.request_body import CHAT, parse_body
 from flexgen_lite.workers.model_tokenizer import open_tokenizer
 from tests.chat_model import make_chat_model, set_in_config
 from tests.real_tokenizers import real_tokenizer
@@ -209,6 +210,35 @@ def test_real_templates(name: str, tmp_path: Path) -> None:
     assert template is not None
     options = OPTIONS if template.text else [{**each, "chat_template": TEMPLATES["trimmed"]} for each in OPTIONS]
     assert num_alike(AutoTokenizer.from_pretrained(model), template, options) > 100
+
+
+@pytest.mark.parametrize(
+    ("name", "reads_parts"), [("gemma3", True), ("llama3", False), ("llama3_1", False), ("qwen3", False)]
+)
+def test_content_in_parts_of_a_real_model(name: str, reads_parts: bool, tmp_path: Path) -> None:
+    model = real_tokenizer(name)
+    template, tokenizer = open_tokenizer(model, str(tmp_path)).chat_template, AutoTokenizer.from_pretrained(model)
+    assert_parts_are_read(template, tokenizer, reads_parts)
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES.keys() - NEVER - {"scalars"}))
+def test_content_in_parts(name: str, tmp_path: Path) -> None:
+    model = make_chat_model(tmp_path, TEMPLATES[name])
+    template, tokenizer = open_tokenizer(model, str(tmp_path)).chat_template, AutoTokenizer.from_pretrained(model)
+    assert_parts_are_read(template, tokenizer, name == "parts")
+
+
+def assert_parts_are_read(template: Any, tokenizer: Any, reads_parts: bool) -> None:
+    """Callers of the chat API give a text in parts to any model. A template that reads parts gets them, another one
+    text."""
+    parts = [{"type": "text", "text": "One. "}, {"type": "text", "text": "Two, "}]
+    for content in (parts, parts[:1], []):
+        chat = parse_body(CHAT, {"messages": [{"role": "user", "content": content}]}).prompt
+        assert isinstance(chat, Chat)
+        text = "\n".join(part["text"] for part in content)
+        seen = [{"role": "user", "content": content if reads_parts else text}]
+        wanted = expected(tokenizer, seen, {"add_generation_prompt": True})
+        assert wanted is not FAILED and render(chat, template) == wanted
 
 
 USES = {"tool_use": TEMPLATES["json"], "rag": TEMPLATES["keys"], "": TEMPLATES["lower"]}

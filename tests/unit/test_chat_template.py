@@ -101,6 +101,11 @@ def test_a_template_of_the_request_wins() -> None:
         ("{{ raise_exception(messages[0]) }}", r"the chat template refuses the messages: \{'role': 'assistant'"),
         ("{{ raise_exception('x' * 2000) }}", r"refuses the messages: x{1000}\.\.\.$"),
         ("{{ raise_exception('\ud800') }}", r"refuses the messages: \\ud800$"),
+        (
+            "{% set ns = namespace(x=[]) %}{% for i in range(9999) %}{% set ns.x = [ns.x] %}{% endfor %}"
+            "{{ raise_exception(ns.x) }}",
+            "refuses the messages: a list that cannot be shown",
+        ),
         ("{{ messages.nothing.more }}", "template fails on the messages: UndefinedError: 'list object' has no"),
         ("{{ 1 // 0 }}", "the chat template fails on the messages: ZeroDivisionError"),
         ("{{ raise_exception() }}", "the chat template fails on the messages: TypeError"),
