@@ -194,34 +194,35 @@ def _variables(chat: Chat) -> dict[str, Any]:
     Raises:
         ChatError: it cannot be given to a template.
     """
-    messages = _dicts("messages", chat.messages)
-    if not messages:
+    if not isinstance(chat.messages, Sequence):
+        raise ChatError(f"messages is of the type {type(chat.messages).__name__}: give a list of dicts")
+    documents = chat.template_kwargs.get("documents")
+    for what, values in (("messages", chat.messages), ("tools", chat.tools), ("documents", documents)):
+        _check_dicts(what, values)
+    if not chat.messages:
         raise ChatError("the conversation is empty: give at least one message")
-    kwargs = dict(chat.template_kwargs)
-    documents = _dicts("documents", kwargs.pop("documents", None))
-    rest = {
-        "tools": _dicts("tools", chat.tools),
-        "documents": documents,
+    given = {
+        "documents": None,
+        **chat.template_kwargs,
+        "tools": None if chat.tools is None else list(chat.tools),
         "add_generation_prompt": chat.add_generation_prompt,
     }
     try:
-        return {**plain(kwargs), **plain(rest), "messages": [plain_message(message) for message in messages]}
+        return {**plain(given), "messages": [plain_message(message) for message in chat.messages]}
     except Exception as error:  # nested too deeply, or an object that cannot be read
         said = f"{type(error).__name__}: {_shown(error)}"
         raise ChatError(f"messages, tools or variables cannot be given to a template: {said}") from None
 
 
-def _dicts(what: str, values: object) -> list[Mapping[str, Any]] | None:
+def _check_dicts(what: str, values: object) -> None:
     if values is None:
-        return None
+        return
     if not isinstance(values, Iterable):
         raise ChatError(f"{what} is of the type {type(values).__name__}: give a list of dicts")
-    values = list(values)
     for index, value in enumerate(values):
         if not isinstance(value, Mapping):
             kind, remedy = type(value).__name__, _REMEDY.get(what, "")
             raise ChatError(f"{what}[{index}] is of the type {kind}: give a dict{remedy}")
-    return values
 
 
 def _mark_last(messages: list[dict[str, Any]], goes_on: bool | str, source: str) -> str | None:

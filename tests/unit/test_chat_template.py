@@ -193,6 +193,8 @@ def test_a_name_of_the_models_is_no_program() -> None:
         (Chat(["x"]), r"messages\[0\] is of the type str: give a dict"),  # type: ignore[list-item]
         (Chat([*TALK, 5]), r"messages\[3\] is of the type int"),  # type: ignore[list-item]
         (Chat(5), "messages is of the type int"),  # type: ignore[arg-type]
+        (Chat(None), "messages is of the type NoneType"),  # type: ignore[arg-type]
+        (Chat(TALK, 5), "tools is of the type int"),  # type: ignore[arg-type]
         (Chat(TALK, [print]), r"tools\[0\] is of the type builtin_function.*get_json_schema"),  # type: ignore[list-item]
         (Chat(TALK, [TOOL], {"tools": [TOOL]}), "tools are given twice"),
         (Chat(TALK, None, {"documents": ["x"]}), r"documents\[0\] is of the type str"),
