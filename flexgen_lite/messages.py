@@ -5,7 +5,7 @@ Times are `time.monotonic_ns()` (CLOCK_MONOTONIC, the same in all processes of a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flexgen_lite.model_spec import AttentionSpec, FileStamp, ModelSpec, UnitSpec
 from flexgen_lite.sampling_wire import Sample, Scored, TokenLogprobs
@@ -221,10 +221,16 @@ class OpenModel:
 
 @dataclass(frozen=True, slots=True)
 class WireChatTemplate:
-    """A model's chat template, and the special tokens that it may name ("eos_token" -> "</s>")."""
+    """The chat templates that come with a tokenizer, of which there may be none, and its special tokens, which they and
+    a caller's own template may name ("eos_token" -> "</s>").
 
-    text: str
+    `text`: the template of a tokenizer that has one without a name. `named`: those of a tokenizer that has several.
+    `unreadable`: those that are there and are no text, by name, "" for the one without, with the reason."""
+
+    text: str | None
     special_tokens: dict[str, str]
+    named: dict[str, str] = field(default_factory=dict)
+    unreadable: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
