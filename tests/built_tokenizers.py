@@ -90,17 +90,22 @@ KINDS = {
 }
 
 
-@functools.cache
-def built_tokenizer(kind: str) -> TextTokenizer:
-    """One of KINDS. With special tokens, of which <s> goes in front of a text, and added ones that are none."""
+def save_tokenizer(kind: str, directory: Path) -> Path:
+    """One of KINDS, as a tokenizer.json. With special tokens, of which <s> goes in front of a text, and added ones that
+    are none."""
     built = KINDS[kind]()
     built.add_special_tokens(SPECIAL)
     built.add_tokens([AddedToken("<tool>", lstrip=True), AddedToken("<call>", rstrip=True)])
     built.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", built.token_to_id("<s>"))])
+    path = directory / "tokenizer.json"
+    built.save(str(path))
+    return path
+
+
+@functools.cache
+def built_tokenizer(kind: str) -> TextTokenizer:
     with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "tokenizer.json"
-        built.save(str(path))
-        return TextTokenizer(str(path))
+        return TextTokenizer(str(save_tokenizer(kind, Path(directory))))
 
 
 def ids(tokenizer: TextTokenizer, *words: str) -> list[int]:
