@@ -107,7 +107,6 @@ class _Sse:
             "model": model,
         }
         self._begun: set[tuple[int, int]] = set()  # prompt and answer, as below
-        self._offsets: dict[tuple[int, int], int] = {}  # characters of the tokens that were told with logprobs
         self._usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
 
     async def chunks(
@@ -145,13 +144,11 @@ class _Sse:
             elif body.echo:
                 choices.append({**base, "text": body.prompt})
         choice = {**base, "finish_reason": delta.finish_reason}
+        raw = delta.token_bytes
         if self._is_chat:
-            choice["logprobs"] = chat_logprobs(delta.token_ids, delta.logprobs, body.params.logprobs)
+            choice["logprobs"] = chat_logprobs(delta.token_ids, delta.logprobs, body.params.logprobs, raw)
         elif delta.logprobs is not None:
-            who = delta.index, delta.number
-            found = text_logprobs(delta.token_ids, delta.logprobs, {}, self._offsets.get(who, 0))
-            self._offsets[who] = self._offsets.get(who, 0) + sum(map(len, found["tokens"]))
-            choice["logprobs"] = found
+            choice["logprobs"] = text_logprobs(delta.token_ids, delta.logprobs, delta.text_offsets or (), {}, raw)
         if body.return_token_ids:
             choice["token_ids"] = delta.token_ids
         choice |= {"delta": {"content": delta.text}} if self._is_chat else {"text": delta.text}
