@@ -111,7 +111,8 @@ def allocate(result: int, this: int, size: int) -> int:
             _store(data, result + 16)  # with this
             _store(_load(this + DEVICE), result + 24)
             return result
-    return _call(_load(this + OTHER_ALLOCATE), result, _load(this + OTHER), size)
+    elsewhere: int = _call(_load(this + OTHER_ALLOCATE), result, _load(this + OTHER), size)
+    return elsewhere
 
 
 def release(data: int, this: int) -> None:
