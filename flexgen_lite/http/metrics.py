@@ -35,6 +35,12 @@ def text_of(status: Status) -> str:
     lines += _family("requests", "gauge", "Sequences that run or wait.", requests)
     memory = {f'{{kind="{kind}"}}': float(size) for kind, size in status.memory.items()}
     lines += _family("memory_bytes", "gauge", "Memory of the engine, and its budget.", memory)
+    processes = {
+        f'{{process="{name}",kind="{kind}"}}': float(size)
+        for name, sizes in status.processes.items()
+        for kind, size in sizes.items()
+    }
+    lines += _family("process_memory_bytes", "gauge", "Memory of each process, and its part of the plan.", processes)
     return "\n".join(lines) + "\n"
 
 
