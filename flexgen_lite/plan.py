@@ -20,7 +20,7 @@ from flexgen_lite.sizes import format_size
 MIB = 1 << 20
 # Measured, resident, with some room: anonymous memory. Mapped files count once, for the compute worker: it maps every
 # library that the others do, except beside a GPU, where it does without numba.
-QUEUE_BYTES = 30 * MIB  # what the coordinator takes beyond what it has at the start: requests and their answers
+QUEUE_BYTES = 64 * MIB  # what the coordinator takes beyond what it has at the start: requests, logprobs, answers
 CLIENT_BYTES = 50 * MIB  # the process that reads prompts and writes results
 LOADER_BYTES = 30 * MIB
 CONVERTING_LOADER_BYTES = 90 * MIB
