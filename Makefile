@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types bench soak clean
+.PHONY: demo test lint types bench soak conformance clean
 
 demo: $(VENV)/installed
 	$(BIN)/flexgen-lite demo
@@ -23,6 +23,9 @@ bench: $(VENV)/installed
 
 soak: $(VENV)/installed
 	$(BIN)/python -m tests.soak
+
+conformance: $(VENV)/installed
+	$(BIN)/python -m pytest tests/conformance/text.py
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

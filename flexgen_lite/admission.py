@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Protocol
 
 from flexgen_lite.client_messages import WireRequest
 from flexgen_lite.kept_logprobs import KeptLogprobs
 from flexgen_lite.open_request import OpenRequest
 from flexgen_lite.running_request import RunningRequest
 from flexgen_lite.sampling_wire import WireParams
-from flexgen_lite.stop_strings import StopStrings
+from flexgen_lite.sizes import format_size
+from flexgen_lite.text_growth import Tokenizer
 from flexgen_lite.text_stream import TextStream
 
 MAX_SEED = 2**63
 CHARACTERS_PER_TOKEN = 256  # at most: longer texts are refused before they are cut into tokens
-
-
-class Tokenizer(Protocol):
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
-
-    def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str: ...
 
 
 class RequestError(ValueError):
@@ -33,14 +25,21 @@ class RequestError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a request has to fit in. `kv_tokens`: what one attention worker's pages hold. `prefix_token_id`: what stands
-    in front of a text that is scored without a context; None where the model has no such token."""
+    """What a request has to fit in.
+
+    Attributes:
+        kv_tokens: what one attention worker's pages hold.
+        prefix_token_id: what stands in front of a text that is scored without a context; None where the model has no
+            such token.
+        kv_token_bytes: memory that each further one of `kv_tokens` would take.
+    """
 
     max_length: int
     kv_tokens: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     prefix_token_id: int | None = None
+    kv_token_bytes: int = 0
 
 
 class Admission:
@@ -90,7 +89,8 @@ class Admission:
             raise RequestError(
                 f"the request needs {sequence.most_stored} tokens of KV cache ({len(tokens)} in the prompt, up to "
                 f"{params.max_tokens} generated), an attention worker holds {limits.kv_tokens}: "
-                "lower max_tokens or raise the RAM budget"
+                "lower max_tokens, or raise ram by "
+                f"{format_size((sequence.most_stored - limits.kv_tokens) * limits.kv_token_bytes)} or more"
             )
         return sequence
 
@@ -113,13 +113,11 @@ class Admission:
             sequence.logprobs = KeptLogprobs(params.logprobs)
         if params.prompt_logprobs is not None:
             sequence.prompt_logprobs = KeptLogprobs(params.prompt_logprobs)
-        decode: Callable[[list[int]], str] = _no_text
-        if self._tokenizer is not None:
-            decode = partial(self._tokenizer.decode, skip_special_tokens=params.skip_special_tokens)
-        if params.stop:
-            sequence.stop_strings = StopStrings(params.stop, decode, params.min_tokens)
-        if request.stream:
-            sequence.stream = TextStream(decode, params.stop, len(tokens))
+        sequence.is_streamed = request.stream
+        if params.stop or request.stream or params.logprobs is not None:
+            sequence.text = TextStream(self._tokenizer, params, len(tokens))
+        if request.echo and isinstance(request.prompt, str):
+            owner.num_added = self._num_added(request.prompt, tokens)
         return sequence
 
     def _split(self, tokens: list[int], request: WireRequest) -> tuple[list[int], WireParams]:
@@ -151,6 +149,9 @@ class Admission:
             )
         return self._tokenizer.encode(prompt, request.add_special_tokens)
 
-
-def _no_text(token_ids: list[int]) -> str:
-    return ""
+    def _num_added(self, prompt: str, tokens: list[int]) -> tuple[int, int]:
+        """How many of a text's tokens the tokenizer has put in front of it, and behind it."""
+        own = self._tokenizer.encode(prompt, False) if self._tokenizer is not None else tokens
+        more = len(tokens) - len(own)
+        front = next((n for n in range(more + 1) if tokens[n : n + len(own)] == own), None)
+        return (0, 0) if front is None else (front, more - front)

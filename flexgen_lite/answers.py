@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from flexgen_lite.admission import Tokenizer
 from flexgen_lite.client_messages import RequestDelta, RequestDone, WireOutput, WirePrompt
 from flexgen_lite.open_request import OpenRequest, Origin, Output
 from flexgen_lite.running_request import RunningRequest
 from flexgen_lite.sampling_wire import TokenLogprobs
+from flexgen_lite.text_growth import TextGrowth, Tokenizer
+from flexgen_lite.text_stream import TextStream
 
 
 class Answers:
@@ -22,73 +23,107 @@ class Answers:
 
     def output(self, sequence: RunningRequest, reason: str) -> Output:
         """What came of a sequence that is over."""
-        token_ids = sequence.tokens[sequence.num_prompt_tokens :]
-        shown = token_ids[:-1] if reason == "stop" and not sequence.has_stop_string else token_ids
-        text = self._decode(list(shown), sequence.params.skip_special_tokens)
-        if sequence.stop_strings is not None and sequence.has_stop_string:
-            text = sequence.stop_strings.cut(text, shown, sequence.params.include_stop_str_in_output)
-        return Output(text, token_ids, reason, sequence.logprobs)
+        first = sequence.num_prompt_tokens
+        text = sequence.text
+        if text is None:
+            text = TextStream(self._tokenizer, sequence.params, first)
+            text.read(sequence.tokens[:-1] if reason == "stop" else sequence.tokens)
+        return Output(text.finish(), sequence.tokens[first:], reason, sequence.logprobs, text.offsets)
 
-    def prompt(self, sequence: RunningRequest, echo: bool) -> WirePrompt | None:
+    def prompt(self, sequence: RunningRequest, owner: OpenRequest) -> WirePrompt | None:
         """The prompt of a request's first sequence, if it was asked for."""
-        if not echo and sequence.prompt_logprobs is None:
+        if not owner.echo and sequence.prompt_logprobs is None:
             return None
         token_ids = list(sequence.tokens[: sequence.num_prompt_tokens])
-        text = self._decode(token_ids, False) if echo else ""
+        with_offsets = owner.echo and sequence.params.logprobs is not None
+        text, offsets = "", [0] * len(token_ids) if with_offsets else []
+        if owner.echo and self._tokenizer is not None:
+            text, offsets = _prompt_text(self._tokenizer, token_ids, owner.num_added, with_offsets)
         scored = sequence.prompt_logprobs
         if scored is not None and len(scored) < sequence.num_prompt_tokens - sequence.params.scored_from:
             scored = None  # it was cancelled meanwhile
-        return WirePrompt(text, tuple(token_ids), tuple(scored or ()))
+        return WirePrompt(text, tuple(token_ids), tuple(scored or ()), tuple(offsets))
 
     def done(self, owner: OpenRequest, num_prompt_tokens: int) -> RequestDone:
         """All that came of a request."""
         origin, kept = owner.origin, [owner.outputs[number] for number in sorted(owner.outputs)]
-        outputs = [WireOutput(o.text, tuple(o.token_ids), o.finish_reason, tuple(o.logprobs or ())) for o in kept]
+        outputs = tuple(
+            WireOutput(o.text, tuple(o.token_ids), o.finish_reason, tuple(o.logprobs or ()), tuple(o.offsets))
+            for o in kept
+        )
         wanted: set[int] = set()
         for output in outputs:
             if output.logprobs:
                 wanted |= {*output.token_ids, *_tokens_of(output.logprobs)}
         if owner.prompt is not None and (owner.echo or owner.prompt.logprobs):
             wanted |= {*owner.prompt.token_ids, *_tokens_of(owner.prompt.logprobs)}
-        return RequestDone(
-            origin.job_id,
-            origin.index,
-            num_prompt_tokens,
-            tuple(outputs),
-            None,
-            owner.prompt,
-            {token: self._token_text(token) for token in wanted} if self._tokenizer else {},
-        )
+        texts, raw = self._of_tokens(wanted)
+        return RequestDone(origin.job_id, origin.index, num_prompt_tokens, outputs, None, owner.prompt, texts, raw)
 
     def delta(self, sequence: RunningRequest) -> RequestDelta | None:
         """What has come of a sequence that goes on and whose reader waits for it; None where nothing can be told."""
-        owner, stream = sequence.owner, sequence.stream
+        owner, stream = sequence.owner, sequence.text
         if owner is None or stream is None:
             return None
         first = stream.told
-        text = stream.next(sequence.tokens)
-        token_ids = tuple(sequence.tokens[first:])
-        kept = sequence.logprobs
-        logprobs = () if kept is None else tuple(kept.since(first - sequence.num_prompt_tokens))
-        wanted = {*token_ids, *_tokens_of(logprobs)} if logprobs else set()
-        texts = {token: self._token_text(token) for token in wanted} if self._tokenizer else {}
+        text, end = stream.take()
+        token_ids = tuple(sequence.tokens[first:end])
+        if not text and not token_ids:
+            return None
+        answer = sequence.num_prompt_tokens
+        kept, offsets = sequence.logprobs, tuple(stream.offsets[first - answer : end - answer])
+        logprobs = () if kept is None else tuple(kept.between(first - answer, end - answer))
+        texts, raw = self._of_tokens({*token_ids, *_tokens_of(logprobs)} if logprobs else ())
         origin = owner.origin
-        return RequestDelta(origin.job_id, origin.index, sequence.number, text, token_ids, logprobs, texts)
+        return RequestDelta(
+            origin.job_id, origin.index, sequence.number, text, token_ids, logprobs, texts, raw, offsets
+        )
 
-    def _decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens) if self._tokenizer else ""
+    def _of_tokens(self, tokens: Iterable[int]) -> tuple[dict[int, str], dict[int, bytes]]:
+        """The text of each token, and the bytes of those that are not whole characters."""
+        if self._tokenizer is None:
+            return {}, {}
+        texts, raw = {}, {}
+        for token in tokens:
+            texts[token] = self._token_text(self._tokenizer, token)
+            own = self._tokenizer.token_bytes(token)
+            if own is not None and own != texts[token].encode():
+                raw[token] = own
+        return texts, raw
 
-    def _token_text(self, token: int) -> str:
+    def _token_text(self, tokenizer: Tokenizer, token: int) -> str:
         """As it would stand within a text: many tokenizers drop a space in front of the first token."""
         if token not in self._texts:
-            one, two = (self._decode([token] * count, False) for count in (1, 2))
-            self._texts[token] = two[len(one) :] if two.startswith(one) else one
+            own = tokenizer.token_bytes(token)
+            if own is not None:
+                self._texts[token] = own.decode(errors="replace")
+            else:
+                one, two = (tokenizer.decode([token] * count, False) for count in (1, 2))
+                self._texts[token] = two[len(one) :] if two.startswith(one) else one
         return self._texts[token]
 
 
 def refusal(origin: Origin, error: str) -> RequestDone:
     """The answer to a request that failed."""
     return RequestDone(origin.job_id, origin.index, 0, (), error)
+
+
+def _prompt_text(
+    tokenizer: Tokenizer, token_ids: list[int], num_added: tuple[int, int], with_offsets: bool
+) -> tuple[str, list[int]]:
+    """The text without what the tokenizer has put around it, up to a character that it ends within; where what each
+    token adds begins in it, if that is wanted."""
+    front, back = num_added
+    own = token_ids[front : len(token_ids) - back]
+    growth = TextGrowth(tokenizer, False, ())
+    if not with_offsets:
+        return growth.feed(own) + growth.uncertain, []
+    offsets, pieces = [0] * front, []
+    for token in own:
+        pieces.append(growth.feed((token,)))
+        offsets.append(growth.begin)
+    text = "".join(pieces) + growth.uncertain
+    return text, [min(offset, len(text)) for offset in offsets + [len(text)] * back]
 
 
 def _tokens_of(logprobs: Iterable[TokenLogprobs]) -> set[int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flexgen_lite.batch_file import BadLine, BatchRequest, count_lines, read_requests
-from flexgen_lite.chat_template import Chat, ChatError
+from flexgen_lite.chat_template import Chat, ChatError, brings_program
 from flexgen_lite.client import Client
 from flexgen_lite.client_messages import Status
 from flexgen_lite.completion import Completion
@@ -241,8 +241,12 @@ class BatchRun:
         url = CHAT if isinstance(item.prompt, Chat) else COMPLETIONS
         if self._url not in (None, url):
             raise RequestError(f"url is {url!r}: the batch is for {self._url!r}")
-        if not self._own_templates and isinstance(item.prompt, Chat) and item.prompt.chat_template is not None:
-            raise ChatError("body.chat_template is a program, which is not taken here")
+        template = self._client.welcome.chat_template
+        if not self._own_templates and isinstance(item.prompt, Chat) and brings_program(item.prompt, template):
+            raise ChatError(
+                "body.chat_template is a program, which is not taken here: "
+                "leave it out, or name one of the model's own templates"
+            )
         return self._client.request_of(item.prompt, item.params, echo=item.echo)
 
     def _write_results(self, job: Job) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from flexgen_lite import scoring
 from flexgen_lite.access import read_key_file
-from flexgen_lite.chat_template import Chat, ChatError, Messages, render
+from flexgen_lite.chat_template import Chat, Messages, render, template_text
 from flexgen_lite.client_messages import Status, Welcome
 from flexgen_lite.completion import Delta, Prompt
 from flexgen_lite.connection import Connection
@@ -155,7 +155,7 @@ class Client:
         params: SamplingParams | None = None,
         *,
         add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
+        continue_final_message: bool | str = False,
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
@@ -167,22 +167,22 @@ class Client:
             messages: one conversation, or several.
             params: for all of them. None is greedy, 256 tokens.
             add_generation_prompt: end each prompt with the beginning of the assistant's answer.
-            continue_final_message: end it with the last message as it is, so that it goes on.
-            chat_template: a Jinja template instead of the model's own.
-            chat_template_kwargs: further variables of the template.
-            tools: JSON schemas of functions, for templates that read them.
+            continue_final_message: end it with the last message as it is, so that it goes on; a string is the key of
+                what goes on, such as "reasoning_content", instead of "content".
+            chat_template: a Jinja template instead of the model's own, or the name of one of the model's own.
+            chat_template_kwargs: further variables of the template, such as documents.
+            tools: JSON schemas of functions, for templates that read them. A model that has a template of the name
+                "tool_use" uses that with them.
             priority: see `submit`.
 
         Raises:
-            ChatError: the model has no chat template; one that refuses a conversation ends the job with it.
+            ChatError: the model has no chat template, or none that can be read; one that is broken, fails, or refuses
+                a conversation ends the job with it.
         """
         each: Iterable[Messages] = [messages] if is_one_chat(messages) else messages  # type: ignore[list-item,assignment]
-        if chat_template is None and self._welcome.chat_template is None:
-            raise ChatError("the model has no chat template: give a chat_template, or use generate")
-        chats = (
-            Chat(own, tools, chat_template_kwargs or {}, chat_template, add_generation_prompt, continue_final_message)
-            for own in each
-        )
+        options = (tools, chat_template_kwargs or {}, chat_template, add_generation_prompt, continue_final_message)
+        template_text(Chat([], *options), self._welcome.chat_template)
+        chats = (Chat(own, *options) for own in each)
         params = CHAT_PARAMS if params is None else params
         length = len(each) if isinstance(each, list | tuple) else None
         return self.submit_requests((self.request_of(chat, params) for chat in chats), length, priority=priority)

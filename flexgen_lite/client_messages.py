@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from flexgen_lite.messages import WireChatTemplate
 from flexgen_lite.sampling_wire import TokenLogprobs, WireParams
 
-PROTOCOL = 6
+PROTOCOL = 7
 """Version of these messages."""
 
 
@@ -84,27 +84,30 @@ class Welcome:
 @dataclass(frozen=True, slots=True)
 class WireOutput:
     """One answer to a prompt. finish_reason: "stop", "length" or "cancelled". `logprobs`: of each generated token, if
-    asked for."""
+    asked for. `offsets`: with them, how many characters of the text are in front of what each of these tokens added."""
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str
     logprobs: tuple[TokenLogprobs, ...] = ()
+    offsets: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class WirePrompt:
-    """A prompt as the engine saw it, for those who asked. `logprobs`: of its tokens from `scored_from` on."""
+    """A prompt as the engine saw it, for those who asked. `logprobs`: of its tokens from `scored_from` on. `offsets`:
+    with the text and logprobs, where what each token added begins in that text."""
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]
+    offsets: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class RequestDone:
     """`error` is None for a finished request, which has its outputs. `token_texts`: of every token that occurs in
-    logprobs."""
+    logprobs. `token_bytes`: of those of them that are not whole characters."""
 
     job_id: str
     index: int
@@ -113,12 +116,14 @@ class RequestDone:
     error: str | None = None
     prompt: WirePrompt | None = None
     token_texts: dict[int, str] = field(default_factory=dict)
+    token_bytes: dict[int, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class RequestDelta:
     """What has come of a sequence since the last message of it, while it goes on: of the request's `number`-th answer.
-    The text of the last tokens may be held back, where it is a part of a character or may become a stop string."""
+    The text of the last tokens may be held back, where it is a part of a character or may become a stop string; with
+    `offsets`, which come with logprobs, so are tokens behind such a text."""
 
     job_id: str
     index: int
@@ -127,6 +132,8 @@ class RequestDelta:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]
     token_texts: dict[int, str]
+    token_bytes: dict[int, bytes] = field(default_factory=dict)
+    offsets: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +146,7 @@ class Status:
     lanes: dict[str, float]
     totals: dict[str, float]
     memory: dict[str, int]  # bytes: "budget", "used", "peak"; with a GPU "gpu_peak" of its memory
+    processes: dict[str, dict[str, int]] = field(default_factory=dict)  # bytes of each: "planned", "used", "peak"
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,12 +33,15 @@ class CompletionOutput:
         finish_reason: "stop", "length" or "cancelled"; "error" where the request failed.
         logprobs: for each generated token, token id -> Logprob of that token and of the most likely ones; None where
             they were not asked for.
+        text_offsets: with the logprobs, where what each of these tokens added begins in the text; at its end for those
+            behind a stop string's beginning.
     """
 
     text: str
     token_ids: list[int]
     finish_reason: str
     logprobs: list[dict[int, Logprob]] | None = None
+    text_offsets: list[int] | None = None
 
 
 FAILED = CompletionOutput("", [], "error")
@@ -57,8 +60,12 @@ class Completion:
         prompt_token_ids: the prompt as the model saw it, where prompt_logprobs or echo were asked for.
         prompt_logprobs: for each of those tokens what `logprobs` says of the generated ones; None for the first, which
             has none, and altogether where they were not asked for.
-        prompt_text: the prompt's text, where echo was asked for.
+        prompt_text: the text of the prompt's tokens, where echo was asked for; without those that the tokenizer has put
+            around a text.
         token_texts: the text of each token that occurs in logprobs.
+        token_bytes: of those of them that are not whole characters.
+        prompt_offsets: where what each of the prompt's tokens added begins in `prompt_text`, where echo and logprobs
+            were asked for.
     """
 
     index: int
@@ -70,6 +77,8 @@ class Completion:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     prompt_text: str | None = None
     token_texts: Mapping[int, str] = field(default_factory=dict)
+    token_bytes: Mapping[int, bytes] = field(default_factory=dict)
+    prompt_offsets: list[int] | None = None
 
     @property
     def _first(self) -> CompletionOutput:
@@ -107,9 +116,11 @@ class Delta:
         index: place of the prompt among those submitted together.
         number: which of the prompt's `n` answers.
         text: it may lag behind the tokens by a part of a character, or what may become a stop string.
-        token_ids: new tokens.
+        token_ids: new tokens; with logprobs, none whose place in the text is not certain.
         logprobs: of each of them, as in CompletionOutput.
         finish_reason: with the last one; None before.
+        text_offsets: of each of them, in the answer's whole text.
+        token_bytes: of tokens in the logprobs that are not whole characters.
     """
 
     index: int
@@ -118,3 +129,5 @@ class Delta:
     token_ids: list[int]
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
+    text_offsets: list[int] | None = None
+    token_bytes: Mapping[int, bytes] = field(default_factory=dict)

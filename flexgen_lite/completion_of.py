@@ -28,12 +28,15 @@ def completion_of(message: RequestDone, prompt: Prompt, params: WireParams) -> C
         prompt_logprobs=prompt_logprobs,
         prompt_text=None if given is None or not given.text else given.text,
         token_texts=message.token_texts,
+        token_bytes=message.token_bytes,
+        prompt_offsets=None if given is None or not given.offsets else list(given.offsets),
     )
 
 
 def _output(output: WireOutput, texts: dict[int, str], with_logprobs: bool) -> CompletionOutput:
     logprobs = _places(output.token_ids, output.logprobs, texts) if with_logprobs else None
-    return CompletionOutput(output.text, list(output.token_ids), output.finish_reason, logprobs)
+    offsets = list(output.offsets) if with_logprobs else None
+    return CompletionOutput(output.text, list(output.token_ids), output.finish_reason, logprobs, offsets)
 
 
 def _places(
@@ -52,7 +55,15 @@ def delta_of(message: RequestDelta, params: WireParams) -> Delta:
     """What the engine tells of a sequence that goes on."""
     with_logprobs = params.logprobs is not None
     logprobs = _places(message.token_ids, message.logprobs, message.token_texts) if with_logprobs else None
-    return Delta(message.index, message.number, message.text, list(message.token_ids), logprobs)
+    return Delta(
+        message.index,
+        message.number,
+        message.text,
+        list(message.token_ids),
+        logprobs,
+        text_offsets=list(message.offsets) if with_logprobs else None,
+        token_bytes=message.token_bytes,
+    )
 
 
 def last_deltas(completion: Completion, told: Mapping[int, tuple[int, int]]) -> Iterator[Delta]:
@@ -60,5 +71,7 @@ def last_deltas(completion: Completion, told: Mapping[int, tuple[int, int]]) -> 
     for number, output in enumerate(completion.outputs):
         characters, tokens = told.get(number, (0, 0))
         logprobs = None if output.logprobs is None else output.logprobs[tokens:]
+        offsets = None if output.text_offsets is None else output.text_offsets[tokens:]
         text, token_ids = output.text[characters:], output.token_ids[tokens:]
-        yield Delta(completion.index, number, text, token_ids, logprobs, output.finish_reason)
+        raw = completion.token_bytes
+        yield Delta(completion.index, number, text, token_ids, logprobs, output.finish_reason, offsets, raw)

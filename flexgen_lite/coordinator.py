@@ -35,11 +35,13 @@ from flexgen_lite.expected_work import ExpectedWork
 from flexgen_lite.gauges import Gauges
 from flexgen_lite.lanes import Lanes
 from flexgen_lite.machine import inspect_machine
-from flexgen_lite.memory_use import MemoryUse
+from flexgen_lite.memory_use import MemoryUse, give_back_memory, resident_bytes
 from flexgen_lite.plan_text import describe
 from flexgen_lite.requests import MAX_OPEN, Answer, Requests
 from flexgen_lite.schedule import RunColumns, Schedule
+from flexgen_lite.sizes import format_size
 from flexgen_lite.suspects import TRIES, Suspects
+from flexgen_lite.tokenizer import TextTokenizer
 from flexgen_lite.weight_flow import WeightFlow
 from flexgen_lite.worker_process import WorkerDied, WorkerProcess
 
@@ -96,6 +98,8 @@ class Coordinator:
             lambda text: log(f"a client sent what is not a message: {text}"),
             lambda client: self._queue.forget(client),
         )
+        self._opened: messages.ModelOpened | None = None
+        self._warm: dict[str, int] = {}  # private memory of attention workers that have their kernels
         self._setup: Setup | None = None
         self._schedule: Schedule | None = None
         self._weights: WeightFlow | None = None
@@ -116,6 +120,7 @@ class Coordinator:
     # ------------------------------------------------------------------------------------------------ life
 
     def __enter__(self) -> Self:
+        self._gauges.memory.start()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(self._wake_write)
@@ -128,7 +133,7 @@ class Coordinator:
             text = "the engine was stopped" if error is None or isinstance(error, Stopping) else str(error)
             self._door.tell_the_end(self._requests.clients(), text)
         self._crew.stop()
-        self._gauges.lanes.close()
+        self._gauges.close()
         self._door.close()
         self._context.destroy(linger=500)
         for arena in self._arenas.values():
@@ -210,27 +215,43 @@ class Coordinator:
             )
         elif self._setup is not None:
             self._attach(worker)
+        elif worker.kind == "attention" and self._opened is not None:
+            worker.send(messages.WarmUp(self._opened.spec.dtype))
 
     def _model_opened(self, message: messages.ModelOpened) -> None:
         if self._setup is None:
-            self._make_setup(message)
+            self._opened = message
+            for worker in self._crew:
+                if worker.kind == "attention":
+                    worker.send(messages.WarmUp(message.spec.dtype))
             return
         opened = self._setup.opened
         if (message.spec, message.fingerprint) != (opened.spec, opened.fingerprint):
             raise plan.PlanError(f"{self._config.model} changed while it was in use: start again")
         self._attach(self._crew.compute)
 
+    def _warmed_up(self, worker: WorkerProcess, message: messages.WarmedUp) -> None:
+        """The plan is made once it is known what every process takes."""
+        self._warm[worker.name] = message.resident_bytes
+        missing = [w for w in self._crew if w.kind == "attention" and w.name not in self._warm]
+        if self._setup is None and self._opened is not None and not missing:
+            self._make_setup(self._opened)
+
     def _make_setup(self, message: messages.ModelOpened) -> None:
-        setup = self._setup = set_up(message, self._config, self._machine, self._expected)
+        tokenizer = TextTokenizer(message.tokenizer_file) if message.tokenizer_file else None
+        give_back_memory()  # reading a tokenizer takes twice what it takes when it is read
+        processes = plan.Measured(message.resident_bytes, resident_bytes()[0], max(self._warm.values()))
+        setup = self._setup = set_up(message, self._config, self._machine, self._expected, processes)
         emit("plan", text=describe(setup.plan, setup.spec))
         self._gauges.trace_about(self._config, setup)
         for warning in (*setup.spec.warnings, *setup.plan.warnings):
             log(f"warning: {warning}")
+        self._gauges.memory.plan(setup.plan.process_bytes)
         for name, num_bytes in setup.arena_bytes.items():
             self._arenas[name].resize(num_bytes)
         self._schedule = setup.make_schedule()
         share = self._config.prefix_caching
-        self._requests = setup.make_requests(setup.spec.dtype == "float32" if share is None else share)
+        self._requests = setup.make_requests(setup.spec.dtype == "float32" if share is None else share, tokenizer)
         self._weights = WeightFlow(
             self._crew, self._schedule, setup.packed_units, setup.plan.copy_head, self._compute_columns
         )
@@ -289,6 +310,8 @@ class Coordinator:
                 self._flow.uploaded(message)
             case messages.ModelOpened():
                 self._model_opened(message)
+            case messages.WarmedUp():
+                self._warmed_up(worker, message)
             case messages.Ready():
                 self._crew.ready(worker)
                 if worker.number > 0:
@@ -454,7 +477,11 @@ class Coordinator:
         self._gauges.trace_counters(self._queue.num_running, self._queue.num_waiting, self._queue.totals)
         self._begin_pass()  # first, so that the workers are busy while the answers go out
         self._answer(answers)
-        self._gauges.memory.sample()
+        self._warn_of_memory()
+
+    def _warn_of_memory(self) -> None:
+        for name, used, planned in self._gauges.memory.beyond_plan():
+            log(f"warning: {name} takes {format_size(used)} of memory where {format_size(planned)} were planned")
 
     # ------------------------------------------------------------------------------------------------ clients
 

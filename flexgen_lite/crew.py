@@ -20,11 +20,12 @@ from flexgen_lite.worker_process import WorkerDied, WorkerProcess, stop_all
 
 COMPUTE, LOADER = "compute worker", "disk loader"
 ARENAS = {"compute": ("weights", "exchange"), "loader": ("weights",), "attention": ("kv", "exchange")}
+KEPT_PRODUCTS = 128  # a model has some six shapes of weights; a pass has one number of rows, or a few
 ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
 COMPUTE_ENVIRONMENT = {
-    # Temporaries of a layer are reused instead of faulting in fresh pages each time.
-    "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296:"
-    "glibc.malloc.top_pad=268435456",
+    # Programs for products that oneDNN keeps, and PyTorch's own list of them: by default 1,024 each.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(KEPT_PRODUCTS),
+    "LRU_CACHE_CAPACITY": str(KEPT_PRODUCTS),
     "HF_HUB_DISABLE_TELEMETRY": "1",
     # Threads look out for the next operation for some 40 us before they sleep: to be woken takes longer than many of
     # them last. Decoding 64 sequences gains 2 to 8 per cent; more gains nothing.
@@ -149,7 +150,7 @@ class Crew:
         worker = WorkerProcess(kind, name, number, self._context, self._run_dir, arenas, bells, environment)
         self._workers[name] = worker
         self.not_ready.add(name)
-        self._memory.watch(worker.pid)
+        self._memory.watch(worker.pid, name)
         self._loop.watch(worker.socket, partial(self._receive, worker))
         self._loop.watch(worker.output, partial(self._forward_output, worker))
         self._loop.watch(worker.pidfd, partial(self._died, worker))

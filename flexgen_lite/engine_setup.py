@@ -90,6 +90,8 @@ class Setup:
             bool(made.device_slots or made.layer_slots),
             made.compute_threads,
             made.compute_cpus,
+            made.process_bytes["compute worker"],
+            0 if self.opened.device_total_bytes else made.parts["workspace"],
         )
 
     # ------------------------------------------------------------------------------------------------ for the passes
@@ -108,7 +110,7 @@ class Setup:
         device = SlotRing({layers: made.device_slots} | stay, streamed, range(len(stay), made.device_slots))
         return Schedule(layers, host, device)
 
-    def make_requests(self, share_prefixes: bool) -> Requests:
+    def make_requests(self, share_prefixes: bool, tokenizer: TextTokenizer | None) -> Requests:
         made, spec = self.plan, self.spec
         pages = PageTable(made.num_pages, made.page_tokens, made.attention_workers)
         where = "device" if made.staged else "disk" if made.ring_layers(spec.num_layers) else "memory"
@@ -123,17 +125,21 @@ class Setup:
         )
         eos = tuple(token for token in spec.eos_token_ids if 0 <= token < spec.vocab_size)
         prefix = spec.bos_token_id if spec.bos_token_id is not None else next(iter(eos), None)
-        limits = Limits(spec.max_length, pages.max_tokens, spec.vocab_size, eos, prefix)
-        file = self.opened.tokenizer_file
-        return Requests(batcher, limits, TextTokenizer(file) if file else None)
+        token_bytes = made.attention_workers * sum(self.kv_bytes_by_window.values())
+        limits = Limits(spec.max_length, pages.max_tokens, spec.vocab_size, eos, prefix, token_bytes)
+        return Requests(batcher, limits, tokenizer)
 
 
 def set_up(
-    opened: messages.ModelOpened, config: EngineConfig, machine: Machine, expected: ExpectedWork | None
+    opened: messages.ModelOpened,
+    config: EngineConfig,
+    machine: Machine,
+    expected: ExpectedWork | None,
+    processes: plan.Measured,
 ) -> Setup:
     """Raises PlanError where the budget does not hold even the smallest plan."""
     spec, device_bytes = opened.spec, opened.device_total_bytes
-    made = plan.make_plan(config, spec, machine, opened.resident_bytes, device_bytes > 0, device_bytes, expected)
+    made = plan.make_plan(config, spec, machine, processes, device_bytes > 0, device_bytes, expected)
     kv = kv_spec(spec.attention, made.num_pages, made.page_tokens, spec.dtype)
     exchange = messages.ExchangeSpec(made.micro_batches, made.region_bytes, made.micro_batch_tokens, spec.dtype)
     return Setup(opened, made, kv, exchange, token_bytes_by_window(spec.attention, spec.dtype))

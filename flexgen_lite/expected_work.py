@@ -23,11 +23,13 @@ class ExpectedWork:
     Attributes:
         sequences: lines of the file.
         typical_tokens: nine of ten of the first lines stay below that, by estimate.
+        longest_likely: of the first lines and the longest, by estimate.
         longest_tokens: no sequence has more, going by the longest line.
     """
 
     sequences: int
     typical_tokens: int
+    longest_likely: int
     longest_tokens: int
 
     def to_dict(self) -> dict[str, int]:
@@ -49,10 +51,12 @@ def survey(path: Path) -> ExpectedWork | None:
         return None
     lines, longest_line = _measure(path)
     lengths = sorted(_estimate(request) for request in requests)
+    longest = [_estimate(item) for item in read_requests(iter([longest_line])) if isinstance(item, BatchRequest)]
     return ExpectedWork(
         sequences=lines,
         typical_tokens=lengths[len(lengths) * 9 // 10],
-        longest_tokens=longest_line + max(request.params.max_tokens for request in requests),
+        longest_likely=max(*lengths, *longest),
+        longest_tokens=len(longest_line) + max(request.params.max_tokens for request in requests),
     )
 
 
@@ -66,11 +70,11 @@ def _estimate(request: BatchRequest) -> int:
     return tokens + request.params.max_tokens
 
 
-def _measure(path: Path) -> tuple[int, int]:
-    """Number of lines and bytes of the longest one."""
-    lines, longest = 0, 0
+def _measure(path: Path) -> tuple[int, bytes]:
+    """Number of lines, and the longest one."""
+    lines, longest = 0, b""
     with path.open("rb") as file:
         for line in file:
             lines += 1
-            longest = max(longest, len(line))
+            longest = max(longest, line, key=len)
     return lines, longest

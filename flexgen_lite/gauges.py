@@ -28,6 +28,10 @@ class Gauges:
         self._pass_start_ns: int | None = None
         self._history: list[tuple[int, dict[str, int]]] = []
 
+    def close(self) -> None:
+        self.lanes.close()
+        self.memory.close()
+
     def pass_begins(self) -> None:
         now = self._pass_start_ns = time.monotonic_ns()
         if not self._history or now - self._history[-1][0] > LANE_SECONDS * 1e9:  # an idle time says nothing
@@ -96,7 +100,7 @@ class Gauges:
         """At the end of a pass."""
         if self.lanes.trace is not None:
             trace, now = self.lanes.trace, time.monotonic_ns()
-            trace.counter("memory, bytes", now, {"used": self.memory.sample()})
+            trace.counter("memory, bytes", now, {"used": self.memory.used})
             trace.counter("sequences", now, {"running": running, "waiting": waiting})
             tokens = {name: totals.get(f"{name}_tokens", 0) for name in ("generated", "prompt")}
             trace.counter("tokens", now, tokens)
@@ -121,6 +125,10 @@ class Gauges:
             **{f"{name}_seconds": ns / 1e9 for name, ns in busy_now.items()},
         }
         used = self.memory.sample()
+        processes = {
+            name: {"planned": process.planned, "used": process.used, "peak": process.peak}
+            for name, process in self.memory.processes.items()
+        }
         return Status(
             running=running,
             waiting=waiting,
@@ -129,4 +137,5 @@ class Gauges:
             totals={name: float(value) for name, value in [*totals.items(), *self.traffic.items()]} | seconds,
             memory={"budget": budget, "used": used, "peak": self.memory.peak}
             | ({"gpu_peak": self.device_peak_bytes} if self.device_peak_bytes else {}),
+            processes=processes,
         )

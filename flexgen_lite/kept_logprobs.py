@@ -31,10 +31,10 @@ class KeptLogprobs:
         return len(self._values) // self._size
 
     def __iter__(self) -> Iterator[TokenLogprobs]:
-        return self.since(0)
+        return self.between(0, len(self))
 
-    def since(self, first: int) -> Iterator[TokenLogprobs]:
-        """From an entry on."""
-        for at in range(first * self._size, len(self._values), self._size):
+    def between(self, first: int, end: int) -> Iterator[TokenLogprobs]:
+        """The entries from the `first` up to, and without, the `end`."""
+        for at in range(first * self._size, end * self._size, self._size):
             integers, values = self._integers[at : at + self._size], self._values[at : at + self._size]
             yield TokenLogprobs(values[0], integers[0], tuple(zip(integers[1:], values[1:], strict=True)))

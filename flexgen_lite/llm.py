@@ -53,6 +53,11 @@ class FlexGenLite:
         return self._engine.endpoint
 
     @property
+    def engine_pid(self) -> int:
+        """Of the coordinator's process, whose children are the workers."""
+        return self._engine.pid
+
+    @property
     def plan(self) -> str:
         """What is placed where, memory per part, worker and thread counts; for people."""
         return self._engine.plan

@@ -5,7 +5,7 @@ Times are `time.monotonic_ns()` (CLOCK_MONOTONIC, the same in all processes of a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flexgen_lite.model_spec import AttentionSpec, FileStamp, ModelSpec, UnitSpec
 from flexgen_lite.sampling_wire import Sample, Scored, TokenLogprobs
@@ -123,6 +123,20 @@ class KvSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class WarmUp:
+    """First order to an attention worker: have the kernels for KV of `dtype` at hand."""
+
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class WarmedUp:
+    """`resident_bytes`: the worker's private memory with the kernels in it."""
+
+    resident_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class AttachAttention:
     layers: tuple[AttentionSpec, ...]
     exchange: ExchangeSpec
@@ -186,8 +200,8 @@ class AttentionReport:
     done: tuple[Attended, ...]
 
 
-ToAttention = AttachAttention | BeginAttention | Abandon | Stop
-FromAttention = Hello | Ready | Abandoned | AttentionReport | Failed
+ToAttention = WarmUp | AttachAttention | BeginAttention | Abandon | Stop
+FromAttention = Hello | WarmedUp | Ready | Abandoned | AttentionReport | Failed
 
 
 # ---------------------------------------------------------------------------------------------- compute
@@ -207,10 +221,16 @@ class OpenModel:
 
 @dataclass(frozen=True, slots=True)
 class WireChatTemplate:
-    """A model's chat template, and the special tokens that it may name ("eos_token" -> "</s>")."""
+    """The chat templates that come with a tokenizer, of which there may be none, and its special tokens, which they and
+    a caller's own template may name ("eos_token" -> "</s>").
 
-    text: str
+    `text`: the template of a tokenizer that has one without a name. `named`: those of a tokenizer that has several.
+    `unreadable`: those that are there and are no text, by name, "" for the one without, with the reason."""
+
+    text: str | None
     special_tokens: dict[str, str]
+    named: dict[str, str] = field(default_factory=dict)
+    unreadable: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +257,8 @@ class AttachCompute:
     streaming: bool  # slots are reused: every segment is reported at once
     threads: int
     cpus: tuple[int, ...]
+    process_bytes: int  # that the process may take of main memory, what it maps of files among it
+    workspace_bytes: int  # of that, for temporaries; 0 where they are in a GPU's memory
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ class Output:
     token_ids: Sequence[int]
     finish_reason: str
     logprobs: KeptLogprobs | None
+    offsets: Sequence[int] = ()  # of its tokens in the text, where logprobs were asked for
 
 
 @dataclass(slots=True, eq=False)
@@ -41,6 +42,7 @@ class OpenRequest:
         num_live: those that wait or run.
         outputs: of sequences that are over, by their number.
         prompt: as the answer is to have it, once the first sequence is over.
+        num_added: tokens that the tokenizer has put in front of the prompt's text, and behind it; known for an echo.
         answered: nobody waits for it any more.
     """
 
@@ -52,6 +54,7 @@ class OpenRequest:
     num_live: int = 1
     outputs: dict[int, Output] = field(default_factory=dict)
     prompt: WirePrompt | None = None
+    num_added: tuple[int, int] = (0, 0)
     answered: bool = False
 
     @property

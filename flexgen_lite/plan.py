@@ -14,19 +14,21 @@ from flexgen_lite.kv_layout import page_bytes
 from flexgen_lite.machine import Machine
 from flexgen_lite.model_spec import ITEM_BYTES, ModelSpec
 from flexgen_lite.placement import Placement, Sizes, place
-from flexgen_lite.sampling_wire import SCORED_BYTES
+from flexgen_lite.sampling_wire import LOGITS_BYTES
 from flexgen_lite.sizes import format_size
 
 MIB = 1 << 20
 # Measured, resident, with some room: anonymous memory. Mapped files count once, for the compute worker: it maps every
 # library that the others do, except beside a GPU, where it does without numba.
-COORDINATOR_BYTES = 50 * MIB
+QUEUE_BYTES = 30 * MIB  # what the coordinator takes beyond what it has at the start: requests and their answers
 CLIENT_BYTES = 50 * MIB  # the process that reads prompts and writes results
 LOADER_BYTES = 30 * MIB
 CONVERTING_LOADER_BYTES = 90 * MIB
 NUMBA_BYTES = 95 * MIB
-ATTENTION_BYTES = 85 * MIB
+SPANS_BYTES = 20 * MIB  # what an attention worker takes beyond what it has at the start: a pass's spans, partial sums
 ALLOCATOR_SLACK = 1.25  # what the allocator keeps beyond what is in use
+PRODUCTS_BYTES = 32 * MIB  # programs for products that oneDNN keeps (crew.py, KEPT_PRODUCTS), on a CPU
+SAMPLING_BYTES = 64  # for each entry of the vocabulary, to draw from a row of logits: sorted, in double precision
 CUDA_CONTEXT_BYTES = 600 * MIB  # context and libraries on the device: 588 MiB on an H100 with CUDA 13.0
 AUTO_RAM_SHARE = 0.85
 AUTO_GPU_SHARE = 0.9
@@ -38,12 +40,28 @@ DEVICE_RING = 3  # slots of a GPU through which layers come: one in use, one bei
 KV_ALIGNMENT_BYTES = 8192  # per layer
 MAX_SEQUENCES = 256
 LEAST_LENGTH = 256  # tokens of a sequence that each attention worker must be able to hold
+MODEST_LENGTH = 4096  # tokens of a sequence that any budget has room for which is said to be enough
 TYPICAL_LENGTH = 1024  # tokens of a sequence that auto makes room for
 SHAPES = ((2048, 4), (2048, 2), (1024, 2), (512, 2), (256, 2), (128, 2), (64, 1))  # micro-batch tokens, micro-batches
 
 
 class PlanError(ValueError):
     """A budget or a setting that cannot be met; names what is needed and what would lower it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Bytes that processes take before there is any work.
+
+    Attributes:
+        compute: of the compute worker, mapped files among them.
+        coordinator: of the coordinator, with the tokenizer.
+        attention: of each attention worker, with its kernels.
+    """
+
+    compute: int
+    coordinator: int
+    attention: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +102,18 @@ class Plan:
         return sum(self.parts.values())
 
     @property
+    def process_bytes(self) -> dict[str, int]:
+        """What each process may take of the parts, by its name; what it maps of the arenas is not its own."""
+        own = ("compute worker", "workspace", "products", "head copy", "device slots")
+        share = self.parts["attention workers"] // self.attention_workers
+        return {
+            "coordinator": self.parts["coordinator"],
+            "disk loader": self.parts["loader"],
+            "compute worker": sum(self.parts.get(name, 0) for name in own),
+            **{f"attention worker {index}": share for index in range(self.attention_workers)},
+        }
+
+    @property
     def kv_tokens(self) -> int:
         return self.num_pages * self.page_tokens
 
@@ -107,6 +137,7 @@ class _Need:
     page_tokens: int
     page: int  # bytes
     least_pages: int
+    longest_pages: int  # for the longest sequence that should be served
     layer_slot: int  # bytes
     max_sequences: int
     wanted_pages: int  # that weights should leave room for
@@ -119,15 +150,16 @@ class _Need:
         region = region_bytes(self.spec.attention, tokens, ITEM_BYTES[self.spec.dtype])
         return {
             **self.processes,
-            "workspace": _workspace_bytes(self.spec, tokens, count, self.max_sequences),
+            "workspace": _workspace_bytes(self.spec, tokens, count),
+            **({} if self.on_gpu else {"products": PRODUCTS_BYTES}),
             "exchange": count * region,
             "embeddings and head": self.spec.units[-1].num_bytes,
             **({"device slots": self.device_bytes} if self.device_bytes else {}),
         }
 
-    def least(self, tokens: int, count: int, slots: int) -> int:
-        """RAM below which the engine cannot run with this block and so many layer slots."""
-        kv = self.least_pages * self.page + self.spec.num_layers * KV_ALIGNMENT_BYTES
+    def least(self, tokens: int, count: int, slots: int, pages: int | None = None) -> int:
+        """RAM below which the engine cannot run with this block, so many layer slots, and KV pages."""
+        kv = (pages or self.least_pages) * self.page + self.spec.num_layers * KV_ALIGNMENT_BYTES
         return sum(self.fixed(tokens, count).values()) + slots * self.layer_slot + kv
 
 
@@ -135,7 +167,7 @@ def make_plan(
     config: EngineConfig,
     spec: ModelSpec,
     machine: Machine,
-    compute_bytes: int,
+    processes: Measured,
     on_gpu: bool,
     gpu_total: int,
     expected: ExpectedWork | None = None,
@@ -143,13 +175,13 @@ def make_plan(
     """Raises PlanError where the budget does not hold even the smallest plan.
 
     Args:
-        compute_bytes: what the compute worker takes before it has seen a token.
+        processes: what they take at the start.
         gpu_total: memory of the GPU, 0 where there is none.
         expected: the work to come, where it is known.
     """
     ram = config.ram or auto_ram(machine)
     _check_cpus(config, machine)
-    need = _need(config, spec, machine, compute_bytes, on_gpu, expected)
+    need = _need(config, spec, machine, processes, on_gpu, expected)
     tokens, count, slots = _choose_block(need, ram)
     fixed = need.fixed(tokens, count)
     staged = on_gpu if config.stage_weights is None else config.stage_weights
@@ -220,7 +252,7 @@ def _need(
     config: EngineConfig,
     spec: ModelSpec,
     machine: Machine,
-    compute_bytes: int,
+    processes: Measured,
     on_gpu: bool,
     expected: ExpectedWork | None,
 ) -> _Need:
@@ -231,20 +263,24 @@ def _need(
     page_tokens = config.page_tokens or PAGE_TOKENS
     max_sequences = config.max_sequences or min(MAX_SEQUENCES, expected.sequences if expected else MAX_SEQUENCES)
     least_pages = workers * -(-min(spec.max_length, LEAST_LENGTH) // page_tokens)
+    longest = spec.max_length if config.max_model_len else MODEST_LENGTH
+    longest = min(spec.max_length, expected.longest_likely if expected else longest)
     wanted_pages, most_pages = _pages_of_use(spec, workers, page_tokens, max_sequences, expected)
     return _Need(
         config=config,
         spec=spec,
         processes={
-            "coordinator": COORDINATOR_BYTES + CLIENT_BYTES,
+            "coordinator": processes.coordinator + QUEUE_BYTES,
+            "client": CLIENT_BYTES,
             "loader": CONVERTING_LOADER_BYTES if converting else LOADER_BYTES,
-            "attention workers": (NUMBA_BYTES if on_gpu else 0) + ATTENTION_BYTES * workers,
-            "compute worker": compute_bytes,
+            "attention workers": (NUMBA_BYTES if on_gpu else 0) + (processes.attention + SPANS_BYTES) * workers,
+            "compute worker": processes.compute,
         },
         workers=workers,
         page_tokens=page_tokens,
         page=page_bytes(spec.attention, page_tokens, spec.dtype),
         least_pages=least_pages,
+        longest_pages=max(least_pages, workers * -(-longest // page_tokens)),
         layer_slot=layer_slot,
         max_sequences=max_sequences,
         wanted_pages=max(least_pages, wanted_pages),
@@ -290,16 +326,18 @@ def _choose_block(need: _Need, ram: int) -> tuple[int, int, int]:
     fitting = [candidate for candidate in candidates if need.least(*candidate) <= ram]
     if not fitting:
         tokens, count, slots = min(candidates, key=lambda candidate: need.least(*candidate))
+        enough = need.least(tokens, count, slots, need.longest_pages) + MIB
         raise PlanError(
-            f"{need.spec.class_name} needs at least {format_size(need.least(tokens, count, slots) + MIB)} of RAM, "
-            f"{format_size(ram)} allowed: raise ram, or lower max_sequences ({need.max_sequences}) "
+            f"{need.spec.class_name} needs at least {format_size(enough)} of RAM, "
+            f"{format_size(ram)} allowed: raise ram, or lower max_model_len ({need.spec.max_length}) "
             f"or attention_workers ({need.workers})"
             + (f", micro_batch_tokens ({tokens})" if config.micro_batch_tokens else "")
             + (f", micro_batches ({count})" if config.micro_batches else "")
             + (f", layer_slots ({slots})" if config.layer_slots else "")
             + (", or use dtype bfloat16" if need.spec.dtype == "float32" else "")
         )
-    for tokens, count, slots in fitting:
+    holding = [candidate for candidate in fitting if need.least(*candidate, need.longest_pages) <= ram]
+    for tokens, count, slots in holding or fitting:
         fixed = need.fixed(tokens, count)
         share = BLOCK_SHARE if need.least(tokens, count, layers) <= ram else STREAMING_BLOCK_SHARE
         if fixed["workspace"] + fixed["exchange"] <= ram // share:
@@ -310,7 +348,9 @@ def _choose_block(need: _Need, ram: int) -> tuple[int, int, int]:
 def _place(need: _Need, available: int, slots: int, device_slots: int) -> Placement:
     """What the budget leaves to weights and KV cache, shared out."""
     layers, forced = need.spec.num_layers, need.config.layer_slots
-    sizes = Sizes(layers, need.layer_slot, need.page, need.least_pages, need.wanted_pages, need.most_pages)
+    sizes = Sizes(
+        layers, need.layer_slot, need.page, need.least_pages, need.longest_pages, need.wanted_pages, need.most_pages
+    )
     staying = layers if device_slots >= layers else max(0, device_slots - DEVICE_RING)
     return place(sizes, available - layers * KV_ALIGNMENT_BYTES, slots, forced is not None and forced < layers, staying)
 
@@ -329,14 +369,16 @@ def _attention_threads(config: EngineConfig, machine: Machine, workers: int, on_
     return config.attention_threads or max(1, cores // workers)
 
 
-def _workspace_bytes(spec: ModelSpec, tokens: int, count: int, max_sequences: int) -> int:
+def _workspace_bytes(spec: ModelSpec, tokens: int, count: int) -> int:
     """Temporaries of the compute worker: one running micro-batch, the suspended ones, logits and attention scores."""
     item = ITEM_BYTES[spec.dtype]
     width = max(layer.exchange_width for layer in spec.attention)
     heads = max(layer.num_heads for layer in spec.attention)
     running = tokens * item * (3 * spec.intermediate_size + 6 * spec.hidden_size + width)
     suspended = (count - 1) * tokens * item * (3 * spec.hidden_size + width)
-    logits = max(min(max_sequences, tokens) * spec.vocab_size * 4, min(tokens * spec.vocab_size * 4, SCORED_BYTES)) * 2
+    rows = min(tokens, max(1, LOGITS_BYTES // (4 * spec.vocab_size)))
+    # As the model gives them and once more, in float32, which of them are larger than another, one row to draw from.
+    logits = spec.vocab_size * (rows * (2 * item + 4 + 1) + SAMPLING_BYTES)
     scores = heads * 128 * min(tokens, spec.max_length) * 4 * 2
     return int((running + suspended + max(logits, scores)) * ALLOCATOR_SLACK)
 

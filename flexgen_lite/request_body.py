@@ -85,9 +85,11 @@ def parse_body(url: str, body: dict[str, Any], where: str = "") -> Body:
     for name in ("model", "user"):
         if not isinstance(body.get(name, ""), str):
             raise RequestError(f"{where}{name} is not a string")
-    for name in ("return_token_ids", "echo", "add_generation_prompt", "continue_final_message"):
+    for name in ("return_token_ids", "echo", "add_generation_prompt"):
         if type(body.get(name, False)) is not bool:
             raise RequestError(f"{where}{name} is {shown(body[name])}: give true or false")
+    if not isinstance(goes_on := body.get("continue_final_message", False), bool | str):
+        raise RequestError(f"{where}continue_final_message is {shown(goes_on)}: give true, false, or the key of a text")
     if url == CHAT:
         _from_chat_names(where, body)
     if body.get("echo") and "logprobs" in body:
@@ -156,6 +158,7 @@ def _chat(where: str, body: dict[str, Any]) -> Chat:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise RequestError(f"{name} is not an object with a role")
         _check_text(name, json.dumps(message, ensure_ascii=False))
+        _check_parts(message.get("content"))
     tools, variables = body.get("tools"), body.get("chat_template_kwargs", {})
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise RequestError(f"{where}tools is {shown(tools)}: give a list of objects")
@@ -164,24 +167,23 @@ def _chat(where: str, body: dict[str, Any]) -> Chat:
     if not isinstance(body.get("chat_template", ""), str):
         raise RequestError(f"{where}chat_template is not a string")
     return Chat(
-        [_plain_content(message) for message in messages],
+        messages,
         tools,
         variables,
         body.get("chat_template"),
         body.get("add_generation_prompt", True),
         body.get("continue_final_message", False),
+        join_parts=True,
     )
 
 
-def _plain_content(message: dict[str, Any]) -> dict[str, Any]:
-    """Content in parts, which few templates read, as one text."""
-    parts = message.get("content")
+def _check_parts(parts: object) -> None:
+    """Of content that comes in parts."""
     if not isinstance(parts, list):
-        return message
+        return
     texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
     if any(not isinstance(text, str) for text in texts):
         raise RequestError("messages have content of another type than text, which is not supported")
-    return {**message, "content": "\n".join(map(str, texts))}
 
 
 def _check_text(name: str, text: str) -> None:

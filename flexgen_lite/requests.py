@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from flexgen_lite.admission import Admission, Limits, RequestError, Tokenizer
+from flexgen_lite.admission import Admission, Limits, RequestError
 from flexgen_lite.answers import Answers, refusal
 from flexgen_lite.batching import Batcher, MicroBatch, Result
 from flexgen_lite.client_messages import RequestDelta, RequestDone, Submit, WireRequest
@@ -13,6 +13,7 @@ from flexgen_lite.kept_jobs import KeptJob
 from flexgen_lite.open_request import OpenRequest, Origin
 from flexgen_lite.running_request import RunningRequest
 from flexgen_lite.sampling_wire import NO_TOKEN
+from flexgen_lite.text_growth import Tokenizer
 from flexgen_lite.waiting_queue import WaitingQueue
 
 MAX_OPEN = 4096  # requests of a client, or a kept job, that wait or run
@@ -197,7 +198,7 @@ class Requests:
         for piece in (piece for micro_batch in micro_batches for piece in micro_batch.pieces):
             sequence = piece.request
             owner = sequence.owner
-            if sequence.stream is None or sequence.id not in self._batcher.running or sequence.num_generated == 0:
+            if not sequence.is_streamed or sequence.id not in self._batcher.running or sequence.num_generated == 0:
                 continue
             client = owner.origin.client if owner is not None and not owner.answered else None
             if client is not None and self._unread[client] < MAX_UNREAD_DELTAS:
@@ -287,7 +288,7 @@ class Requests:
         owner.num_live -= 1
         owner.outputs[sequence.number] = self._answers.output(sequence, reason)
         if sequence.number == 0:
-            owner.prompt = self._answers.prompt(sequence, owner.echo)
+            owner.prompt = self._answers.prompt(sequence, owner)
         if not owner.is_complete:
             return []
         self.totals["requests_cancelled" if reason == "cancelled" else "requests_done"] += 1

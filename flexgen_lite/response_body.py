@@ -57,19 +57,21 @@ def usage(completion: Completion) -> dict[str, int]:
 
 
 def _choice(index: int, asked: Asked, completion: Completion, output: CompletionOutput) -> dict[str, Any]:
-    tokens, places = list(output.token_ids), list[Mapping[int, Logprob] | None](output.logprobs or [])
-    text = output.text
-    if asked.echo:
-        text = echoed(completion) + text
-        if output.logprobs is not None:
-            tokens = [*(completion.prompt_token_ids or ()), *tokens]
-            places = [*(completion.prompt_logprobs or ()), *places]
+    prompt = echoed(completion) if asked.echo else ""
     choice: dict[str, Any] = {
         "index": index,
-        "text": text,
+        "text": prompt + output.text,
         "finish_reason": output.finish_reason,
-        "logprobs": None if output.logprobs is None else text_logprobs(tokens, places, completion.token_texts),
+        "logprobs": None,
     }
+    if output.logprobs is not None:
+        tokens, places = list(output.token_ids), list[Mapping[int, Logprob] | None](output.logprobs)
+        offsets = [len(prompt) + offset for offset in output.text_offsets or ()]
+        if asked.echo:
+            tokens = [*(completion.prompt_token_ids or ()), *tokens]
+            places = [*(completion.prompt_logprobs or ()), *places]
+            offsets = [*(completion.prompt_offsets or ()), *offsets]
+        choice["logprobs"] = text_logprobs(tokens, places, offsets, completion.token_texts, completion.token_bytes)
     return choice | _extras(asked, completion, output)
 
 
@@ -78,7 +80,7 @@ def _chat_choice(index: int, asked: Asked, completion: Completion, output: Compl
         "index": index,
         "message": {"role": "assistant", "content": output.text},
         "finish_reason": output.finish_reason,
-        "logprobs": chat_logprobs(output.token_ids, output.logprobs, asked.params.logprobs),
+        "logprobs": chat_logprobs(output.token_ids, output.logprobs, asked.params.logprobs, completion.token_bytes),
     }
     return choice | _extras(asked, completion, output)
 
@@ -97,43 +99,74 @@ def _extras(asked: Asked, completion: Completion, output: CompletionOutput) -> d
 
 
 def echoed(completion: Completion) -> str:
-    """The prompt's text."""
-    return completion.prompt if isinstance(completion.prompt, str) else completion.prompt_text or ""
+    """The prompt's text: as it was given, but where offsets go with it and its tokens have another text, theirs."""
+    if isinstance(completion.prompt, str) and completion.prompt_offsets is None:
+        return completion.prompt
+    return completion.prompt_text or ""
 
 
 def text_logprobs(
-    tokens: Sequence[int], places: Places, token_texts: Mapping[int, str], offset: int = 0
+    tokens: Sequence[int],
+    places: Places,
+    offsets: Sequence[int],
+    token_texts: Mapping[int, str],
+    token_bytes: Mapping[int, bytes],
 ) -> dict[str, Any]:
-    """In the form of the completions API; the first token of a prompt has no logprob. `offset`: characters of the
-    tokens before."""
+    """In the form of the completions API; the first token of a prompt has no logprob. `offsets`: of each token in the
+    text. `token_bytes`: of tokens that are not whole characters."""
     texts: list[str] = []
     values: list[float | None] = []
     top: list[dict[str, float] | None] = []
-    offsets = []
     for token, place in zip(tokens, places, strict=False):
-        texts.append(place[token].decoded_token if place is not None else token_texts.get(token, ""))
-        values.append(place[token].logprob if place is not None else None)
-        top.append(None if place is None else {found.decoded_token: found.logprob for found in place.values()})
-        offsets.append(offset)
-        offset += len(texts[-1])
-    return {"tokens": texts, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
+        if place is None:
+            texts.append(_name(token, token_texts.get(token, ""), token_bytes))
+            values.append(None)
+            top.append(None)
+            continue
+        texts.append(_name(token, place[token].decoded_token, token_bytes))
+        values.append(place[token].logprob)
+        top.append(_by_name(token, place, token_bytes))
+    return {"tokens": texts, "token_logprobs": values, "top_logprobs": top, "text_offset": list(offsets[: len(texts)])}
+
+
+def _name(token: int, text: str, token_bytes: Mapping[int, bytes]) -> str:
+    """A token's text, or what the completions API writes for one that is not whole characters: "bytes:\\xe9\\xbe"."""
+    raw = token_bytes.get(token)
+    return text if raw is None else "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def _by_name(chosen: int, place: Mapping[int, Logprob], token_bytes: Mapping[int, bytes]) -> dict[str, float]:
+    """All of a place's tokens, the chosen one first; of several with the same name, all but the first are named by
+    their ids."""
+    found: dict[str, float] = {}
+    others = sorted((token for token in place if token != chosen), key=lambda token: place[token].rank)
+    for token in (chosen, *others):
+        name = _name(token, place[token].decoded_token, token_bytes)
+        found[f"token_id:{token}" if name in found else name] = place[token].logprob
+    return found
 
 
 def chat_logprobs(
-    tokens: Sequence[int], places: Sequence[Mapping[int, Logprob]] | None, num_top: int | None
+    tokens: Sequence[int],
+    places: Sequence[Mapping[int, Logprob]] | None,
+    num_top: int | None,
+    token_bytes: Mapping[int, bytes],
 ) -> dict[str, Any] | None:
-    """In the form of the chat API, with the `num_top` most likely tokens of each place."""
+    """In the form of the chat API, with the `num_top` most likely tokens of each place. `token_bytes`: of tokens that
+    are not whole characters."""
     if places is None:
         return None
     content = []
     for token, place in zip(tokens, places, strict=False):
-        entry = _chat_entry(place[token])
-        top = sorted(place.values(), key=lambda found: found.rank)
-        entry["top_logprobs"] = [_chat_entry(found) for found in top if found.rank <= (num_top or 0)]
+        entry = _chat_entry(token, place[token], token_bytes)
+        top = sorted(place.items(), key=lambda item: item[1].rank)
+        entry["top_logprobs"] = [
+            _chat_entry(other, found, token_bytes) for other, found in top if found.rank <= (num_top or 0)
+        ]
         content.append(entry)
     return {"content": content}
 
 
-def _chat_entry(found: Logprob) -> dict[str, Any]:
+def _chat_entry(token: int, found: Logprob, token_bytes: Mapping[int, bytes]) -> dict[str, Any]:
     text = found.decoded_token
-    return {"token": text, "logprob": found.logprob, "bytes": list(text.encode())}
+    return {"token": text, "logprob": found.logprob, "bytes": list(token_bytes.get(token, text.encode()))}

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from flexgen_lite.kept_logprobs import KeptLogprobs
 from flexgen_lite.open_request import OpenRequest
 from flexgen_lite.sampling_wire import Penalties, Sample, WireParams
-from flexgen_lite.stop_strings import StopStrings
 from flexgen_lite.text_stream import TextStream
 
 
@@ -31,12 +30,12 @@ class RunningRequest:
     pages: tuple[int, ...] = ()
     times_sent_back: int = 0
     overflowed: bool = False  # the model's numbers did, so that there is no next token
-    stop_strings: StopStrings | None = None
     logprobs: KeptLogprobs | None = None  # of the generated tokens, if asked for
     prompt_logprobs: KeptLogprobs | None = None  # of those of the prompt from `scored_from` on, if asked for
     owner: OpenRequest | None = None
     number: int = 0
-    stream: TextStream | None = None  # for a reader who wants its tokens as they come
+    text: TextStream | None = None  # of the answer, where something is asked of it before it is complete
+    is_streamed: bool = False  # a reader wants its tokens as they come
     page_keys: tuple[bytes, ...] | None = None  # of the prompt's full pages, once they are asked for
 
     @property
@@ -75,13 +74,17 @@ class RunningRequest:
     @property
     def has_stop_string(self) -> bool:
         """Whether the generated text has one, as of its last token."""
-        return self.stop_strings is not None and self.stop_strings.found
+        return self.text is not None and self.text.found
 
     def add(self, token: int) -> None:
         """The next token, as it was drawn."""
         self.tokens.append(token)
-        if self.stop_strings is not None and self.num_generated > self.params.min_tokens:
-            self.stop_strings.look(self.tokens, self.num_prompt_tokens)
+        if self.text is None:
+            return
+        if token in self.end_ids and self.num_generated >= self.params.min_tokens:
+            self.text.read_end(self.tokens)
+        else:
+            self.text.read(self.tokens)
 
     def make_sibling(self) -> RunningRequest | None:
         """The next sequence from the same prompt, if one is wanted that has not been made."""
@@ -97,12 +100,12 @@ class RunningRequest:
             self.params,
             self.seed + 1,
             self.end_ids,
-            stop_strings=self.stop_strings.afresh() if self.stop_strings is not None else None,
             logprobs=KeptLogprobs(self.params.logprobs) if self.params.logprobs is not None else None,
             owner=owner,
             number=self.number + 1,
             page_keys=self.page_keys,
-            stream=self.stream.afresh() if self.stream is not None else None,
+            text=self.text.afresh() if self.text is not None else None,
+            is_streamed=self.is_streamed,
         )
 
     def next_sample(self) -> Sample:

@@ -10,8 +10,8 @@ NO_TOKEN = -1
 
 MAX_LOGPROBS = 20
 MAX_N = 128  # answers to one prompt
-SCORED_BYTES = 32 << 20
-"""Float32 logits of scored rows that are held at once."""
+LOGITS_BYTES = 32 << 20
+"""Float32 logits that are held at once."""
 MAX_LOGIT_BIAS = 100.0
 MAX_BIASED = 1024  # tokens with a bias: they travel with every pass
 MAX_PENALTY = 2.0  # presence, frequency

@@ -1,52 +1,61 @@
-"""Where a text ends because of a string in it, found as its tokens come."""
+"""Where a text ends because of a string in it, found as its pieces come."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
-MARGIN_TOKENS = 8  # that are no text at all
+from collections.abc import Sequence
 
 
 class StopStrings:
-    """Args:
-    strings: any of them ends the text; none is empty.
-    decode: token ids to text.
-    min_tokens: a string that ends within so many tokens ends nothing.
+    """Keeps the end of the text that may be the beginning of a string, and no more of it.
+
+    Args:
+        strings: any of them ends the text; none is empty.
+
+    Attributes:
+        position: characters of the text that are no part of any string that may still come.
+        barrier: a string that ends within so many characters ends nothing.
     """
 
-    def __init__(self, strings: Sequence[str], decode: Callable[[list[int]], str], min_tokens: int = 0) -> None:
+    __slots__ = ("_held", "_strings", "barrier", "position")
+
+    def __init__(self, strings: Sequence[str]) -> None:
         self._strings = strings
-        self._decode = decode
-        self._min_tokens = min_tokens
-        # A token that counts has at least one byte: a character may take several.
-        self._tail_tokens = max(len(string.encode(errors="replace")) for string in strings) + MARGIN_TOKENS
-        self.found = False
+        self._held = ""
+        self.position = self.barrier = 0
 
-    def afresh(self) -> StopStrings:
-        """For another text."""
-        return StopStrings(self._strings, self._decode, self._min_tokens)
+    @property
+    def length(self) -> int:
+        """Of the text so far."""
+        return self.position + len(self._held)
 
-    def look(self, tokens: Sequence[int], first: int) -> None:
-        """Look for a string that the last token has completed, the text being that of the tokens from `first` on."""
-        begin = max(first, len(tokens) - self._tail_tokens)
-        before = self._length(tokens[begin : first + self._min_tokens])
-        tail = self._decode(list(tokens[begin:]))
-        self.found = any(_find(tail, string, before) >= 0 for string in self._strings)
+    def copy(self) -> StopStrings:
+        """For a text that goes on otherwise."""
+        other = StopStrings(self._strings)
+        other._held, other.position, other.barrier = self._held, self.position, self.barrier
+        return other
 
-    def cut(self, text: str, tokens: Sequence[int], include: bool) -> str:
-        """The text of these tokens up to the first of the strings in it, that one included or not; all of it where
-        there is none."""
-        before = self._length(tokens[: self._min_tokens])
-        places = [(at, string) for string in self._strings if (at := _find(text, string, before)) >= 0]
-        if not places:
-            return text
-        at, string = min(places, key=lambda place: place[0])
-        return text[: at + len(string) * include]
+    def find(self, piece: str) -> tuple[int, str] | None:
+        """The string that the text has with this next piece, and where it begins: of several the one that begins
+        first."""
+        text = self._held + piece
+        found = []
+        for string in self._strings:
+            at = text.find(string, max(0, self.barrier - self.position - len(string) + 1))
+            if at >= 0:
+                found.append((self.position + at, string))
+        return min(found, key=lambda place: place[0], default=None)
 
-    def _length(self, tokens: Sequence[int]) -> int:
-        return len(self._decode(list(tokens)).rstrip("\ufffd")) if len(tokens) else 0
+    def add(self, piece: str) -> None:
+        """The text goes on with a piece that completes no string."""
+        if not piece:
+            return
+        text = self._held + piece
+        kept = max(_overlap(text, string) for string in self._strings)
+        self.position += len(text) - kept
+        self._held = text[len(text) - kept :]
 
 
-def _find(text: str, string: str, before: int) -> int:
-    """Where the string first is in the text, of those places where it ends behind the first `before` characters."""
-    return text.find(string, max(0, before - len(string) + 1))
+def _overlap(text: str, string: str) -> int:
+    """How many characters at the end of the text are the beginning of the string, and not all of it. What the text had
+    before was no such beginning, so it is short."""
+    return next((n for n in range(min(len(text), len(string) - 1), 0, -1) if text.endswith(string[:n])), 0)

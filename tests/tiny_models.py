@@ -70,6 +70,22 @@ def make_model(family: str, directory: Path, dtype: torch.dtype = torch.float32,
     return directory
 
 
+def make_reciter(directory: Path, answer: list[int], vocab_size: int) -> Path:
+    """Saves a GPT-2 whose greedy answer to any prompt of one token is `answer`, of up to 64 tokens: its layers do
+    nothing, and each position has a direction of its own that only the token meets which is to follow."""
+    config = AutoConfig.for_model("gpt2", **SHAPE | GPT2 | {"vocab_size": vocab_size, "tie_word_embeddings": False})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        parameter.data.zero_()
+        if name.endswith("ln_f.weight"):
+            parameter.data.fill_(1)
+    model.transformer.wpe.weight.data.copy_(torch.eye(128, 64))
+    for position, token in enumerate(answer):
+        model.lm_head.weight.data[token, position] = 1
+    model.save_pretrained(directory)
+    return directory
+
+
 def ragged_prompts(count: int, longest: int, seed: int = 0) -> list[list[int]]:
     """Prompts of token ids, of lengths from 1 to `longest`, both included."""
     rng = random.Random(seed)

@@ -9,9 +9,10 @@ from collections import deque
 from flexgen_lite import messages
 from flexgen_lite.arena import map_arena
 from flexgen_lite.bells import Note, ring
-from flexgen_lite.memory_use import resident_bytes
+from flexgen_lite.memory_use import give_back_memory, resident_bytes
 from flexgen_lite.workers import serve
 from flexgen_lite.workers.attention_state import AttentionState
+from flexgen_lite.workers.attention_warm_up import warm_up
 
 
 class AttentionWorker(serve.Worker):
@@ -25,7 +26,14 @@ class AttentionWorker(serve.Worker):
         self._left = 0  # attentions of the pass that are still to come
         self._notes: deque[Note] = deque()  # what the compute worker asked for, in order
 
-    def handle(self, message: messages.AttachAttention | messages.BeginAttention | messages.Abandon) -> None:
+    def handle(
+        self, message: messages.WarmUp | messages.AttachAttention | messages.BeginAttention | messages.Abandon
+    ) -> None:
+        if isinstance(message, messages.WarmUp):
+            warm_up(message.dtype)
+            give_back_memory()
+            self._context.post(messages.WarmedUp(resident_bytes()[0]))
+            return
         if isinstance(message, messages.Abandon):
             self._abandoned = self._pass_id
             self._context.forget_items()
@@ -37,8 +45,8 @@ class AttentionWorker(serve.Worker):
             exchange = map_arena(
                 self._context.arenas["exchange"], message.exchange.num_regions * message.exchange.region_bytes
             )
+            warm_up(message.kv.dtype)
             self._state = AttentionState(message, kv, exchange)
-            self._state.warm_up()
             self._num_layers = len(message.layers)
             threading.Thread(target=self._state.prefault, args=(self._prefaulted,), daemon=True).start()
             self._context.post(messages.Ready(sum(resident_bytes())))

@@ -92,28 +92,6 @@ class AttentionState:
             raise ValueError(f"layer {message.layer}: the model has {len(self._shapes)} layers")
         self._run(self._batches[message.micro_batch], self._shapes[message.layer])
 
-    def warm_up(self) -> None:
-        """Compiles the kernels, or loads them from the disk cache; touches neither arena."""
-        layer = self._shapes[0]._replace(
-            num_heads=1, num_kv_heads=1, head_dim=8, value_dim=8, page_shift=4, window=0, has_sinks=True,
-            keys=0, values=1024, q=0, k=64, v=128, out=192, sinks=256,
-        )  # fmt: skip
-        region, kv = np.zeros(320, np.uint8), np.zeros(2048, np.uint8)
-        pages = np.zeros(1, np.int64)
-        pieces = np.array([[0, 1, 0, 0]], np.int64)
-        units = np.array([[0, 0, 0, 0, 1, 0, 1, 0, 1]], np.int64)
-        joins = np.array([[0, 1]], np.int64)
-        partials = np.zeros(kernels.partial_bytes(8, self._per_word), np.uint8)
-        here, scratch, kind, counter = region.ctypes.data, self._scratch[0], self._kind, self._counter
-        counter[0] = 0
-        kernels.store(kv.ctypes.data, here, pages, pieces, layer, counter.ctypes.data, kind)
-        counter[0] = 0
-        kernels.attend(
-            kv.ctypes.data, here, pages, units, layer, scratch, partials.ctypes.data, counter.ctypes.data, kind
-        )
-        counter[0] = 0
-        kernels.join(here, units, joins, layer, scratch, partials.ctypes.data, counter.ctypes.data, kind)
-
     def prefault(self, stop: threading.Event) -> None:
         """Takes memory for the pages that are used first, until `stop`: a first touch costs several times what a copy
         does. At most PREFAULT_BYTES and PREFAULT_SHARE of the arena."""

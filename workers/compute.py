@@ -6,7 +6,7 @@ import collections
 import os
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,12 +15,17 @@ from flexgen_lite.arena import map_arena
 from flexgen_lite.bells import Note, ring
 from flexgen_lite.memory_use import resident_bytes
 from flexgen_lite.segment_queue import SegmentQueue
+from flexgen_lite.sizes import format_size
 from flexgen_lite.workers import prefill_attention, serve
 from flexgen_lite.workers.device import Device, open_device
 from flexgen_lite.workers.exchange_region import ExchangeRegion
 from flexgen_lite.workers.forward import Forward, stop_at_layers
+from flexgen_lite.workers.heap import Heap
 from flexgen_lite.workers.model_open import OpenedModel, fingerprint, open_model
 from flexgen_lite.workers.sampling import read, read_scores
+
+if TYPE_CHECKING:
+    from flexgen_lite.workers.workspace import Workspace
 
 
 class ComputeWorker(serve.Worker):
@@ -38,6 +43,9 @@ class ComputeWorker(serve.Worker):
         self._queue = SegmentQueue((), 1)
         self._ended: collections.deque[tuple[int, messages.SegmentDone]] = collections.deque()  # pass; by any thread
         self._streaming = False
+        self._heap: Heap | None = None
+        self._workspace_bytes = 0  # of a workspace that is still to be made
+        self._workspace: Workspace | None = None
         torch.set_grad_enabled(False)
 
     def handle(self, message: Any) -> None:
@@ -89,7 +97,10 @@ class ComputeWorker(serve.Worker):
             ExchangeRegion(exchange[i * size : (i + 1) * size], order.exchange.max_tokens, dtype)
             for i in range(order.exchange.num_regions)
         ]
-        self._context.post(messages.Ready(sum(resident_bytes())))
+        anonymous, files = resident_bytes()
+        self._heap = Heap(order.process_bytes - files)
+        self._workspace_bytes = order.workspace_bytes
+        self._context.post(messages.Ready(anonymous + files))
 
     def _map(self, name: str, size: int) -> torch.Tensor:
         assert self._device is not None
@@ -118,6 +129,8 @@ class ComputeWorker(serve.Worker):
         if order.threads != torch.get_num_threads():
             torch.set_num_threads(order.threads)
         assert all(forward.dead for forward in self._forwards.values())
+        if self._workspace_bytes:  # not before the weights have been rearranged: the pieces would stay in it
+            self._make_workspace()
         self._pass_id = order.pass_id
         self._batches = {batch.micro_batch: batch for batch in order.batches}
         self._forwards = {
@@ -133,6 +146,20 @@ class ComputeWorker(serve.Worker):
             for batch in order.batches
         }
         self._queue = SegmentQueue([len(batch.workers) for batch in order.batches], self._device.credit)
+
+    def _make_workspace(self) -> None:
+        from flexgen_lite.workers.workspace import Workspace  # numba, which nothing needs on a GPU
+
+        workspace, self._workspace_bytes = Workspace(self._workspace_bytes), 0
+        if workspace.install():
+            self._workspace = workspace
+
+    def _warn_of_misses(self) -> None:
+        workspace = self._workspace
+        if workspace is not None and workspace.misses:
+            self._workspace = None
+            planned = format_size(workspace.num_bytes)
+            print(f"warning: the workspace of {planned} is too small, other memory serves", flush=True)
 
     def _abandon(self, order: messages.Abandon) -> None:
         assert self._device is not None
@@ -211,7 +238,9 @@ class ComputeWorker(serve.Worker):
             if slot is not None and not self._is_last(layer):
                 for worker in batch.workers:
                     ring(self._context.bells[str(worker)], Note(pass_id, layer, micro_batch))
-            tokens, logprobs = ((), ()) if forward.drawn is None else read(forward.drawn, forward.samples)
+            read_back = [read(drawn, samples) for drawn, samples in forward.drawn]
+            tokens = tuple(token for part, _ in read_back for token in part)
+            logprobs = tuple(entry for _, part in read_back for entry in part)
             scores = tuple(entry for scored in forward.scores for entry in read_scores(scored))
             end_ns = time.monotonic_ns()
             report = messages.SegmentDone(
@@ -221,6 +250,9 @@ class ComputeWorker(serve.Worker):
             self._context.wake()
 
         self._device.when_done(done)
+        assert self._heap is not None
+        self._heap.tidy()
+        self._warn_of_misses()
 
     def _is_last(self, layer: int) -> bool:
         assert self._opened is not None

@@ -7,7 +7,6 @@ plain and everything is done at once.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import queue
 import threading
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from flexgen_lite.memory_use import give_back_memory
 from flexgen_lite.workers.serve import UserError
 
 SMALL_COPY = 1 << 20
@@ -64,8 +64,7 @@ class CpuDevice:
 
     def give_back_memory(self) -> None:
         """Temporaries larger than any of a pass are gone: the allocator, told to keep what it has, lets go of them."""
-        with contextlib.suppress(AttributeError, OSError):  # another C library than glibc
-            ctypes.CDLL(None).malloc_trim(0)
+        give_back_memory()
 
     def limit_memory(self, num_bytes: int) -> None:
         """PyTorch allocates no more than so much of the device's memory."""

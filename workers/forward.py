@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from flexgen_lite.messages import TokenBatch
 from flexgen_lite.model_spec import AttentionSpec
+from flexgen_lite.sampling_wire import Sample
 from flexgen_lite.workers.attention_call import AttentionCall, ModelGreenlet
 from flexgen_lite.workers.device import Device
 from flexgen_lite.workers.exchange_region import ExchangeRegion
@@ -57,7 +58,7 @@ class Forward(ModelGreenlet):
         self._num_attended = sum(span.num_rows for span in batch.spans if not span.prefill)
         self.copy_ns = 0  # spent on the way into the exchange region and back
         self.samples = [span.sample for span in batch.spans if span.sample is not None]
-        self.drawn: Drawn | None = None  # of `samples`; on the host once the device is done
+        self.drawn: list[tuple[Drawn, list[Sample]]] = []  # of `samples`; on the host once the device is done
         self.scores: list[Scores] = []  # of the scored rows, in the order of the spans; likewise
 
     def advance(self, layer: int) -> None:
@@ -100,6 +101,8 @@ class Forward(ModelGreenlet):
             for i, target in enumerate(span.scored.targets)
         ]
         size = self._head.rows_per_chunk(self._model.config.vocab_size)
+        samples = [self.samples[i : i + size] for i in range(0, len(last), size)] or [[]]
+        sampled = [last[i : i + size] for i in range(0, len(last), size)] or [[]]
         chunks = [scored[i : i + size] for i in range(0, len(scored), size)]
         inputs = {
             "input_ids": self._on_device(batch.token_ids)[None],
@@ -107,11 +110,12 @@ class Forward(ModelGreenlet):
             "use_cache": False,
         }
         self._asked_rows_N = self._on_device(sorted({*last, *(row for row, _, _ in scored)}))
-        others = [self._on_device([row for row, _, _ in chunk]) for chunk in chunks]
+        rows = [*sampled, *([row for row, _, _ in chunk] for chunk in chunks)]
         with self._behind_last_attention:
-            logits = self._head.logits(inputs, self._on_device(last), others)
-            drawn = sample(next(logits), self.samples)
-            self.drawn = Drawn(self._on_host(drawn.integers), self._on_host(drawn.floats))
+            logits = self._head.logits(inputs, [self._on_device(chunk) for chunk in rows])
+            for part in samples:
+                drawn = sample(next(logits), part)
+                self.drawn.append((Drawn(self._on_host(drawn.integers), self._on_host(drawn.floats)), part))
             for chunk in chunks:
                 targets_N = self._on_device([target for _, target, _ in chunk])
                 found = score(next(logits), targets_N, [num_top for _, _, num_top in chunk])

@@ -1,13 +1,19 @@
-"""A model's tokenizer and chat template as Transformers sees them, in a form that needs no Transformers."""
+"""A model's tokenizer and chat templates as Transformers sees them, in a form that needs no Transformers."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from flexgen_lite.chat_environment import fault_of
 from flexgen_lite.messages import WireChatTemplate
 from flexgen_lite.workers.serve import first_line
 
@@ -19,6 +25,9 @@ FILES = (
     "tokenizer.model",
     "spiece.model",
 )
+_CONFIG = "tokenizer_config.json"
+_TEMPLATE_FILES = ("chat_template.jinja", "additional_chat_templates")  # where Transformers looks beside _CONFIG
+_UNNAMED = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,27 +40,102 @@ class ModelTokenizer:
 
 
 def open_tokenizer(directory: Path, run_dir: str) -> ModelTokenizer:
-    """tokenizer.json alone is not enough where there is more: tokens that tokenizer_config.json adds belong to it."""
+    """tokenizer.json alone is not enough, even where there is nothing else: Transformers knows special tokens of the
+    model's type, which a chat template may name."""
     found = [name for name in FILES if (directory / name).is_file()]
-    if found in ([], ["tokenizer_config.json"]):
+    if found in ([], [_CONFIG]):
         return ModelTokenizer(None)
-    if found == ["tokenizer.json"] and not (directory / "chat_template.jinja").is_file():
-        return ModelTokenizer(str(directory / "tokenizer.json"))
     path = Path(run_dir) / "tokenizer.json"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        tokenizer, fault = _load(directory, run_dir)
         tokenizer.backend_tokenizer.save(str(path))
     except Exception as error:  # many kinds; prompts as token ids still work
+        if found == ["tokenizer.json"] and _is_whole(directory / "tokenizer.json"):
+            return ModelTokenizer(str(directory / "tokenizer.json"))
         return ModelTokenizer(
             None, None, (f"the tokenizer cannot be used, give prompts as token ids: {first_line(error)}",)
         )
-    return ModelTokenizer(str(path), _chat_template(tokenizer))
+    template = _chat_template(tokenizer, fault)
+    return ModelTokenizer(str(path), template, tuple(_template_warnings(template)))
 
 
-def _chat_template(tokenizer: Any) -> WireChatTemplate | None:
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    if not isinstance(template, str):
-        return None
-    return WireChatTemplate(template, {name: str(token) for name, token in tokenizer.special_tokens_map.items()})
+def _is_whole(file: Path) -> bool:
+    """Whether this can be used as it is, where nothing else adds to it: Transformers reads some files otherwise."""
+    try:
+        Tokenizer.from_file(str(file))
+    except Exception:  # the library raises nothing narrower
+        return False
+    return True
+
+
+def _load(directory: Path, run_dir: str) -> tuple[Any, str | None]:
+    """The tokenizer; and why its chat templates cannot be read, which is no reason to do without a tokenizer."""
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False), None
+    except Exception as error:
+        with tempfile.TemporaryDirectory(dir=run_dir) as bare:
+            left_out = _link_without_templates(directory, Path(bare))
+            if not left_out:
+                raise
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(bare, trust_remote_code=False)
+            except Exception:
+                raise error from None
+        return tokenizer, f"{', '.join(left_out)}: {type(error).__name__}: {first_line(error)}"
+
+
+def _link_without_templates(directory: Path, bare: Path) -> list[str]:
+    """Makes `bare` another view of `directory`, without chat templates.
+
+    Returns:
+        Where there were some.
+    """
+    left_out = [name for name in _TEMPLATE_FILES if (directory / name).exists()]
+    for path in directory.iterdir():
+        if path.name not in _TEMPLATE_FILES:
+            (bare / path.name).symlink_to(path.resolve())
+    with contextlib.suppress(OSError, ValueError):  # then it is not the template that cannot be read
+        config = json.loads((directory / _CONFIG).read_text(encoding="utf-8"))
+        if isinstance(config, dict) and "chat_template" in config:
+            del config["chat_template"]
+            (bare / _CONFIG).unlink()
+            (bare / _CONFIG).write_text(json.dumps(config), encoding="utf-8")
+            left_out.append(f"chat_template in {_CONFIG}")
+    return left_out
+
+
+def _chat_template(tokenizer: Any, fault: str | None) -> WireChatTemplate:
+    """What the tokenizer has. A model without a template has special tokens for templates that callers bring."""
+    special_tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    if fault is not None:
+        return WireChatTemplate(None, special_tokens, unreadable={_UNNAMED: _printable(fault)})
+    found = tokenizer.chat_template
+    if found is None:
+        return WireChatTemplate(None, special_tokens)
+    templates = found if isinstance(found, dict) else {_UNNAMED: found}
+    texts, unreadable = {}, {}
+    for name, text in templates.items():
+        if not isinstance(text, str):
+            unreadable[_printable(name)] = f"it is of the type {type(text).__name__}, and not a text"
+        elif _printable(text) != text:
+            unreadable[_printable(name)] = "it has characters that are not Unicode text"
+        else:
+            texts[_printable(name)] = text
+    if isinstance(found, dict):
+        return WireChatTemplate(None, special_tokens, texts, unreadable)
+    return WireChatTemplate(texts.get(_UNNAMED), special_tokens, unreadable=unreadable)
+
+
+def _template_warnings(template: WireChatTemplate) -> Iterator[str]:
+    """What a user should know before the first request is refused."""
+    texts = template.named if template.text is None else {_UNNAMED: template.text}
+    faults = {name: f"has {fault}" for name, text in texts.items() if (fault := fault_of(text)) is not None}
+    faults |= {name: f"cannot be read: {fault}" for name, fault in template.unreadable.items()}
+    for name, fault in faults.items():
+        which = f"chat template {name!r}" if name != _UNNAMED else "chat template"
+        yield _printable(f"the model's {which} {fault}; chat requests that need it are refused, completions are served")
+
+
+def _printable(text: object) -> str:
+    """What can be sent and shown: file names and JSON may have characters that are not Unicode text."""
+    return str(text).encode("utf-8", "backslashreplace").decode()

@@ -22,9 +22,10 @@ def prepare(device: torch.device, dtype: torch.dtype) -> None:
     Where the kernel is not in numba's cache yet, it is compiled, which takes 5 s.
     """
     if device.type == "cpu":
-        from flexgen_lite.workers import prefill_cpu
+        from flexgen_lite.workers import prefill_cpu, workspace
 
         prefill_cpu.prepare(dtype)
+        workspace.prepare()
 
 
 def prompt_attention(call: AttentionCall, spans: Sequence[tuple[int, int]], out_THE: torch.Tensor) -> None:

@@ -11,6 +11,9 @@ GFLOP/s with a `[8192, 2048]` weight, T rows:
     float32, oneDNN       165   361   482   396
     float32, rearranged   233   420   411   451
 
+oneDNN makes a program for every number of rows that a weight is multiplied with, and keeps it. Rows are filled up to
+one of few numbers, so that there are few of these, and their memory is in the plan (`product_programs`).
+
 The tensors over memory of our own are made through PyTorch's C interface for ahead-of-time compiled models, the
 only one that takes a pointer and an opaque layout. Where any of this is missing, layers keep their own forward.
 """
@@ -36,6 +39,9 @@ from flexgen_lite.workers import product_kernels
 _ops: Any = torch.ops.mkldnn
 SUPPORTED = {"float32", "bfloat16"}
 PADDED_TO = 64  # outputs of a rearranged weight, at most
+ROW_STEPS = ((64, 8), (256, 16), (512, 32))
+"""Up to so many rows, products have a multiple of the second number of rows."""
+LAST_ROW_STEP = 64
 
 
 class Products:
@@ -160,8 +166,28 @@ class _Product:
             return rows.new_empty((*rows.shape[:-1], weight_NK.shape[0]))
         if self._rearranged is not None and self._rearranged.serves(rows, self._module.bias):
             return self._rearranged.multiply(rows, self._module.bias)
-        output: torch.Tensor = _ops._linear_pointwise.default(rows, weight_NK, self._module.bias, "none", [], "")
-        return output
+        return _multiply_filled_up(rows, weight_NK, self._module.bias)
+
+
+def _multiply_filled_up(rows: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:
+    """By oneDNN, with rows of zeros behind the others so that their number is one of few. The copy is a small part of
+    the product; on average 3 % of the rows are zeros."""
+    count, width = rows.numel() // rows.shape[-1], rows.shape[-1]
+    filled_up = rows_of_product(count)
+    if filled_up == count:
+        whole: torch.Tensor = _ops._linear_pointwise.default(rows, weight_NK, bias_N, "none", [], "")
+        return whole
+    filled = rows.new_empty((filled_up, width))
+    filled[:count] = rows.reshape(count, width)
+    filled[count:] = 0
+    output: torch.Tensor = _ops._linear_pointwise.default(filled, weight_NK, bias_N, "none", [], "")
+    return output[:count].view(*rows.shape[:-1], output.shape[-1])
+
+
+def rows_of_product(count: int) -> int:
+    """The number of rows that a product of `count` rows is computed with."""
+    step = next((step for most, step in ROW_STEPS if count <= most), LAST_ROW_STEP)
+    return -(-count // step) * step
 
 
 def _rearranged(packed: torch.Tensor, memory: torch.Tensor | None) -> product_kernels.RearrangedWeight | None:

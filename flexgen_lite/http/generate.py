@@ -11,7 +11,7 @@ from typing import Any
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 
-from flexgen_lite.chat_template import Chat, ChatError
+from flexgen_lite.chat_template import Chat, ChatError, brings_program, has_template
 from flexgen_lite.client import Client
 from flexgen_lite.completion import Completion, Delta
 from flexgen_lite.http.errors import ApiError
@@ -22,7 +22,9 @@ from flexgen_lite.request import Request
 from flexgen_lite.request_body import CHAT, COMPLETIONS, Body, RequestError, parse_body
 from flexgen_lite.response_body import ID_PREFIXES, chat_logprobs, response_body, text_logprobs
 
-OWN_TEMPLATE = "chat_template is a program, which is not taken over HTTP: the model's own is used"
+OWN_TEMPLATE = (
+    "chat_template is a program, which is not taken over HTTP: leave it out, or name one of the model's own templates"
+)
 MAX_PROMPTS = 2048  # of one request
 
 
@@ -55,9 +57,10 @@ class Generation:
             raise ApiError(400, "prompt_logprobs is not supported in a stream: leave stream out", "stream")
         if stream and any(one.echo and not isinstance(one.prompt, str) for one in bodies):
             raise ApiError(400, "echo of token ids is not supported in a stream: leave stream out", "stream")
-        if url == CHAT and self._client.welcome.chat_template is None:
+        template = self._client.welcome.chat_template
+        if url == CHAT and not has_template(template):
             raise ApiError(400, f"the model has no chat template: use {COMPLETIONS}", "messages")
-        if any(isinstance(one.prompt, Chat) and one.prompt.chat_template is not None for one in bodies):
+        if any(isinstance(one.prompt, Chat) and brings_program(one.prompt, template) for one in bodies):
             raise ApiError(400, OWN_TEMPLATE, "chat_template")
         try:
             requests = [self._client.request_of(b.prompt, b.params, echo=b.echo, stream=stream) for b in bodies]
@@ -104,7 +107,6 @@ class _Sse:
             "model": model,
         }
         self._begun: set[tuple[int, int]] = set()  # prompt and answer, as below
-        self._offsets: dict[tuple[int, int], int] = {}  # characters of the tokens that were told with logprobs
         self._usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
 
     async def chunks(
@@ -142,13 +144,11 @@ class _Sse:
             elif body.echo:
                 choices.append({**base, "text": body.prompt})
         choice = {**base, "finish_reason": delta.finish_reason}
+        raw = delta.token_bytes
         if self._is_chat:
-            choice["logprobs"] = chat_logprobs(delta.token_ids, delta.logprobs, body.params.logprobs)
+            choice["logprobs"] = chat_logprobs(delta.token_ids, delta.logprobs, body.params.logprobs, raw)
         elif delta.logprobs is not None:
-            who = delta.index, delta.number
-            found = text_logprobs(delta.token_ids, delta.logprobs, {}, self._offsets.get(who, 0))
-            self._offsets[who] = self._offsets.get(who, 0) + sum(map(len, found["tokens"]))
-            choice["logprobs"] = found
+            choice["logprobs"] = text_logprobs(delta.token_ids, delta.logprobs, delta.text_offsets or (), {}, raw)
         if body.return_token_ids:
             choice["token_ids"] = delta.token_ids
         choice |= {"delta": {"content": delta.text}} if self._is_chat else {"text": delta.text}

@@ -162,7 +162,7 @@ def test_a_budget_that_is_too_small_says_how_much_is_needed_and_what_would_lower
     done = flexgen("launch", "--model", MODEL, "--ram", "300MiB", "--set", "max_sequences=64")
     assert done.returncode == 2
     assert (
-        "needs at least" in done.stderr and "300.0 MiB allowed: raise ram, or lower max_sequences (64)" in done.stderr
+        "needs at least" in done.stderr and "300.0 MiB allowed: raise ram, or lower max_model_len (128)" in done.stderr
     )
 
 

@@ -1,7 +1,8 @@
-"""More sequences than KV pages: the youngest wait, all end with the same tokens. Thousands of requests: flat memory."""
+"""More sequences than KV pages: the youngest wait, all end with the same tokens. Thousands of shapes: flat memory."""
 
 from __future__ import annotations
 
+import random
 import re
 from pathlib import Path
 
@@ -45,20 +46,30 @@ def test_more_sequences_than_pages(model: Path) -> None:
         assert [list(completion.token_ids) for completion in found] == expected
 
 
-def test_thousands_of_requests_take_no_more_memory_than_hundreds(model: Path) -> None:
-    params = SamplingParams(max_tokens=3, temperature=0.5, seed=1, ignore_eos=True)
-    prompts = ragged_prompts(500, longest=30)
+def test_thousands_of_shapes_take_no_more_memory_than_hundreds(tmp_path: Path) -> None:
+    """Rows whose lengths differ make passes of nearly every number of rows, scored and sampled ones among them."""
+    model = make_model("llama", tmp_path, hidden_size=256, intermediate_size=1024, vocab_size=8000)
+    rng = random.Random(0)
     with FlexGenLite(model, **OPTIONS) as engine:
-        coordinator = psutil.Process(engine._engine.pid)
-        processes = [coordinator, *coordinator.children()]
-        periods = []
-        for _ in range(4):
-            before = [own_bytes(process) for process in processes]
-            for _ in range(3):
-                engine.generate(prompts, params)
-            periods.append([own_bytes(process) - size for process, size in zip(processes, before, strict=True)])
-    # A larger pass than any before takes memory once; what is not given back grows with the requests every time.
-    assert max(min(grown) for grown in zip(*periods, strict=True)) < MIB, periods
+        processes = [psutil.Process(engine.engine_pid), *psutil.Process(engine.engine_pid).children()]
+        sizes = []
+        for _ in range(7):
+            prompts = [[rng.randrange(3, 8000) for _ in range(rng.randint(1, 100))] for _ in range(400)]
+            engine.generate(prompts, [params_of(rng) for _ in prompts])
+            sizes.append([own_bytes(process) for process in processes])
+        status = engine.status()
+    beyond = {name: found for name, found in status.processes.items() if found["peak"] > found["planned"]}
+    assert not beyond
+    assert status.totals["passes"] > 300, "so many numbers of rows, times the shapes of weights"
+    grown = [last - first for first, last in zip(sizes[2], sizes[-1], strict=True)]
+    assert max(grown) < 4 * MIB, [[size // MIB for size in one] for one in sizes]
+
+
+def params_of(rng: random.Random) -> SamplingParams:
+    if rng.random() < 0.1:
+        return SamplingParams(max_tokens=0, temperature=0.0, prompt_logprobs=rng.randint(0, 20))
+    options = {"top_p": 0.9, "logprobs": 5, "repetition_penalty": 1.1} if rng.random() < 0.1 else {}
+    return SamplingParams(max_tokens=rng.randint(1, 20), temperature=0.5, seed=1, ignore_eos=True, **options)
 
 
 def own_bytes(process: psutil.Process) -> int:

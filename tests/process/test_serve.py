@@ -50,7 +50,10 @@ def server(model: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[s
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_chat_model(tmp_path_factory.mktemp("serve"), TEMPLATE)
+    model = make_chat_model(tmp_path_factory.mktemp("serve"), TEMPLATE)
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates/tool_use.jinja").write_text("{{ tools }}" + TEMPLATE, encoding="utf-8")
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -152,8 +155,27 @@ def test_bad_requests(client: openai.OpenAI, changes: dict[str, Any], words: str
 
 
 def test_a_template_of_the_callers_own_is_refused(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="chat_template is a program"):
-        client.chat.completions.create(model="demo", messages=TALK, extra_body={"chat_template": "x"})
+    for text in ("x", "", "{{ messages }}"):
+        with pytest.raises(openai.BadRequestError, match="chat_template is a program"):
+            client.chat.completions.create(model="demo", messages=TALK, extra_body={"chat_template": text})
+    body = {"chat_template_kwargs": {"chat_template": "x"}}
+    with pytest.raises(openai.BadRequestError, match="chat_template_kwargs has chat_template"):
+        client.chat.completions.create(model="demo", messages=TALK, extra_body=body)
+
+
+def test_one_of_the_models_templates_may_be_named(client: openai.OpenAI) -> None:
+    tool: Any = {"type": "function", "function": {"name": "f"}}
+
+    def num_prompt_tokens(**options: Any) -> int:
+        usage = client.chat.completions.create(model="demo", messages=TALK, **options, **GREEDY).usage
+        assert usage is not None
+        return usage.prompt_tokens
+
+    plain, with_tools = num_prompt_tokens(), num_prompt_tokens(tools=[tool])
+    assert with_tools > plain
+    assert num_prompt_tokens(tools=[tool], extra_body={"chat_template": "default"}) == plain
+    assert num_prompt_tokens(tools=[tool], extra_body={"chat_template": "tool_use"}) == with_tools
+    assert num_prompt_tokens(extra_body={"chat_template": "tool_use"}) == plain + len("None")
 
 
 def test_bodies_that_are_none(url: str) -> None:

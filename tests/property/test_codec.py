@@ -44,6 +44,7 @@ def instances(hint: Any) -> st.SearchStrategy[Any]:
         int: st.integers(-(1 << 63), (1 << 63) - 1),
         float: st.floats(allow_nan=False),
         str: st.text(max_size=20),
+        bytes: st.binary(max_size=20),
         bool: st.booleans(),
         type(None): st.none(),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 
 import pytest
@@ -13,10 +14,11 @@ from flexgen_lite.expected_work import ExpectedWork
 from flexgen_lite.machine import Machine
 from flexgen_lite.model_spec import AttentionSpec, ModelSpec, UnitSpec
 from flexgen_lite.page_table import PageTable
-from flexgen_lite.plan import Plan, PlanError, make_plan
+from flexgen_lite.plan import MODEST_LENGTH, SHAPES, Measured, Plan, PlanError, make_plan
 from flexgen_lite.sizes import parse_size
 
 MIB, GIB = 1 << 20, 1 << 30
+MEASURED = Measured(350 * (1 << 20), 30 * (1 << 20), 60 * (1 << 20))
 MACHINE = Machine(cpus=(0, 1), available_ram=16 * GIB, numa_nodes=1)
 
 
@@ -33,12 +35,12 @@ def model(layers: int, layer_bytes: int, outside: int, hidden: int, max_length: 
 
 def plan_for(spec: ModelSpec, expected: ExpectedWork | None = None, **options: object) -> Plan:
     config = EngineConfig(model="m", **options)
-    return make_plan(config, spec, MACHINE, 350 * MIB, on_gpu=False, gpu_total=0, expected=expected)
+    return make_plan(config, spec, MACHINE, MEASURED, on_gpu=False, gpu_total=0, expected=expected)
 
 
 def gpu_plan_for(spec: ModelSpec, **options: object) -> Plan:
     config = EngineConfig(model="m", **options)
-    return make_plan(config, spec, MACHINE, 350 * MIB, on_gpu=True, gpu_total=80 * GIB)
+    return make_plan(config, spec, MACHINE, MEASURED, on_gpu=True, gpu_total=80 * GIB)
 
 
 SPECS = st.builds(
@@ -65,7 +67,7 @@ OPTIONS = st.fixed_dictionaries(
 
 
 EXPECTED = st.none() | st.builds(
-    lambda sequences, typical, more: ExpectedWork(sequences, typical, typical + more),
+    lambda sequences, typical, more: ExpectedWork(sequences, typical, typical + more // 2, typical + more),
     st.integers(1, 5000),
     st.integers(1, 3000),
     st.integers(0, 3000),
@@ -102,7 +104,39 @@ def test_a_refusal_names_a_budget_that_does(spec: ModelSpec, options: dict[str, 
     match = re.search(r"needs at least ([\d.]+ \w+) of RAM, 400\.0 MiB allowed: raise ram", str(refusal.value))
     assert match, str(refusal.value)
     named = parse_size(match[1].replace(" ", ""))
-    plan_for(spec, **{**options, "ram": named + (64 * MIB if named < 10 * GIB else GIB)})  # it is rounded for people
+    named += 64 * MIB if named < 10 * GIB else GIB  # it is rounded for people
+    assert most_tokens(plan_for(spec, **{**options, "ram": named})) >= min(spec.max_length, MODEST_LENGTH)
+
+
+def most_tokens(made: Plan) -> int:
+    """Of one sequence, that each attention worker can hold."""
+    return PageTable(made.num_pages, made.page_tokens, made.attention_workers).max_tokens
+
+
+@given(SPECS, st.integers(300, 4096), st.integers(700, 6000))
+def test_the_longest_row_is_served_where_any_plan_could(spec: ModelSpec, longest: int, ram: int) -> None:
+    """Any: of those that other settings make."""
+    expected, longest = ExpectedWork(1000, 200, longest, longest), min(longest, spec.max_length)
+    try:
+        made = plan_for(spec, expected, ram=ram * MIB)
+    except PlanError:
+        assume(False)
+    if most_tokens(made) >= longest:
+        return
+    for tokens, count in SHAPES:
+        for streamed in ({}, {"layer_slots": 2}):
+            with contextlib.suppress(PlanError):
+                other = plan_for(
+                    spec, expected, ram=ram * MIB, micro_batch_tokens=tokens, micro_batches=count, **streamed
+                )
+                assert most_tokens(other) < longest, f"{tokens} x {count}, {streamed}"
+
+
+def test_what_a_process_may_take_is_in_the_parts() -> None:
+    made = plan_for(model(4, MIB, MIB, 64, 2048), ram=4 * GIB, attention_workers=2)
+    arenas = ("exchange", "embeddings and head", "layers", "KV cache", "client")
+    assert sum(made.process_bytes.values()) == made.planned_bytes - sum(made.parts[name] for name in arenas)
+    assert made.process_bytes["attention worker 1"] > MEASURED.attention
 
 
 def test_a_model_that_fits_stays_in_memory() -> None:
@@ -135,7 +169,7 @@ def test_a_model_that_fits_the_gpu_leaves_ram_to_the_kv_cache() -> None:
 
 def test_few_short_sequences_leave_room_for_layers() -> None:
     spec = model(24, 200 * MIB, 400 * MIB, 2048, 2048)
-    unknown, known = plan_for(spec, ram=4 * GIB), plan_for(spec, ExpectedWork(20, 150, 300), ram=4 * GIB)
+    unknown, known = plan_for(spec, ram=4 * GIB), plan_for(spec, ExpectedWork(20, 150, 200, 300), ram=4 * GIB)
     assert known.max_sequences == 20
     assert len(known.resident_layers) > len(unknown.resident_layers)
     table = PageTable(known.num_pages, known.page_tokens, known.attention_workers)
@@ -144,13 +178,13 @@ def test_few_short_sequences_leave_room_for_layers() -> None:
 
 def test_room_for_the_longest_sequence_expected_comes_before_layers() -> None:
     spec = model(24, 200 * MIB, 400 * MIB, 2048, 2048)
-    made = plan_for(spec, ExpectedWork(2, 150, 2000), ram=4 * GIB, attention_workers=2)
+    made = plan_for(spec, ExpectedWork(2, 150, 2000, 2000), ram=4 * GIB, attention_workers=2)
     assert PageTable(made.num_pages, made.page_tokens, made.attention_workers).max_tokens >= 2000
 
 
 def test_a_setting_wins_over_what_is_expected() -> None:
     spec = model(4, MIB, MIB, 64, 2048)
-    assert plan_for(spec, ExpectedWork(20, 150, 300), ram=4 * GIB, max_sequences=64).max_sequences == 64
+    assert plan_for(spec, ExpectedWork(20, 150, 200, 300), ram=4 * GIB, max_sequences=64).max_sequences == 64
 
 
 @pytest.mark.parametrize(("key", "value"), [("compute_cpus", [0, 7]), ("attention_cpus", [[7]]), ("loader_cpus", [7])])

@@ -7,6 +7,7 @@ import pytest
 from flexgen_lite.messages import Attend, BeginAttention, KvBatch, KvSpan
 from flexgen_lite.model_spec import AttentionSpec
 from flexgen_lite.workers.attention_state import STORAGE, AttentionState
+from flexgen_lite.workers.attention_warm_up import warm_up
 from flexgen_lite.workers.team import Team
 from tests.attention_case import Case, Sequence, decode, encode
 
@@ -133,11 +134,11 @@ def test_what_does_not_fit_is_named() -> None:
         case.state.begin(BeginAttention(2, 1, (KvBatch(0, 2, ()),)))
 
 
-def test_warm_up_touches_no_arena() -> None:
-    case = Case(PLAIN, [Sequence(3, 1)], "float16", 16)
-    before = bytes(case.kv), bytes(case.exchange)
-    case.state.warm_up()
-    assert (bytes(case.kv), bytes(case.exchange)) == before
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_kernels_are_at_hand_before_there_is_an_arena(dtype: str) -> None:
+    warm_up(dtype)
+    with pytest.raises(ValueError, match="KV of int8: one of float32"):
+        warm_up("int8")
 
 
 def test_an_arena_too_small_is_an_error() -> None:

@@ -48,6 +48,6 @@ def test_nothing_is_known_of_what_has_no_good_line_or_is_no_file(tmp_path: Path)
 
 
 def test_it_survives_the_way_to_the_coordinator() -> None:
-    work = ExpectedWork(3, 20, 90)
+    work = ExpectedWork(3, 20, 70, 90)
     assert ExpectedWork.from_dict(json.loads(json.dumps(work.to_dict()))) == work
     assert ExpectedWork.from_dict(None) is None

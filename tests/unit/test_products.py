@@ -126,3 +126,22 @@ def test_only_the_wanted_rows_are_computed(dtype: torch.dtype) -> None:
     with made.only(torch.tensor([], dtype=torch.long), 5):
         assert not up(x).any()
     assert close(up(x), expected)
+
+
+def test_products_have_one_of_few_numbers_of_rows() -> None:
+    sizes = [products.rows_of_product(count) for count in range(1, 2049)]
+    assert len(set(sizes)) <= 60
+    assert all(0 <= size - count < max(8, count // 4) for count, size in enumerate(sizes, start=1))
+    wasted = sum(sizes[64:]) / sum(range(65, 2049))
+    assert wasted < 1.04
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_fill_up_change_nothing(dtype: torch.dtype) -> None:
+    model = Model(128, 64, dtype)
+    Products(model, dtype, CPU).pack(model.modules())
+    x = torch.randn((2, 130, 128)).to(dtype)
+    together = model.layer["up"](x)
+    assert together.shape == (2, 130, 64) and together.is_contiguous()
+    alone = torch.stack([model.layer["up"](part) for part in x])
+    assert close(together, alone)

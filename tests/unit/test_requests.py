@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -19,11 +20,25 @@ PARAMS = WireParams(4, 0, 0.0, 0, 1.0, None, (), True, True)
 class Words:
     """A tokenizer of numbers."""
 
+    is_local = True
+
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return [int(word) for word in text.split()]
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
         return " ".join(map(str, token_ids))
+
+    def has_text(self, token: int, skip_special_tokens: bool) -> bool:
+        return True
+
+    def is_special(self, token: int) -> bool:
+        return False
+
+    def ends_within_character(self, token_ids: Sequence[int]) -> bool:
+        return False
+
+    def token_bytes(self, token: int) -> bytes | None:
+        return None
 
 
 @pytest.fixture
@@ -150,9 +165,10 @@ def test_a_stop_string_ends_the_text_and_logprobs_come_with_it(requests: Request
         answers = requests.end_pass(composed, [Result((token,), (found,))])
     (_, done) = answers[0]
     (output,) = done.outputs
-    assert (output.text, output.token_ids, output.finish_reason) == ("5 ", (5, 7, 8), "stop")
+    assert (output.text, output.token_ids, output.finish_reason) == (" 5 ", (5, 7, 8), "stop")
     assert [place.logprob for place in output.logprobs] == [0.0, -0.5, -1.0]
     assert done.token_texts.keys() == {5, 7, 8, 9}
+    assert output.offsets == (0, 2, 3), "the string's tokens begin at the end of the text"
 
 
 def test_penalties_know_the_prompt_and_what_was_generated(requests: Requests) -> None:

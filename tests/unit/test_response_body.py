@@ -15,24 +15,20 @@ PLACE = {7: Logprob(-3.0, 9, "x"), 1: Logprob(-0.1, 1, "a"), 2: Logprob(-0.2, 2,
 def test_as_many_top_logprobs_as_were_asked_for() -> None:
     """The drawn token, which may not be among them, has its own entry."""
     for asked, expected in ((None, []), (0, []), (2, ["a", "b"])):
-        found = chat_logprobs([7], [PLACE], asked)
+        found = chat_logprobs([7], [PLACE], asked, {})
         assert found is not None
         (entry,) = found["content"]
         assert entry["token"] == "x"
         assert [top["token"] for top in entry["top_logprobs"]] == expected
-    assert chat_logprobs([7], None, 2) is None
+    assert chat_logprobs([7], None, 2, {}) is None
 
 
-def test_text_offsets_go_on_in_a_stream() -> None:
-    body = parse_body(COMPLETIONS, {"prompt": "p", "logprobs": 1, "n": 2})
-    sse = _Sse(COMPLETIONS, [body], "m", False)
+def test_text_offsets_are_those_of_the_answer_in_a_stream() -> None:
+    body = parse_body(COMPLETIONS, {"prompt": "p", "logprobs": 1})
     place = {5: Logprob(-1.0, 1, "abc")}
-    offsets = [
-        choice["logprobs"]["text_offset"]
-        for number in (0, 1, 0)
-        for choice in sse._choices(Delta(0, number, "abcabc", [5, 5], [place, place]))
-    ]
-    assert offsets == [[0, 3], [0, 3], [6, 9]]
+    delta = Delta(0, 0, "abcabc", [5, 5], [place, place], text_offsets=[6, 9])
+    (choice,) = _Sse(COMPLETIONS, [body], "m", False)._choices(delta)
+    assert choice["logprobs"]["text_offset"] == [6, 9]
 
 
 def test_a_chat_says_its_role_first() -> None:

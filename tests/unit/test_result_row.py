@@ -161,8 +161,9 @@ def test_a_body_with_several_answers_that_echo_the_prompt_and_its_logprobs() -> 
     params = SamplingParams(n=2, logprobs=1, prompt_logprobs=1)
     item = BatchRequest("a", "a b", params, False, None, echo=True)
     entry = {4: Logprob(-0.5, 1, " b")}
-    outputs = [CompletionOutput(text, [7], "length", [{7: Logprob(-1.0, 2, text)}]) for text in (" c", " d")]
-    completion = Completion(0, "a b", outputs, 2, None, [3, 4], [None, entry], "<s>a b", {3: "a", 4: " b", 7: " c"})
+    outputs = [CompletionOutput(text, [7], "length", [{7: Logprob(-1.0, 2, text)}], [0]) for text in (" c", " d")]
+    texts = {3: "a", 4: " b", 7: " c"}
+    completion = Completion(0, "a b", outputs, 2, None, [3, 4], [None, entry], "a b", texts, prompt_offsets=[0, 1])
     first, second = response_body(item, completion, "m")["choices"]
     assert (first["text"], second["text"], second["index"]) == ("a b c", "a b d", 1)
     assert first["logprobs"] == {
