@@ -102,3 +102,10 @@ def check_remote_code(trust: object, directory: str) -> None:
             f"trust_remote_code={trust!r} is refused: {directory} comes with code of its own, and the engine runs "
             "Transformers' classes alone. Leave it out if Transformers knows the model"
         )
+
+
+def other_model(served: str, directory: str) -> str | None:
+    """What to tell where a running engine seems to serve another model than the one that prompts are cut for."""
+    if served == directory or Path(served).resolve() == Path(directory).resolve():
+        return None
+    return f"the engine serves {served}, pretrained is {directory}: the numbers are right only if these are the same"

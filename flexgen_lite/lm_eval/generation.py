@@ -18,6 +18,7 @@ from flexgen_lite.request import Request
 from flexgen_lite.sampling_params import SamplingParams
 from flexgen_lite.sampling_wire import MAX_STOP_CHARACTERS, MAX_STOPS
 
+BROKEN = "\ufffd"
 LOOK_BACK = 2
 """Tokens that `hf` looks back further than the stop string's own tokens: a model may cut it otherwise."""
 
@@ -41,7 +42,8 @@ class StopStrings:
     def end(self, tokens: Sequence[int]) -> int | None:
         """After how many of an answer's tokens it ends; None if none of the strings does."""
         text = self._tokenizer.decode(tokens)
-        there = [(string, width) for string, width in self._widths.items() if string in text]
+        # bytes that are no character may spoil those beside them, but not in the text of fewer tokens
+        there = [(string, width) for string, width in self._widths.items() if string in text or BROKEN in text]
         for count in range(1, len(tokens) + 1) if there else ():
             for string, width in there:
                 if string in self._tokenizer.decode(tokens[max(0, count - width) : count]):

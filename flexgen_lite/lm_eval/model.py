@@ -22,7 +22,13 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from flexgen_lite.client import Client
 from flexgen_lite.completion import Completion
 from flexgen_lite.llm import FlexGenLite
-from flexgen_lite.lm_eval.arguments import check_remote_code, engine_device, engine_options, model_directory
+from flexgen_lite.lm_eval.arguments import (
+    check_remote_code,
+    engine_device,
+    engine_options,
+    model_directory,
+    other_model,
+)
 from flexgen_lite.lm_eval.generation import Answer, StopStrings
 from flexgen_lite.lm_eval.generation_options import GenerationOptions, read_model_defaults, read_options
 from flexgen_lite.lm_eval.model_info import model_info
@@ -118,6 +124,8 @@ class FlexGenLiteLM(TemplateLM):
         if endpoint is None:
             endpoint = self._start_engine(device, key_file, options)
         self._client = Client(endpoint, key_file=key_file)
+        if (told := other_model(self._client.welcome.model, self._directory)) is not None:
+            _log.warning(told)
         self.max_length = self._find_max_length()
 
     def _start_engine(self, device: str | None, key_file: str | None, options: dict[str, Any]) -> str:
@@ -179,6 +187,9 @@ class FlexGenLiteLM(TemplateLM):
         if self.enable_thinking:
             tasks = ", ".join(sorted({request.task_name for request in requests if request.task_name}))
             raise ValueError(f"enable_thinking=True is for tasks that generate, not for those that score: {tasks}")
+        for context, continuation in (request.args for request in requests):
+            if not context and not self._texts.encode(continuation, add_special_tokens=False):
+                raise ValueError(f"a continuation has no token: {(context, continuation)!r}")
         scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
         return scores
 

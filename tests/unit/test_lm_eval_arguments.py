@@ -14,7 +14,14 @@ from lm_eval.models.huggingface import HFLM
 
 from flexgen_lite.config import ConfigError
 from flexgen_lite.demo.run import MODEL
-from flexgen_lite.lm_eval.arguments import REFUSED, WITHOUT_EFFECT, engine_device, engine_options, model_directory
+from flexgen_lite.lm_eval.arguments import (
+    REFUSED,
+    WITHOUT_EFFECT,
+    engine_device,
+    engine_options,
+    model_directory,
+    other_model,
+)
 from flexgen_lite.lm_eval.model import FlexGenLiteLM
 
 NOWHERE = "ipc:///tmp/nowhere.sock"
@@ -135,3 +142,12 @@ def test_directories(tmp_path: Path) -> None:
     assert model_directory(tmp_path, "v2", "") == str(tmp_path)
     assert model_directory(str(tmp_path), "main", "small") == str(tmp_path / "small")
     assert model_directory("some/model", "main", "") == "some/model"
+
+
+def test_an_engine_that_serves_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert other_model("some/model", "some/model") is None
+    assert other_model(str(tmp_path / "model"), "model") is None
+    assert other_model("/elsewhere/model", "model") == (
+        "the engine serves /elsewhere/model, pretrained is model: the numbers are right only if these are the same"
+    )

@@ -161,6 +161,17 @@ def test_a_string_that_is_spelled_out_ends_nothing(tokenizer: Any) -> None:
     assert StopStrings([" jumps"], tokenizer).end([*spelled, *tokenizer.encode(" jumps")]) == 7
 
 
+def test_a_string_among_bytes_that_are_no_characters(tmp_path: Path) -> None:
+    """The text of all tokens does not have it, that of the last few does."""
+    pieces = AutoTokenizer.from_pretrained(make_tokenizer("pieces", "nothing", tmp_path))
+    tokens = pieces.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in (0x96, *"世世世".encode())])
+    assert "世" not in pieces.decode(tokens)
+    width = len(pieces.encode("世", add_special_tokens=False)) + 2
+    end = StopStrings(["世"], pieces).end(tokens)
+    assert end is not None and "世" in pieces.decode(tokens[end - width : end])
+    assert all("世" not in pieces.decode(tokens[max(0, n - width) : n]) for n in range(end))
+
+
 def completion(tokens: list[int], reason: str, error: str | None = None) -> Completion:
     outputs = [] if error else [CompletionOutput("", tokens, reason)]
     return Completion(index=0, prompt="", outputs=outputs, num_prompt_tokens=1, error=error)
