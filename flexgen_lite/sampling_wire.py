@@ -62,7 +62,7 @@ class TokenLogprobs:
     """Of one token in its place, and of the most likely ones there, by the model's own logits: nothing added, at
     temperature 1.
 
-    `rank`: 1 for the most likely token.
+    `rank`: 1 for the most likely token; a scored one that is only equally likely has 2.
     """
 
     logprob: float

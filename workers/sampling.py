@@ -95,9 +95,11 @@ class Scores:
 def score(logits_NV: torch.Tensor, targets_N: torch.Tensor, num_top: Sequence[int]) -> Scores:
     """The logprob of each row's target by float32 logits, which are overwritten; nan where they are not finite."""
     most = min(max(num_top), logits_NV.shape[1])
-    logits_NV -= logits_NV.amax(dim=-1, keepdim=True)  # first, as in log_softmax: near 0 logprobs keep their digits
+    best_N1 = logits_NV.max(dim=-1, keepdim=True)
+    logits_NV -= best_N1.values  # first, as in log_softmax: near 0 logprobs keep their digits
     chosen_N1 = logits_NV.gather(1, targets_N[:, None])
     ranks_N = (logits_NV > chosen_N1).sum(dim=-1) + 1
+    ranks_N += (ranks_N == 1) & (targets_N != best_N1.indices[:, 0])  # equally likely, but not what would be drawn
     top_values_NK, top_ids_NK = logits_NV.topk(most, dim=-1)
     norms_N1 = logits_NV.exp_().sum(dim=-1, keepdim=True).log_()
     return Scores(ranks_N, (chosen_N1 - norms_N1)[:, 0], top_ids_NK, top_values_NK - norms_N1, tuple(num_top))
