@@ -46,6 +46,14 @@ def test_more_sequences_than_pages(model: Path) -> None:
         assert [list(completion.token_ids) for completion in found] == expected
 
 
+def test_a_budget_that_is_said_to_be_enough_serves_a_long_row(tmp_path: Path) -> None:
+    model = make_model("llama", tmp_path, max_position_embeddings=4096)
+    with FlexGenLite(model, ram=least_ram(model), **OPTIONS) as engine:
+        long, short = engine.generate([[5] * 3900, [7] * 10], SamplingParams(max_tokens=10, ignore_eos=True))
+    assert (long.error, short.error) == (None, None)
+    assert len(long.token_ids) == 10
+
+
 def test_thousands_of_shapes_take_no_more_memory_than_hundreds(tmp_path: Path) -> None:
     """Rows whose lengths differ make passes of nearly every number of rows, scored and sampled ones among them."""
     model = make_model("llama", tmp_path, hidden_size=256, intermediate_size=1024, vocab_size=8000)
