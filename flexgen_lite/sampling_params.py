@@ -36,7 +36,7 @@ def as_int(value: Any) -> int | None:
     """A whole number of whatever library, or None. An array is none, though one of a single element would pass."""
     if type(value) is int:
         return value
-    if isinstance(value, bool) or not hasattr(value, "__index__") or getattr(value, "ndim", 0):
+    if isinstance(value, bool) or not hasattr(value, "__index__") or bool(getattr(value, "ndim", None)):
         return None
     with contextlib.suppress(TypeError, ValueError):  # a tensor of other numbers has __index__ too
         return operator.index(value)
