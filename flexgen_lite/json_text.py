@@ -34,7 +34,7 @@ def parse_json(data: bytes) -> Any:
     if b"\0" in data:
         raise JsonError(f"not JSON: byte {data.index(0) + 1} is NUL, which no text has: save it as UTF-8")
     try:
-        return json.loads(data.decode("utf-8"), parse_int=_whole_number)
+        return _DECODER.decode(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         byte = data[error.start]
         raise JsonError(f"not JSON: byte {error.start + 1} (0x{byte:02x}) is not UTF-8: save it as UTF-8") from None
@@ -49,3 +49,6 @@ def _whole_number(digits: str) -> int | float:
         return int(digits)
     except ValueError:  # Python reads no longer ones
         return math.copysign(math.inf, -1 if digits.startswith("-") else 1)
+
+
+_DECODER = json.JSONDecoder(parse_int=_whole_number)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flexgen_lite.sampling_wire import NUMBERS, WHOLE_NUMBERS, WireParams
+from flexgen_lite.sampling_wire import NUMBERS, WHOLE_NUMBERS, WireParams, allows
 from flexgen_lite.shown import shown
 
 MAX_TOKEN_ID = (1 << 31) - 1
@@ -64,7 +64,7 @@ def _number(name: str, value: object) -> float:
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         with contextlib.suppress(OverflowError):  # a whole number beyond all floating-point ones
             number = float(value)
-    if not math.isfinite(number):
+    if not math.isfinite(number) or not allows(name, number):
         raise ValueError(f"{name}={shown(value)} is not allowed: give {NUMBERS[name]}{_hint(value)}")
     return number
 

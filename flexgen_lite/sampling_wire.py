@@ -130,12 +130,12 @@ class WireParams:
                 f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}: lower it or raise max_tokens"
             )
         for name, allowed in NUMBERS.items():
-            if name != "logit_bias" and not _allows(name, getattr(self, name)):
+            if name != "logit_bias" and not allows(name, getattr(self, name)):
                 return f"{name}={getattr(self, name)} is not allowed: give {allowed}"
         if len(self.logit_bias) > MAX_BIASED:
             return f"logit_bias=<{len(self.logit_bias)} tokens> is not allowed: give at most {MAX_BIASED}"
         for token_id, bias in self.logit_bias:
-            if not _allows("logit_bias", bias):
+            if not allows("logit_bias", bias):
                 return f"logit_bias={bias} of token {token_id} is not allowed: give {NUMBERS['logit_bias']}"
         if len(self.stop) > MAX_STOPS:
             return f"stop=<{len(self.stop)} strings> is not allowed: give at most {MAX_STOPS}"
@@ -145,7 +145,7 @@ class WireParams:
         return None
 
 
-def _allows(name: str, value: float) -> bool:
+def allows(name: str, value: float) -> bool:
     """Whether one of NUMBERS may have the value; NaN is never allowed."""
     match name:
         case "temperature":

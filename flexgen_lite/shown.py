@@ -11,7 +11,7 @@ from flexgen_lite.json_text import json_line
 
 MAX_SHOWN = 60  # characters of a value
 MAX_PATH = 240  # of a file's path, which is needed as a whole where it is one
-MAX_NAMES = 3  # of a list
+MAX_NAME = 40  # characters of one of several names
 _MAX_BITS = 10_000  # of a whole number: Python refuses to write out those of more than 4,300 digits
 
 
@@ -20,15 +20,17 @@ class _Short(reprlib.Repr):
 
     def __init__(self) -> None:
         super().__init__()
-        self.maxlevel, self.maxstring, self.maxother, self.maxlong = 3, MAX_SHOWN, MAX_SHOWN, MAX_SHOWN
+        self.maxlevel, self.maxother = 3, 2 * MAX_SHOWN
 
-    def repr_int(self, number: int, level: int) -> str:
-        if abs(number).bit_length() > _MAX_BITS:
-            return f"<a whole number of {abs(number).bit_length()} bits>"
-        return super().repr_int(number, level)
+    def repr_str(self, text: str, level: int) -> str:
+        return repr(text[: MAX_SHOWN + 1])
 
     def repr_bytes(self, data: bytes, level: int) -> str:
-        return repr(data) if len(data) <= MAX_SHOWN else repr(data[:MAX_SHOWN]) + "..."
+        return repr(data[: MAX_SHOWN + 1])
+
+    def repr_int(self, number: int, level: int) -> str:
+        bits = abs(number).bit_length()
+        return repr(number) if bits <= _MAX_BITS else f"<a whole number of {bits} bits>"
 
 
 _short = _Short()
@@ -53,20 +55,23 @@ def shown_json(value: Any) -> str:
 
 def shown_text(text: object) -> str:
     """A name, or somebody else's words, without quotation marks."""
-    return _cut(_one_line(str(text)))
+    return _cut(_one_line(str(text)[: MAX_SHOWN + 1]))
 
 
 def shown_names(names: Iterable[object]) -> str:
-    """The first of several names."""
-    names = list(names)
-    listed = ", ".join(map(shown_text, names[:MAX_NAMES]))
-    return listed if len(names) <= MAX_NAMES else f"{listed} and {len(names) - MAX_NAMES} more"
+    """The first of several names, as many as a line has room for."""
+    short = [_cut(_one_line(str(name)[: MAX_NAME + 1]), MAX_NAME) for name in names]
+    room = 1
+    while room < len(short) and len(", ".join(short[: room + 1])) <= MAX_SHOWN:
+        room += 1
+    listed = ", ".join(short[:room])
+    return listed if room >= len(short) else f"{listed} and {len(short) - room} more"
 
 
 def shown_path(path: object) -> str:
     """Its beginning and its end, where it is too long to be one."""
-    text = _one_line(str(path))
-    return text if len(text) <= MAX_PATH else f"{text[: MAX_PATH // 2]}...{text[-MAX_PATH // 2 :]}"
+    text = str(path)
+    return _one_line(text if len(text) <= MAX_PATH else f"{text[: MAX_PATH // 2]}...{text[-MAX_PATH // 2 :]}")
 
 
 def shown_kind(value: object) -> str:
@@ -78,8 +83,8 @@ def shown_kind(value: object) -> str:
 
 
 def _one_line(text: str) -> str:
-    return "".join(character if character.isprintable() else "\ufffd" for character in text)
+    return "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in text)
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
+def _cut(text: str, most: int = MAX_SHOWN) -> str:
+    return text if len(text) <= most else text[:most] + "..."
