@@ -51,6 +51,8 @@ class Client:
         epitaph: Callable[[float], str | None] | None = None,
         key_file: str | Path | None = None,
     ) -> None:
+        if not isinstance(endpoint, str):
+            raise TypeError(f"endpoint is {shown_kind(endpoint)}: give ipc:// and a path, or tcp://HOST:PORT")
         self._connection = Connection(
             endpoint,
             connect_timeout=connect_timeout,
