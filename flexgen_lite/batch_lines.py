@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import re
 import stat
 from collections.abc import Iterator
@@ -60,7 +61,7 @@ def open_lines(path: Path) -> Iterator[BinaryIO]:
         BatchFileError: it holds something else.
         OSError: it cannot be opened.
     """
-    with path.open("rb", buffering=HEAD_BYTES) as file:
+    with path.open("rb", buffering=0) as raw, io.BufferedReader(raw, HEAD_BYTES) as file:
         head = file.peek(HEAD_BYTES)
         problem = _problem(head)
         if problem is not None:

@@ -12,12 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flexgen_lite.http.generate import _line
 from flexgen_lite.json_text import JsonError, json_line, parse_json
+from flexgen_lite.voice import JsonVoice
 
-EVERY_END = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029\x7f\x80\x9f\0\ud800\udfff"
+EVERY_END = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029\x7f\x80\x9f\0\udfff\ud800"
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(codec=None)),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(st.characters(codec=None)), inner),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
     max_leaves=8,
 )
 
@@ -34,6 +36,21 @@ def test_whatever_may_end_a_line_is_escaped(character: str) -> None:
     assert f"\\u{ord(character):04x}" in row or json.dumps(character)[1:-1] in row
     assert row.splitlines() == [row] and character not in row
     assert json.loads(row.encode()) == {"text": f"a{character}b", f"key{character}": 1}
+
+
+def test_events_of_a_stream_are_lines() -> None:
+    event = _line({"choices": [{"text": EVERY_END}]})
+    assert event.encode().decode().splitlines() == [event.removesuffix("\n\n"), ""]
+    assert lines_of_httpx(event.encode()) == event.splitlines()
+    assert json.loads(event.removeprefix("data: "))["choices"][0]["text"] == EVERY_END
+
+
+def test_events_for_programs_are_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    voice = JsonVoice()
+    voice.log(f"a{EVERY_END}b")
+    voice.error(f"a{EVERY_END}b", 2)
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [event["message"] for event in found] == [f"a{EVERY_END}b"] * 2
 
 
 def test_letters_stay_readable() -> None:
