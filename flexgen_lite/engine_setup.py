@@ -16,6 +16,7 @@ from flexgen_lite.model_spec import ModelSpec
 from flexgen_lite.page_table import PageTable
 from flexgen_lite.requests import Requests
 from flexgen_lite.schedule import Schedule
+from flexgen_lite.shown import shown_path
 from flexgen_lite.slot_ring import SlotRing
 from flexgen_lite.tokenizer import TextTokenizer
 
@@ -124,8 +125,18 @@ class Setup:
         eos = tuple(token for token in spec.eos_token_ids if 0 <= token < spec.vocab_size)
         prefix = spec.bos_token_id if spec.bos_token_id is not None else next(iter(eos), None)
         limits = Limits(spec.max_length, pages.max_tokens, spec.vocab_size, eos, prefix)
-        file = self.opened.tokenizer_file
-        return Requests(batcher, limits, TextTokenizer(file) if file else None)
+        return Requests(batcher, limits, _tokenizer(self.opened.tokenizer_file))
+
+
+def _tokenizer(file: str | None) -> TextTokenizer | None:
+    """Raises PlanError where the file is no tokenizer."""
+    try:
+        return TextTokenizer(file) if file else None
+    except Exception as error:  # the library raises nothing narrower
+        raise plan.PlanError(
+            f"{file} cannot be used ({shown_path(error)}): download it again, or move it away and give prompts as "
+            "token ids"
+        ) from error
 
 
 def set_up(
