@@ -9,7 +9,8 @@ from typing import Any
 from flexgen_lite.chat_template import Chat
 from flexgen_lite.completion import Prompt
 from flexgen_lite.request import MAX_PROMPT_UNITS
-from flexgen_lite.sampling_params import MAX_TOKEN_ID, SamplingParams
+from flexgen_lite.sampling_params import MAX_TOKEN_ID, SamplingParams, whole_number
+from flexgen_lite.sampling_wire import MAX_INT, MAX_LOGPROBS
 from flexgen_lite.shown import shown_json, shown_names
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -134,7 +135,8 @@ def _from_chat_names(where: str, body: dict[str, Any]) -> None:
     if "max_completion_tokens" in body:
         if "max_tokens" in body:
             raise RequestError(f"{where}max_tokens and {where}max_completion_tokens are the same: give one of them")
-        body["max_tokens"] = body.pop("max_completion_tokens")
+        least, given = 0 if "prompt_logprobs" in body else 1, body.pop("max_completion_tokens")
+        body["max_tokens"] = _whole(where, "max_completion_tokens", given, least, MAX_INT)
     body.setdefault("max_tokens", CHAT_MAX_TOKENS)
     wanted, top = body.pop("logprobs", False), body.pop("top_logprobs", None)
     if type(wanted) is not bool:
@@ -142,7 +144,15 @@ def _from_chat_names(where: str, body: dict[str, Any]) -> None:
     if top is not None and not wanted:
         raise RequestError(f"{where}top_logprobs needs {where}logprobs to be true")
     if wanted:
-        body["logprobs"] = 0 if top is None else top
+        body["logprobs"] = 0 if top is None else _whole(where, "top_logprobs", top, 0, MAX_LOGPROBS)
+
+
+def _whole(where: str, name: str, value: object, low: int, high: int) -> int:
+    """A number that is refused by the name that it was given."""
+    try:
+        return whole_number(name, value, low, high)
+    except ValueError as error:
+        raise RequestError(f"{where}{error}") from None
 
 
 def _chat(where: str, body: dict[str, Any]) -> Chat:
@@ -196,4 +206,6 @@ def _logit_bias(where: str, value: object) -> object:
     try:
         return {int(token_id): bias for token_id, bias in value.items()}
     except ValueError:
-        raise RequestError(f"{where}logit_bias is {shown_json(value)}: its keys must be token ids") from None
+        raise RequestError(
+            f"{where}logit_bias is {shown_json(value)}: its keys must be token ids, from 0 to {MAX_TOKEN_ID}"
+        ) from None

@@ -75,15 +75,14 @@ def test_sampling_params_of_any_kind(name: str, value: Any) -> None:
 def check_body(url: str, name: str, value: Any) -> None:
     body = {"prompt": "hi"} if url == COMPLETIONS else {"messages": [{"role": "user", "content": "hi"}]}
     body[name] = value
-    names = {"max_completion_tokens": "max_tokens", "top_logprobs": "logprobs"}
     try:
         parse_body(url, body, "body.")
     except RequestError as error:
-        told(str(error), names.get(name, name))
+        told(str(error), name)
     row = {"custom_id": "a", "method": "POST", "url": url, "body": body}
     (item,) = read_requests(iter([json_line(row).encode()]))
     if isinstance(item, BadLine):
-        told(item.message, names.get(name, name))
+        told(item.message, name)
 
 
 FIELDS = [(url, name) for url in (COMPLETIONS, CHAT) for name in sorted(_KNOWN[url])]
