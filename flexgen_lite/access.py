@@ -17,6 +17,8 @@ from typing import Any
 import zmq
 from zmq.utils import z85
 
+from flexgen_lite.shown import shown_path
+
 ZAP_ENDPOINT = "inproc://zeromq.zap.01"  # ZeroMQ asks there who may come in, RFC 27
 DOMAIN = b"flexgen-lite"
 _PREFIX = "flexgen-lite key "
@@ -74,7 +76,9 @@ def read_key_file(path: Path) -> Keys:
         with path.open(encoding="ascii", errors="replace") as file:
             mode, text = os.fstat(file.fileno()).st_mode, file.read(1000)
     except OSError as error:
-        raise KeyFileError(f"key_file {path}: {error.strerror}: make one with `flexgen-lite keygen {path}`") from error
+        raise KeyFileError(
+            f"key_file {shown_path(path)}: {error.strerror}: make one with `flexgen-lite keygen`"
+        ) from error
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise KeyFileError(f"key_file {path} can be read by others: chmod 600 {path}")
     digits = text.removeprefix(_PREFIX).strip()

@@ -11,6 +11,7 @@ from flexgen_lite.kept_logprobs import KeptLogprobs
 from flexgen_lite.open_request import OpenRequest
 from flexgen_lite.running_request import RunningRequest
 from flexgen_lite.sampling_wire import WireParams
+from flexgen_lite.shown import shown
 from flexgen_lite.sizes import format_size
 from flexgen_lite.text_growth import Tokenizer
 from flexgen_lite.text_stream import TextStream
@@ -131,8 +132,8 @@ class Admission:
             tokens, before = [self._limits.prefix_token_id, *tokens], 1
         if request.context > 0 and before >= len(tokens):
             raise RequestError(
-                f"the continuation {request.prompt[request.context :]!r} has no token of its own: the tokenizer makes "
-                "one of it and the end of the context"
+                f"the continuation {shown(request.prompt[request.context :])} has no token of its own: the tokenizer "
+                "makes one of it and the end of the context"
             )
         return tokens, replace(request.params, scored_from=before)
 

@@ -14,6 +14,7 @@ from flexgen_lite.engine_process import EngineProcess
 from flexgen_lite.errors import EngineError
 from flexgen_lite.expected_work import survey
 from flexgen_lite.result_file import ResultWriter
+from flexgen_lite.shown import shown_path
 from flexgen_lite.terminal import signals_interrupt
 from flexgen_lite.voice import Voice
 
@@ -52,7 +53,7 @@ def run_on_endpoint(
     ):
         served = client.welcome.model
         if model is not None and os.path.realpath(model) != os.path.realpath(served):
-            raise EngineError(f"the engine at {endpoint} serves {served}, not {model}", user_error=True)
+            raise EngineError(f"the engine at {endpoint} serves {served}, not {shown_path(model)}", user_error=True)
         _run(client, input_file, results, voice)
 
 

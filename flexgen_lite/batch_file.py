@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flexgen_lite.batch_lines import is_blank, open_lines
 from flexgen_lite.chat_template import Chat
 from flexgen_lite.completion import Prompt
-from flexgen_lite.request_body import URLS, RequestError, parse_body, refuse_unknown, shown
+from flexgen_lite.json_text import JsonError, parse_json
+from flexgen_lite.request_body import URLS, RequestError, parse_body, refuse_unknown
 from flexgen_lite.sampling_params import SamplingParams
+from flexgen_lite.shown import shown, shown_json
 
 _LINE = frozenset({"custom_id", "method", "url", "body"})
 _COUNT_UP_TO = 4 << 30  # bytes of a file whose lines are counted beforehand
@@ -118,7 +120,7 @@ def read_requests(lines: Iterator[bytes]) -> Iterator[BatchRequest | BadLine]:
     """
     seen, digests = IdSet(), _Digests()
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
+        if is_blank(line):
             continue
         custom_id, is_repeat = None, False
         try:
@@ -126,25 +128,29 @@ def read_requests(lines: Iterator[bytes]) -> Iterator[BatchRequest | BadLine]:
             custom_id = _custom_id(row)
             if not seen.add(custom_id):
                 is_repeat = True
-                raise RequestError(f"custom_id {custom_id!r} was used by an earlier line: give each its own")
+                raise RequestError(f"custom_id {shown(custom_id)} was used by an earlier line: give each its own")
             yield _request(custom_id, row)
         except RequestError as error:
             yield BadLine(custom_id, f"line {number}: {error}", digests.of(line), is_repeat)
 
 
 def count_lines(path: Path) -> int | None:
-    """Lines of a file that are not blank, or None where counting takes long or reading would use it up."""
+    """Lines of a file that are not blank, or None where counting takes long or reading would use it up.
+
+    Raises:
+        BatchFileError: it is no batch file.
+    """
     if not path.is_file() or path.stat().st_size > _COUNT_UP_TO:
         return None
-    with path.open("rb") as lines:
-        return sum(not line.isspace() for line in lines)
+    with open_lines(path) as lines:
+        return sum(not is_blank(line) for line in lines)
 
 
 def _parse_line(line: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"not JSON: {error}") from None
+        row = parse_json(line)
+    except JsonError as error:
+        raise RequestError(str(error)) from None
     if not isinstance(row, dict):
         raise RequestError("not a JSON object")
     return row
@@ -160,10 +166,10 @@ def _custom_id(row: dict[str, Any]) -> str:
 def _request(custom_id: str, row: dict[str, Any]) -> BatchRequest:
     refuse_unknown("", row, _LINE)
     if row.get("method") != "POST":
-        raise RequestError(f'method is {shown(row.get("method"))}: only "POST" is supported')
+        raise RequestError(f'method is {shown_json(row.get("method"))}: only "POST" is supported')
     url, body = row.get("url"), row.get("body")
     if not isinstance(url, str) or url not in URLS:
-        raise RequestError(f"url is {shown(url)}: supported are {', '.join(URLS)}")
+        raise RequestError(f"url is {shown_json(url)}: supported are {', '.join(URLS)}")
     if not isinstance(body, dict):
         raise RequestError("body is missing or not an object")
     found = parse_body(url, body, "body.")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flexgen_lite.batch_file import BadLine, BatchRequest, count_lines, read_requests
+from flexgen_lite.batch_lines import check_lines, open_lines
 from flexgen_lite.chat_template import Chat, ChatError, brings_program
 from flexgen_lite.client import Client
 from flexgen_lite.client_messages import Status
@@ -20,6 +21,7 @@ from flexgen_lite.request import Request
 from flexgen_lite.request_body import CHAT, COMPLETIONS, RequestError
 from flexgen_lite.result_file import ResultWriter
 from flexgen_lite.result_row import request_id
+from flexgen_lite.shown import shown, shown_path
 from flexgen_lite.sizes import format_size
 
 
@@ -89,14 +91,14 @@ def check_files(input_file: Path, output_file: Path, trace: Path | None = None) 
     """Refuse what would fail after the engine has been started, or destroy a file.
 
     Raises:
+        BatchFileError: the input is no batch file.
         OSError: the input cannot be read, the output is the input or in no directory, or the trace is one of them.
     """
     if trace is not None:
         for path, what in ((input_file, "input"), (output_file, "output")):
             if path.resolve() == trace.resolve() or (path.exists() and trace.exists() and path.samefile(trace)):
                 raise FileExistsError(f"{trace} is the {what} file: give another file for the trace")
-    with input_file.open("rb"):
-        pass
+    check_lines(input_file)
     if output_file.exists():
         if output_file.samefile(input_file):
             raise FileExistsError(f"{output_file} is the input file: give another output file")
@@ -150,6 +152,8 @@ class BatchRun:
         self._total = count_lines(input_file)
         self._model = model_name or client.welcome.model
         self._warn = warn
+        if self._total == 0:
+            warn(f"{shown_path(input_file)} has no requests: give one JSON object a line")
         self._results = results
         self._open: dict[int, tuple[BatchRequest, str]] = {}
         self._num_bad = self._num_earlier_failed = 0
@@ -203,7 +207,7 @@ class BatchRun:
     def _new_items(self, count: bool) -> Iterator[tuple[BatchRequest | BadLine, str]]:
         """Lines that have no row yet, with the `request_id` of the row to come; the others may be counted."""
         there, engine = self._results.there, self._client.welcome.fingerprint
-        with self._input_file.open("rb") as lines:
+        with open_lines(self._input_file) as lines:
             for item in read_requests(lines):
                 answers = request_id(item, engine)
                 if there.has(item, answers):
@@ -222,7 +226,7 @@ class BatchRun:
                 continue
             if item.model not in (None, self._model, self._client.welcome.model) and not self._warned:
                 self._warned = True
-                self._warn(f"requests name the model {item.model!r}; {self._model!r} answers them")
+                self._warn(f"requests name the model {shown(item.model)}; {shown(self._model)} answers them")
             try:
                 asked = self._request(item)
             except (ChatError, RequestError) as error:

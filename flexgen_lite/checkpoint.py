@@ -6,19 +6,20 @@ them.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from flexgen_lite.model_files import CheckpointError, is_there, open_file, parse_object, read, read_json
 from flexgen_lite.model_spec import ITEM_BYTES, FileStamp
+from flexgen_lite.shown import shown, shown_names, shown_path, shown_text
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
-MAX_JSON_BYTES = 500_000_000
+MAX_INT = (1 << 63) - 1
 
 _DTYPES = {
     "F32": "float32",
@@ -45,10 +46,6 @@ _OTHER_FORMATS = (
 )
 
 
-class CheckpointError(ValueError):
-    """The model directory cannot be used; the message names the file or tensor and what to do."""
-
-
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A tensor as it lies in a file: row-major, `num_bytes` at `offset` from the start of `files[file]`."""
@@ -71,29 +68,32 @@ class Checkpoint:
 def open_checkpoint(directory: str | Path) -> Checkpoint:
     """Read the headers of the model in `directory`. Raises CheckpointError."""
     directory = Path(directory).absolute()
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory} is not a directory: give the directory that holds the model's config.json")
-    _check_config(directory)
+    check_config(directory)
     # Transformers prefers the single file too, where both are there.
-    if (directory / WEIGHTS_NAME).exists():
+    if is_there(directory / WEIGHTS_NAME):
         return _collect((directory / WEIGHTS_NAME,), {})
-    if (directory / INDEX_NAME).exists():
+    if is_there(directory / INDEX_NAME):
         return _open_shards(directory)
     raise CheckpointError(_no_safetensors(directory))
 
 
-def _check_config(directory: Path) -> None:
+def check_config(directory: Path) -> None:
+    """Whether there is a config.json, of a model that is not quantised. Raises CheckpointError."""
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"{shown_path(directory)} is not a directory: give the directory that holds the model's config.json"
+        )
     path = directory / "config.json"
-    if not path.is_file():
+    if not is_there(path):
         raise CheckpointError(f"{directory} has no config.json: it is not a Hugging Face model directory")
-    config = _read_json(path)
+    config = read_json(path)
     nested = config.get("text_config")
     for part in (config, nested if isinstance(nested, dict) else {}):
         quantization = part.get("quantization_config") or part.get("compression_config")
         if quantization:
             method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
             raise CheckpointError(
-                f"{path}: the checkpoint is quantised ({method}), which is not supported: use the "
+                f"{path}: the checkpoint is quantised ({shown_text(method)}), which is not supported: use the "
                 "unquantised model, or "
                 f"dequantise it: {_SAVE_AGAIN}"
             )
@@ -112,66 +112,69 @@ def _no_safetensors(directory: Path) -> str:
 
 def _open_shards(directory: Path) -> Checkpoint:
     index_path = directory / INDEX_NAME
-    weight_map = _read_json(index_path).get("weight_map")
+    weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index_path} has no weight_map: download the index again")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or shard != Path(shard).name or not shard.endswith(".safetensors"):
             raise CheckpointError(
-                f"{index_path}: tensor {name} is in {shard!r}, which is no safetensors file beside it"
+                f"{index_path}: tensor {shown_text(name)} is in {shown(shard)}, which is no safetensors file beside "
+                "it: download the index again"
             )
     shards = sorted(set(weight_map.values()))
-    missing = [shard for shard in shards if not (directory / shard).exists()]
+    missing = [shard for shard in shards if not is_there(directory / shard)]
     if missing:
         raise CheckpointError(
-            f"{directory}: {len(missing)} of {len(shards)} shards are missing ({', '.join(missing[:3])}"
-            f"{', ...' if len(missing) > 3 else ''}): download the model again to complete it"
+            f"{directory}: {len(missing)} of {len(shards)} shards are missing ({shown_names(missing)}): download the "
+            "model again to complete it"
         )
     checkpoint = _collect(tuple(directory / shard for shard in shards), weight_map)
     for name, shard in weight_map.items():
         stored = checkpoint.tensors.get(name)
         if stored is None or Path(checkpoint.files[stored.file]).name != shard:
             raise CheckpointError(
-                f"{directory / shard} lacks tensor {name}, which {INDEX_NAME} says it has: download both files again"
+                f"{directory / shard} lacks tensor {shown_text(name)}, which {INDEX_NAME} says it has: download both "
+                "files again"
             )
     return checkpoint
 
 
 def _collect(paths: tuple[Path, ...], weight_map: dict[str, str]) -> Checkpoint:
     tensors: dict[str, StoredTensor] = {}
-    stamps = tuple(stamp(path.stat()) for path in paths)
+    stamps = []
     for file, path in enumerate(paths):
-        for stored in _read_header(path, file):
+        with open_file(path) as stream:
+            stamps.append(stamp(os.fstat(stream.fileno())))
+            header = _read_header(path, stream, file, stamps[-1].size)
+        for stored in header:
             other = tensors.get(stored.name)
             if other is None or weight_map.get(stored.name) == path.name:
                 tensors[stored.name] = stored
             elif weight_map.get(stored.name) != paths[other.file].name:
                 raise CheckpointError(
-                    f"tensor {stored.name} is both in {paths[other.file]} and in {path}, and "
+                    f"tensor {shown_text(stored.name)} is both in {paths[other.file]} and in {path}, and "
                     f"{INDEX_NAME} names neither: "
                     "download the model again"
                 )
-    return Checkpoint(tuple(str(path) for path in paths), stamps, tensors)
+    return Checkpoint(tuple(str(path) for path in paths), tuple(stamps), tensors)
 
 
 def stamp(status: os.stat_result) -> FileStamp:
     return FileStamp(status.st_size, status.st_mtime_ns, status.st_ino)
 
 
-def _read_header(path: Path, file: int) -> list[StoredTensor]:
+def _read_header(path: Path, stream: BinaryIO, file: int, size: int) -> list[StoredTensor]:
     """The tensors of one safetensors file: 8 bytes of header length, the JSON header, then the data."""
     again = "download it again"
-    with path.open("rb") as stream:
-        size = path.stat().st_size
-        start = stream.read(8)
-        length = int.from_bytes(start, "little")
-        if start == b"version ":
-            raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: fetch them with git lfs pull")
-        if size < 8 or 8 + length > size:
-            raise CheckpointError(f"{path} is cut off: {size} bytes do not even hold its header; {again}")
-        if length > MAX_HEADER_BYTES:
-            raise CheckpointError(f"{path}: a header of {length} bytes, {MAX_HEADER_BYTES} allowed; {again}")
-        header = _parse_object(path, stream.read(length))
+    start = read(stream, path, 8)
+    length = int.from_bytes(start, "little")
+    if start == b"version ":
+        raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: fetch them with git lfs pull")
+    if size < 8 or 8 + length > size:
+        raise CheckpointError(f"{path} is cut off: {size} bytes do not even hold its header; {again}")
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(f"{path}: a header of {length} bytes, {MAX_HEADER_BYTES} allowed; {again}")
+    header = parse_object(path, read(stream, path, length))
     base = 8 + length
     tensors = [_stored(path, file, base, name, entry) for name, entry in header.items() if name != "__metadata__"]
     tensors.sort(key=lambda stored: (stored.offset, stored.num_bytes))
@@ -179,11 +182,11 @@ def _read_header(path: Path, file: int) -> list[StoredTensor]:
     for stored in tensors:
         if stored.offset + stored.num_bytes > size:
             raise CheckpointError(
-                f"{path} is cut off: tensor {stored.name} ends at byte "
+                f"{path} is cut off: tensor {shown_text(stored.name)} ends at byte "
                 f"{stored.offset + stored.num_bytes} of {size}; {again}"
             )
         if stored.num_bytes and stored.offset < end:
-            raise CheckpointError(f"{path}: tensor {stored.name} overlaps the tensor before it; {again}")
+            raise CheckpointError(f"{path}: tensor {shown_text(stored.name)} overlaps the tensor before it; {again}")
         end = max(end, stored.offset + stored.num_bytes)
     return tensors
 
@@ -194,42 +197,20 @@ def _stored(path: Path, file: int, base: int, name: str, entry: Any) -> StoredTe
         integers = [*shape, begin, end]
         supported = dtype in _DTYPES
     except (KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{path}: tensor {name} has a malformed header entry; download it again") from None
-    if not all(type(number) is int and number >= 0 for number in integers) or end < begin:
-        raise CheckpointError(f"{path}: tensor {name} has impossible offsets or shape; download it again")
+        raise CheckpointError(
+            f"{path}: tensor {shown_text(name)} has a malformed header entry; download it again"
+        ) from None
+    if not all(type(number) is int and 0 <= number <= MAX_INT for number in integers) or end < begin:
+        raise CheckpointError(f"{path}: tensor {shown_text(name)} has impossible offsets or shape; download it again")
     if not supported:
         raise CheckpointError(
-            f"{path}: tensor {name} is stored as {dtype}, and only {', '.join(_DTYPES)} are supported: "
-            f"use the unquantised model, or {_SAVE_AGAIN}"
+            f"{path}: tensor {shown_text(name)} is stored as {shown_text(dtype)}, and only {', '.join(_DTYPES)} are "
+            f"supported: use the unquantised model, or {_SAVE_AGAIN}"
         )
     needed = math.prod(shape) * ITEM_BYTES[_DTYPES[dtype]]
     if needed != end - begin:
         raise CheckpointError(
-            f"{path}: tensor {name} of shape {list(shape)} and dtype {dtype} needs {needed} bytes but "
-            f"has {end - begin}; "
-            "download it again"
+            f"{path}: tensor {shown_text(name)} of shape {shown(shape)} and dtype {dtype} needs {shown(needed)} bytes "
+            f"but has {end - begin}; download it again"
         )
     return StoredTensor(name, file, base + begin, end - begin, _DTYPES[dtype], tuple(shape))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    size = path.stat().st_size
-    if size > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path} has {size} bytes, {MAX_JSON_BYTES} allowed: download it again")
-    return _parse_object(path, path.read_bytes())
-
-
-def _parse_object(path: Path, text: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            raise ValueError("the same key twice")
-        return result
-
-    try:
-        value = json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: its JSON cannot be read ({error}); download it again") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: a JSON object is expected, not {type(value).__name__}; download it again")
-    return value

@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 class _Group(TyperGroup):
     """Commands whose errors end in one sentence and an exit code: 2 for the user's, 1 for the engine's."""
 
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        try:
+            return super().make_context(*args, **options)
+        except Exception as error:
+            raise _shortened(error) from None
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
@@ -25,7 +31,7 @@ class _Group(TyperGroup):
             raise typer.Exit(interrupt.args[0] if interrupt.args else 130) from None
         except Exception as error:
             if hasattr(error, "format_message"):  # a usage error, which typer reports itself
-                raise
+                raise _shortened(error) from None
             raise typer.Exit(_report(error)) from None
 
 
@@ -185,7 +191,7 @@ def serve(
 
 @app.command()
 def demo(
-    records: Annotated[int, typer.Option(min=1, help="Number of records to label.")] = 300,
+    records: Annotated[int, typer.Option(min=1, max=1_000_000, help="Number of records to label.")] = 300,
     ram: Ram = None,
 ) -> None:
     """Label messy records with the model that comes along, under a small budget."""
@@ -262,6 +268,16 @@ def _refuse_engine_flags(flags: dict[str, Any]) -> None:
     given = [f"--{key.replace('_', '-')}" for key, value in flags.items() if value]
     if given:
         raise ValueError(f"{', '.join(given)} cannot change the running engine at --endpoint: leave one or the other")
+
+
+def _shortened(error: Exception) -> Exception:
+    """A usage error that repeats no more of an argument than its beginning and its end."""
+    from flexgen_lite.shown import shown_path
+
+    for name in ("message", "option_name"):
+        if isinstance(getattr(error, name, None), str):
+            setattr(error, name, shown_path(getattr(error, name)))
+    return error
 
 
 def _report(error: Exception) -> int:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import count, repeat
+from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, overload
 
 from flexgen_lite import scoring
 from flexgen_lite.access import read_key_file
+from flexgen_lite.arguments import check_chat, check_job, check_params, requests_of, several_chats, several_prompts
 from flexgen_lite.chat_template import Chat, Messages, render, template_text
 from flexgen_lite.client_messages import Status, Welcome
 from flexgen_lite.completion import Delta, Prompt
 from flexgen_lite.connection import Connection
 from flexgen_lite.job import Job
-from flexgen_lite.request import Request
+from flexgen_lite.request import Request, is_one_prompt
 from flexgen_lite.sampling_params import CHAT_PARAMS, GREEDY, SamplingParams
 from flexgen_lite.scoring import Score, score_of
+from flexgen_lite.shown import shown_kind
 
 
 class Client:
@@ -49,6 +51,8 @@ class Client:
         epitaph: Callable[[float], str | None] | None = None,
         key_file: str | Path | None = None,
     ) -> None:
+        if not isinstance(endpoint, str):
+            raise TypeError(f"endpoint is {shown_kind(endpoint)}: give ipc:// and a path, or tcp://HOST:PORT")
         self._connection = Connection(
             endpoint,
             connect_timeout=connect_timeout,
@@ -82,7 +86,7 @@ class Client:
         own, and no further than `welcome.window` requests ahead of what was read from the job.
 
         Args:
-            prompts: texts or lists of token ids; a single one is a job of one request.
+            prompts: texts, or lists of token ids, which may be arrays; a single one is a job of one request.
             params: for all prompts, or one for each; None is greedy, 16 tokens.
             job_id: a name for the job; by default one that nobody else has.
             keep: the job goes on when this client goes, and the engine keeps its results until `Job.cancel`. Submit it
@@ -91,14 +95,12 @@ class Client:
             priority: jobs with a lower number come first, whoever submits them; what runs already runs on.
 
         Raises:
-            ValueError: there are not as many params as prompts, or the job_id is not of 1 to 200 characters.
+            TypeError, ValueError: a prompt or a parameter is none, there are not as many params as prompts, or the
+                job_id is not of 1 to 200 characters. What comes out of a generator ends the job with it.
             EngineError: the engine is gone, or the client is closed.
         """
-        each: Iterable[Prompt] = [prompts] if is_one_prompt(prompts) else prompts  # type: ignore[assignment,list-item]
-        length = len(each) if isinstance(each, list | tuple) else None
-        if isinstance(params, list | tuple) and length is not None and len(params) != length:
-            raise ValueError(f"{len(params)} params for {length} prompts: give one, or one for each prompt")
-        requests = _pair(each, GREEDY if params is None else params)
+        each, length = several_prompts("prompts", "prompt", prompts)
+        requests = requests_of(each, length, GREEDY if params is None else params)
         return self.submit_requests(requests, length, job_id=job_id, keep=keep, priority=priority)
 
     def submit_requests(
@@ -115,8 +117,7 @@ class Client:
 
         `on_change` is called on some thread when there is news of the job; it must not wait.
         """
-        if job_id is not None and not 1 <= len(job_id) <= 200:
-            raise ValueError(f"job_id has {len(job_id)} characters: give 1 to 200")
+        priority = check_job(job_id, keep, priority)
         job = Job(
             job_id or f"{self._job_prefix}-{next(self._job_numbers)}",
             requests,
@@ -135,10 +136,13 @@ class Client:
         """Generate for one prompt, and tell of its tokens as they come: at the end of each pass through the model.
 
         Raises:
-            ValueError: the request failed.
+            TypeError, ValueError: an argument is none; or the request failed.
             EngineError: the engine is gone.
         """
+        if not is_one_prompt(prompt):
+            raise TypeError(f"prompt is {shown_kind(prompt)}: give one text or one list of token ids")
         request = Request(prompt, GREEDY if params is None else params, stream=True)
+        request.to_wire(0)
         job = self.submit_requests([request], 1, priority=priority)
         try:
             for event in job.events():
@@ -176,16 +180,22 @@ class Client:
             priority: see `submit`.
 
         Raises:
+            TypeError, ValueError: messages or params are none. What comes out of a generator ends the job with it.
             ChatError: the model has no chat template, or none that can be read; one that is broken, fails, or refuses
                 a conversation ends the job with it.
         """
-        each: Iterable[Messages] = [messages] if is_one_chat(messages) else messages  # type: ignore[list-item,assignment]
+        each, length = several_chats(messages)
+        params = CHAT_PARAMS if params is None else params
+        check_params("params", params)
         options = (tools, chat_template_kwargs or {}, chat_template, add_generation_prompt, continue_final_message)
         template_text(Chat([], *options), self._welcome.chat_template)
-        chats = (Chat(own, *options) for own in each)
-        params = CHAT_PARAMS if params is None else params
-        length = len(each) if isinstance(each, list | tuple) else None
-        return self.submit_requests((self.request_of(chat, params) for chat in chats), length, priority=priority)
+
+        def requests() -> Iterator[Request]:
+            for index, own in enumerate(each):
+                check_chat(index, own)
+                yield self.request_of(Chat(own, *options), params)
+
+        return self.submit_requests(requests(), length, priority=priority)
 
     def request_of(
         self, prompt: Prompt | Chat, params: SamplingParams, *, echo: bool = False, stream: bool = False
@@ -200,24 +210,45 @@ class Client:
             return Request(text, params, echo, add_special_tokens=False, stream=stream)
         return Request(prompt, params, echo, stream=stream)
 
-    def score(self, contexts: Iterable[Prompt], continuations: Iterable[Prompt], *, priority: int = 0) -> list[Score]:
+    @overload
+    def score(  # type: ignore[overload-overlap]
+        self, contexts: str | list[int], continuations: str | list[int], *, priority: int = 0
+    ) -> Score: ...
+
+    @overload
+    def score(
+        self, contexts: Iterable[Prompt], continuations: Iterable[Prompt], *, priority: int = 0
+    ) -> list[Score]: ...
+
+    def score(
+        self, contexts: Prompt | Iterable[Prompt], continuations: Prompt | Iterable[Prompt], *, priority: int = 0
+    ) -> Score | list[Score]:
         """How likely each continuation is after its context; nothing is generated.
 
         Args:
-            contexts: texts, or lists of token ids; a text may be empty.
+            contexts: texts, or lists of token ids; a text may be empty. A single one for one Score.
             continuations: one for each context, of the same kind.
             priority: see `submit`.
 
         Raises:
-            ValueError: a pair cannot be scored.
+            TypeError, ValueError: there are not as many of the one as of the other, or a pair cannot be scored.
             EngineError: the engine is gone.
         """
-        return _scores(self.submit_requests(scoring.requests(contexts, continuations), priority=priority))
+        is_one = is_one_prompt(contexts)
+        scores = _scores(self.submit_requests(scoring.requests(contexts, continuations), priority=priority))
+        return scores[0] if is_one else scores
 
-    def loglikelihood(self, texts: Iterable[Prompt], *, priority: int = 0) -> list[Score]:
+    @overload
+    def loglikelihood(self, texts: str | list[int], *, priority: int = 0) -> Score: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def loglikelihood(self, texts: Iterable[Prompt], *, priority: int = 0) -> list[Score]: ...
+
+    def loglikelihood(self, texts: Prompt | Iterable[Prompt], *, priority: int = 0) -> Score | list[Score]:
         """How likely whole texts are, each after the model's beginning of sequence; lists of token ids after their
-        first. Raises as `score` does."""
-        return _scores(self.submit_requests(scoring.texts_alone(texts), priority=priority))
+        first. A single one for one Score. Raises as `score` does."""
+        scores = _scores(self.submit_requests(scoring.texts_alone(texts), priority=priority))
+        return scores[0] if is_one_prompt(texts) else scores
 
     def status(self, timeout: float = 60.0) -> Status:
         """What the engine is doing.
@@ -248,29 +279,9 @@ class Client:
         self.close()
 
 
-def is_one_prompt(prompts: object) -> bool:
-    """Whether this is a text or a list of token ids, rather than several of them."""
-    if isinstance(prompts, str):
-        return True
-    return isinstance(prompts, list | tuple) and len(prompts) > 0 and type(prompts[0]) is int
-
-
-def is_one_chat(messages: object) -> bool:
-    """Whether this is one conversation, rather than several of them."""
-    return isinstance(messages, list | tuple) and len(messages) > 0 and isinstance(messages[0], Mapping)
-
-
 def _scores(job: Job) -> list[Score]:
     try:
         return [score_of(completion) for completion in job.results()]
     except BaseException:
         job.cancel()
         raise
-
-
-def _pair(prompts: Iterable[Prompt], params: SamplingParams | Iterable[SamplingParams]) -> Iterator[Request]:
-    if isinstance(params, SamplingParams):
-        yield from map(Request, prompts, repeat(params))
-    else:
-        for prompt, own in zip(prompts, params, strict=True):
-            yield Request(prompt, own)

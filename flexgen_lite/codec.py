@@ -7,13 +7,14 @@ union; whatever else arrives is a MessageError that names the message, the field
 from __future__ import annotations
 
 import dataclasses
-import reprlib
 import types
 import typing
 from collections.abc import Callable
 from typing import Any
 
 import msgpack
+
+from flexgen_lite.shown import shown
 
 
 class MessageError(ValueError):
@@ -22,14 +23,9 @@ class MessageError(ValueError):
 
 Check = Callable[[Any], Any]
 
-_shown = reprlib.Repr()
-_shown.maxlevel, _shown.maxlist, _shown.maxdict, _shown.maxstring, _shown.maxother = 3, 4, 4, 60, 60
-
 
 def _expected(what: str, value: object) -> MessageError:
-    """The value may be large, and nested as deeply as MessagePack goes."""
-    shown = _shown.repr(value)
-    return MessageError(f"expected {what}, got {shown if len(shown) <= 60 else shown[:60] + '...'}")
+    return MessageError(f"expected {what}, got {shown(value)}")
 
 
 def _check_int(value: Any) -> Any:
@@ -194,5 +190,5 @@ class Codec:
             raise _expected("[tag, fields]", value)
         check = self._checks.get(value[0])
         if check is None:
-            raise MessageError(f"unknown message {value[0]!r}, expected one of {', '.join(self._checks)}")
+            raise MessageError(f"unknown message {shown(value[0])}, expected one of {', '.join(self._checks)}")
         return check(value[1])

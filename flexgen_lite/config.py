@@ -13,8 +13,11 @@ from pydantic.fields import FieldInfo
 
 from flexgen_lite.config_file import StrictLoader, YamlError, read_yaml
 from flexgen_lite.config_values import (
+    CPU_SETS_EXPECTED,
     CPUS_EXPECTED,
-    MAX_SOCKET_PATH,
+    DEVICE_EXPECTED,
+    ENDPOINT_EXPECTED,
+    MAX_SECONDS,
     SECONDS_EXPECTED,
     SIZE_EXPECTED,
     Count,
@@ -22,6 +25,7 @@ from flexgen_lite.config_values import (
     CpuSets,
     Device,
     Endpoint,
+    ModelName,
     PageTokens,
     PathValue,
     Size,
@@ -29,7 +33,9 @@ from flexgen_lite.config_values import (
     count,
     expects,
 )
+from flexgen_lite.shown import MAX_SHOWN, shown, shown_path, shown_text
 
+MOST_TOLD = 5  # problems in one message
 MAX_WORKERS, MAX_THREADS = 128, 1024  # beyond any machine; a slip is told before it starts processes
 
 
@@ -43,7 +49,9 @@ class ConfigError(ValueError):
     def __init__(self, problems: Mapping[str, str], origins: Mapping[str, str] | None = None) -> None:
         self.problems = dict(problems)
         origins = origins or {}
-        super().__init__("; ".join(text + origins.get(key, "") for key, text in self.problems.items()))
+        told = [text + origins.get(key, "") for key, text in self.problems.items()]
+        rest = [f"and {len(told) - MOST_TOLD} more"] if len(told) > MOST_TOLD else []
+        super().__init__("; ".join([*told[:MOST_TOLD], *rest]))
 
 
 class EngineConfig(BaseModel):
@@ -55,8 +63,7 @@ class EngineConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
-    model: str = Field(
-        min_length=1,
+    model: ModelName = Field(
         description="Hugging Face model directory, or a hub id where there is a network.",
         json_schema_extra=expects("a model directory or a hub id"),
     )
@@ -71,7 +78,7 @@ class EngineConfig(BaseModel):
         default="auto",
         description="Where the matrix products are computed. `auto`: the first GPU that PyTorch sees, else the CPU. "
         "What has run on a GPU is in [gpu.md](gpu.md).",
-        json_schema_extra=expects('"auto", "cpu", "cuda" or "cuda:N"'),
+        json_schema_extra=DEVICE_EXPECTED,
     )
     load_format: Literal["auto", "dummy"] = Field(
         default="auto",
@@ -162,9 +169,7 @@ class EngineConfig(BaseModel):
     attention_cpus: CpuSets = Field(
         default=None,
         description='Such as `["0-7", "8-15"]`. `auto`: not bound.',
-        json_schema_extra=expects(
-            'one list of CPUs per worker, such as [[0, 1], [2, 3]] or ["0-7", "8-15"], or "auto"'
-        ),
+        json_schema_extra=CPU_SETS_EXPECTED,
     )
     compute_cpus: Cpus = Field(
         default=None,
@@ -191,9 +196,7 @@ class EngineConfig(BaseModel):
         default=None,
         description="Where clients connect. `auto`: a socket in the engine's private directory. A path where "
         "something else is, is refused. Over `tcp://` only with a `key_file`.",
-        json_schema_extra=expects(
-            f"ipc:// and the path of a socket, at most {MAX_SOCKET_PATH} bytes, or tcp://HOST:PORT with a key_file"
-        ),
+        json_schema_extra=ENDPOINT_EXPECTED,
     )
     key_file: PathValue = Field(
         default=None,
@@ -204,14 +207,14 @@ class EngineConfig(BaseModel):
     start_timeout: float = Field(
         default=600.0,
         gt=0,
-        le=1e9,
+        le=MAX_SECONDS,
         description="That the engine may take to become ready.",
         json_schema_extra=SECONDS_EXPECTED,
     )
     worker_timeout: float = Field(
         default=300.0,
         gt=0,
-        le=1e9,
+        le=MAX_SECONDS,
         description="That a worker may take for one order before it is given up.",
         json_schema_extra=SECONDS_EXPECTED,
     )
@@ -227,8 +230,9 @@ class EngineConfig(BaseModel):
         if self.endpoint is not None and self.endpoint.startswith("tcp://") and self.key_file is None:
             raise ConfigError(
                 {
-                    "endpoint": f"endpoint={self.endpoint} needs a key_file, for whoever reaches the port could use "
-                    "the engine: make one with `flexgen-lite keygen FILE` and give it to the engine and its clients"
+                    "endpoint": f"endpoint={shown_text(self.endpoint)} needs a key_file, for whoever reaches the port "
+                    "could use the engine: make one with `flexgen-lite keygen FILE` and give it to the engine and its "
+                    "clients"
                 }
             )
         return self
@@ -292,14 +296,14 @@ def parse_setting(text: str) -> tuple[str, Any]:
     key, equals, raw = text.partition("=")
     key = key.strip().replace("-", "_")
     if not equals:
-        raise ConfigError({key: f'"{text}" is not a setting: write key=value'})
+        raise ConfigError({key: f'"{shown_text(text)}" is not a setting: write key=value'})
     if key not in EngineConfig.model_fields:
         raise ConfigError({key: _unknown_key(key)})
     if key in ("model", "trace", "endpoint", "key_file"):
         return key, raw
     try:
         return key, yaml.load(raw, StrictLoader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # a number of too many digits, or a date that is none
         raise ConfigError({key: _refusal(key, raw)}) from None
 
 
@@ -307,27 +311,28 @@ def _origin(
     key: str, path: str | Path | None, from_file: Mapping[str, Any], overrides: Mapping[str, Any], source: str
 ) -> str:
     if key not in overrides:
-        return f" (in {path})"
-    return f" (from {source}, over {from_file[key]!r} in {path})" if key in from_file else f" (from {source})"
+        return f" (in {shown_path(path)})"
+    if key in from_file:
+        return f" (from {source}, over {shown(from_file[key])} in {shown_path(path)})"
+    return f" (from {source})"
 
 
 def _unknown_key(key: str) -> str:
-    return f"{key} is not a configuration key: {_nearest(key, EngineConfig.model_fields)}"
+    return f"{shown_text(key)} is not a configuration key: {_nearest(key, EngineConfig.model_fields)}"
 
 
 def _nearest(key: str, known: Iterable[str]) -> str:
     from difflib import get_close_matches
 
     names = list(known)
-    close = get_close_matches(key.replace("-", "_").lower(), names, n=1, cutoff=0.5)
+    close = get_close_matches(key[:MAX_SHOWN].replace("-", "_").lower(), names, n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else f"the keys are {', '.join(names)}"
 
 
 def _refusal(key: str, value: object) -> str:
     field: FieldInfo = EngineConfig.model_fields[key]
     wanted = field.json_schema_extra["expects"] if isinstance(field.json_schema_extra, dict) else ""
-    shown = repr(value)
-    return f"{key}={shown if len(shown) <= 80 else shown[:80] + '...'} is not allowed: give {wanted}"
+    return f"{key}={shown(value)} is not allowed: give {wanted}"
 
 
 def _problems(error: ValidationError) -> dict[str, str]:
@@ -336,6 +341,9 @@ def _problems(error: ValidationError) -> dict[str, str]:
         cause = item.get("ctx", {}).get("error")
         if isinstance(cause, ConfigError):
             problems.update(cause.problems)
+            continue
+        if not item["loc"]:
+            problems.setdefault("config", "a key has characters that are not Unicode text: take it out")
             continue
         key = str(item["loc"][0])
         if item["type"] == "extra_forbidden":

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from flexgen_lite.shown import shown_path, shown_text
+
 
 class YamlError(ValueError):
     """A file that cannot be read as keys and values; the message names file and line."""
@@ -20,7 +22,9 @@ class StrictLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{shown_text(key)} is given twice", key_node.start_mark
+                )
             seen.add(key if isinstance(key, str) else None)
         return super().construct_mapping(node, deep)
 
@@ -29,18 +33,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)
     except OSError as error:
-        raise YamlError(f"config={str(path)!r} cannot be read: {error.strerror}") from None
+        raise YamlError(f"config='{shown_path(path)}' cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise YamlError(f"config={str(path)!r} is not text in UTF-8: give a YAML file") from None
+        raise YamlError(f"config='{shown_path(path)}' is not text in UTF-8: give a YAML file") from None
     except RecursionError:
-        raise YamlError(f"config={str(path)!r} is nested too deeply: give lines of key: value") from None
+        raise YamlError(f"config='{shown_path(path)}' is nested too deeply: give lines of key: value") from None
     except yaml.MarkedYAMLError as error:
         where = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise YamlError(f"config={str(path)!r}{where} is not good YAML: {error.problem}") from None
-    except yaml.YAMLError:
-        raise YamlError(f"config={str(path)!r} is not good YAML: give lines of key: value") from None
+        raise YamlError(f"config='{shown_path(path)}'{where} is not good YAML: {shown_path(error.problem)}") from None
+    except (yaml.YAMLError, ValueError):  # a number of too many digits, or a date that is none
+        raise YamlError(f"config='{shown_path(path)}' is not good YAML: give lines of key: value") from None
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise YamlError(f"config={str(path)!r} has no keys at its top: give lines of key: value")
+        raise YamlError(f"config='{shown_path(path)}' has no keys at its top: give lines of key: value")
     return values

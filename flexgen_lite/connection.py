@@ -33,6 +33,7 @@ from flexgen_lite.client_messages import (
 from flexgen_lite.codec import Codec, MessageError
 from flexgen_lite.errors import EngineError, NoStatus
 from flexgen_lite.job import Job
+from flexgen_lite.shown import shown, shown_path
 
 _HIGH_WATER = 1000  # messages
 _DELTAS_A_REPORT = 256
@@ -317,14 +318,17 @@ class Connection:
 def _check_endpoint(endpoint: str, keys: Keys | None) -> None:
     if endpoint.startswith("tcp://"):
         if keys is None:
-            raise EngineError(f"the engine at {endpoint} needs the key_file that it was started with", user_error=True)
+            raise EngineError(
+                f"the engine at {shown_path(endpoint)} needs the key_file that it was started with", user_error=True
+            )
         return
     path = endpoint.removeprefix("ipc://")
     if path == endpoint or not path:
         raise EngineError(
-            f"endpoint {endpoint!r} is not supported: give ipc:// and a path, or tcp://HOST:PORT", user_error=True
+            f"endpoint {shown(endpoint)} is not supported: give ipc:// and a path, or tcp://HOST:PORT", user_error=True
         )
     if not path.startswith("@") and not os.path.exists(path):
         raise EngineError(
-            f"no engine at {endpoint}: there is no such socket, start one with `flexgen-lite launch`", user_error=True
+            f"no engine at {shown_path(endpoint)}: there is no such socket, start one with `flexgen-lite launch`",
+            user_error=True,
         )

@@ -29,7 +29,7 @@ from flexgen_lite.batching import MicroBatch, Result
 from flexgen_lite.client_door import ClientDoor
 from flexgen_lite.config import ConfigError, EngineConfig
 from flexgen_lite.crew import Crew, overdue
-from flexgen_lite.engine_setup import Setup, set_up
+from flexgen_lite.engine_setup import Setup, open_tokenizer, set_up
 from flexgen_lite.event_loop import EventLoop
 from flexgen_lite.expected_work import ExpectedWork
 from flexgen_lite.gauges import Gauges
@@ -41,7 +41,6 @@ from flexgen_lite.requests import MAX_OPEN, Answer, Requests
 from flexgen_lite.schedule import RunColumns, Schedule
 from flexgen_lite.sizes import format_size
 from flexgen_lite.suspects import TRIES, Suspects
-from flexgen_lite.tokenizer import TextTokenizer
 from flexgen_lite.weight_flow import WeightFlow
 from flexgen_lite.worker_process import WorkerDied, WorkerProcess
 
@@ -238,7 +237,7 @@ class Coordinator:
             self._make_setup(self._opened)
 
     def _make_setup(self, message: messages.ModelOpened) -> None:
-        tokenizer = TextTokenizer(message.tokenizer_file) if message.tokenizer_file else None
+        tokenizer = open_tokenizer(message.tokenizer_file)
         give_back_memory()  # reading a tokenizer takes twice what it takes when it is read
         processes = plan.Measured(message.resident_bytes, resident_bytes()[0], max(self._warm.values()))
         setup = self._setup = set_up(message, self._config, self._machine, self._expected, processes)

@@ -16,6 +16,7 @@ from flexgen_lite import __version__
 from flexgen_lite.config import EngineConfig
 from flexgen_lite.machine import Machine, cgroup_free_bytes, inspect_machine
 from flexgen_lite.plan import auto_ram, num_attention_workers
+from flexgen_lite.shown import shown_path
 from flexgen_lite.sizes import format_size
 
 PACKAGES = ("torch", "transformers", "pyzmq", "msgpack", "numpy", "numba", "greenlet", "safetensors", "tokenizers")
@@ -91,9 +92,10 @@ def _shared_memory() -> str:
 
 
 def _disk(model: Path) -> str:
-    files = sorted(model.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    found = [path for path in model.glob("*.safetensors") if path.is_file()]
+    files = sorted(found, key=lambda path: path.stat().st_size)
     if not files:
-        raise FileNotFoundError(f"{model} has no .safetensors file: give a model directory")
+        raise FileNotFoundError(f"{shown_path(model)} has no .safetensors file: give a model directory")
     rate, num_bytes, direct = read_rate(files[-1])
     how = "direct reads" if direct else "reads through the page cache, for its file system has no direct ones"
     note = "" if num_bytes >= 64 << 20 else "; too little for a fair figure"

@@ -16,6 +16,7 @@ from flexgen_lite.model_spec import ModelSpec
 from flexgen_lite.page_table import PageTable
 from flexgen_lite.requests import Requests
 from flexgen_lite.schedule import Schedule
+from flexgen_lite.shown import shown_path
 from flexgen_lite.slot_ring import SlotRing
 from flexgen_lite.tokenizer import TextTokenizer
 
@@ -128,6 +129,17 @@ class Setup:
         token_bytes = made.attention_workers * sum(self.kv_bytes_by_window.values())
         limits = Limits(spec.max_length, pages.max_tokens, spec.vocab_size, eos, prefix, token_bytes)
         return Requests(batcher, limits, tokenizer)
+
+
+def open_tokenizer(file: str | None) -> TextTokenizer | None:
+    """Raises PlanError where the file is no tokenizer."""
+    try:
+        return TextTokenizer(file) if file else None
+    except Exception as error:  # the library raises nothing narrower
+        raise plan.PlanError(
+            f"{file} cannot be used ({shown_path(error)}): download it again, or move it away and give prompts as "
+            "token ids"
+        ) from error
 
 
 def set_up(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from flexgen_lite.shown import shown_path
+
 
 class EngineError(RuntimeError):
     """The engine could not be started, or is gone; the message is the engine's own where it left one.
@@ -26,7 +28,7 @@ def describe(error: Exception) -> tuple[str, int]:
     if isinstance(error, EngineError):
         return str(error), 2 if error.user_error else 1
     if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename else ""
+        where = f"{shown_path(error.filename)}: " if error.filename else ""
         return f"{where}{error.strerror}", 2
     if isinstance(error, (ValueError, OSError)):
         return str(error), 2

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from flexgen_lite.batch_file import BatchRequest, read_requests
+from flexgen_lite.batch_lines import open_lines
 from flexgen_lite.chat_template import Chat
 
 SAMPLE_LINES = 2000
@@ -44,7 +45,7 @@ def survey(path: Path) -> ExpectedWork | None:
     """None where reading takes long or would use the file up, or where there is no good line among the first."""
     if not path.is_file() or path.stat().st_size > READ_UP_TO:
         return None
-    with path.open("rb") as file:
+    with open_lines(path) as file:
         head = read_requests(itertools.islice(file, SAMPLE_LINES))
         requests = [item for item in head if isinstance(item, BatchRequest)]
     if not requests:

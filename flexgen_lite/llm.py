@@ -9,15 +9,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, overload
 
+from flexgen_lite.arguments import is_one_chat
 from flexgen_lite.chat_template import Messages
-from flexgen_lite.client import Client, is_one_chat, is_one_prompt
+from flexgen_lite.client import Client
 from flexgen_lite.client_messages import Status
 from flexgen_lite.completion import Completion, Delta, Prompt
 from flexgen_lite.config import EngineConfig
 from flexgen_lite.engine_process import EngineProcess
 from flexgen_lite.job import Job
+from flexgen_lite.request import is_one_prompt
 from flexgen_lite.sampling_params import SamplingParams
 from flexgen_lite.scoring import Score
+from flexgen_lite.shown import shown_kind
 
 
 class FlexGenLite:
@@ -29,11 +32,16 @@ class FlexGenLite:
         options: any key of EngineConfig; they win over `config`.
 
     Raises:
+        TypeError: model or config is of another type.
         ConfigError: the configuration cannot be used.
         EngineError: the engine could not be started.
     """
 
     def __init__(self, model: str | Path, *, config: EngineConfig | str | Path | None = None, **options: Any) -> None:
+        if not isinstance(model, str | Path):
+            raise TypeError(f"model is {shown_kind(model)}: give a model directory or a hub id")
+        if not isinstance(config, EngineConfig | str | Path | None):
+            raise TypeError(f"config is {shown_kind(config)}: give an EngineConfig or the path of a YAML file")
         if isinstance(config, EngineConfig):
             given = config.model_dump(exclude_unset=True)
             self.config = EngineConfig(**{**given, **options, "model": str(model)})
@@ -145,13 +153,27 @@ class FlexGenLite:
             raise
         return completions[0] if is_one_chat(messages) else completions
 
-    def score(self, contexts: Iterable[Prompt], continuations: Iterable[Prompt]) -> list[Score]:
-        """How likely each continuation is after its context, as Client.score says."""
-        return self._client.score(contexts, continuations)
+    @overload
+    def score(self, contexts: str | list[int], continuations: str | list[int]) -> Score: ...  # type: ignore[overload-overlap]
 
-    def loglikelihood(self, texts: Iterable[Prompt]) -> list[Score]:
+    @overload
+    def score(self, contexts: Iterable[Prompt], continuations: Iterable[Prompt]) -> list[Score]: ...
+
+    def score(
+        self, contexts: Prompt | Iterable[Prompt], continuations: Prompt | Iterable[Prompt]
+    ) -> Score | list[Score]:
+        """How likely each continuation is after its context, as Client.score says."""
+        return self._client.score(contexts, continuations)  # type: ignore[arg-type]
+
+    @overload
+    def loglikelihood(self, texts: str | list[int]) -> Score: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def loglikelihood(self, texts: Iterable[Prompt]) -> list[Score]: ...
+
+    def loglikelihood(self, texts: Prompt | Iterable[Prompt]) -> Score | list[Score]:
         """How likely whole texts are, as Client.loglikelihood says."""
-        return self._client.loglikelihood(texts)
+        return self._client.loglikelihood(texts)  # type: ignore[arg-type]
 
     def status(self) -> Status:
         return self._client.status()

@@ -9,7 +9,9 @@ from typing import Any
 from flexgen_lite.chat_template import Chat
 from flexgen_lite.completion import Prompt
 from flexgen_lite.request import MAX_PROMPT_UNITS
-from flexgen_lite.sampling_params import MAX_TOKEN_ID, SamplingParams
+from flexgen_lite.sampling_params import MAX_TOKEN_ID, SamplingParams, whole_number
+from flexgen_lite.sampling_wire import MAX_INT, MAX_LOGPROBS
+from flexgen_lite.shown import shown_json, shown_names
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 URLS = (COMPLETIONS, CHAT)
@@ -87,9 +89,10 @@ def parse_body(url: str, body: dict[str, Any], where: str = "") -> Body:
             raise RequestError(f"{where}{name} is not a string")
     for name in ("return_token_ids", "echo", "add_generation_prompt"):
         if type(body.get(name, False)) is not bool:
-            raise RequestError(f"{where}{name} is {shown(body[name])}: give true or false")
+            raise RequestError(f"{where}{name} is {shown_json(body[name])}: give true or false")
     if not isinstance(goes_on := body.get("continue_final_message", False), bool | str):
-        raise RequestError(f"{where}continue_final_message is {shown(goes_on)}: give true, false, or the key of a text")
+        given = shown_json(goes_on)
+        raise RequestError(f"{where}continue_final_message is {given}: give true, false, or the key of a text")
     if url == CHAT:
         _from_chat_names(where, body)
     if body.get("echo") and "logprobs" in body:
@@ -107,14 +110,8 @@ def parse_body(url: str, body: dict[str, Any], where: str = "") -> Body:
 def refuse_unknown(where: str, given: dict[str, Any], known: frozenset[str]) -> None:
     unknown = sorted(given.keys() - known)
     if unknown:
-        names = ", ".join(where + name for name in unknown)
+        names = shown_names(where + name for name in unknown)
         raise RequestError(f"{names}: not supported; supported are {', '.join(sorted(known))}")
-
-
-def shown(value: object) -> str:
-    """A value in a message."""
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:60] + "..."
 
 
 def parse_prompt(where: str, prompt: object) -> Prompt:
@@ -129,7 +126,10 @@ def parse_prompt(where: str, prompt: object) -> Prompt:
         raise RequestError(f"{where}prompt is missing or neither a string nor a list of token ids")
     for token_id in prompt:
         if type(token_id) is not int or not 0 <= token_id <= MAX_TOKEN_ID:
-            raise RequestError(f"{where}prompt has {shown(token_id)} among its token ids")
+            raise RequestError(
+                f"{where}prompt has {shown_json(token_id)} among its token ids: give whole numbers from 0 to "
+                f"{MAX_TOKEN_ID}"
+            )
     return prompt
 
 
@@ -138,15 +138,24 @@ def _from_chat_names(where: str, body: dict[str, Any]) -> None:
     if "max_completion_tokens" in body:
         if "max_tokens" in body:
             raise RequestError(f"{where}max_tokens and {where}max_completion_tokens are the same: give one of them")
-        body["max_tokens"] = body.pop("max_completion_tokens")
+        least, given = 0 if "prompt_logprobs" in body else 1, body.pop("max_completion_tokens")
+        body["max_tokens"] = _whole(where, "max_completion_tokens", given, least, MAX_INT)
     body.setdefault("max_tokens", CHAT_MAX_TOKENS)
     wanted, top = body.pop("logprobs", False), body.pop("top_logprobs", None)
     if type(wanted) is not bool:
-        raise RequestError(f"{where}logprobs is {shown(wanted)}: give true or false, and top_logprobs")
+        raise RequestError(f"{where}logprobs is {shown_json(wanted)}: give true or false, and top_logprobs")
     if top is not None and not wanted:
         raise RequestError(f"{where}top_logprobs needs {where}logprobs to be true")
     if wanted:
-        body["logprobs"] = 0 if top is None else top
+        body["logprobs"] = 0 if top is None else _whole(where, "top_logprobs", top, 0, MAX_LOGPROBS)
+
+
+def _whole(where: str, name: str, value: object, low: int, high: int) -> int:
+    """A number that is refused by the name that it was given."""
+    try:
+        return whole_number(name, value, low, high)
+    except ValueError as error:
+        raise RequestError(f"{where}{error}") from None
 
 
 def _chat(where: str, body: dict[str, Any]) -> Chat:
@@ -161,9 +170,9 @@ def _chat(where: str, body: dict[str, Any]) -> Chat:
         _check_parts(message.get("content"))
     tools, variables = body.get("tools"), body.get("chat_template_kwargs", {})
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise RequestError(f"{where}tools is {shown(tools)}: give a list of objects")
+        raise RequestError(f"{where}tools is {shown_json(tools)}: give a list of objects")
     if not isinstance(variables, dict):
-        raise RequestError(f"{where}chat_template_kwargs is {shown(variables)}: give an object")
+        raise RequestError(f"{where}chat_template_kwargs is {shown_json(variables)}: give an object")
     if not isinstance(body.get("chat_template", ""), str):
         raise RequestError(f"{where}chat_template is not a string")
     return Chat(
@@ -200,4 +209,6 @@ def _logit_bias(where: str, value: object) -> object:
     try:
         return {int(token_id): bias for token_id, bias in value.items()}
     except ValueError:
-        raise RequestError(f"{where}logit_bias is {shown(value)}: its keys must be token ids") from None
+        raise RequestError(
+            f"{where}logit_bias is {shown_json(value)}: its keys must be token ids, from 0 to {MAX_TOKEN_ID}"
+        ) from None

@@ -12,7 +12,9 @@ from typing import Any
 
 from flexgen_lite.batch_file import BadLine, BatchRequest, IdSet
 from flexgen_lite.chat_template import Chat
+from flexgen_lite.json_text import JsonError, json_line, parse_json
 from flexgen_lite.response_body import ID_PREFIXES
+from flexgen_lite.shown import shown
 
 WAY_OUT = "give another output file, or --overwrite"
 
@@ -63,8 +65,7 @@ def encode_row(
         },
         "error": None if error is None else {"message": error, "type": "BadRequestError", "code": 400},
     }
-    # A lone surrogate, which UTF-8 cannot hold, becomes the JSON escape that it came from.
-    return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+    return json_line(row).encode() + b"\n"
 
 
 class RowsThere:
@@ -118,8 +119,8 @@ class RowsThere:
         is_repeat = isinstance(item, BadLine) and item.is_repeat
         if item.custom_id is not None and item.custom_id in self._answered and not is_repeat:
             raise FileExistsError(
-                f"{self._path} has a row for {item.custom_id!r} that answers another request (its body, the model or "
-                f"the dtype has changed): {WAY_OUT}"
+                f"{self._path} has a row for {shown(item.custom_id)} that answers another request (its body, the model "
+                f"or the dtype has changed): {WAY_OUT}"
             )
         return False
 
@@ -142,8 +143,8 @@ class RowsThere:
 
 def _parse(line: bytes) -> Any:
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
+        return parse_json(line)
+    except JsonError:
         return _NO_JSON
 
 

@@ -4,33 +4,68 @@ from __future__ import annotations
 
 import contextlib
 import math
+import numbers
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from flexgen_lite.sampling_wire import WireParams
+from flexgen_lite.sampling_wire import NUMBERS, WHOLE_NUMBERS, WireParams, allows
+from flexgen_lite.shown import shown
 
-_MAX_INT = (1 << 63) - 1
 MAX_TOKEN_ID = (1 << 31) - 1
+_MAX_EXACT = 1 << 53  # floating-point numbers up to there are what was written
+_OPTIONAL = ("seed", "logprobs", "prompt_logprobs")
 
 
-def _require_int(name: str, value: object, low: int, high: int = _MAX_INT) -> None:
-    if type(value) is not int or not low <= value <= high:
-        limit = f"from {low} up" if high == _MAX_INT else f"from {low} to {high}"
-        raise ValueError(f"{name}={value!r} is not allowed: give a whole number {limit}")
+def whole_number(name: str, value: object, low: int, high: int) -> int:
+    """The value as an int; NumPy's whole numbers are taken too, True and False are none.
+
+    Raises:
+        ValueError: it is none, or out of bounds.
+    """
+    number = as_int(value)
+    if number is None or not low <= number <= high:
+        raise ValueError(
+            f"{name}={shown(value)} is not allowed: give a whole number from {low} to {high}{_hint(value)}"
+        )
+    return number
+
+
+def as_int(value: Any) -> int | None:
+    """A whole number of whatever library, or None. An array is none, though one of a single element would pass."""
+    if type(value) is int:
+        return value
+    if isinstance(value, bool) or not hasattr(value, "__index__") or bool(getattr(value, "ndim", None)):
+        return None
+    with contextlib.suppress(TypeError, ValueError):  # a tensor of other numbers has __index__ too
+        return operator.index(value)
+    return None
+
+
+def _hint(value: object) -> str:
+    """What is wrong with the way in which a good number is written."""
+    if isinstance(value, bool):
+        return f", not {value}"
+    if isinstance(value, float) and value.is_integer() and abs(value) <= _MAX_EXACT:
+        return f", written as {int(value)}"
+    if isinstance(value, str) and value.lstrip("-").replace(".", "", 1).isdecimal():
+        return ", without quotation marks"
+    return ""
 
 
 def _require_bool(name: str, value: object) -> None:
     if type(value) is not bool:
-        raise ValueError(f"{name}={value!r} is not allowed: give True or False")
+        raise ValueError(f"{name}={shown(value)} is not allowed: give True or False")
 
 
-def _require_float(name: str, value: object) -> float:
+def _number(name: str, value: object) -> float:
     number = math.nan
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
         with contextlib.suppress(OverflowError):  # a whole number beyond all floating-point ones
             number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"{name}={value!r:.60} is not allowed: give a finite number")
+    if not math.isfinite(number) or not allows(name, number):
+        raise ValueError(f"{name}={shown(value)} is not allowed: give {NUMBERS[name]}{_hint(value)}")
     return number
 
 
@@ -38,10 +73,11 @@ def _require_bias(value: object) -> dict[int, float]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise ValueError(f"logit_bias={value!r} is not allowed: give token ids and what is added to their logits")
-    for token_id in value:
-        _require_int("logit_bias", token_id, 0, MAX_TOKEN_ID)
-    return {token_id: _require_float("logit_bias", bias) for token_id, bias in value.items()}
+        raise ValueError(f"logit_bias={shown(value)} is not allowed: give token ids and what is added to their logits")
+    return {
+        whole_number("logit_bias", token_id, 0, MAX_TOKEN_ID): _number("logit_bias", bias)
+        for token_id, bias in value.items()
+    }
 
 
 def _require_strings(name: str, value: object) -> tuple[str, ...]:
@@ -49,10 +85,10 @@ def _require_strings(name: str, value: object) -> tuple[str, ...]:
         return ()
     strings = (value,) if isinstance(value, str) else value
     if not isinstance(strings, list | tuple) or not all(isinstance(text, str) for text in strings):
-        raise ValueError(f"{name}={value!r} is not allowed: give a string or a list of strings")
+        raise ValueError(f"{name}={shown(value)} is not allowed: give a string or a list of strings")
     for text in strings:
         if any(0xD800 <= ord(character) < 0xE000 for character in text):
-            raise ValueError(f"{name}={text!r} has characters that are not Unicode text")
+            raise ValueError(f"{name}={shown(text)} has characters that are not Unicode text")
     return tuple(strings)
 
 
@@ -108,42 +144,28 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        _require_int("max_tokens", self.max_tokens, 0)
-        _require_int("min_tokens", self.min_tokens, 0)
-        if self.min_tokens > self.max_tokens:
-            raise ValueError(
-                f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}: lower it or raise max_tokens"
-            )
-        temperature = _require_float("temperature", self.temperature)
-        if temperature < 0:
-            raise ValueError(f"temperature={self.temperature!r} is not allowed: give 0 (greedy) or more")
-        _require_int("top_k", self.top_k, -1)
-        top_p = _require_float("top_p", self.top_p)
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p={self.top_p!r} is not allowed: give a number above 0 and up to 1")
-        if self.seed is not None:
-            _require_int("seed", self.seed, 0)
+        for name in ("max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs", "n"):
+            if (value := getattr(self, name)) is not None or name not in _OPTIONAL:
+                low, high = WHOLE_NUMBERS[name]
+                self._set(name, whole_number(name, value, -1 if name == "top_k" else low, high))
+        for name in NUMBERS:
+            if name != "logit_bias":
+                self._set(name, _number(name, getattr(self, name)))
         if not isinstance(self.stop_token_ids, list | tuple):
-            raise ValueError(f"stop_token_ids={self.stop_token_ids!r} is not allowed: give a list of token ids")
-        for token_id in self.stop_token_ids:
-            _require_int("stop_token_ids", token_id, 0, MAX_TOKEN_ID)
-        _require_bool("ignore_eos", self.ignore_eos)
-        _require_bool("skip_special_tokens", self.skip_special_tokens)
-        _require_bool("include_stop_str_in_output", self.include_stop_str_in_output)
-        for name in ("logprobs", "prompt_logprobs"):
-            if getattr(self, name) is not None:
-                _require_int(name, getattr(self, name), 0)
-        _require_int("n", self.n, 1)
-        object.__setattr__(self, "temperature", temperature)
-        object.__setattr__(self, "top_p", top_p)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        for name in ("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
-            object.__setattr__(self, name, _require_float(name, getattr(self, name)))
-        object.__setattr__(self, "logit_bias", _require_bias(self.logit_bias))
-        object.__setattr__(self, "stop", _require_strings("stop", self.stop))
+            raise ValueError(f"stop_token_ids={shown(self.stop_token_ids)} is not allowed: give a list of token ids")
+        ids = (whole_number("stop_token_ids", token_id, 0, MAX_TOKEN_ID) for token_id in self.stop_token_ids)
+        self._set("stop_token_ids", tuple(ids))
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
+            _require_bool(name, getattr(self, name))
+        self._set("logit_bias", _require_bias(self.logit_bias))
+        self._set("stop", _require_strings("stop", self.stop))
         wrong = self.to_wire().problem()
         if wrong is not None:
             raise ValueError(wrong)
+
+    def _set(self, name: str, value: object) -> None:
+        """In the form of the wire, once."""
+        object.__setattr__(self, name, value)
 
     def to_wire(self) -> WireParams:
         """The form that a request carries them in."""

@@ -17,6 +17,28 @@ MAX_BIASED = 1024  # tokens with a bias: they travel with every pass
 MAX_PENALTY = 2.0  # presence, frequency
 MAX_STOPS = 64
 MAX_STOP_CHARACTERS = 1000
+MAX_INT = (1 << 63) - 1
+WHOLE_NUMBERS = {
+    "max_tokens": (0, MAX_INT),
+    "min_tokens": (0, MAX_INT),
+    "top_k": (0, MAX_INT),
+    "seed": (0, MAX_INT),
+    "logprobs": (0, MAX_LOGPROBS),
+    "prompt_logprobs": (0, MAX_LOGPROBS),
+    "n": (1, MAX_N),
+    "scored_from": (1, MAX_INT),
+}
+"""The lowest and the highest value of each."""
+NUMBERS = {
+    "temperature": "a finite number from 0 (greedy) up",
+    "top_p": "a number above 0 and up to 1",
+    "min_p": "a number from 0 to 1",
+    "repetition_penalty": "a finite number above 0; 1 is none",
+    "presence_penalty": f"a number from -{MAX_PENALTY:g} to {MAX_PENALTY:g}",
+    "frequency_penalty": f"a number from -{MAX_PENALTY:g} to {MAX_PENALTY:g}",
+    "logit_bias": f"a finite number from -{MAX_LOGIT_BIAS:g} to {MAX_LOGIT_BIAS:g}",
+}
+"""What is allowed, in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,41 +119,43 @@ class WireParams:
 
     def problem(self) -> str | None:
         """What is wrong with the values, or None: a client need not have used SamplingParams."""
-        if not self.max_tokens >= (0 if self.prompt_logprobs is not None else 1):
-            return f"max_tokens={self.max_tokens} is not allowed: give 1 or more, or 0 with prompt_logprobs"
-        if not 0 <= self.min_tokens <= self.max_tokens:
-            return f"min_tokens={self.min_tokens} is not allowed: give 0 to max_tokens ({self.max_tokens})"
-        if not 0 <= self.temperature < math.inf:
-            return f"temperature={self.temperature} is not allowed: give 0 (greedy) or more"
-        if self.top_k < 0:
-            return f"top_k={self.top_k} is not allowed: give 0 (all) or more"
-        if not 0 < self.top_p <= 1:
-            return f"top_p={self.top_p} is not allowed: give a number above 0 and up to 1"
-        if self.seed is not None and self.seed < 0:
-            return f"seed={self.seed} is not allowed: give 0 or more"
-        if not 0 <= self.min_p <= 1:
-            return f"min_p={self.min_p} is not allowed: give a number from 0 to 1"
-        if not 0 < self.repetition_penalty < math.inf:
-            return f"repetition_penalty={self.repetition_penalty} is not allowed: give a number above 0; 1 is none"
-        for name in ("presence_penalty", "frequency_penalty"):
-            if not abs(getattr(self, name)) <= MAX_PENALTY:
-                return f"{name}={getattr(self, name)} is not allowed: give a number from -2 to 2"
+        for name, (low, high) in WHOLE_NUMBERS.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                return f"{name}={value} is not allowed: give {low} to {high}"
+        if self.max_tokens == 0 and self.prompt_logprobs is None:
+            return f"max_tokens=0 is not allowed: give 1 or more, up to {MAX_INT}, or 0 with prompt_logprobs"
+        if self.min_tokens > self.max_tokens:
+            return (
+                f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}: lower it or raise max_tokens"
+            )
+        for name, allowed in NUMBERS.items():
+            if name != "logit_bias" and not allows(name, getattr(self, name)):
+                return f"{name}={getattr(self, name)} is not allowed: give {allowed}"
         if len(self.logit_bias) > MAX_BIASED:
             return f"logit_bias=<{len(self.logit_bias)} tokens> is not allowed: give at most {MAX_BIASED}"
         for token_id, bias in self.logit_bias:
-            if not abs(bias) <= MAX_LOGIT_BIAS:
-                return f"logit_bias={bias} of token {token_id} is not allowed: give a number from -100 to 100"
+            if not allows("logit_bias", bias):
+                return f"logit_bias={bias} of token {token_id} is not allowed: give {NUMBERS['logit_bias']}"
         if len(self.stop) > MAX_STOPS:
             return f"stop=<{len(self.stop)} strings> is not allowed: give at most {MAX_STOPS}"
         for text in self.stop:
             if not 0 < len(text) <= MAX_STOP_CHARACTERS:
                 return f"stop=<{len(text)} characters> is not allowed: give 1 to {MAX_STOP_CHARACTERS}"
-        for name in ("logprobs", "prompt_logprobs"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= MAX_LOGPROBS:
-                return f"{name}={value} is not allowed: give 0 to {MAX_LOGPROBS}, or None"
-        if not 1 <= self.n <= MAX_N:
-            return f"n={self.n} is not allowed: give 1 to {MAX_N}"
-        if self.scored_from < 1:
-            return f"scored_from={self.scored_from} is not allowed: give 1 or more, the first token has no logprob"
         return None
+
+
+def allows(name: str, value: float) -> bool:
+    """Whether one of NUMBERS may have the value; NaN is never allowed."""
+    match name:
+        case "temperature":
+            return 0 <= value < math.inf
+        case "top_p":
+            return 0 < value <= 1
+        case "min_p":
+            return 0 <= value <= 1
+        case "repetition_penalty":
+            return 0 < value < math.inf
+        case "logit_bias":
+            return abs(value) <= MAX_LOGIT_BIAS
+    return abs(value) <= MAX_PENALTY

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+from flexgen_lite.arguments import pairs, several_prompts
 from flexgen_lite.completion import Completion, Prompt
-from flexgen_lite.request import Request
+from flexgen_lite.request import Request, is_one_prompt, wire_prompt
 from flexgen_lite.sampling_params import SamplingParams
 
 SCORED = SamplingParams(max_tokens=0, temperature=0.0, prompt_logprobs=0)
@@ -29,32 +31,74 @@ class Score:
     token_logprobs: list[float]
 
 
-def requests(contexts: Iterable[Prompt], continuations: Iterable[Prompt]) -> Iterator[Request]:
+def requests(contexts: Any, continuations: Any) -> Iterator[Request]:
     """One request for each pair: two texts, or two lists of token ids.
 
     White space at the end of a context counts as the beginning of the continuation: tokens more often begin with a
     space than end with one.
 
+    Args:
+        contexts: one, or several of them.
+        continuations: as many.
+
     Raises:
-        ValueError: there are not as many of the one as of the other, a pair is mixed, or a continuation is empty.
+        TypeError: they are none.
+        ValueError: there are not as many of the one as of the other, a pair is mixed, or a continuation is empty; of
+            what comes out of a generator, when it comes.
     """
-    for index, (context, continuation) in enumerate(zip(contexts, continuations, strict=True)):
-        if len(continuation) == 0:
-            raise ValueError(f"continuation {index} is empty: give at least one token")
-        if isinstance(context, str) and isinstance(continuation, str):
-            yield Request(context + continuation, SCORED, context=len(context.rstrip()))
-        elif isinstance(context, str) or isinstance(continuation, str):
-            raise ValueError(f"pair {index} is a text and a list of token ids: give two of a kind")
-        elif len(context) == 0:
-            raise ValueError(f"context {index} is empty: give at least one token")
-        else:
-            yield Request([*context, *continuation], SCORED, scored_from=len(context))
+    is_one = is_one_prompt(contexts)
+    if is_one != is_one_prompt(continuations):
+        which = "contexts is one, continuations are" if is_one else "continuations is one, contexts are"
+        raise ValueError(f"{which} several or none: give one of each, or as many of the one as of the other")
+    befores, num_before = several_prompts("contexts", "context", contexts)
+    afters, num_after = several_prompts("continuations", "continuation", continuations)
+    if num_before is not None and num_after is not None:
+        if num_before != num_after:
+            raise ValueError(
+                f"{num_before} contexts for {num_after} continuations: give as many of the one as of the other"
+            )
+        for index, pair in enumerate(zip(befores, afters, strict=True)):
+            _request(index, *pair)
+    both = pairs("contexts", befores, "continuations", afters)
+    return (_request(index, *pair) for index, pair in enumerate(both))
 
 
-def texts_alone(texts: Iterable[Prompt]) -> Iterator[Request]:
-    """One request for each text, scored from its first token on; of a list of token ids, from the second."""
-    for text in texts:
-        yield Request(text, SCORED, context=0 if isinstance(text, str) else None)
+def _request(index: int, context: Prompt, continuation: Prompt) -> Request:
+    before, after = wire_prompt(f"context {index}", context), wire_prompt(f"continuation {index}", continuation)
+    if len(after) == 0:
+        raise ValueError(f"continuation {index} is empty: give at least one token")
+    if isinstance(before, str) and isinstance(after, str):
+        return Request(before + after, SCORED, context=len(before.rstrip()))
+    if isinstance(before, str) or isinstance(after, str):
+        raise ValueError(f"pair {index} is a text and a list of token ids: give two of a kind")
+    if len(before) == 0:
+        raise ValueError(f"context {index} is empty: give at least one token")
+    return Request(before + after, SCORED, scored_from=len(before))
+
+
+def texts_alone(texts: Any) -> Iterator[Request]:
+    """One request for each text, scored from its first token on; of a list of token ids, from the second.
+
+    Raises:
+        TypeError: they are none.
+        ValueError: one has nothing to be scored; of what comes out of a generator, when it comes.
+    """
+    several, length = several_prompts("texts", "text", texts)
+    if length is not None:
+        for index, text in enumerate(several):
+            _request_alone(index, text)
+    return (_request_alone(index, text) for index, text in enumerate(several))
+
+
+def _request_alone(index: int, text: Prompt) -> Request:
+    prompt = wire_prompt(f"text {index}", text)
+    if len(prompt) == 0:
+        raise ValueError(f"text {index} is empty: give at least one token")
+    if isinstance(prompt, str):
+        return Request(prompt, SCORED, context=0)
+    if len(prompt) == 1:
+        raise ValueError(f"text {index} is a single token id, and the first is not scored: give at least two")
+    return Request(prompt, SCORED)
 
 
 def score_of(completion: Completion) -> Score:

@@ -17,6 +17,7 @@ from flexgen_lite.client import Client
 from flexgen_lite.config import EngineConfig
 from flexgen_lite.engine_process import EngineProcess
 from flexgen_lite.errors import EngineError
+from flexgen_lite.shown import shown_path, shown_text
 from flexgen_lite.terminal import log, signals_interrupt
 
 if TYPE_CHECKING:
@@ -102,8 +103,9 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=512)
-    except OSError as error:
-        raise ValueError(f"cannot listen on {host}, port {port}: {error.strerror}: choose another one") from error
+    except (OSError, UnicodeError) as error:  # a name that is too long to be one cannot even be looked up
+        reason = shown_path(error.strerror) if isinstance(error, OSError) else "it is no name of a host"
+        raise ValueError(f"cannot listen on {shown_text(host)}, port {port}: {reason}: choose another one") from error
 
 
 def _serve(connect: Callable[[], Client], listening: socket.socket, options: HttpOptions) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 
+from flexgen_lite.shown import shown
+
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
     _UNITS[_letter + "B"] = 1000**_power
     _UNITS[_letter] = _UNITS[_letter + "IB"] = 1024**_power
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?|\.\d+) *([A-Za-z]*)", re.ASCII)
-_MAX_BYTES = 1 << 62
+MAX_BYTES = 1 << 62
+_SIZE = re.compile(r"(\d{1,40}(?:\.\d{1,40})?|\.\d{1,40}) *([A-Za-z]{0,3})", re.ASCII)
+_HOW = f'write it like "8GiB", "500MB" or 1073741824, from 0 to {MAX_BYTES} bytes'
 
 
 def parse_size(value: int | str) -> int:
@@ -27,12 +30,12 @@ def parse_size(value: int | str) -> int:
         match = _SIZE.fullmatch(value.strip())
         unit = _UNITS.get(match[2].upper()) if match else None
         if match is None or unit is None:
-            raise ValueError(f'{value!r} is not a size: write it like "8GiB", "500MB" or 1073741824')
+            raise ValueError(f"{shown(value)} is not a size: {_HOW}")
         num_bytes = int(match[1]) * unit if match[1].isdigit() else int(float(match[1]) * unit)
     else:
-        raise ValueError(f'{value!r} is not a size: write it like "8GiB", "500MB" or 1073741824')
-    if not 0 <= num_bytes <= _MAX_BYTES:
-        raise ValueError(f"{value!r} is not a size that a machine can have: write a number of bytes from 0 to 2**62")
+        raise ValueError(f"{shown(value)} is not a size: {_HOW}")
+    if not 0 <= num_bytes <= MAX_BYTES:
+        raise ValueError(f"{shown(value)} is not a size that a machine can have: {_HOW}")
     return num_bytes
 
 

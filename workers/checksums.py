@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from flexgen_lite.checkpoint import CheckpointError
+from flexgen_lite.model_files import CheckpointError
 from flexgen_lite.model_spec import FileStamp
 
 logger = logging.getLogger(__name__)

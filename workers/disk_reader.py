@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import os
 import threading
@@ -10,7 +11,8 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from flexgen_lite.checkpoint import CheckpointError, stamp
+from flexgen_lite.checkpoint import stamp
+from flexgen_lite.model_files import CheckpointError
 from flexgen_lite.model_spec import FileStamp
 from flexgen_lite.workers.checksums import Checksums
 
@@ -91,7 +93,7 @@ class DiskReader:
             if done < wanted and opened.direct:
                 done = done // BLOCK_BYTES * BLOCK_BYTES  # the next direct read starts on a whole block
                 if done == before:
-                    self._reopen_buffered(opened)
+                    self._read_buffered(opened)
         if not opened.direct:
             os.posix_fadvise(opened.descriptor, order.file_offset, order.num_bytes, os.POSIX_FADV_DONTNEED)
         if self._checksums is not None:
@@ -110,7 +112,7 @@ class DiskReader:
                 continue
             except OSError as error:
                 if error.errno == errno.EINVAL and direct:
-                    self._reopen_buffered(opened)
+                    self._read_buffered(opened)
                     continue
                 tries += 1
                 if error.errno == errno.EIO and tries < IO_TRIES:  # a disk may find its way after all
@@ -129,20 +131,20 @@ class DiskReader:
                     opened = self._open[file] = _open(self._paths[file], self._stamps[file])
         return opened
 
-    def _reopen_buffered(self, opened: _OpenFile) -> None:
-        """The file system opened the file with O_DIRECT but does not read so."""
+    def _read_buffered(self, opened: _OpenFile) -> None:
+        """The file system opened the file with O_DIRECT but does not read so. It is not opened anew: there may be
+        another file of its name by now."""
         with self._lock:
             if opened.direct:
-                buffered = os.open(opened.path, os.O_RDONLY | os.O_CLOEXEC)
-                os.dup2(buffered, opened.descriptor, inheritable=False)
-                os.close(buffered)
+                flags = fcntl.fcntl(opened.descriptor, fcntl.F_GETFL)
+                fcntl.fcntl(opened.descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
                 opened.direct = False
                 _say_buffered(opened.path)
 
 
 def _open(path: str, expected: FileStamp) -> _OpenFile:
     direct = hasattr(os, "O_DIRECT")
-    flags = os.O_RDONLY | os.O_CLOEXEC
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # there may be a pipe by now, which would be waited for
     try:
         try:
             descriptor = os.open(path, flags | os.O_DIRECT if direct else flags)

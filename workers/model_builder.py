@@ -19,20 +19,38 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from flexgen_lite.model_files import is_there, read_json
+from flexgen_lite.shown import shown
 from flexgen_lite.workers.serve import UserError, first_line
 
 ATTENTION_NAME = "flexgen_lite"
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+_MAX_TOKEN_ID = (1 << 31) - 1
+_SIZES = {  # in config.json, and the most that any model has, by far
+    "num_hidden_layers": 10_000,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 24,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+    "head_dim": 1 << 16,
+    "vocab_size": 1 << 26,
+    "max_position_embeddings": _MAX_TOKEN_ID,
+}
 
 
-def load_config(model: str) -> PreTrainedConfig:
-    """The config of a model directory or hub id. Raises UserError where there is none."""
-    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
-        raise UserError(f"{model} has no config.json: give the directory of a Hugging Face model")
+def load_config(directory: Path) -> PreTrainedConfig:
+    """The config of a model directory. Raises UserError where there is none that can be used."""
+    path = directory / "config.json"
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot read the config of {model}: {first_line(error)}") from error
+        config: PreTrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # of many kinds: a config class takes what it finds in the file
+        raise UserError(
+            f"{path} cannot be used ({type(error).__name__}: {first_line(error)}): put it right, or download it again"
+        ) from error
+    for name, most in _SIZES.items():
+        size = getattr(config, name, None)  # some classes have a list, one for each layer
+        if not isinstance(size, list | None) and not (type(size) is int and 1 <= size <= most):
+            raise UserError(f"{path}: {name}={shown(size)} is not allowed: a whole number from 1 to {most} is expected")
     return config
 
 
@@ -130,12 +148,28 @@ def max_length(config: PreTrainedConfig) -> tuple[int, str | None]:
     return limit, None
 
 
-def eos_token_ids(model: str, config: PreTrainedConfig) -> tuple[int, ...]:
-    """End-of-sequence ids from generation_config.json where there is one, else from the config."""
-    eos = config.eos_token_id
-    with contextlib.suppress(OSError, ValueError):
-        generation = transformers.GenerationConfig.from_pretrained(model).eos_token_id
-        eos = eos if generation is None else generation
-    if eos is None:
-        return ()
-    return tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
+def eos_token_ids(directory: Path, config: PreTrainedConfig) -> tuple[int, ...]:
+    """End-of-sequence ids from generation_config.json where there is one, else from the config.
+
+    Raises:
+        CheckpointError: generation_config.json has no JSON object.
+        UserError: they are no token ids.
+    """
+    path, eos = directory / "config.json", config.eos_token_id
+    if is_there(other := directory / "generation_config.json"):
+        given = read_json(other).get("eos_token_id")
+        path, eos = (path, eos) if given is None else (other, given)
+    ids = tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (eos,)
+    if not all(type(token) is int and abs(token) <= _MAX_TOKEN_ID for token in ids):
+        raise UserError(f"{path}: eos_token_id={shown(eos)} is not allowed: a token id, or a list of them, is expected")
+    return ids
+
+
+def bos_token_id(directory: Path, config: PreTrainedConfig) -> int | None:
+    """Raises UserError where it is none."""
+    bos = config.bos_token_id
+    if bos is not None and not (type(bos) is int and abs(bos) <= _MAX_TOKEN_ID):
+        raise UserError(
+            f"{directory / 'config.json'}: bos_token_id={shown(bos)} is not allowed: a token id is expected"
+        )
+    return bos

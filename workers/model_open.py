@@ -12,13 +12,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from flexgen_lite.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from flexgen_lite.checkpoint import check_config, open_checkpoint
 from flexgen_lite.messages import OpenModel
+from flexgen_lite.model_files import CheckpointError, check_files, is_there
 from flexgen_lite.model_spec import ModelSpec
 from flexgen_lite.workers import attention_call, model_builder, probe
 from flexgen_lite.workers.device import Device
 from flexgen_lite.workers.head import Head
-from flexgen_lite.workers.model_tokenizer import ModelTokenizer, open_tokenizer
+from flexgen_lite.workers.model_tokenizer import TOKENIZER_FILES, ModelTokenizer, open_tokenizer
 from flexgen_lite.workers.products import Products
 from flexgen_lite.workers.serve import UserError, first_line
 from flexgen_lite.workers.weight_map import Binding, map_weights
@@ -44,9 +45,22 @@ class OpenedModel:
 
 
 def open_model(order: OpenModel, device: Device, run_dir: str) -> OpenedModel:
-    """Raises UserError for whatever the user can act on."""
-    directory = _directory(order.model)
-    config = model_builder.load_config(str(directory))
+    """Raises UserError or CheckpointError, whatever is in the model's directory: all of it is the user's."""
+    try:
+        return _open(order, _directory(order.model), device, run_dir)
+    except (UserError, CheckpointError):
+        raise
+    except Exception as error:  # Transformers raises whatever its code runs into
+        raise UserError(
+            f"{order.model} cannot be opened as a model ({type(error).__name__}: {first_line(error)}): check its "
+            "config.json, or download it again"
+        ) from error
+
+
+def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> OpenedModel:
+    check_config(directory)
+    check_files(directory, (*TOKENIZER_FILES, "generation_config.json"))
+    config = model_builder.load_config(directory)
     dtype = _dtype(order.dtype, config, device)
     attention_call.register()
     model_builder.causal_lm_class(config)
@@ -55,13 +69,8 @@ def open_model(order: OpenModel, device: Device, run_dir: str) -> OpenedModel:
     model = model_builder.build(config, dtype)
     layers = model_builder.decoder_layers(model)
     attention = attention_call.describe(model, layers)
-    checkpoint: Checkpoint | None = None
-    try:
-        if order.load_format != "dummy":
-            checkpoint = open_checkpoint(directory)
-        units, warnings = map_weights(model, layers, checkpoint, dtype)
-    except CheckpointError as error:
-        raise UserError(str(error)) from error
+    checkpoint = None if order.load_format == "dummy" else open_checkpoint(directory)
+    units, warnings = map_weights(model, layers, checkpoint, dtype)
     limit, warning = model_builder.max_length(config)
     tokenizer = open_tokenizer(directory, run_dir)
     if order.max_model_len is not None and order.max_model_len > limit:
@@ -76,8 +85,8 @@ def open_model(order: OpenModel, device: Device, run_dir: str) -> OpenedModel:
         hidden_size=config.hidden_size,
         intermediate_size=_widest(layers, getattr(config, "num_experts_per_tok", None) or 1),
         max_length=order.max_model_len or limit,
-        eos_token_ids=model_builder.eos_token_ids(str(directory), config),
-        bos_token_id=config.bos_token_id,
+        eos_token_ids=model_builder.eos_token_ids(directory, config),
+        bos_token_id=model_builder.bos_token_id(directory, config),
         num_parameters=sum(p.numel() for p in model.parameters()),
         files=tuple(str(file) for file in checkpoint.files) if checkpoint else (),
         stamps=checkpoint.stamps if checkpoint else (),
@@ -97,7 +106,7 @@ def fingerprint(opened: OpenedModel) -> str:
     config = opened.model.config.to_diff_dict()
     config.pop("_name_or_path", None)
     digest = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode(), digest_size=8)
-    files = [(Path(file).name, Path(file).stat().st_size) for file in spec.files]
+    files = [(Path(file).name, stamp.size) for file, stamp in zip(spec.files, spec.stamps, strict=True)]
     digest.update(repr((spec.dtype, spec.max_length, spec.eos_token_ids, files)).encode())
     if opened.tokenizer.file is not None:
         digest.update(Path(opened.tokenizer.file).read_bytes())
@@ -119,6 +128,8 @@ def _directory(model: str) -> Path:
     path = Path(model)
     if path.is_dir():
         return path
+    if is_there(path):
+        raise UserError(f"{model} is not a directory: give the directory that holds the model's config.json")
     if path.is_absolute() or model.startswith(".") or model.count("/") > 1:
         raise UserError(f"model directory {model} does not exist")
     from huggingface_hub import snapshot_download
@@ -136,7 +147,7 @@ def _dtype(wanted: str, config: PreTrainedConfig, device: Device) -> torch.dtype
     if wanted != "auto":
         dtype: torch.dtype = getattr(torch, wanted)
         return dtype
-    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    stored = config.dtype if config.dtype in (torch.bfloat16, torch.float16) else torch.float32
     if device.torch_device.type == "cuda" or stored == torch.float32:
         return stored
     return torch.bfloat16 if _bfloat16_is_fast() else torch.float32

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from flexgen_lite.chat_environment import fault_of
 from flexgen_lite.messages import WireChatTemplate
+from flexgen_lite.model_files import CheckpointError, check_contents
 from flexgen_lite.workers.serve import first_line
 
 FILES = (
@@ -28,6 +29,13 @@ FILES = (
 _CONFIG = "tokenizer_config.json"
 _TEMPLATE_FILES = ("chat_template.jinja", "additional_chat_templates")  # where Transformers looks beside _CONFIG
 _UNNAMED = ""
+_SMALL = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+_LARGE = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")  # looked at only where something is wrong
+TOKENIZER_FILES = tuple(dict.fromkeys((*FILES, *_SMALL, *_LARGE)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,20 +49,26 @@ class ModelTokenizer:
 
 def open_tokenizer(directory: Path, run_dir: str) -> ModelTokenizer:
     """tokenizer.json alone is not enough, even where there is nothing else: Transformers knows special tokens of the
-    model's type, which a chat template may name."""
+    model's type, which a chat template may name.
+
+    Raises:
+        CheckpointError: a file of it is damaged.
+    """
     found = [name for name in FILES if (directory / name).is_file()]
     if found in ([], [_CONFIG]):
         return ModelTokenizer(None)
     path = Path(run_dir) / "tokenizer.json"
+    check_contents(directory, _SMALL)
     try:
         tokenizer, fault = _load(directory, run_dir)
         tokenizer.backend_tokenizer.save(str(path))
-    except Exception as error:  # many kinds; prompts as token ids still work
+    except Exception as error:  # many kinds; prompts as token ids still work, if it is not for a damaged file
+        check_contents(directory, _LARGE)
         if found == ["tokenizer.json"] and _is_whole(directory / "tokenizer.json"):
             return ModelTokenizer(str(directory / "tokenizer.json"))
-        return ModelTokenizer(
-            None, None, (f"the tokenizer cannot be used, give prompts as token ids: {first_line(error)}",)
-        )
+        _check_native(directory / "tokenizer.json")
+        what = f"the tokenizer in {directory} cannot be used ({type(error).__name__}: {first_line(error)})"
+        return ModelTokenizer(None, None, (f"{what}: give prompts as token ids",))
     template = _chat_template(tokenizer, fault)
     return ModelTokenizer(str(path), template, tuple(_template_warnings(template)))
 
@@ -139,3 +153,16 @@ def _template_warnings(template: WireChatTemplate) -> Iterator[str]:
 def _printable(text: object) -> str:
     """What can be sent and shown: file names and JSON may have characters that are not Unicode text."""
     return str(text).encode("utf-8", "backslashreplace").decode()
+
+
+def _check_native(path: Path) -> None:
+    """Raises CheckpointError for a tokenizer.json that is there and holds no tokenizer."""
+    if not path.is_file():
+        return
+    try:
+        Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(
+            f"{path} holds no tokenizer ({first_line(error)}): download it again, or move it away and give prompts as "
+            "token ids"
+        ) from error

@@ -27,6 +27,8 @@ import zmq
 from flexgen_lite import messages
 from flexgen_lite.bells import Note, heard
 from flexgen_lite.codec import Codec
+from flexgen_lite.model_files import CheckpointError
+from flexgen_lite.shown import shown_path
 
 PR_SET_PDEATHSIG = 1
 
@@ -36,8 +38,9 @@ class UserError(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What an error says, in one line that is not long; the next one as well where the first but introduces it."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return shown_path(" ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")]))
 
 
 class Worker:
@@ -182,7 +185,9 @@ def _die_of_thread(args: threading.ExceptHookArgs) -> None:
 
 
 def _failure(error: Exception) -> messages.Failed:
-    user_error = isinstance(error, UserError)
+    """A sentence where that says it all, which all is that can be wrong with the model's files; else a traceback for
+    the log as well."""
+    user_error = isinstance(error, UserError | CheckpointError)
     details = "".join(traceback.format_exception(error))
     if not user_error:
         sys.stderr.write(details)

@@ -10,14 +10,17 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from flexgen_lite.checkpoint import Checkpoint, CheckpointError, StoredTensor
+from flexgen_lite.checkpoint import Checkpoint, StoredTensor
+from flexgen_lite.model_files import CheckpointError, open_file, read
 from flexgen_lite.model_spec import ITEM_BYTES, UnitSpec
+from flexgen_lite.shown import shown_names
 from flexgen_lite.unit_layout import TensorSource, layout_unit
 from flexgen_lite.workers.weight_sources import FoundWeights, TargetDtypes, dtype_name, find_weights
 from flexgen_lite.workers.weight_trace import to_piece
@@ -121,10 +124,12 @@ def _equal(found: FoundWeights, checkpoint: Checkpoint, name: str, other: str) -
 
 
 def _contents(checkpoint: Checkpoint, stored: StoredTensor) -> Iterator[bytes]:
-    with open(checkpoint.files[stored.file], "rb", buffering=0) as stream:
+    path = Path(checkpoint.files[stored.file])
+    with open_file(path) as stream:
         for start in range(0, stored.num_bytes, _COMPARE_BYTES):
             length = min(_COMPARE_BYTES, stored.num_bytes - start)
-            yield os.pread(stream.fileno(), length, stored.offset + start)
+            stream.seek(stored.offset + start)
+            yield read(stream, path, length)
             os.posix_fadvise(stream.fileno(), stored.offset + start, length, os.POSIX_FADV_DONTNEED)
 
 
@@ -147,8 +152,8 @@ def _missing_message(missing: Sequence[str], checkpoint: Checkpoint) -> str:
 def _warnings(found: FoundWeights | None) -> tuple[str, ...]:
     if found is None or not found.unexpected:
         return ()
-    names = ", ".join(found.unexpected[:3]) + (", ..." if len(found.unexpected) > 3 else "")
-    return (f"{len(found.unexpected)} tensors of the checkpoint have no place in the model and are ignored: {names}",)
+    names, count = shown_names(found.unexpected), len(found.unexpected)
+    return (f"{count} tensors of the checkpoint have no place in the model and are ignored: {names}",)
 
 
 @dataclass(frozen=True, slots=True)

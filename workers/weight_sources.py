@@ -19,7 +19,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from flexgen_lite.checkpoint import Checkpoint, CheckpointError
+from flexgen_lite.checkpoint import Checkpoint
+from flexgen_lite.model_files import CheckpointError
 from flexgen_lite.model_spec import ITEM_BYTES
 from flexgen_lite.workers.weight_trace import TracedTensor, UntraceableError, trace
 

@@ -30,6 +30,7 @@ from flexgen_lite.http.generate import Generation
 from flexgen_lite.http.json_body import read_json
 from flexgen_lite.http.json_response import JsonResponse
 from flexgen_lite.http.metrics import text_of
+from flexgen_lite.shown import shown
 
 STATUS_SECONDS = 10.0
 MOST_LISTED = 100
@@ -117,7 +118,7 @@ class Api:
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name not in self._names:
-            raise ApiError(404, f"there is no model {name[:200]!r}: {self._model!r} is served", "model")
+            raise ApiError(404, f"there is no model {shown(name)}: {shown(self._model)} is served", "model")
 
     # ------------------------------------------------------------------------------------------------ files
 
@@ -172,15 +173,15 @@ def _page(caller: HttpRequest, items: list[dict[str, Any]]) -> Response:
     """A part of a list, as the API pages it: `limit` of them behind the one whose id is `after`."""
     after, limit = caller.query_params.get("after"), caller.query_params.get("limit", "20")
     if not re.fullmatch(r"[0-9]{1,4}", limit) or not 1 <= int(limit) <= MOST_LISTED:
-        raise ApiError(400, f"limit is {limit[:40]!r}: give 1 to {MOST_LISTED}", "limit")
+        raise ApiError(400, f"limit is {shown(limit)}: give 1 to {MOST_LISTED}", "limit")
     if after is not None:
         ids = [item["id"] for item in items]
         if after not in ids:
-            raise ApiError(400, f"after is {after[:80]!r}, which is not in the list", "after")
+            raise ApiError(400, f"after is {shown(after)}, which is not in the list", "after")
         items = items[ids.index(after) + 1 :]
-    shown = items[: int(limit)]
-    ends = {"first_id": shown[0]["id"], "last_id": shown[-1]["id"]} if shown else {"first_id": None, "last_id": None}
-    return JsonResponse({"object": "list", "data": shown, "has_more": len(items) > len(shown), **ends})
+    page = items[: int(limit)]
+    ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {"first_id": None, "last_id": None}
+    return JsonResponse({"object": "list", "data": page, "has_more": len(items) > len(page), **ends})
 
 
 class _OriginCheck:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from flexgen_lite.batch_lines import BatchFileError
 from flexgen_lite.batch_run import BatchRun, Progress
 from flexgen_lite.client import Client
 from flexgen_lite.errors import EngineError
@@ -19,6 +20,7 @@ from flexgen_lite.http.errors import ApiError
 from flexgen_lite.http.file_store import FileStore, new_id, write_json
 from flexgen_lite.request_body import URLS
 from flexgen_lite.result_file import ResultWriter
+from flexgen_lite.shown import shown, shown_json, shown_names, shown_text
 
 AT_ONCE = 2  # batches that run beside each other; the others wait
 PRIORITY = 1  # behind requests that somebody waits for
@@ -88,10 +90,10 @@ class BatchStore:
         """
         unknown = sorted(body.keys() - {"input_file_id", "endpoint", "completion_window", "metadata"})
         if unknown:
-            raise ApiError(400, f"{', '.join(unknown)}: not supported", unknown[0])
+            raise ApiError(400, f"{shown_names(unknown)}: not supported", shown_text(unknown[0]))
         endpoint, metadata = body.get("endpoint"), body.get("metadata")
         if endpoint not in URLS:
-            raise ApiError(400, f"endpoint is {endpoint!r}: supported are {', '.join(URLS)}", "endpoint")
+            raise ApiError(400, f"endpoint is {shown_json(endpoint)}: supported are {', '.join(URLS)}", "endpoint")
         if not isinstance(body.get("completion_window", ""), str):
             raise ApiError(400, "completion_window is not a string", "completion_window")
         if metadata is not None and not (isinstance(metadata, dict) and all(map(_is_text, metadata.values()))):
@@ -114,7 +116,7 @@ class BatchStore:
         """
         with self._lock:
             if batch_id not in self._batches:
-                raise ApiError(404, f"there is no batch {batch_id[:80]!r}", "batch_id")
+                raise ApiError(404, f"there is no batch {shown(batch_id)}", "batch_id")
             return self._batches[batch_id]
 
     def list(self) -> list[Batch]:
@@ -282,6 +284,8 @@ def _is_good(row: bytes) -> bool:
 
 def _errors(error: Exception) -> dict[str, Any]:
     text = (error.strerror or "the disk failed") if isinstance(error, OSError) else str(error)
+    if isinstance(error, BatchFileError):  # its path is the server's own affair
+        text = f"the input file {error.problem}"
     return {"object": "list", "data": [{"message": text or type(error).__name__, "code": "failed"}]}
 
 

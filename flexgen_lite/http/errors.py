@@ -7,6 +7,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from flexgen_lite.http.json_response import JsonResponse
+from flexgen_lite.shown import shown_text
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 503: "service_unavailable"}
 
@@ -37,7 +38,8 @@ async def on_api_error(request: HttpRequest, error: Exception) -> Response:
 async def on_http_error(request: HttpRequest, error: Exception) -> Response:
     """Unknown paths and methods."""
     assert isinstance(error, HTTPException)
-    what = {404: f"there is no {request.url.path}", 405: f"{request.method} is not for {request.url.path}"}
+    path = shown_text(request.url.path)
+    what = {404: f"there is no {path}", 405: f"{shown_text(request.method)} is not for {path}"}
     wrapped = ApiError(error.status_code, what.get(error.status_code, error.detail))
     return JsonResponse(wrapped.body(), error.status_code, error.headers)
 

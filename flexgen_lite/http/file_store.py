@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from flexgen_lite.http.errors import ApiError
+from flexgen_lite.shown import shown
 
 _ID = re.compile(r"file-[0-9a-f]{24}")
 
@@ -73,7 +74,7 @@ class FileStore:
         try:
             return StoredFile(**json.loads(self._about(file_id).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
-            raise ApiError(404, f"there is no file {file_id[:80]!r}", "file_id") from None
+            raise ApiError(404, f"there is no file {shown(file_id)}", "file_id") from None
 
     def path(self, file_id: str) -> Path:
         """Where its content is. Raises as `get` does."""
@@ -104,7 +105,7 @@ class FileStore:
 
     def _about(self, file_id: str) -> Path:
         if not _ID.fullmatch(file_id):
-            raise ApiError(404, f"there is no file {file_id[:80]!r}", "file_id")
+            raise ApiError(404, f"there is no file {shown(file_id)}", "file_id")
         return self._folder / f"{file_id}.json"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import AsyncIterator, Callable
@@ -18,9 +17,11 @@ from flexgen_lite.http.errors import ApiError
 from flexgen_lite.http.job_events import job_events
 from flexgen_lite.http.json_body import read_json
 from flexgen_lite.http.json_response import JsonResponse
+from flexgen_lite.json_text import json_line
 from flexgen_lite.request import Request
 from flexgen_lite.request_body import CHAT, COMPLETIONS, Body, RequestError, parse_body
 from flexgen_lite.response_body import ID_PREFIXES, chat_logprobs, response_body, text_logprobs
+from flexgen_lite.shown import shown_json
 
 OWN_TEMPLATE = (
     "chat_template is a program, which is not taken over HTTP: leave it out, or name one of the model's own templates"
@@ -168,7 +169,7 @@ def _stream_options(body: dict[str, Any]) -> tuple[bool, bool]:
     """(as a stream, with the usage at its end); takes them out of the body."""
     stream, options = body.pop("stream", None) or False, body.pop("stream_options", None) or {}
     if type(stream) is not bool:
-        raise ApiError(400, f"stream is {stream!r}: give true or false", "stream")
+        raise ApiError(400, f"stream is {shown_json(stream)}: give true or false", "stream")
     if not isinstance(options, dict) or not options.keys() <= {"include_usage"}:
         raise ApiError(400, "stream_options: only include_usage is supported", "stream_options")
     if stream and body.get("echo") and body.get("logprobs") is not None:
@@ -190,7 +191,7 @@ def _bodies(url: str, body: dict[str, Any]) -> list[Body]:
 
 
 def _line(chunk: dict[str, Any]) -> str:
-    return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+    return f"data: {json_line(chunk)}\n\n"
 
 
 def _new_id(kind: str) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 
 from flexgen_lite.http.errors import ApiError
+from flexgen_lite.json_text import JsonError, parse_json
+from flexgen_lite.shown import shown_text
 
 MAX_BYTES = 64 << 20
 
@@ -20,7 +21,7 @@ async def read_json(request: HttpRequest) -> dict[str, Any]:
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # what a foreign web page may send without asking is of another type
-        raise ApiError(415, f"content-type is {kind or 'missing'}: send application/json")
+        raise ApiError(415, f"content-type is {shown_text(kind) or 'missing'}: send application/json")
     data = bytearray()
     try:
         async for chunk in request.stream():
@@ -30,9 +31,9 @@ async def read_json(request: HttpRequest) -> dict[str, Any]:
     except ClientDisconnect:
         raise ApiError(499, "the caller is gone") from None
     try:
-        body = json.loads(bytes(data))
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is not JSON: {error}") from None
+        body = parse_json(bytes(data))
+    except JsonError as error:
+        raise ApiError(400, f"the body is {error}") from None
     if not isinstance(body, dict):
         raise ApiError(400, "the body is not a JSON object")
     return body

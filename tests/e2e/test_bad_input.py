@@ -107,7 +107,39 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no weights": (lambda m: (m / "model.safetensors").unlink(), "safetensors"),
     "half the weights": (lambda m: _truncate(m / "model.safetensors"), "model.safetensors"),
     "no weights inside": (lambda m: void((m / "model.safetensors").write_bytes(b"")), "model.safetensors"),
+    "weights that are a pipe": (lambda m: _pipe(m / "model.safetensors"), "model.safetensors is a named pipe, not a"),
+    "no tokenizer inside": (
+        lambda m: void((m / "tokenizer.json").write_text("{}")),
+        "tokenizer.json holds no tokenizer",
+    ),
+    "no tokenizer, and no more": (lambda m: _bare_tokenizer(m, "{}"), "tokenizer.json cannot be used (Model missing"),
+    "a broken tokenizer, and no more": (lambda m: _bare_tokenizer(m, "{"), "tokenizer.json cannot be used ("),
+    "other ends": (
+        lambda m: void((m / "generation_config.json").write_text('{"eos_token_id": "x"}')),
+        "eos_token_id='x'",
+    ),
+    "heads that do not divide": (
+        lambda m: _config(m, num_attention_heads=7),
+        "cannot be opened as a model (ValueError",
+    ),
+    "ids of another kind": (lambda m: _config(m, bos_token_id=[1]), "config.json cannot be used"),
 }
+
+
+def _pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _bare_tokenizer(model: Path, text: str) -> None:
+    """Which the coordinator reads as it is."""
+    (model / "tokenizer_config.json").unlink()
+    (model / "tokenizer.json").write_text(text)
+
+
+def _config(model: Path, **values: Any) -> None:
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def void(_: object) -> None: ...
@@ -123,6 +155,7 @@ def _refused(words: str, *arguments: str | Path) -> None:
     done = flexgen(*arguments)
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 2 and last.startswith("error: ") and words in last, done.stderr
+    assert len(last) < 1000
     assert sum(part.startswith("error: ") for part in done.stderr.splitlines()) == 1
 
 

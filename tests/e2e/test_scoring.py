@@ -81,6 +81,13 @@ def test_whole_texts_from_a_second_client(engine: FlexGenLite, logprobs_of) -> N
     assert ids.token_ids == [6, 7]
 
 
+def test_a_single_pair_is_a_single_score(engine: FlexGenLite) -> None:
+    score = engine.score(TEXTS[0][:20], TEXTS[0][20:])
+    assert score == engine.score([TEXTS[0][:20]], [TEXTS[0][20:]])[0]
+    assert engine.loglikelihood(TEXTS[1]) == engine.loglikelihood([TEXTS[1]])[0]
+    assert engine.score("", " x").token_ids
+
+
 def test_the_longest_that_can_be_scored_is_one_more_than_the_model_takes(engine: FlexGenLite) -> None:
     (score,) = engine.score([[5] * 10], [[6] * 247])
     assert len(score.token_logprobs) == 247
@@ -95,7 +102,7 @@ def test_pairs_that_cannot_be_scored(engine: FlexGenLite) -> None:
         engine.score(["a", "b"], ["c", [4]])
     with pytest.raises(ValueError, match="context 0 is empty"):
         engine.score([[]], [[4]])
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="2 contexts for 1 continuations"):
         engine.score(["a", "b"], ["c"])
     client = Client(engine.endpoint)
     client.close()

@@ -155,9 +155,44 @@ def test_an_answer_that_is_not_whole_is_no_row(tmp_path: Path) -> None:
 
 def test_an_empty_file(tmp_path: Path) -> None:
     (tmp_path / "in").write_text("\n")
-    code, output, _ = run("run-batch", "-i", tmp_path / "in", "-o", tmp_path / "out", "--model", "m")
+    code, output, errors = run("run-batch", "-i", tmp_path / "in", "-o", tmp_path / "out", "--model", "m")
     assert (code, output.split(",")[0]) == (0, "done: 0 requests (0 failed)")
+    assert f"warning: {tmp_path / 'in'} has no requests: give one JSON object a line" in errors
     assert rows(tmp_path / "out") == {}
+
+
+def test_a_file_in_another_encoding_is_told_of_before_the_engine_is_started(tmp_path: Path) -> None:
+    requests = write_requests(tmp_path / "in", ["é"])
+    requests.write_bytes(requests.read_text().encode("utf-16"))
+    code, output, errors = run("run-batch", "-i", requests, "-o", tmp_path / "out", "--model", "m", mode="dies at once")
+    assert (code, output, errors) == (2, "", f"error: {requests} is in UTF-16: save it as UTF-8\n")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_pipe_in_each_encoding(encoding: str, tmp_path: Path) -> None:
+    data = write_requests(tmp_path / "in", ["one", "two"]).read_text().encode(encoding)
+    os.mkfifo(tmp_path / "pipe")
+    with FakeEngine(tmp_path / "e") as engine:
+        program = start(
+            "run-batch", "-i", tmp_path / "pipe", "-o", tmp_path / "out", "--endpoint", engine.endpoint, "--quiet"
+        )
+        (tmp_path / "pipe").write_bytes(data)
+        _, errors = program.communicate(timeout=40)
+    if encoding == "utf-16":
+        assert (program.returncode, errors) == (2, f"error: {tmp_path / 'pipe'} is in UTF-16: save it as UTF-8\n")
+    else:
+        assert program.returncode == 0 and rows(tmp_path / "out").keys() == {"id-0", "id-1"}
+
+
+def test_rows_are_the_same_lines_to_every_reader(tmp_path: Path) -> None:
+    ends = "\v\f\x1c\x1d\x1e\x85\u2028\u2029"
+    requests = write_requests(tmp_path / "in", [f"a{end}b" for end in ends])
+    with FakeEngine(tmp_path / "e") as engine:
+        assert run("run-batch", "-i", requests, "-o", tmp_path / "out", "--endpoint", engine.endpoint)[0] == 0
+    found = (tmp_path / "out").read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["response"]["body"]["choices"][0]["text"] for line in found]
+    assert sorted(texts) == sorted(f"A{end}B" for end in ends)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

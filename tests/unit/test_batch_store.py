@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import io
 import json
 import sys
@@ -14,9 +15,11 @@ from typing import Any
 
 import pytest
 
+from flexgen_lite.client import Client
 from flexgen_lite.errors import EngineError
 from flexgen_lite.http.batch_store import BatchStore
 from flexgen_lite.http.file_store import FileStore
+from tests.fake_engine import FakeEngine
 
 
 class Engine:
@@ -46,6 +49,27 @@ def files(tmp_path: Path) -> FileStore:
 def create(store: BatchStore, files: FileStore) -> str:
     source = files.add(io.BytesIO(b""), "in.jsonl", "batch")
     return store.create({"input_file_id": source.id, "endpoint": "/v1/completions"}).id
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{}\n".encode("utf-16"), "the input file is in UTF-16: save it as UTF-8"),
+        (gzip.compress(b"{}\n"), "the input file is compressed with gzip: unpack it first"),
+        (b"[{}]", "the input file is a JSON array: write each of its objects on a line of its own (jq -c '.[]')"),
+    ],
+)
+def test_an_input_that_is_no_batch_file_fails_as_a_whole(
+    content: bytes, words: str, tmp_path: Path, files: FileStore
+) -> None:
+    with FakeEngine(tmp_path / "e") as engine:
+        store = BatchStore(tmp_path / "batches", files, lambda: Client(engine.endpoint))
+        source = files.add(io.BytesIO(content), "in.jsonl", "batch")
+        batch_id = store.create({"input_file_id": source.id, "endpoint": "/v1/completions"}).id
+        wait_until(lambda: store.get(batch_id).status not in ("validating", "in_progress"))
+        batch = store.get(batch_id)
+    assert (batch.status, batch.output_file_id, batch.error_file_id) == ("failed", None, None)
+    assert batch.errors is not None and [error["message"] for error in batch.errors["data"]] == [words]
 
 
 def test_no_change_is_lost_among_others(tmp_path: Path, files: FileStore, engine: Engine) -> None:

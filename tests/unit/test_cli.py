@@ -196,3 +196,41 @@ def test_shells_are_told_how_to_complete(shell: str) -> None:
     assert "flexgen-lite" in script and "_FLEXGEN_LITE_COMPLETE" in script
     asked = {"_FLEXGEN_LITE_COMPLETE": "complete_bash", "COMP_WORDS": "flexgen-lite ru", "COMP_CWORD": "1"}
     assert complete(**asked).split() == ["run-batch"]
+
+
+HUGE = "x" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["HUGE"], "No such command"),
+        (["--HUGE"], "No such option"),
+        (["launch", "--HUGE"], "No such option"),
+        (["serve", "--port", "HUGE"], "--port"),
+        (["demo", "--records", "9" * 100_000], "--records"),
+        (["launch", "--model", "HUGE"], "give a model directory"),
+        (["launch", "--set", "HUGE"], "is not a setting"),
+        (["launch", "--set", "ram=HUGE"], "above 0 and up to"),
+        (["launch", "--config", "HUGE"], "File name too long"),
+        (["run-batch", "-i", "HUGE", "-o", "out", "--model", "m"], "File name too long"),
+        (["run-batch", "-i", "INPUT", "-o", "HUGE", "--model", "m"], "File name too long"),
+        (["run-batch", "-i", "INPUT", "-o", "out", "--endpoint", "HUGE"], "is not supported: give ipc://"),
+        (["run-batch", "-i", "INPUT", "-o", "out", "--model", "m", "--trace", "HUGE"], "File name too long"),
+        (["status", "--endpoint", "ipc://HUGE"], "there is no such socket"),
+        (["status", "--endpoint", "ipc://x", "--key-file", "HUGE"], "File name too long"),
+        (["serve", "--model", "m", "--host", "HUGE"], "cannot listen on"),
+        (["serve", "--model", "m", "--api-key-file", "HUGE"], "File name too long"),
+        (["serve", "--model", "m", "--data-dir", "HUGE"], "File name too long"),
+        (["report", "HUGE"], "File name too long"),
+        (["keygen", "HUGE"], "File name too long"),
+    ],
+    ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else None,
+)  # fmt: skip
+def test_an_argument_of_a_hundred_thousand_characters_is_not_repeated(
+    arguments: list[str], words: str, requests: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, output = run(*(text.replace("HUGE", HUGE).replace("INPUT", str(requests)) for text in arguments))
+    assert code == 2 and words in output
+    assert len(output) < 1000, output[:1000]

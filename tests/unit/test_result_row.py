@@ -183,3 +183,25 @@ def test_a_body_with_logprobs_of_the_prompt() -> None:
     )
     (choice,) = response_body(item, completion, "m")["choices"]
     assert choice["prompt_logprobs"] == [None, {"4": {"logprob": -0.5, "rank": 1, "decoded_token": " b"}}]
+
+
+ENDS = "\v\f\x1c\x1d\x1e\x7f\x85\u2028\u2029\ud800"
+
+
+def test_nothing_in_a_row_ends_it_early() -> None:
+    output = CompletionOutput(f"text{ENDS}", [5], "stop", [{5: Logprob(-1.0, 1, f"token{ENDS}")}])
+    item = request(f"id{ENDS}", logprobs=0)
+    body = response_body(item, Completion(0, f"prompt{ENDS}", [output], 2, token_texts={5: f"token{ENDS}"}), f"m{ENDS}")
+    good = encode_row("0" * 24, item.custom_id, request_id(item, ENGINE), body, None)
+    bad = encode_row("1" * 24, f"id{ENDS}", "line_" + "0" * 16, None, f"wrong{ENDS}")
+    assert (good + bad).decode().splitlines() == [good.decode()[:-1], bad.decode()[:-1]]
+    assert json.loads(good)["response"]["body"]["choices"][0]["text"] == f"text{ENDS}"
+    assert json.loads(bad)["error"]["message"] == f"wrong{ENDS}"
+    assert there(good, bad).num_rows == 2
+
+
+def test_rows_of_earlier_versions_are_found_again() -> None:
+    """These had the same characters bare."""
+    new = encode_row("0" * 24, "a\u2028b", "req_" + "0" * 16, None, "wrong")
+    old = new.replace(b"\\u2028", "\u2028".encode())
+    assert old != new and there(old).has(request("a\u2028b"), "req_" + "0" * 16)
