@@ -65,7 +65,7 @@ NO_BATCH_FILES = {
     "UTF-32-LE": (TEXT.encode("utf-32-le"), "is in UTF-32"),
     "UTF-32-BE": (TEXT.encode("utf-32-be"), "is in UTF-32"),
     "UTF-32-BE with a mark": (b"\0\0\xfe\xff" + TEXT.encode("utf-32-be"), "is in UTF-32"),
-    "gzip": (gzip.compress(UTF8), "is compressed with gzip: unpack it first"),
+    "gzip": (gzip.compress(UTF8, mtime=0), "is compressed with gzip: unpack it first"),
     "bzip2": (bz2.compress(UTF8), "is compressed with bzip2"),
     "xz": (lzma.compress(UTF8), "is compressed with xz"),
     "zstd": (b"\x28\xb5\x2f\xfd\x04\x00", "is compressed with zstd"),

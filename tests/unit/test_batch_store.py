@@ -55,7 +55,7 @@ def create(store: BatchStore, files: FileStore) -> str:
     ("content", "words"),
     [
         ("{}\n".encode("utf-16"), "the input file is in UTF-16: save it as UTF-8"),
-        (gzip.compress(b"{}\n"), "the input file is compressed with gzip: unpack it first"),
+        (gzip.compress(b"{}\n", mtime=0), "the input file is compressed with gzip: unpack it first"),
         (b"[{}]", "the input file is a JSON array: write each of its objects on a line of its own (jq -c '.[]')"),
     ],
 )
