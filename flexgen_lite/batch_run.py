@@ -14,13 +14,16 @@ from flexgen_lite.chat_template import Chat, ChatError
 from flexgen_lite.client import Client
 from flexgen_lite.client_messages import Status
 from flexgen_lite.completion import Completion
-from flexgen_lite.errors import NoStatus
+from flexgen_lite.errors import EngineError, NoStatus
 from flexgen_lite.job import Job
 from flexgen_lite.request import Request
 from flexgen_lite.request_body import CHAT, COMPLETIONS, RequestError
 from flexgen_lite.result_file import ResultWriter
 from flexgen_lite.result_row import request_id
 from flexgen_lite.sizes import format_size
+
+LEAST_STATUS_SECONDS = 2.0  # that the engine is given to tell how far it is, between two looks at whether all is done
+LAST_STATUS_SECONDS = 10.0  # the same once all is done
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,7 @@ class Progress:
     busy_seconds: float
     lanes: dict[str, float]  # busy share since the start
     restarts: int  # of workers
+    engine_restarts: int
     overhead: float | None  # share of the passes in which no lane was busy, or only copied to another
     peak_bytes: int
     budget_bytes: int
@@ -80,6 +84,8 @@ class Progress:
             text += f"; between processes {self.overhead:.1%}"
         if self.restarts:
             text += f"; workers started again: {self.restarts}"
+        if self.engine_restarts:
+            text += f"; engine started again: {self.engine_restarts}"
         if self.budget_bytes:
             text += f"; peak memory {format_size(self.peak_bytes)} of {format_size(self.budget_bytes)}"
         return text
@@ -156,7 +162,7 @@ class BatchRun:
         self._warned = False
         self._failure: Exception | None = None
         self._finished = threading.Event()
-        self._first = self._last = client.status()
+        self._first = self._last = _first_status(client)
         self.num_earlier = 0
         self.num_new: int | None = None
         if results.there.num_rows and self._total is not None:
@@ -178,12 +184,12 @@ class BatchRun:
         try:
             while not self._finished.wait(interval):
                 with contextlib.suppress(NoStatus):
-                    self._last = self._client.status()
+                    self._last = self._client.status(max(interval, LEAST_STATUS_SECONDS))
                     show(self._progress(job, self._last))
             if self._failure is not None:
                 raise self._failure
-            with contextlib.suppress(NoStatus):
-                self._last = self._client.status()
+            with contextlib.suppress(EngineError):  # all is there
+                self._last = self._client.status(LAST_STATUS_SECONDS)
             last = self._progress(job, self._last)
             show(last)
             return last
@@ -275,6 +281,7 @@ class BatchRun:
             busy_seconds=busy,
             lanes=lanes,
             restarts=int(since_start("restarts")),
+            engine_restarts=int(since_start("engine_restarts")),
             overhead=since_start("overhead_seconds") / busy
             if busy > 0 and "overhead_seconds" in status.totals
             else None,
@@ -282,3 +289,10 @@ class BatchRun:
             budget_bytes=status.memory.get("budget", 0),
             status=status,
         )
+
+
+def _first_status(client: Client) -> Status:
+    """Waits for an engine that is busy, or is started again."""
+    while True:
+        with contextlib.suppress(NoStatus):
+            return client.status()

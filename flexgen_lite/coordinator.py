@@ -222,7 +222,7 @@ class Coordinator:
 
     def _make_setup(self, message: messages.ModelOpened) -> None:
         setup = self._setup = set_up(message, self._config, self._machine, self._expected)
-        emit("plan", text=describe(setup.plan, setup.spec))
+        emit("plan", text=describe(setup.plan, setup.spec), decided=setup.decided)
         self._gauges.trace_about(self._config, setup)
         for warning in (*setup.spec.warnings, *setup.plan.warnings):
             log(f"warning: {warning}")

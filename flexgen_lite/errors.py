@@ -21,6 +21,13 @@ class NoStatus(EngineError):
     """The engine has not told its status in time. It may be busy: whether it is there at all is found out otherwise."""
 
 
+def fresh(error: Exception) -> Exception:
+    """EngineErrors reach many readers: each gets its own, for an exception carries the traceback of one."""
+    if isinstance(error, EngineError):
+        return EngineError(str(error), user_error=error.user_error, details=error.details)
+    return error
+
+
 def describe(error: Exception) -> tuple[str, int]:
     """What a command says of an error, and its exit code: 2 for the user's errors, 1 for the engine's."""
     if isinstance(error, EngineError):
