@@ -58,17 +58,22 @@ def serve_http(config: EngineConfig, options: HttpOptions) -> None:
     with (
         _until_interrupted(),
         _listen(options.host, options.port) as listening,
+        _folder(options.data_dir) as folder,
         EngineSupervisor(config, on_log=log, on_plan=log) as engine,
     ):
-        _serve(engine.connect, listening, options)
+        _serve(engine.connect, listening, folder, options)
 
 
 def serve_http_at(endpoint: str, key_file: Path | None, options: HttpOptions) -> None:
     """The same in front of a running engine."""
     _need_extra()
     _check_data_dir(options.data_dir)
-    with _until_interrupted(), _listen(options.host, options.port) as listening:
-        _serve(lambda: Client(endpoint, key_file=key_file), listening, options)
+    with (
+        _until_interrupted(),
+        _listen(options.host, options.port) as listening,
+        _folder(options.data_dir) as folder,
+    ):
+        _serve(lambda: Client(endpoint, key_file=key_file), listening, folder, options)
 
 
 def read_api_key(key: str | None, file: Path | None) -> str | None:
@@ -109,21 +114,26 @@ def _listen(host: str, port: int) -> socket.socket:
         raise ValueError(f"cannot listen on {host}, port {port}: {error.strerror}: choose another one") from error
 
 
-def _serve(connect: Callable[[], Client], listening: socket.socket, options: HttpOptions) -> None:
+@contextlib.contextmanager
+def _folder(data_dir: Path | None) -> Iterator[Path]:
+    """Of files and batches; at once, as above."""
+    if data_dir is None:
+        with tempfile.TemporaryDirectory(prefix="flexgen-lite-") as folder:
+            yield Path(folder)
+    else:
+        with _locked(data_dir):
+            yield data_dir
+
+
+def _serve(connect: Callable[[], Client], listening: socket.socket, folder: Path, options: HttpOptions) -> None:
     import uvicorn
 
     from flexgen_lite.http.app import Api
 
     if options.api_key is None and not _is_loopback(options.host):
         log(f"warning: whoever reaches {options.host} may use the engine: give an API key")
-    with contextlib.ExitStack() as stack:
-        if options.data_dir is None:
-            data_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flexgen-lite-")))
-        else:
-            data_dir = options.data_dir
-            stack.enter_context(_locked(data_dir))
-        api = Api(connect, data_dir, options.model_name, options.api_key)
-        stack.callback(api.batches.close)
+    api = Api(connect, folder, options.model_name, options.api_key)
+    with contextlib.closing(api.batches):
         server = uvicorn.Server(_settings(api.app))
         host, port = listening.getsockname()[:2]
         print(f"serving: http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
