@@ -190,6 +190,7 @@ class _News:
                     str(event.get("message")),
                     user_error=event.get("user_error") is True,
                     details=str(event.get("details") or ""),
+                    comes_again=event.get("comes_again") is True,
                 )
                 self._changed.notify_all()
 

@@ -28,7 +28,7 @@ class EngineSupervisor:
     that one what was not answered.
 
     It is given up when it has been lost MOST_LOSSES times in a row with no request finished in between, when it ends
-    with an error that its user can act on, and when the model is another one meanwhile.
+    with an error that would come again, and when the model is another one meanwhile.
 
     Args:
         config: of the engine. What "auto" came to in the first one holds for all.
@@ -191,8 +191,8 @@ class EngineSupervisor:
         """
         own = self._engine.end(loss.patience)
         error: EngineError = loss if own is None else own
-        if error.user_error:
-            raise EngineError(str(error), details=error.details)  # it ends an engine that has worked
+        if error.comes_again:
+            raise EngineError(str(error), details=error.details)
         while True:
             self._losses += 1
             if self._losses >= MOST_LOSSES:
@@ -204,7 +204,7 @@ class EngineSupervisor:
             try:
                 return self._start()
             except EngineError as failure:
-                if failure.user_error or self._closing.is_set():
+                if failure.comes_again or self._closing.is_set():
                     raise
                 error = failure
 

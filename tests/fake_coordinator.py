@@ -77,9 +77,8 @@ def hang() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def fail(user_error: bool) -> None:
-    message = "the model changed" if user_error else "the loader died"
-    emit(event="failed", message=message, user_error=user_error, details="")
+def fail(message: str, user_error: bool = False, comes_again: bool = False) -> None:
+    emit(event="failed", message=message, user_error=user_error, details="", comes_again=comes_again)
     os._exit(2 if user_error else 1)
 
 
@@ -89,8 +88,9 @@ SERVING: dict[str, tuple[int, Callable[[], None]]] = {
     "dies on the way": (200, die),
     "dies when asked": (0, die),
     "hangs when asked": (0, hang),
-    "fails when asked": (0, lambda: fail(False)),
-    "user error when asked": (0, lambda: fail(True)),
+    "fails when asked": (0, lambda: fail("the loader died")),
+    "user error when asked": (0, lambda: fail("the model changed", user_error=True)),
+    "fails for good when asked": (0, lambda: fail("a file changed", comes_again=True)),
 }
 
 

@@ -125,12 +125,14 @@ def test_deaths_that_lead_nowhere(
     assert "3 times in a row with no request finished: it is not started again" in warnings(logs)[-1]
 
 
-def test_an_error_of_the_user_is_not_tried_again(start: Callable[..., EngineSupervisor], logs: list[str]) -> None:
-    with (
-        start("user error when asked") as engine,
-        engine.connect() as client,
-        pytest.raises(EngineError, match=r"^the model changed$"),
-    ):
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [("user error when asked", "the model changed"), ("fails for good when asked", "a file changed")],
+)
+def test_an_error_that_would_come_again(
+    start: Callable[..., EngineSupervisor], logs: list[str], mode: str, message: str
+) -> None:
+    with start(mode) as engine, engine.connect() as client, pytest.raises(EngineError, match=f"^{message}$"):
         answers(client, 5)
     assert num_starts(logs) == 1
 
