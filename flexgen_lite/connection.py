@@ -352,7 +352,11 @@ class Connection:
                 return
 
     def _say_farewell(self, engine: EngineSocket) -> None:
-        """Tell the engine that nobody waits for what is still open."""
+        """Tell the engine what it was still to be told, and that nobody waits for what is open."""
+        with self._lock:
+            for order in self._orders:
+                if isinstance(order, Cancel):
+                    engine.post(order)
         for job in list(self._jobs.values()):
             if not job.is_settled and not job.keep:
                 engine.post(Cancel(job.id))

@@ -119,16 +119,17 @@ class EngineProcess:
         """Wait up to `patience` seconds for it to end by itself, and kill it then. Afterwards nothing of it is left.
 
         Returns:
-            What it died of; None where it had to be killed.
+            What it died of; None where it had said nothing and had to be killed.
 
         Raises:
             EngineError: it cannot be killed.
         """
-        failure = self._news.wait_for_end(patience)
-        if failure is None:
+        has_ended = self._news.wait_for_end(patience)
+        failure = self._news.failure
+        if not has_ended:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
-            if self._news.wait_for_end(_KILL_SECONDS) is None:
+            if not self._news.wait_for_end(_KILL_SECONDS):
                 raise EngineError(f"the engine (process {self.pid}) cannot be killed: it waits for the system")
         _wait_until_gone(self.pid, _GONE_SECONDS)
         self.stop()
@@ -156,7 +157,7 @@ class _News:
         self.endpoint: str | None = None
         self.plan = ""
         self.decided: dict[str, Any] = {}
-        self._failure: EngineError | None = None
+        self.failure: EngineError | None = None  # as it told it; once it has ended, in any case
         self._ended = False
 
     def read(self, child: subprocess.Popen[bytes]) -> None:
@@ -166,8 +167,8 @@ class _News:
                 self._take_in(line)
         code = _reap(child)
         with self._changed:
-            if self._failure is None:
-                self._failure = EngineError(f"the engine ended unexpectedly, {_cause(code)}")
+            if self.failure is None:
+                self.failure = EngineError(f"the engine ended unexpectedly, {_cause(code)}")
             self._ended = True
             self._changed.notify_all()
 
@@ -186,7 +187,7 @@ class _News:
                 self._changed.notify_all()
         elif kind == "failed":
             with self._changed:
-                self._failure = EngineError(
+                self.failure = EngineError(
                     str(event.get("message")),
                     user_error=event.get("user_error") is True,
                     details=str(event.get("details") or ""),
@@ -196,22 +197,21 @@ class _News:
 
     def wait_until_ready(self, timeout: float) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self.endpoint is not None or self._failure is not None, timeout)
-            if self._failure is not None:
-                raise self._failure
+            self._changed.wait_for(lambda: self.endpoint is not None or self.failure is not None, timeout)
+            if self.failure is not None:
+                raise self.failure
             if self.endpoint is None:
                 raise EngineError(f"the engine was not ready within {timeout:g} s: raise start_timeout")
 
     def last_words(self, patience: float) -> str | None:
         with self._changed:
-            self._changed.wait_for(lambda: self._ended or self._failure is not None, patience)
-            return None if self._failure is None else str(self._failure)
+            self._changed.wait_for(lambda: self._ended or self.failure is not None, patience)
+            return None if self.failure is None else str(self.failure)
 
-    def wait_for_end(self, patience: float) -> EngineError | None:
-        """What it died of, once its process is gone."""
+    def wait_for_end(self, patience: float) -> bool:
+        """Whether its process has ended."""
         with self._changed:
-            self._changed.wait_for(lambda: self._ended, patience)
-            return self._failure if self._ended else None
+            return self._changed.wait_for(lambda: self._ended, patience)
 
 
 def _spawn(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
@@ -272,7 +272,7 @@ def _is_there(group: int) -> bool:
 
 def _cause(code: int) -> str:
     if code == 0:
-        return "without a word"
+        return "told to stop by another process"
     if code > 0:
         return f"with exit code {code}"
     try:

@@ -134,10 +134,16 @@ class EngineSupervisor:
             is_over = self._failure is not None or self._closing.is_set()
             if number != self._number or self._restart is not None or is_over:
                 return
-            self._restart = threading.Thread(
+            restart = threading.Thread(
                 target=self._start_again, args=(error,), name="flexgen-lite restart", daemon=True
             )
-            self._restart.start()
+            try:
+                restart.start()
+            except RuntimeError as no_thread:  # mostly for want of memory
+                self._failure = EngineError(f"{error}; it cannot be started again: {no_thread}")
+                self._changed.notify_all()
+            else:
+                self._restart = restart
 
     def wait_for_another(self, number: int, patience: float | None) -> tuple[int, str] | None:
         """The number and the endpoint of the engine that runs, if it is not the one of this number; None where there is
@@ -217,6 +223,7 @@ class EngineSupervisor:
         config = self._config
         if config.trace is not None:
             config = config.model_copy(update={"trace": _next_trace(config.trace)})
+            self._on_log(f"its trace is {config.trace}")
         engine = EngineProcess(config, expected=self._expected, on_log=self._on_log, environment=OFFLINE, wait=False)
         self._close_first()
         try:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flexgen_lite import EngineError, FlexGenLite, SamplingParams
+from flexgen_lite import EngineError, FlexGenLite, SamplingParams, engine_supervisor
 from tests.fault_injection import Fault, inject, struck
 from tests.tiny_models import make_model, ragged_prompts
 
@@ -61,6 +61,7 @@ def test_a_read_error_that_passes(
 
 
 def test_a_read_error_that_stays(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_supervisor, "MOST_LOSSES", 1)  # further engines would end alike
     inject(monkeypatch, tmp_path / "faults", Fault("preadv", 30, "EIO", again=True, times=10_000))
     with (
         start(model) as engine,
