@@ -15,9 +15,10 @@ from flexgen_lite.access import read_key_file
 from flexgen_lite.chat_template import Chat, ChatError, Messages, render
 from flexgen_lite.client_messages import Status, Welcome
 from flexgen_lite.completion import Delta, Prompt
-from flexgen_lite.connection import Connection, Revival
+from flexgen_lite.connection import Connection
 from flexgen_lite.job import Job
 from flexgen_lite.request import Request
+from flexgen_lite.revival import Revival
 from flexgen_lite.sampling_params import CHAT_PARAMS, GREEDY, SamplingParams
 from flexgen_lite.scoring import Score, score_of
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Protocol
 
 import zmq
 
@@ -20,7 +17,6 @@ from flexgen_lite.client_messages import (
     Cancel,
     Connect,
     EngineFailed,
-    GetStatus,
     ReadDeltas,
     RequestDelta,
     RequestDone,
@@ -29,10 +25,12 @@ from flexgen_lite.client_messages import (
     ToClient,
     Welcome,
 )
+from flexgen_lite.client_orders import ClientOrders
 from flexgen_lite.codec import MessageError
-from flexgen_lite.engine_socket import EngineSocket
+from flexgen_lite.engine_socket import EngineSocket, check_endpoint
 from flexgen_lite.errors import EngineError, NoStatus, fresh
 from flexgen_lite.job import Job
+from flexgen_lite.revival import EngineLost, Revival
 from flexgen_lite.status_sum import StatusSum
 
 _DELTAS_A_REPORT = 256
@@ -43,44 +41,11 @@ _COUNT_SECONDS = 1.0  # what an engine counted since is not known when it is los
 _CLOSE_SECONDS = 5.0
 
 
-class EngineLost(EngineError):
-    """The engine is gone, or is given up; another one could take its place.
-
-    Attributes:
-        patience: seconds that it may still take to end by itself.
-    """
-
-    def __init__(self, message: str, patience: float = _ENDING_SECONDS) -> None:
-        super().__init__(message)
-        self.patience = patience
-
-
-class Revival(Protocol):
-    """What a client asks of the owner of its engine, who starts another one when it is lost; by any thread."""
-
-    def last_words(self, patience: float) -> str | None:
-        """Wait up to so many seconds for the client's engine to end: what it died of, or None while it lives."""
-
-    def lost(self, error: EngineLost) -> None:
-        """The client has given its engine up. Returns at once."""
-
-    def endpoint(self, patience: float | None) -> str | None:
-        """Of the engine that follows the client's, which is the client's from now on; None where it is not there within
-        so many seconds.
-
-        Raises:
-            EngineError: none follows.
-        """
-
-    def has_finished_one(self) -> None:
-        """The engine has answered a request."""
-
-
 class Connection:
     """Connects at once; the IO thread then sends what the jobs have ready and hands out what comes back.
 
-    The IO thread alone touches the socket. Other threads leave orders in `_orders` and wake it through a socket
-    pair. At most `Welcome.window` requests are at the engine at any time, shared by the jobs in turns.
+    The IO thread alone touches the socket. Other threads leave orders and wake it through a socket pair. At most
+    `Welcome.window` requests are at the engine at any time, shared by the jobs in turns.
 
     The engine is given up when it says so, when its end of the socket closes, when `epitaph()` returns its last
     words, or when it leaves a GetStatus unanswered for `answer_timeout` seconds. Then every waiting call ends; with
@@ -108,9 +73,8 @@ class Connection:
         self._answer_timeout = answer_timeout
         self._revival = revival
         self._epitaph = epitaph if revival is None else revival.last_words
-        self._lock = threading.Lock()  # of the next four
-        self._orders: deque[Cancel | GetStatus] = deque()
-        self._status_waiters: deque[Future[Status] | None] = deque()
+        self._orders = ClientOrders()
+        self._lock = threading.Lock()  # of the next two
         self._jobs: dict[str, Job] = {}
         self._error: EngineError | None = None
         self._closing = False
@@ -124,7 +88,7 @@ class Connection:
     def open(self) -> Welcome:
         """Connect and wait for the engine's welcome."""
         if self._revival is None:
-            _check_endpoint(self.endpoint, self._keys)
+            check_endpoint(self.endpoint, self._keys)
         self._ear, self._bell = socket.socketpair()
         self._ear.setblocking(False)
         self._bell.setblocking(False)
@@ -149,15 +113,14 @@ class Connection:
         with self._lock:
             if self._closing or self._error is not None:
                 return
-            self._orders.append(Cancel(job_id))
+            self._orders.cancel(job_id)
         self.wake()
 
     def status(self, timeout: float) -> Status:
         answer: Future[Status] = Future()
         with self._lock:
             self._check()
-            self._orders.append(GetStatus())
-            self._status_waiters.append(answer)
+            self._orders.ask_status(answer)
         self.wake()
         try:
             return answer.result(timeout)
@@ -246,9 +209,9 @@ class Connection:
         """Post what other threads have asked for, and what jobs have ready, as far as there is room."""
         if not self._greeted:
             return
+        for order in self._orders.take():
+            engine.post(order)
         with self._lock:
-            while self._orders:
-                engine.post(self._orders.popleft())
             for job_id in [job_id for job_id, job in self._jobs.items() if job.is_settled]:
                 del self._jobs[job_id]
             jobs = list(self._jobs.values())
@@ -280,13 +243,9 @@ class Connection:
                 if (job := self._jobs.get(message.job_id)) is not None:
                     job.grow(message)
             case Status():
-                status = message if self._revival is None else self._sum.of(message)
-                with self._lock:
-                    waiter = self._status_waiters.popleft() if self._status_waiters else None
-                if waiter is not None:
-                    waiter.set_result(status)
+                self._orders.answer(message if self._revival is None else self._sum.of(message))
             case EngineFailed():
-                raise EngineLost(message.message)
+                raise EngineLost(message.message, _ENDING_SECONDS)
             case Welcome() if not self._greeted:
                 self._take_welcome(message)
 
@@ -310,7 +269,7 @@ class Connection:
     def _check_time(self, welcome_by: float) -> None:
         now = time.monotonic()
         if self._epitaph is not None and (words := self._epitaph(0)) is not None:
-            raise EngineLost(words)
+            raise EngineLost(words, _ENDING_SECONDS)
         if not self._greeted:
             if now > welcome_by:
                 raise self._lost(f"did not answer within {self._connect_timeout:g} s")
@@ -318,9 +277,7 @@ class Connection:
             if now - self._asked_at > self._answer_timeout:
                 raise self._lost(f"has not answered for {now - self._heard_at:.0f} s")
         elif now - self._heard_at > self._heartbeat or self._counts_are_old(now):
-            with self._lock:
-                self._orders.append(GetStatus())
-                self._status_waiters.append(None)
+            self._orders.ask_status()
             self._asked_at = self._counted_at = now
 
     def _counts_are_old(self, now: float) -> bool:
@@ -339,11 +296,9 @@ class Connection:
         """
         self.outage = f"{loss}; it is being started again"
         self._sum.engine_lost()
+        self._orders.engine_lost()
         with self._lock:
             jobs = list(self._jobs.values())
-            self._status_waiters = deque(waiter for waiter in self._status_waiters if waiter is not None)
-            cancels = (order for order in self._orders if isinstance(order, Cancel))
-            self._orders = deque([*cancels, *[GetStatus()] * len(self._status_waiters)])
         self.num_in_flight = sum(job.requeue() for job in jobs)
         revival.lost(loss)
         while not self._closing:
@@ -353,10 +308,8 @@ class Connection:
 
     def _say_farewell(self, engine: EngineSocket) -> None:
         """Tell the engine what it was still to be told, and that nobody waits for what is open."""
-        with self._lock:
-            for order in self._orders:
-                if isinstance(order, Cancel):
-                    engine.post(order)
+        for order in self._orders.take():
+            engine.post(order)
         for job in list(self._jobs.values()):
             if not job.is_settled and not job.keep:
                 engine.post(Cancel(job.id))
@@ -366,14 +319,11 @@ class Connection:
         with self._lock:
             self._error = error
             jobs, self._jobs = list(self._jobs.values()), {}
-            waiters, self._status_waiters = list(self._status_waiters), deque()
             self._ear.close()
             self._bell.close()
         for job in jobs:
             job.fail(error)
-        for waiter in waiters:
-            if waiter is not None:
-                waiter.set_exception(fresh(error))
+        self._orders.fail(error)
         if not self._welcomed.done():
             self._welcomed.set_exception(error)
 
@@ -381,19 +331,3 @@ class Connection:
 def _is_finished(message: RequestDone) -> bool:
     """Whether the engine has done the request's work."""
     return message.error is None and all(output.finish_reason != "cancelled" for output in message.outputs)
-
-
-def _check_endpoint(endpoint: str, keys: Keys | None) -> None:
-    if endpoint.startswith("tcp://"):
-        if keys is None:
-            raise EngineError(f"the engine at {endpoint} needs the key_file that it was started with", user_error=True)
-        return
-    path = endpoint.removeprefix("ipc://")
-    if path == endpoint or not path:
-        raise EngineError(
-            f"endpoint {endpoint!r} is not supported: give ipc:// and a path, or tcp://HOST:PORT", user_error=True
-        )
-    if not path.startswith("@") and not os.path.exists(path):
-        raise EngineError(
-            f"no engine at {endpoint}: there is no such socket, start one with `flexgen-lite launch`", user_error=True
-        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 from collections import deque
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from zmq.utils.monitor import recv_monitor_message
 from flexgen_lite.access import Keys
 from flexgen_lite.client_messages import ToClient, ToEngine
 from flexgen_lite.codec import Codec
+from flexgen_lite.errors import EngineError
 
 _HIGH_WATER = 1000  # messages
 _FAREWELL_MS = 500  # for the last messages to go out
@@ -115,3 +117,23 @@ class EngineSocket:
             while self._backlog:
                 self._dealer.send(self._backlog[0], zmq.NOBLOCK)
                 self._backlog.popleft()
+
+
+def check_endpoint(endpoint: str, keys: Keys | None) -> None:
+    """
+    Raises:
+        EngineError: nothing can be there for a client with these keys.
+    """
+    if endpoint.startswith("tcp://"):
+        if keys is None:
+            raise EngineError(f"the engine at {endpoint} needs the key_file that it was started with", user_error=True)
+        return
+    path = endpoint.removeprefix("ipc://")
+    if path == endpoint or not path:
+        raise EngineError(
+            f"endpoint {endpoint!r} is not supported: give ipc:// and a path, or tcp://HOST:PORT", user_error=True
+        )
+    if not path.startswith("@") and not os.path.exists(path):
+        raise EngineError(
+            f"no engine at {endpoint}: there is no such socket, start one with `flexgen-lite launch`", user_error=True
+        )

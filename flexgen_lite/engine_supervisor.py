@@ -12,10 +12,10 @@ from typing import Any, Self
 
 from flexgen_lite.client import Client
 from flexgen_lite.config import EngineConfig
-from flexgen_lite.connection import EngineLost
 from flexgen_lite.engine_process import EngineProcess
 from flexgen_lite.errors import EngineError, fresh
 from flexgen_lite.expected_work import ExpectedWork
+from flexgen_lite.revival import EngineLost
 
 MOST_LOSSES = 3  # in a row, with no request finished in between
 PAUSE_SECONDS = (1.0, 2.0, 4.0)  # before another start, by the losses in a row

@@ -14,9 +14,9 @@ import pytest
 from flexgen_lite import Client, EngineError, SamplingParams
 from flexgen_lite.client_messages import GetStatus, RequestDelta, RequestDone, Submit, WireOutput
 from flexgen_lite.completion import Completion, Delta
-from flexgen_lite.connection import EngineLost
 from flexgen_lite.errors import NoStatus
 from flexgen_lite.request import Request
+from flexgen_lite.revival import EngineLost
 from tests.fake_engine import FakeEngine, answer
 
 pytestmark = pytest.mark.timeout(60)
