@@ -98,6 +98,7 @@ class Soak:
                     if self.shots:
                         shooter.join()
                 self.counts["workers replaced"] += int(engine.status().totals["restarts"])
+                _check(engine.engine_restarts == 0, "workers are replaced, not the engine")
         self.counts["engine runs"] += 1
         self.counts["faults inside workers"] += len(struck(faults))
         self._compare(found)
