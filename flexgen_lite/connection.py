@@ -243,7 +243,8 @@ class Connection:
                 if (job := self._jobs.get(message.job_id)) is not None:
                     job.grow(message)
             case Status():
-                self._orders.answer(message if self._revival is None else self._sum.of(message))
+                revival = self._revival
+                self._orders.answer(message if revival is None else self._sum.of(message, revival.restarts))
             case EngineFailed():
                 raise EngineLost(message.message, _ENDING_SECONDS)
             case Welcome() if not self._greeted:

@@ -36,6 +36,9 @@ class EngineSupervisor:
         on_log: is given each log message, and warnings about losses, on other threads.
         on_plan: is given the first engine's plan.
 
+    Attributes:
+        restarts: how often the engine was started again.
+
     Raises:
         EngineError: the first one did not become ready.
     """
@@ -54,7 +57,8 @@ class EngineSupervisor:
         self._closing = threading.Event()
         self._changed = threading.Condition()  # guards what follows
         self._clients: weakref.WeakSet[Client] = weakref.WeakSet()
-        self._number = 0  # of the engine: how many there were before
+        self.restarts = 0
+        self._number = 0  # of the engine: how many were ready before
         self._losses = 0  # in a row
         self._restart: threading.Thread | None = None  # while another one is started
         self._starting: EngineProcess | None = None  # by that thread
@@ -75,11 +79,6 @@ class EngineSupervisor:
     @property
     def pid(self) -> int:
         return self._engine.pid
-
-    @property
-    def restarts(self) -> int:
-        """How often the engine was started again."""
-        return self._number
 
     def connect(self) -> Client:
         """A client whose jobs go on with the next engine. Waits for one that is being started.
@@ -224,6 +223,7 @@ class EngineSupervisor:
         if config.trace is not None:
             config = config.model_copy(update={"trace": _next_trace(config.trace)})
             self._on_log(f"its trace is {config.trace}")
+        self.restarts += 1
         engine = EngineProcess(config, expected=self._expected, on_log=self._on_log, environment=OFFLINE, wait=False)
         self._close_first()
         try:
@@ -250,6 +250,7 @@ class _Follower:
     def __init__(self, supervisor: EngineSupervisor) -> None:
         self._supervisor = supervisor
         self._number = -1
+        self._restarts_before = supervisor.restarts
 
     def last_words(self, patience: float) -> str | None:
         return self._supervisor.last_words(self._number, patience)
@@ -263,6 +264,10 @@ class _Follower:
             return None
         self._number, endpoint = found
         return endpoint
+
+    @property
+    def restarts(self) -> int:
+        return self._supervisor.restarts - self._restarts_before
 
     def has_finished_one(self) -> None:
         self._supervisor.has_finished_one()

@@ -36,5 +36,9 @@ class Revival(Protocol):
             EngineError: none follows.
         """
 
+    @property
+    def restarts(self) -> int:
+        """How often the engine was started again since the client has known it; starts that failed are counted too."""
+
     def has_finished_one(self) -> None:
         """The engine has answered a request."""

@@ -18,23 +18,21 @@ class StatusSum:
         self._totals: defaultdict[str, float] = defaultdict(float)  # of those before it, as the next two
         self._done = 0
         self._peaks: dict[str, int] = {}
-        self._num_lost = 0
 
-    def of(self, status: Status) -> Status:
-        """The status of the present engine, with what those before it did; `engine_restarts` is among the totals."""
+    def of(self, status: Status, restarts: int) -> Status:
+        """The status of the present engine, with what those before it did. `engine_restarts` is among the totals."""
         self._last = status
         totals = {name: value + self._totals[name] for name, value in status.totals.items()}
         peaks = {name: max(status.memory.get(name, 0), self._peaks[name]) for name in self._peaks}
         return replace(
             status,
             done=status.done + self._done,
-            totals={**self._totals, **totals, "engine_restarts": float(self._num_lost)},
+            totals={**self._totals, **totals, "engine_restarts": float(restarts)},
             memory={**status.memory, **peaks},
         )
 
     def engine_lost(self) -> None:
         """Another one follows."""
-        self._num_lost += 1
         if self._last is None:
             return
         last, self._last = self._last, None

@@ -81,6 +81,10 @@ class Owner:
             endpoint, self._endpoint = self._endpoint, None
             return endpoint
 
+    @property
+    def restarts(self) -> int:
+        return self._num_engines - 1
+
     def has_finished_one(self) -> None:
         self.num_finished += 1
 
