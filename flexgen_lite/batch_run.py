@@ -188,8 +188,9 @@ class BatchRun:
                     show(self._progress(job, self._last))
             if self._failure is not None:
                 raise self._failure
-            with contextlib.suppress(EngineError):  # all is there
-                self._last = self._client.status(LAST_STATUS_SECONDS)
+            if self._client.outage is None:
+                with contextlib.suppress(EngineError):  # all is there
+                    self._last = self._client.status(LAST_STATUS_SECONDS)
             last = self._progress(job, self._last)
             show(last)
             return last
