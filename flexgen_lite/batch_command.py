@@ -10,7 +10,7 @@ from pathlib import Path
 from flexgen_lite.batch_run import BatchRun, Progress
 from flexgen_lite.client import Client
 from flexgen_lite.config import EngineConfig
-from flexgen_lite.engine_process import EngineProcess
+from flexgen_lite.engine_supervisor import EngineSupervisor
 from flexgen_lite.errors import EngineError
 from flexgen_lite.expected_work import survey
 from flexgen_lite.result_file import ResultWriter
@@ -20,13 +20,13 @@ from flexgen_lite.voice import Voice
 
 
 def run_on_own_engine(config: EngineConfig, input_file: Path, output_file: Path, overwrite: bool, voice: Voice) -> None:
-    """Start an engine, run the file, stop the engine."""
+    """Start an engine, run the file, stop the engine. One that dies on the way is started again."""
     _leave_to_rows(output_file, voice)
     with (
         signals_interrupt(),
         ResultWriter(output_file, overwrite=overwrite, warn=voice.warn) as results,
-        EngineProcess(config, expected=survey(input_file), on_log=voice.log, on_plan=voice.plan) as engine,
-        Client(engine.endpoint, epitaph=engine.last_words, key_file=config.key_file) as client,
+        EngineSupervisor(config, expected=survey(input_file), on_log=voice.log, on_plan=voice.plan) as engine,
+        engine.connect() as client,
     ):
         _run(client, input_file, results, voice)
 

@@ -15,7 +15,7 @@ from flexgen_lite.chat_template import Chat, ChatError, brings_program
 from flexgen_lite.client import Client
 from flexgen_lite.client_messages import Status
 from flexgen_lite.completion import Completion
-from flexgen_lite.errors import NoStatus
+from flexgen_lite.errors import EngineError, NoStatus
 from flexgen_lite.job import Job
 from flexgen_lite.request import Request
 from flexgen_lite.request_body import CHAT, COMPLETIONS, RequestError
@@ -23,6 +23,9 @@ from flexgen_lite.result_file import ResultWriter
 from flexgen_lite.result_row import request_id
 from flexgen_lite.shown import shown, shown_path
 from flexgen_lite.sizes import format_size
+
+LEAST_STATUS_SECONDS = 2.0  # that the engine is given to tell how far it is, between two looks at whether all is done
+LAST_STATUS_SECONDS = 10.0  # the same once all is done
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,7 @@ class Progress:
     busy_seconds: float
     lanes: dict[str, float]  # busy share since the start
     restarts: int  # of workers
+    engine_restarts: int
     overhead: float | None  # share of the passes in which no lane was busy, or only copied to another
     peak_bytes: int
     budget_bytes: int
@@ -82,8 +86,15 @@ class Progress:
             text += f"; between processes {self.overhead:.1%}"
         if self.restarts:
             text += f"; workers started again: {self.restarts}"
+        if self.engine_restarts:
+            text += f"; engine started again: {self.engine_restarts}"
         if self.budget_bytes:
             text += f"; peak memory {format_size(self.peak_bytes)} of {format_size(self.budget_bytes)}"
+            if self.peak_bytes > self.budget_bytes:
+                text += ", beyond the budget"
+        for name, sizes in self.status.processes.items():
+            if sizes["peak"] > sizes["planned"] > 0:
+                text += f"; {name} took {format_size(sizes['peak'])} where {format_size(sizes['planned'])} were planned"
         return text
 
 
@@ -160,7 +171,7 @@ class BatchRun:
         self._warned = False
         self._failure: Exception | None = None
         self._finished = threading.Event()
-        self._first = self._last = client.status()
+        self._first = self._last = _first_status(client)
         self.num_earlier = 0
         self.num_new: int | None = None
         if results.there.num_rows and self._total is not None:
@@ -182,12 +193,13 @@ class BatchRun:
         try:
             while not self._finished.wait(interval):
                 with contextlib.suppress(NoStatus):
-                    self._last = self._client.status()
+                    self._last = self._client.status(max(interval, LEAST_STATUS_SECONDS))
                     show(self._progress(job, self._last))
             if self._failure is not None:
                 raise self._failure
-            with contextlib.suppress(NoStatus):
-                self._last = self._client.status()
+            if self._client.outage is None:
+                with contextlib.suppress(EngineError):  # all is there
+                    self._last = self._client.status(LAST_STATUS_SECONDS)
             last = self._progress(job, self._last)
             show(last)
             return last
@@ -283,6 +295,7 @@ class BatchRun:
             busy_seconds=busy,
             lanes=lanes,
             restarts=int(since_start("restarts")),
+            engine_restarts=int(since_start("engine_restarts")),
             overhead=since_start("overhead_seconds") / busy
             if busy > 0 and "overhead_seconds" in status.totals
             else None,
@@ -290,3 +303,10 @@ class BatchRun:
             budget_bytes=status.memory.get("budget", 0),
             status=status,
         )
+
+
+def _first_status(client: Client) -> Status:
+    """Waits for an engine that is busy, or is started again."""
+    while True:
+        with contextlib.suppress(NoStatus):
+            return client.status()

@@ -19,6 +19,7 @@ from flexgen_lite.completion import Delta, Prompt
 from flexgen_lite.connection import Connection
 from flexgen_lite.job import Job
 from flexgen_lite.request import Request, is_one_prompt
+from flexgen_lite.revival import Revival
 from flexgen_lite.sampling_params import CHAT_PARAMS, GREEDY, SamplingParams
 from flexgen_lite.scoring import Score, score_of
 from flexgen_lite.shown import shown_kind
@@ -35,6 +36,8 @@ class Client:
         epitaph: for the process that started the engine: waits up to so many seconds for it to end and returns its
             last words, or None while it lives.
         key_file: of an engine that was started with one.
+        revival: for the process that started the engine and starts it again, instead of the epitaph: jobs go on with
+            the engine that follows.
 
     Raises:
         KeyFileError: the key file cannot be used.
@@ -50,6 +53,7 @@ class Client:
         answer_timeout: float = 300.0,
         epitaph: Callable[[float], str | None] | None = None,
         key_file: str | Path | None = None,
+        revival: Revival | None = None,
     ) -> None:
         if not isinstance(endpoint, str):
             raise TypeError(f"endpoint is {shown_kind(endpoint)}: give ipc:// and a path, or tcp://HOST:PORT")
@@ -60,6 +64,7 @@ class Client:
             answer_timeout=answer_timeout,
             epitaph=epitaph,
             keys=None if key_file is None else read_key_file(Path(key_file)),
+            revival=revival,
         )
         self._welcome = self._connection.open()
         self._job_prefix = f"{os.getpid()}-{os.urandom(6).hex()}"
@@ -70,6 +75,16 @@ class Client:
     def welcome(self) -> Welcome:
         """What the engine said of itself: model, longest sequence, window, plan."""
         return self._welcome
+
+    @property
+    def outage(self) -> str | None:
+        """Why the engine is not there now, while its owner starts it again; None while it is."""
+        return self._connection.outage
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests of all jobs that the engine has and has not answered."""
+        return self._connection.num_in_flight
 
     def submit(
         self,

@@ -28,7 +28,7 @@ from flexgen_lite.arena import Arena
 from flexgen_lite.batching import MicroBatch, Result
 from flexgen_lite.client_door import ClientDoor
 from flexgen_lite.config import ConfigError, EngineConfig
-from flexgen_lite.crew import Crew, overdue
+from flexgen_lite.crew import FINAL, Crew, overdue
 from flexgen_lite.engine_setup import Setup, open_tokenizer, set_up
 from flexgen_lite.event_loop import EventLoop
 from flexgen_lite.expected_work import ExpectedWork
@@ -241,7 +241,7 @@ class Coordinator:
         give_back_memory()  # reading a tokenizer takes twice what it takes when it is read
         processes = plan.Measured(message.resident_bytes, resident_bytes()[0], max(self._warm.values()))
         setup = self._setup = set_up(message, self._config, self._machine, self._expected, processes)
-        emit("plan", text=describe(setup.plan, setup.spec))
+        emit("plan", text=describe(setup.plan, setup.spec), decided=setup.decided)
         self._gauges.trace_about(self._config, setup)
         for warning in (*setup.spec.warnings, *setup.plan.warnings):
             log(f"warning: {warning}")
@@ -540,7 +540,8 @@ def main() -> int:
         emit("failed", message=str(error), user_error=True, details="")
         return 2
     except WorkerDied as error:
-        emit("failed", message=str(error), user_error=error.user_error, details=error.details)
+        comes_again = error.kind in FINAL
+        emit("failed", message=str(error), user_error=error.user_error, details=error.details, comes_again=comes_again)
         return 2 if error.user_error else 1
     except Exception as error:  # the one crash boundary: report, then end
         details = "".join(traceback.format_exception(error))

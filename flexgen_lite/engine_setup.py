@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -36,6 +37,19 @@ class Setup:
     @property
     def spec(self) -> ModelSpec:
         return self.opened.spec
+
+    @property
+    def decided(self) -> dict[str, str | int]:
+        """What "auto" came to where another start might come to something else, and a digest of the model's files: for
+        an engine that is to take this one's place."""
+        opened = self.opened
+        files = repr((opened.fingerprint, opened.spec.files, opened.spec.stamps))
+        return {
+            "ram": self.plan.ram,
+            "dtype": opened.spec.dtype,
+            "device": "cuda" if opened.device_total_bytes else "cpu",
+            "files": hashlib.blake2b(files.encode(), digest_size=8).hexdigest(),
+        }
 
     @property
     def arena_bytes(self) -> dict[str, int]:

@@ -11,16 +11,25 @@ class EngineError(RuntimeError):
     Attributes:
         user_error: the message says it all and the user can act on it.
         details: a traceback for a log, or "".
+        comes_again: another engine would end with it as well.
     """
 
-    def __init__(self, message: str, *, user_error: bool = False, details: str = "") -> None:
+    def __init__(self, message: str, *, user_error: bool = False, details: str = "", comes_again: bool = False) -> None:
         super().__init__(message)
         self.user_error = user_error
         self.details = details
+        self.comes_again = comes_again or user_error
 
 
 class NoStatus(EngineError):
     """The engine has not told its status in time. It may be busy: whether it is there at all is found out otherwise."""
+
+
+def fresh(error: Exception) -> Exception:
+    """EngineErrors reach many readers: each gets its own, for an exception carries the traceback of one."""
+    if isinstance(error, EngineError):
+        return EngineError(str(error), user_error=error.user_error, details=error.details)
+    return error
 
 
 def describe(error: Exception) -> tuple[str, int]:

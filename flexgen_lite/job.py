@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 from flexgen_lite.client_messages import RequestDelta, RequestDone, WireRequest
 from flexgen_lite.completion import Completion, Delta, Prompt
 from flexgen_lite.completion_of import completion_of, delta_of, last_deltas
-from flexgen_lite.errors import EngineError
+from flexgen_lite.errors import fresh
 from flexgen_lite.request import Request
-from flexgen_lite.sampling_wire import WireParams
+from flexgen_lite.streamed_answer import StreamedAnswer
 
+SEED_BITS = 63
+OTHERWISE = (
+    "the engine was lost when a part of the answer had been told, and another engine came to a different answer: "
+    "ask again"
+)
 PART_REQUESTS = 256
 PART_PROMPT_UNITS = 1 << 20  # characters or token ids in one part
 
@@ -23,6 +30,8 @@ class Job:
     A request goes through these places, at most `window` of them between source and reader:
 
         source --feeder thread--> outbox --take()--> in flight --complete()--> finished --next()--> reader
+
+    Where the engine is lost and another one follows, `requeue()` takes what was in flight back to the outbox.
 
     All of it may be read and cancelled from any thread. Requests that were not sent before `cancel()` have no
     completion. If the engine fails, iteration raises EngineError after the completions that had arrived; if the
@@ -51,10 +60,9 @@ class Job:
         self._send_cancel = cancel
         self._changed = threading.Condition()
         self._outbox: deque[tuple[WireRequest, Prompt]] = deque()
-        self._in_flight: dict[int, tuple[Prompt, WireParams]] = {}
+        self._in_flight: dict[int, tuple[WireRequest, Prompt]] = {}
         self._finished: deque[Completion | Delta] = deque()
-        self._streamed: set[int] = set()
-        self._told: dict[int, dict[int, tuple[int, int]]] = {}  # of streamed requests, see last_deltas
+        self._told: dict[int, dict[int, StreamedAnswer]] = {}  # of requests, by the number of the answer
         self._on_change = on_change
         self._accepted = self._done = self._failed = self._taken = 0
         self._prompt_tokens = self._generated_tokens = 0
@@ -87,7 +95,7 @@ class Job:
         """What has come by now, without waiting, and whether nothing more will. Raises as iteration does."""
         with self._changed:
             if not self._finished and self._error is not None:
-                raise _fresh(self._error)
+                raise fresh(self._error)
             events = list(self._finished)
             self._finished.clear()
             self._taken += sum(isinstance(event, Completion) for event in events)
@@ -98,7 +106,7 @@ class Job:
         with self._changed:
             while not self._finished:
                 if self._error is not None:
-                    raise _fresh(self._error)
+                    raise fresh(self._error)
                 if self._is_over():
                     raise StopIteration
                 self._changed.wait()
@@ -162,9 +170,7 @@ class Job:
         with self._changed:
             while self._outbox and len(part) < min(limit, PART_REQUESTS) and units < PART_PROMPT_UNITS:
                 request, prompt = self._outbox.popleft()
-                self._in_flight[request.index] = prompt, request.params
-                if request.stream:
-                    self._streamed.add(request.index)
+                self._in_flight[request.index] = request, prompt
                 part.append(request)
                 units += len(request.prompt)
             if part:
@@ -176,17 +182,19 @@ class Job:
         with self._changed:
             if message.index not in self._in_flight:
                 return False
-            prompt, params = self._in_flight.pop(message.index)
+            request, prompt = self._in_flight.pop(message.index)
             told = self._told.pop(message.index, {})
             if self._error is not None:
                 return True
-            completion = completion_of(message, prompt, params)
-            if message.index in self._streamed:
-                self._streamed.discard(message.index)
-                self._finished.extend(last_deltas(completion, told))
+            completion = completion_of(message, prompt, request.params)
+            if not all(told[n].agrees_with(output) for n, output in enumerate(completion.outputs) if n in told):
+                completion = replace(completion, outputs=[], error=OTHERWISE)
+            if request.stream:
+                has = {number: (answer.characters, answer.num_tokens) for number, answer in told.items()}
+                self._finished.extend(last_deltas(completion, has))
             self._finished.append(completion)
             self._done += 1
-            self._failed += message.error is not None
+            self._failed += completion.error is not None
             self._prompt_tokens += message.num_prompt_tokens
             self._generated_tokens += sum(len(output.token_ids) for output in message.outputs)
             self._changed.notify_all()
@@ -198,12 +206,36 @@ class Job:
         with self._changed:
             if message.index not in self._in_flight or self._error is not None:
                 return
-            told = self._told.setdefault(message.index, {})
-            characters, tokens = told.get(message.number, (0, 0))
-            told[message.number] = characters + len(message.text), tokens + len(message.token_ids)
-            self._finished.append(delta_of(message, self._in_flight[message.index][1]))
+            answer = self._told.setdefault(message.index, {}).setdefault(message.number, StreamedAnswer())
+            delta = answer.rest_of(delta_of(message, self._in_flight[message.index][0].params))
+            if delta is None:
+                return
+            self._finished.append(delta)
             self._changed.notify_all()
         self._on_change()
+
+    def requeue(self) -> int:
+        """The engine is lost, and another one is to be sent what it has not answered, unless the job was cancelled. The
+        number of these requests.
+
+        Of a kept job the next engine computes what this reader waits for, but keeps nothing: it knows no more of the
+        job's beginning than this object does.
+        """
+        with self._changed:
+            open_requests = [self._in_flight[index] for index in sorted(self._in_flight, reverse=True)]
+            self._in_flight.clear()
+            self.keep = False
+            if self._cancelled:
+                self._accepted -= len(open_requests)
+                self._told.clear()
+                open_requests.clear()
+            else:
+                self._outbox.extendleft(open_requests)
+            for answer in (answer for answers in self._told.values() for answer in answers.values()):
+                answer.tell_again()
+            self._changed.notify_all()
+        self._on_change()
+        return len(open_requests)
 
     def fail(self, error: Exception) -> None:
         """End the job: nothing more will come."""
@@ -243,6 +275,8 @@ class Job:
             if item is None:
                 return
             request = item.to_wire(index)
+            if not self.keep:  # of a kept job all that submit it have to say the same
+                request = _with_seed(request)
             with self._changed:
                 if self._cancelled:
                     return
@@ -270,8 +304,9 @@ class Job:
         return (self._exhausted or self._cancelled) and not self._outbox and not self._in_flight
 
 
-def _fresh(error: Exception) -> Exception:
-    """EngineErrors reach many readers: each gets its own, for an exception carries the traceback of one."""
-    if isinstance(error, EngineError):
-        return EngineError(str(error), user_error=error.user_error, details=error.details)
-    return error
+def _with_seed(request: WireRequest) -> WireRequest:
+    """Drawn here and not by the engine: if that is lost, the next one draws the same tokens."""
+    params = request.params
+    if params.seed is not None or params.temperature == 0:
+        return request
+    return replace(request, params=replace(params, seed=secrets.randbits(SEED_BITS)))

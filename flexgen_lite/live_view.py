@@ -94,9 +94,11 @@ def _lines(engine: EngineView, batch: BatchView | None) -> Iterable[list[str]]:
         ]
     now, overall = engine.now, engine.overall
     yield [f"generated {now[0]:,.1f} tok/s", f"prompts {now[1]:,.1f} tok/s", f"overall {overall[0]:,.1f} tok/s"]
-    restarts = int(status.totals.get("restarts", 0))
     parts = [f"{status.running:,} running", f"{status.waiting:,} waiting", f"{status.done:,} done"]
-    yield [*parts, f"workers started again: {restarts}"] if restarts else parts
+    for who, counter in (("workers", "restarts"), ("engine", "engine_restarts")):
+        if restarts := int(status.totals.get(counter, 0)):
+            parts.append(f"{who} started again: {restarts}")
+    yield parts
 
 
 def _line(parts: list[str]) -> Text:

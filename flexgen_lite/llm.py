@@ -15,7 +15,7 @@ from flexgen_lite.client import Client
 from flexgen_lite.client_messages import Status
 from flexgen_lite.completion import Completion, Delta, Prompt
 from flexgen_lite.config import EngineConfig
-from flexgen_lite.engine_process import EngineProcess
+from flexgen_lite.engine_supervisor import EngineSupervisor
 from flexgen_lite.job import Job
 from flexgen_lite.request import is_one_prompt
 from flexgen_lite.sampling_params import SamplingParams
@@ -25,6 +25,8 @@ from flexgen_lite.shown import shown_kind
 
 class FlexGenLite:
     """Starts an engine for a model; it ends with the `with` block, with `close()`, or when this object goes.
+
+    An engine that dies is started again, and what was open goes on; a warning is logged. See EngineSupervisor.
 
     Args:
         model: Hugging Face model directory or hub id.
@@ -47,9 +49,9 @@ class FlexGenLite:
             self.config = EngineConfig(**{**given, **options, "model": str(model)})
         else:
             self.config = EngineConfig.load(config, {**options, "model": str(model)})
-        self._engine = EngineProcess(self.config, on_log=_log)
+        self._engine = EngineSupervisor(self.config, on_log=_log)
         try:
-            self._client = Client(self._engine.endpoint, epitaph=self._engine.last_words, key_file=self.config.key_file)
+            self._client = self._engine.connect()
         except BaseException:
             self._engine.stop()
             raise
@@ -57,13 +59,19 @@ class FlexGenLite:
 
     @property
     def endpoint(self) -> str:
-        """Where further clients may connect."""
+        """Where further clients may connect. Their jobs end with the engine; one that is started again is elsewhere,
+        unless `endpoint` is configured."""
         return self._engine.endpoint
 
     @property
     def engine_pid(self) -> int:
         """Of the coordinator's process, whose children are the workers."""
         return self._engine.pid
+
+    @property
+    def engine_restarts(self) -> int:
+        """How often the engine was started again."""
+        return self._engine.restarts
 
     @property
     def plan(self) -> str:
@@ -196,7 +204,7 @@ def _log(message: str) -> None:
     logging.getLogger("flexgen_lite").log(level, message)
 
 
-def _close(client: Client, engine: EngineProcess) -> None:
+def _close(client: Client, engine: EngineSupervisor) -> None:
     client.close()
     engine.stop()
 

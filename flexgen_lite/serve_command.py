@@ -15,15 +15,19 @@ from typing import TYPE_CHECKING
 
 from flexgen_lite.client import Client
 from flexgen_lite.config import EngineConfig
-from flexgen_lite.engine_process import EngineProcess
+from flexgen_lite.engine_supervisor import EngineSupervisor
 from flexgen_lite.errors import EngineError
 from flexgen_lite.shown import shown_path, shown_text
 from flexgen_lite.terminal import log, signals_interrupt
 
 if TYPE_CHECKING:
     import uvicorn
+    from starlette.types import ASGIApp
 
 WATCH_SECONDS = 3600.0
+KEEP_ALIVE_SECONDS = 130
+"""That a connection may be idle. Longer than callers keep theirs (most 5 to 90 s, proxies 60), so that it is they who
+close: else a request may be on its way when it is closed here, and end in an error of reading."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +48,10 @@ class HttpOptions:
 
 
 def serve_http(config: EngineConfig, options: HttpOptions) -> None:
-    """Start an engine and serve until interrupted.
+    """Start an engine and serve until interrupted. One that dies is started again, what is open waits for it.
 
     Raises:
-        EngineError: the engine could not be started, or failed.
+        EngineError: the engine could not be started, or failed for good.
         ValueError: the address cannot be listened to.
     """
     _need_extra()
@@ -55,18 +59,22 @@ def serve_http(config: EngineConfig, options: HttpOptions) -> None:
     with (
         _until_interrupted(),
         _listen(options.host, options.port) as listening,
-        EngineProcess(config, on_log=log, on_plan=log) as engine,
+        _folder(options.data_dir) as folder,
+        EngineSupervisor(config, on_log=log, on_plan=log) as engine,
     ):
-        key_file = config.key_file
-        _serve(lambda: Client(engine.endpoint, epitaph=engine.last_words, key_file=key_file), listening, options)
+        _serve(engine.connect, listening, folder, options)
 
 
 def serve_http_at(endpoint: str, key_file: Path | None, options: HttpOptions) -> None:
     """The same in front of a running engine."""
     _need_extra()
     _check_data_dir(options.data_dir)
-    with _until_interrupted(), _listen(options.host, options.port) as listening:
-        _serve(lambda: Client(endpoint, key_file=key_file), listening, options)
+    with (
+        _until_interrupted(),
+        _listen(options.host, options.port) as listening,
+        _folder(options.data_dir) as folder,
+    ):
+        _serve(lambda: Client(endpoint, key_file=key_file), listening, folder, options)
 
 
 def read_api_key(key: str | None, file: Path | None) -> str | None:
@@ -108,29 +116,45 @@ def _listen(host: str, port: int) -> socket.socket:
         raise ValueError(f"cannot listen on {shown_text(host)}, port {port}: {reason}: choose another one") from error
 
 
-def _serve(connect: Callable[[], Client], listening: socket.socket, options: HttpOptions) -> None:
+@contextlib.contextmanager
+def _folder(data_dir: Path | None) -> Iterator[Path]:
+    """Of files and batches; at once, as above."""
+    if data_dir is None:
+        with tempfile.TemporaryDirectory(prefix="flexgen-lite-") as folder:
+            yield Path(folder)
+    else:
+        with _locked(data_dir):
+            yield data_dir
+
+
+def _serve(connect: Callable[[], Client], listening: socket.socket, folder: Path, options: HttpOptions) -> None:
     import uvicorn
 
     from flexgen_lite.http.app import Api
 
     if options.api_key is None and not _is_loopback(options.host):
         log(f"warning: whoever reaches {options.host} may use the engine: give an API key")
-    with contextlib.ExitStack() as stack:
-        if options.data_dir is None:
-            data_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flexgen-lite-")))
-        else:
-            data_dir = options.data_dir
-            stack.enter_context(_locked(data_dir))
-        api = Api(connect, data_dir, options.model_name, options.api_key)
-        stack.callback(api.batches.close)
-        settings = uvicorn.Config(api.app, log_level="warning", lifespan="off", timeout_graceful_shutdown=5)
-        server = uvicorn.Server(settings)
+    api = Api(connect, folder, options.model_name, options.api_key)
+    with contextlib.closing(api.batches):
+        server = uvicorn.Server(_settings(api.app))
         host, port = listening.getsockname()[:2]
         print(f"serving: http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
         with _watched(connect(), server) as failure:
             server.run(sockets=[listening])
         if failure:
             raise failure[0]
+
+
+def _settings(app: ASGIApp) -> uvicorn.Config:
+    import uvicorn
+
+    return uvicorn.Config(
+        app,
+        log_level="warning",
+        lifespan="off",
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=5,
+    )
 
 
 @contextlib.contextmanager
@@ -163,7 +187,7 @@ def _is_loopback(host: str) -> bool:
 
 @contextlib.contextmanager
 def _watched(client: Client, server: uvicorn.Server) -> Iterator[list[EngineError]]:
-    """Ends the server when the engine fails; the list then has why."""
+    """Ends the server when the engine fails for good; the list then has why."""
     failure: list[EngineError] = []
     closing = threading.Event()
 

@@ -1,4 +1,8 @@
-"""A coordinator's start-up protocol without an engine behind it: python fake_coordinator.py MODE."""
+"""A coordinator's start-up protocol without an engine behind it: python fake_coordinator.py MODE[,MODE...].
+
+Of several modes the first is for the first start, and so on, the last for all that follow; starts are counted in the
+file that FAKE_COORDINATOR_STARTS names.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -14,7 +19,11 @@ def emit(**event: object) -> None:
     print(json.dumps(event), flush=True)
 
 
-def main(mode: str) -> int:
+DECIDED = {"ram": 2 << 30, "dtype": "bfloat16", "device": "cpu", "files": "the same"}
+
+
+def main(modes: str) -> int:
+    mode = mode_of_this_start(modes.split(","))
     if mode == "dies at once":
         return 3
     order = json.loads(sys.stdin.buffer.readline())
@@ -32,10 +41,12 @@ def main(mode: str) -> int:
     if mode == "never ready":
         sys.stdin.buffer.read()
         return 0
-    emit(event="plan", text="weights: 1.0 GiB\nkv: 2.0 GiB")
+    decided = {**DECIDED, "files": "others"} if mode == "serves another model" else DECIDED
+    emit(event="plan", text="weights: 1.0 GiB\nkv: 2.0 GiB", decided=decided)
     print("a library prints this")
-    if mode in ("serves", "dies on the way"):
-        return serve(run_dir / "clients", die_after=200 if mode == "dies on the way" else None)
+    if mode in SERVING:
+        emit(event="log", message=f"config: {json.dumps(order['config'])}")
+        return serve(run_dir / "clients", *SERVING[mode])
     emit(event="ready", endpoint=f"ipc://{run_dir}/clients")
     if mode == "talks a lot":
         for number in range(20_000):
@@ -49,8 +60,42 @@ def main(mode: str) -> int:
     return 0
 
 
-def serve(path: Path, die_after: int | None) -> int:
-    """Answer requests; after so many, be killed."""
+def mode_of_this_start(modes: list[str]) -> str:
+    if len(modes) == 1:
+        return modes[0]
+    starts = Path(os.environ["FAKE_COORDINATOR_STARTS"])
+    with starts.open("a") as file:
+        file.write("x")
+    return modes[min(starts.stat().st_size, len(modes)) - 1]
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def fail(message: str, user_error: bool = False, comes_again: bool = False) -> None:
+    emit(event="failed", message=message, user_error=user_error, details="", comes_again=comes_again)
+    os._exit(2 if user_error else 1)
+
+
+SERVING: dict[str, tuple[int, Callable[[], None]]] = {
+    "serves": (1 << 62, die),
+    "serves another model": (1 << 62, die),
+    "dies on the way": (200, die),
+    "dies when asked": (0, die),
+    "hangs when asked": (0, hang),
+    "fails when asked": (0, lambda: fail("the loader died")),
+    "user error when asked": (0, lambda: fail("the model changed", user_error=True)),
+    "fails for good when asked": (0, lambda: fail("a file changed", comes_again=True)),
+}
+
+
+def serve(path: Path, num_good: int, end: Callable[[], None]) -> int:
+    """Answer so many requests; then come to an end."""
     from fake_engine import FakeEngine
 
     from flexgen_lite.client_messages import EngineFailed, Submit
@@ -64,8 +109,8 @@ def serve(path: Path, die_after: int | None) -> int:
     def count(submit: Submit) -> None:
         nonlocal num_seen
         num_seen += len(submit.requests)
-        if die_after is not None and num_seen > die_after:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if num_seen > num_good:
+            end()
 
     with FakeEngine(path, window=64, on_submit=count) as engine:
         emit(event="ready", endpoint=engine.endpoint)

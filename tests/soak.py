@@ -10,6 +10,7 @@ that shows it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -97,6 +98,7 @@ class Soak:
                     if self.shots:
                         shooter.join()
                 self.counts["workers replaced"] += int(engine.status().totals["restarts"])
+                _check(engine.engine_restarts == 0, "workers are replaced, not the engine")
         self.counts["engine runs"] += 1
         self.counts["faults inside workers"] += len(struck(faults))
         self._compare(found)
@@ -111,28 +113,38 @@ class Soak:
                 over.wait(6)  # no worker is lost three times in a row without a chance to work
 
     def batch_round(self, number: int) -> None:
-        """run-batch, its coordinator or a worker killed at any moment, started again until it ends."""
+        """run-batch and its coordinator killed at any moment. It outlives the latter, where that got something done in
+        between; else, and where it is killed itself, the same command goes on."""
         output = self.folder / f"out-{number}.jsonl"
         command = [sys.executable, "-m", "flexgen_lite", "run-batch", "-i", str(self.requests), "-o", str(output)]
         command += ["--model", str(self.model), "--dtype", "float32"]
-        for attempt in range(100):
+        shots, errors = 6, ""
+        for _ in range(20):
             run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-            if attempt < 6:
+            while shots and run.poll() is None:
+                shots -= 1
                 time.sleep(self.draw.uniform(1.0, 12.0))
-                coordinators = psutil.Process(run.pid).children()
-                victim = self.draw.choice(["run-batch", "coordinator"]) if coordinators else "run-batch"
-                if run.poll() is None:
-                    os.kill(run.pid if victim == "run-batch" else coordinators[0].pid, signal.SIGKILL)
-                    self.counts[f"{victim} killed"] += 1
+                self._kill_one(run)
             _, errors = run.communicate(timeout=300)
             _check("Traceback" not in errors, errors)
+            self.counts["engines started again"] += errors.count("; starting it again; ")
             if run.returncode == 0:
                 break
+        else:
+            raise AssertionError(f"it does not come to an end: {errors}")
         rows = [json.loads(line) for line in output.read_bytes().splitlines()]
         found = {row["custom_id"]: row["response"]["body"]["choices"][0]["token_ids"] for row in rows}
         _check(len(rows) == len(found) == len(PROMPTS), f"{len(rows)} rows, {len(found)} of them different")
         self.counts["batch runs"] += 1
         self._compare([found[str(number)] for number in range(len(PROMPTS))])
+
+    def _kill_one(self, run: subprocess.Popen[str]) -> None:
+        coordinators = psutil.Process(run.pid).children()
+        victim = self.draw.choice(["run-batch", "coordinator", "coordinator"]) if coordinators else "run-batch"
+        if run.poll() is None:
+            with contextlib.suppress(ProcessLookupError):  # it is between two engines
+                os.kill(run.pid if victim == "run-batch" else coordinators[0].pid, signal.SIGKILL)
+                self.counts[f"{victim} killed"] += 1
 
     def _compare(self, found: list[list[int]]) -> None:
         wrong = [i for i, (a, b) in enumerate(zip(found, self.expected, strict=True)) if a != b]

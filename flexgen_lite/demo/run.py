@@ -12,10 +12,9 @@ from rich.table import Table
 
 from flexgen_lite.batch_command import watch
 from flexgen_lite.batch_run import BatchRun, Progress
-from flexgen_lite.client import Client
 from flexgen_lite.config import EngineConfig
 from flexgen_lite.demo.records import Record, generate, is_correct, prompt
-from flexgen_lite.engine_process import EngineProcess
+from flexgen_lite.engine_supervisor import EngineSupervisor
 from flexgen_lite.result_file import ResultWriter
 from flexgen_lite.sizes import format_size
 from flexgen_lite.voice import make_voice
@@ -39,8 +38,8 @@ def run_demo(records: int, ram: str | None) -> None:
         _write_requests(requests, labelled)
         with (
             make_voice(quiet=False, as_json=False) as voice,
-            EngineProcess(config, on_log=voice.log, on_plan=voice.plan) as engine,
-            Client(engine.endpoint, epitaph=engine.last_words) as client,
+            EngineSupervisor(config, on_log=voice.log, on_plan=voice.plan) as engine,
+            engine.connect() as client,
             ResultWriter(results) as writer,
         ):
             last = watch(BatchRun(client, requests, writer), voice)

@@ -87,6 +87,7 @@ class Api:
     # ------------------------------------------------------------------------------------------------ engine
 
     async def _health(self, caller: HttpRequest) -> Response:
+        self._check_engine()
         try:
             await run_in_threadpool(self._client.wait_for_end, 0.0)
         except EngineError as error:
@@ -94,11 +95,17 @@ class Api:
         return JsonResponse({"status": "ok"})
 
     async def _metrics(self, caller: HttpRequest) -> Response:
+        self._check_engine()
         try:
             status = await run_in_threadpool(self._client.status, STATUS_SECONDS)
         except (EngineError, NoStatus) as error:
             raise ApiError(503, str(error)) from error
         return PlainTextResponse(text_of(status), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    def _check_engine(self) -> None:
+        """Requests for answers wait while it is started again; who looks after the server is told."""
+        if (outage := self._client.outage) is not None:
+            raise ApiError(503, outage)
 
     async def _models(self, caller: HttpRequest) -> Response:
         return JsonResponse({"object": "list", "data": [self._about_model()]})

@@ -164,7 +164,7 @@ class BatchStore:
                 finally:
                     self._leave_place()
         except EngineError:
-            return  # the server ends with its engine; the next one goes on with the batch
+            return  # it is gone for good, and the server ends with it; the next one goes on with the batch
         except FileExistsError:
             failure = ValueError("the rows that are there answer other requests, or another model's: upload it again")
         except Exception as error:

@@ -13,6 +13,7 @@ _COUNTERS = {
     "requests_cancelled": "Requests cancelled.",
     "passes": "Passes through the model.",
     "restarts": "Workers started again.",
+    "engine_restarts": "Engines started again.",
     "sent_back": "Running sequences that had to make room.",
     "disk_read_bytes": "Bytes of weights read from files.",
     "uploaded_bytes": "Bytes of weights copied to the device.",

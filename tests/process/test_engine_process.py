@@ -217,15 +217,16 @@ def test_generate_without_with(runtime_base: Path, serving: Callable[[], FlexGen
     assert list(runtime_base.iterdir()) == []
 
 
-def test_a_killed_engine_ends_generate(runtime_base: Path, serving: Callable[[], FlexGenLite]) -> None:
+def test_a_killed_engine_is_started_again(runtime_base: Path, serving: Callable[[], FlexGenLite]) -> None:
     with serving() as model:
 
-        def prompts() -> object:
-            yield "first"
-            os.kill(model._engine.pid, signal.SIGKILL)
-            while True:
-                yield "more"
+        def prompts() -> Iterator[str]:
+            for number in range(300):
+                if number == 150:
+                    os.kill(model._engine.pid, signal.SIGKILL)
+                yield f"p{number}"
 
-        with pytest.raises(EngineError, match="killed by SIGKILL"):
-            model.generate(prompts())  # type: ignore[arg-type]
+        assert [str(completion) for completion in model.generate(prompts())] == [f"P{number}" for number in range(300)]
+        assert model.engine_restarts == model.status().totals["engine_restarts"] == 1
+        assert str(model.generate("more")) == "MORE"
     assert list(runtime_base.iterdir()) == []

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -145,28 +147,94 @@ def test_killed_within_a_row(tmp_path: Path) -> None:
     assert answers(output) == answers(tmp_path / "undisturbed")
 
 
-def test_the_death_of_its_own_engine(tmp_path: Path, runtime_base: Path) -> None:
+@pytest.fixture
+def run_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtime_base: Path
+) -> Iterator[Callable[..., tuple[int, str, str]]]:
+    """Exit code, output and errors of run-batch on an engine of its own, which is in these modes, one a start."""
+    starts = tmp_path / "starts"
+    monkeypatch.setenv("FAKE_COORDINATOR_STARTS", str(starts))
+
+    def run_with(modes: str, requests: Path, output: Path, *more: str, stdin: bytes = b"") -> tuple[int, str, str]:
+        starts.unlink(missing_ok=True)
+        command = [sys.executable, "-c", WITH_FAKE_COORDINATOR, modes, "run-batch", "--model", "m"]
+        command += ["-i", str(requests), "-o", str(output), *more]
+        program = subprocess.run(command, input=stdin, capture_output=True, check=False, timeout=60)
+        text, errors = program.stdout.decode(), program.stderr.decode()
+        assert "Traceback" not in errors
+        return program.returncode, text, errors
+
+    yield run_with
+    assert list(runtime_base.iterdir()) == []
+
+
+RunWith = Callable[..., tuple[int, str, str]]
+
+
+def test_it_outlives_its_own_engine(tmp_path: Path, run_with: RunWith) -> None:
     requests, output = write_requests(tmp_path / "in", 500), tmp_path / "out"
+    assert run_with("serves", requests, tmp_path / "undisturbed")[0] == 0
+    code, text, errors = run_with("dies on the way", requests, output)
+    assert code == 0 and "done: 502 requests (2 failed)" in text
+    found = re.findall(
+        r"warning: .* killed by SIGKILL; starting it again; \d+ open requests are submitted again", errors
+    )
+    assert len(found) >= 2 and f"engine started again: {len(found)}" in text
+    assert answers(output) == answers(tmp_path / "undisturbed")
+    code, text, errors = run_with("dies on the way", requests, tmp_path / "json", "--json")
+    assert code == 0 and json.loads(text.splitlines()[-1])["engine_restarts"] == len(found)
+    assert json.loads(text.splitlines()[-1])["busy_seconds"] > 0
 
-    def run_with(mode: str, output: Path) -> tuple[int, str]:
-        command = [sys.executable, "-c", WITH_FAKE_COORDINATOR, mode, "run-batch", "--model", "m"]
-        command += ["-i", str(requests), "-o", str(output)]
-        program = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-        assert "Traceback" not in program.stderr
-        return program.returncode, program.stderr
 
-    assert run_with("serves", tmp_path / "undisturbed")[0] == 0
-    code, errors = run_with("dies on the way", output)
-    assert (code, errors.splitlines()[-1]) == (
+def test_it_outlives_its_engine_between_two_pipes(tmp_path: Path, run_with: RunWith) -> None:
+    """There the same command could not go on."""
+    requests = write_requests(tmp_path / "in", 500)
+    assert run_with("serves", requests, tmp_path / "undisturbed")[0] == 0
+    modes, pipes = "dies on the way,dies by signal,serves", (Path("/dev/stdin"), Path("/dev/stdout"))
+    code, text, _ = run_with(modes, *pipes, stdin=requests.read_bytes())
+    assert code == 0
+    (tmp_path / "out").write_text(text)
+    assert answers(tmp_path / "out") == answers(tmp_path / "undisturbed")
+
+
+def test_an_engine_that_gets_nothing_done(tmp_path: Path, run_with: RunWith) -> None:
+    requests, output = write_requests(tmp_path / "in", 500), tmp_path / "out"
+    assert run_with("serves", requests, tmp_path / "undisturbed")[0] == 0
+    code, text, errors = run_with("dies on the way,dies when asked", requests, output)
+    assert (code, text, errors.splitlines()[-1]) == (
         1,
+        "",
         "error: the engine ended unexpectedly, killed by SIGKILL; the same command goes on where it stopped",
     )
+    assert errors.count("hello from") == 1 + 3 - 1, "the first one had done something, and then died"
     kept = num_lines(output)
     assert 0 < kept < 500 and len(answers(output)) == kept
-    code, errors = run_with("serves", output)
+    code, _, errors = run_with("serves", requests, output)
     assert code == 0 and f"resuming: {kept} rows are there already" in errors
     assert answers(output) == answers(tmp_path / "undisturbed")
-    assert list(runtime_base.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("modes", "code", "error", "starts"),
+    [
+        (
+            "dies on the way,user error when asked",
+            1,
+            "error: the model changed; the same command goes on where it stopped",
+            2,
+        ),
+        ("dies on the way,user error", 2, "error: model has no config.json", 2),
+        ("dies on the way,serves another model", 2, "error: m changed while it was in use: start anew", 2),
+        ("dies by signal,serves", 1, "error: the engine ended unexpectedly, killed by SIGKILL", 1),
+    ],
+)
+def test_what_another_start_would_not_help(
+    tmp_path: Path, run_with: RunWith, modes: str, code: int, error: str, starts: int
+) -> None:
+    requests, output = write_requests(tmp_path / "in", 500), tmp_path / "out"
+    found, _, errors = run_with(modes, requests, output)
+    assert (found, errors.splitlines()[-1]) == (code, error)
+    assert errors.count("hello from") == starts
 
 
 def test_an_input_that_has_grown(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 PURE = (
     "slot_ring", "schedule", "batching", "running_request", "page_table", "model_spec", "exchange", "kv_layout",
     "messages", "client_messages", "sampling_wire", "stop_strings", "kept_logprobs", "open_request", "waiting_queue",
-    "text_growth", "text_stream",
+    "text_growth", "text_stream", "status_sum",
 )  # fmt: skip
 HEAVY = {"torch", "transformers", "numba", "greenlet"}
 COORDINATOR_SIDE = sorted(p.stem for p in (ROOT / "flexgen_lite").glob("*.py"))

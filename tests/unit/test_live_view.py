@@ -15,7 +15,7 @@ STATUS = Status(
     waiting=1200,
     done=34_567,
     lanes={"disk": 0.2, "host-to-device": 0.0, "compute": 0.93, "attention": 1.0, "device-to-host": 0.0},
-    totals={"restarts": 2.0},
+    totals={"restarts": 2.0, "engine_restarts": 1.0},
     memory={"budget": 24 << 30, "used": 12 << 30, "peak": 18 << 30},
 )
 ENGINE = EngineView(STATUS, (1234.5, 99_999.9), (1100.0, 5.0))
@@ -39,6 +39,7 @@ def test_everything_is_there_and_nothing_is_wider_than_the_terminal(width: int) 
     assert "left 1:23:20" in text or width < 80
     if width >= 80:
         assert "1,200 waiting" in text and "workers started again: 2" in text and "overall 1,100.0 tok/s" in text
+        assert "engine started again: 1" in text or width == 80
         assert "12.0 GiB of 24.0 GiB, peak 18.0 GiB" in text
 
 
