@@ -158,6 +158,9 @@ class Client:
             raise TypeError(f"prompt is {shown_kind(prompt)}: give one text or one list of token ids")
         request = Request(prompt, GREEDY if params is None else params, stream=True)
         request.to_wire(0)
+        return self._stream(request, check_job(None, False, priority))
+
+    def _stream(self, request: Request, priority: int) -> Iterator[Delta]:
         job = self.submit_requests([request], 1, priority=priority)
         try:
             for event in job.events():

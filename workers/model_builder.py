@@ -47,11 +47,18 @@ def load_config(directory: Path) -> PreTrainedConfig:
         raise UserError(
             f"{path} cannot be used ({type(error).__name__}: {first_line(error)}): put it right, or download it again"
         ) from error
+    return config
+
+
+def check_sizes(directory: Path, config: PreTrainedConfig) -> None:
+    """Raises UserError for a size that no model has, before memory is taken for it."""
+    path = directory / "config.json"
     for name, most in _SIZES.items():
-        size = getattr(config, name, None)  # some classes have a list, one for each layer
+        size = None
+        with contextlib.suppress(Exception):  # classes whose layers differ refuse to tell of one for all
+            size = getattr(config, name, None)
         if not isinstance(size, list | None) and not (type(size) is int and 1 <= size <= most):
             raise UserError(f"{path}: {name}={shown(size)} is not allowed: a whole number from 1 to {most} is expected")
-    return config
 
 
 def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -64,6 +64,7 @@ def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> Op
     dtype = _dtype(order.dtype, config, device)
     attention_call.register()
     model_builder.causal_lm_class(config)
+    model_builder.check_sizes(directory, config)
     if order.always_probe or config.model_type not in probe.TESTED_TYPES:
         probe.prove(config)
     model = model_builder.build(config, dtype)

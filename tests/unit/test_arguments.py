@@ -184,7 +184,13 @@ def test_a_request_that_the_engine_would_not_take_is_told_of(request_: Request, 
 
 @pytest.mark.parametrize("prompt", [None, 5, ["a", "b"], {"prompt": "a"}, b"a", []])
 def test_a_stream_takes_one_prompt(prompt: Any, client: Client) -> None:
-    refused(lambda: next(client.stream(prompt)), "prompt is ", "give one text or one list of token ids")
+    refused(lambda: client.stream(prompt), "prompt is ", "give one text or one list of token ids")
+
+
+def test_a_stream_is_checked_before_it_is_read(client: Client) -> None:
+    refused(lambda: client.stream("a", {"max_tokens": 5}), "params of prompt 0 is a dict")  # type: ignore[arg-type]
+    refused(lambda: client.stream("a", priority="high"), "priority='high' is not allowed")  # type: ignore[arg-type]
+    assert "".join(delta.text for delta in client.stream("a")) == "A"
 
 
 # ---------------------------------------------------------------------------------------------------- chat
