@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from flexgen_lite.chat_environment import fault_of
 from flexgen_lite.messages import WireChatTemplate
-from flexgen_lite.model_files import CheckpointError, check_contents
+from flexgen_lite.model_files import CheckpointError, check_contents, is_there, open_file
 from flexgen_lite.workers.serve import first_line
 
 FILES = (
@@ -85,6 +85,7 @@ def _is_whole(file: Path) -> bool:
 def _load(directory: Path, run_dir: str) -> tuple[Any, str | None]:
     """The tokenizer; and why its chat templates cannot be read, which is no reason to do without a tokenizer."""
     try:
+        _check_templates(directory)
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False), None
     except Exception as error:
         with tempfile.TemporaryDirectory(dir=run_dir) as bare:
@@ -95,7 +96,15 @@ def _load(directory: Path, run_dir: str) -> tuple[Any, str | None]:
                 tokenizer = AutoTokenizer.from_pretrained(bare, trust_remote_code=False)
             except Exception:
                 raise error from None
-        return tokenizer, f"{', '.join(left_out)}: {type(error).__name__}: {first_line(error)}"
+        kind = "" if isinstance(error, CheckpointError) else f"{type(error).__name__}: "
+        return tokenizer, f"{', '.join(left_out)}: {kind}{first_line(error)}"
+
+
+def _check_templates(directory: Path) -> None:
+    """Raises CheckpointError for one that is no file: Transformers would wait for a pipe."""
+    single, several = (directory / name for name in _TEMPLATE_FILES)
+    for path in ([single] if is_there(single) else []) + sorted(several.glob("*.jinja")):
+        open_file(path).close()
 
 
 def _link_without_templates(directory: Path, bare: Path) -> list[str]:
@@ -104,7 +113,7 @@ def _link_without_templates(directory: Path, bare: Path) -> list[str]:
     Returns:
         Where there were some.
     """
-    left_out = [name for name in _TEMPLATE_FILES if (directory / name).exists()]
+    left_out = [name for name in _TEMPLATE_FILES if is_there(directory / name)]
     for path in directory.iterdir():
         if path.name not in _TEMPLATE_FILES:
             (bare / path.name).symlink_to(path.resolve())

@@ -77,7 +77,7 @@ def pipe(name: str) -> Callable[[Path], None]:
 
 JSON_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.json",
+    "added_tokens.json",
 )  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def test_a_json_file_that_is_none(name: str, data: bytes, model: Path) -> None:
     refused(model, f"{model / name}: ", "download it again")
 
 
-@pytest.mark.parametrize("name", [*JSON_FILES, "model.safetensors", "chat_template.jinja", "merges.txt"])
+@pytest.mark.parametrize("name", [*JSON_FILES, "model.safetensors", "merges.txt"])
 def test_a_pipe_is_not_waited_for(name: str, model: Path) -> None:
     pipe(name)(model)
     refused(model, f"{model / name} is a named pipe, not a file: download it again")
@@ -126,7 +126,6 @@ def test_a_pipe_is_not_waited_for(name: str, model: Path) -> None:
         (put("generation_config.json", b'{"eos_token_id": true}'), "eos_token_id=True is not allowed"),
         (put("tokenizer.json", b"{}"), "tokenizer.json holds no tokenizer (Model missing"),
         (put("tokenizer_config.json", b'{"tokenizer_class": 5}'), ""),
-        (put("chat_template.jinja", b"caf\xe9"), "chat_template.jinja: byte 4 (0xe9) is not UTF-8"),
         (put("model.safetensors", b""), "model.safetensors is cut off: 0 bytes"),
         (put("model.safetensors", GARBAGE), "model.safetensors is cut off"),
         (lambda m: (m / "model.safetensors").unlink(), "holds no model.safetensors"),

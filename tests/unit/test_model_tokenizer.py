@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from flexgen_lite.chat_template import Chat, ChatError, render
 from flexgen_lite.client_messages import Welcome
 from flexgen_lite.codec import Codec
 from flexgen_lite.demo.run import MODEL
+from flexgen_lite.model_files import CheckpointError
 from flexgen_lite.tokenizer import TextTokenizer
 from flexgen_lite.workers.model_tokenizer import ModelTokenizer, open_tokenizer
 from tests.chat_model import make_chat_model, set_in_config
@@ -110,10 +112,16 @@ def test_a_name_in_another_encoding(model: Path) -> None:
 def test_a_tokenizer_that_cannot_be_read_is_not_blamed_on_the_template(model: Path) -> None:
     (model / "chat_template.jinja").write_bytes(b"\xff")
     (model / "tokenizer.json").write_text("{", encoding="utf-8")
-    found = open_tokenizer(model, str(model.parent))
-    assert found.file is None and found.chat_template is None
-    (warning,) = found.warnings
-    assert warning.startswith("the tokenizer cannot be used, give prompts as token ids: ")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        open_tokenizer(model, str(model.parent))
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/tool_use.jinja"])
+def test_a_template_that_is_no_file_is_not_waited_for(model: Path, name: str) -> None:
+    (model / name).parent.mkdir(exist_ok=True)
+    os.mkfifo(model / name)
+    (warning,) = opened(model).warnings
+    assert "cannot be read" in warning and "is a named pipe, not a file" in warning
 
 
 def test_a_tokenizer_json_alone(tmp_path: Path) -> None:
@@ -127,8 +135,8 @@ def test_a_tokenizer_json_alone(tmp_path: Path) -> None:
     (model / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     assert open_tokenizer(model, str(run_dir)) == ModelTokenizer(str(model / "tokenizer.json"))
     (model / "tokenizer.json").write_text("{}", encoding="utf-8")
-    found = open_tokenizer(model, str(run_dir))
-    assert found.file is None and "the tokenizer cannot be used" in found.warnings[0]
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json holds no tokenizer"):
+        open_tokenizer(model, str(run_dir))
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:
