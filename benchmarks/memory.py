@@ -138,6 +138,22 @@ def _line(row: dict[str, Any]) -> str:
     return text + (f"  BEYOND: {', '.join(beyond)}" if beyond else "") + (f"  {row['error']}" if row["failed"] else "")
 
 
+def _table(rows: list[dict[str, Any]]) -> str:
+    """The most that each process took in any of the jobs, beside what was planned for it; MiB."""
+    names = list(rows[0]["planned"])
+    lines = ["| vocabulary | dtype | " + " | ".join(names) + " | all, of the budget |"]
+    lines.append("|" + " ---: | --- |" + " ---: |" * (len(names) + 1))
+    for vocabulary, dtype in dict.fromkeys((row["vocabulary"], row["dtype"]) for row in rows):
+        own = [row for row in rows if (row["vocabulary"], row["dtype"]) == (vocabulary, dtype)]
+        cells = [
+            f"{max(row['taken'].get(name, 0) for row in own) // MIB} of {own[0]['planned'][name] // MIB}"
+            for name in names
+        ]
+        cells.append(f"{max(row['peak'] for row in own) // MIB} of {own[0]['budget'] // MIB}")
+        lines.append(f"| {vocabulary:,} | {dtype} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[32_000, 151_936, 262_144])
@@ -147,15 +163,18 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of prompts")
     parser.add_argument("--output", type=Path, help="rows as JSON lines")
     options = parser.parse_args()
+    found: list[dict[str, Any]] = []
     for number, vocabulary in enumerate(options.vocabularies):
         tokenizer = options.tokenizers[number] if number < len(options.tokenizers) else None
         with tempfile.TemporaryDirectory() as folder:
             model = make_model(vocabulary, tokenizer, Path(folder))
             for dtype in options.dtypes:
                 rows = measure(model, dtype, options.ram, vocabulary, options.scale)
+                found += rows
                 if options.output is not None:
                     with options.output.open("a") as file:
                         file.writelines(json.dumps(row) + "\n" for row in rows)
+    print(_table(found))
 
 
 if __name__ == "__main__":

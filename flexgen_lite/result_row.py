@@ -32,8 +32,11 @@ def request_id(item: BatchRequest | BadLine, engine: str) -> str:
     """
     if isinstance(item, BadLine):
         return f"line_{item.digest}"
+    prompt: object = item.prompt
+    if isinstance(item.prompt, Chat):
+        prompt = {name: value for name, value in asdict(item.prompt).items() if name != "join_parts"}  # of all lines
     asked = {
-        "prompt": asdict(item.prompt) if isinstance(item.prompt, Chat) else item.prompt,
+        "prompt": prompt,
         "params": asdict(item.params),
         "return_token_ids": item.return_token_ids,
         "echo": item.echo,

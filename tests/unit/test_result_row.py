@@ -205,3 +205,10 @@ def test_rows_of_earlier_versions_are_found_again() -> None:
     new = encode_row("0" * 24, "a\u2028b", "req_" + "0" * 16, None, "wrong")
     old = new.replace(b"\\u2028", "\u2028".encode())
     assert old != new and there(old).has(request("a\u2028b"), "req_" + "0" * 16)
+
+
+def test_rows_of_chats_that_earlier_versions_wrote_still_answer() -> None:
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions"}
+    line["body"] = {"messages": [{"role": "user", "content": "Hello"}]}
+    (item,) = read_requests(iter([json.dumps(line).encode()]))
+    assert request_id(item, "engine") == "req_e7b90dc2a0003978"
