@@ -12,7 +12,6 @@ from flexgen_lite.open_request import OpenRequest
 from flexgen_lite.running_request import RunningRequest
 from flexgen_lite.sampling_wire import WireParams
 from flexgen_lite.shown import shown
-from flexgen_lite.sizes import format_size
 from flexgen_lite.text_growth import Tokenizer
 from flexgen_lite.text_stream import TextStream
 
@@ -32,7 +31,6 @@ class Limits:
         kv_tokens: what one attention worker's pages hold.
         prefix_token_id: what stands in front of a text that is scored without a context; None where the model has no
             such token.
-        kv_token_bytes: memory that each further one of `kv_tokens` would take.
     """
 
     max_length: int
@@ -40,7 +38,6 @@ class Limits:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     prefix_token_id: int | None = None
-    kv_token_bytes: int = 0
 
 
 class Admission:
@@ -90,8 +87,7 @@ class Admission:
             raise RequestError(
                 f"the request needs {sequence.most_stored} tokens of KV cache ({len(tokens)} in the prompt, up to "
                 f"{params.max_tokens} generated), an attention worker holds {limits.kv_tokens}: "
-                "lower max_tokens, or raise ram by "
-                f"{format_size((sequence.most_stored - limits.kv_tokens) * limits.kv_token_bytes)} or more"
+                "lower max_tokens or raise ram"
             )
         return sequence
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from flexgen_lite.chat_data import REASONING, in_one_text, plain, plain_message
 from flexgen_lite.messages import WireChatTemplate
+from flexgen_lite.shown import shown
 
 MAX_TEXT = 8 << 20  # characters of a rendered prompt
 _MAX_WORDS = 1000  # characters of what a template says of an error
@@ -239,17 +240,17 @@ def _mark_last(messages: list[dict[str, Any]], goes_on: bool | str, source: str)
     last, key = messages[-1], goes_on if isinstance(goes_on, str) else "content"
     text = last.get(key)
     if text is None:
-        raise ChatError(f"the last message cannot be gone on with: it has no {key!r}")
+        raise ChatError(f"the last message cannot be gone on with: it has no {shown(key)}")
     # Reasoning has several names: the template may read any of those.
     keys = [name for name in REASONING if last.get(name) == text] if key in REASONING else [key]
     if not any(name in source for name in keys):
-        raise ChatError(f"the last message cannot be gone on with: the chat template does not read {key!r}")
+        raise ChatError(f"the last message cannot be gone on with: the chat template does not read {shown(key)}")
     if isinstance(text, list | tuple):
         block = _last_text_block(text)
         text, block["text"] = block["text"], block["text"] + _MARK
         return str(text)
     if not isinstance(text, str):
-        raise ChatError(f"the last message cannot be gone on with: its {key!r} is no text")
+        raise ChatError(f"the last message cannot be gone on with: its {shown(key)} is no text")
     last.update(dict.fromkeys(keys, text + _MARK))
     return text
 

@@ -152,6 +152,7 @@ class Coordinator:
             self._step(deadline)
         endpoint = self._config.endpoint or f"ipc://{self._run_dir}/engine.sock"
         endpoint = self._door.open(endpoint, read_key_file(self._config.key_file) if self._config.key_file else None)
+        self._gauges.memory.plan(self._plan.process_bytes)  # what it took to have the weights in order is over
         emit("ready", endpoint=endpoint)
         while True:
             self._step(None)
@@ -354,6 +355,8 @@ class Coordinator:
         broken = bool(self._pass) and worker.kind != "loader" and not self._suspended
         self._gauges.trace_loss(worker.name, str(error))
         log(f"{error}; starting it again{'; the pass is repeated' if broken else ''}")
+        if worker.kind == "compute" and self._setup is None:
+            self._opened = None  # the next one opens it anew
         if self._weights is not None and self._schedule is not None:
             if worker.kind == "loader":
                 self._weights.loader_lost()

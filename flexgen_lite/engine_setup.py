@@ -140,8 +140,7 @@ class Setup:
         )
         eos = tuple(token for token in spec.eos_token_ids if 0 <= token < spec.vocab_size)
         prefix = spec.bos_token_id if spec.bos_token_id is not None else next(iter(eos), None)
-        token_bytes = made.attention_workers * sum(self.kv_bytes_by_window.values())
-        limits = Limits(spec.max_length, pages.max_tokens, spec.vocab_size, eos, prefix, token_bytes)
+        limits = Limits(spec.max_length, pages.max_tokens, spec.vocab_size, eos, prefix)
         return Requests(batcher, limits, tokenizer)
 
 

@@ -18,7 +18,8 @@ from flexgen_lite.expected_work import ExpectedWork
 from flexgen_lite.revival import EngineLost
 
 MOST_LOSSES = 3  # in a row, with no request finished in between
-PAUSE_SECONDS = (1.0, 2.0, 4.0)  # before another start, by the losses in a row
+BUSY_SECONDS = 300.0  # that an engine may take to answer a new client, as it may for one it has
+PAUSE_SECONDS = (1.0, 2.0)  # before another start, by the losses in a row
 JOIN_SECONDS = 15.0  # for a start that is broken off
 OFFLINE = {"HF_HUB_OFFLINE": "1"}  # the model is there, and may be a newer one elsewhere
 
@@ -89,7 +90,7 @@ class EngineSupervisor:
         follower = _Follower(self)
         endpoint = follower.endpoint(None)
         assert endpoint is not None, "without a limit it is there or fails"
-        client = Client(endpoint, key_file=self._config.key_file, revival=follower)
+        client = Client(endpoint, connect_timeout=BUSY_SECONDS, key_file=self._config.key_file, revival=follower)
         with self._changed:
             self._clients.add(client)
         return client

@@ -56,7 +56,7 @@ def survey(path: Path) -> ExpectedWork | None:
     return ExpectedWork(
         sequences=lines,
         typical_tokens=lengths[len(lengths) * 9 // 10],
-        longest_likely=max(*lengths, *longest),
+        longest_likely=max([*lengths, *longest]),
         longest_tokens=len(longest_line) + max(request.params.max_tokens for request in requests),
     )
 

@@ -68,6 +68,10 @@ class FlexGenLite:
         """Of the coordinator's process, whose children are the workers."""
         return self._engine.pid
 
+    def connect(self) -> Client:
+        """A further client of the engine, which goes on with the next one where it is started again."""
+        return self._engine.connect()
+
     @property
     def engine_restarts(self) -> int:
         """How often the engine was started again."""

@@ -62,7 +62,8 @@ def _place_in_ram(sizes: Sizes, available: int, slots: int, all_streamed: bool, 
     if all_streamed or not roomy or whole + sizes.page_bytes * sizes.least_pages > available:
         ring = slots
         after_ring = available - ring * sizes.layer_bytes
-        spare = (after_ring - min(sizes.wanted_pages * sizes.page_bytes, after_ring)) // sizes.layer_bytes
+        pages = max(sizes.wanted_pages, sizes.longest_pages if longest <= after_ring else 0)
+        spare = (after_ring - min(pages * sizes.page_bytes, after_ring)) // sizes.layer_bytes
         most = len(layers) if others else len(layers) - ring
         chosen = () if all_streamed else spread_evenly(min(spare, most), len(layers))
         resident = tuple(layers[index] for index in chosen)

@@ -329,8 +329,8 @@ def _choose_block(need: _Need, ram: int) -> tuple[int, int, int]:
         enough = need.least(tokens, count, slots, need.longest_pages) + MIB
         raise PlanError(
             f"{need.spec.class_name} needs at least {format_size(enough)} of RAM, "
-            f"{format_size(ram)} allowed: raise ram, or lower max_model_len ({need.spec.max_length}) "
-            f"or attention_workers ({need.workers})"
+            f"{format_size(ram)} allowed: raise ram"
+            + (f", or lower attention_workers ({need.workers})" if need.workers > 1 else "")
             + (f", micro_batch_tokens ({tokens})" if config.micro_batch_tokens else "")
             + (f", micro_batches ({count})" if config.micro_batches else "")
             + (f", layer_slots ({slots})" if config.layer_slots else "")

@@ -18,6 +18,7 @@ class StatusSum:
         self._totals: defaultdict[str, float] = defaultdict(float)  # of those before it, as the next two
         self._done = 0
         self._peaks: dict[str, int] = {}
+        self._process_peaks: dict[str, int] = {}
 
     def of(self, status: Status, restarts: int) -> Status:
         """The status of the present engine, with what those before it did. `engine_restarts` is among the totals."""
@@ -29,6 +30,10 @@ class StatusSum:
             done=status.done + self._done,
             totals={**self._totals, **totals, "engine_restarts": float(restarts)},
             memory={**status.memory, **peaks},
+            processes={
+                name: {**sizes, "peak": max(sizes["peak"], self._process_peaks.get(name, 0))}
+                for name, sizes in status.processes.items()
+            },
         )
 
     def engine_lost(self) -> None:
@@ -39,6 +44,8 @@ class StatusSum:
         for name, value in last.totals.items():
             self._totals[name] += value
         self._done += last.done
+        for name, sizes in last.processes.items():
+            self._process_peaks[name] = max(self._process_peaks.get(name, 0), sizes["peak"])
         for name in _PEAKS:
             if name in last.memory:
                 self._peaks[name] = max(self._peaks.get(name, 0), last.memory[name])

@@ -42,7 +42,9 @@ class StreamedAnswer:
             if self._differs or not (text or delta.token_ids[known:]):
                 return None
             logprobs = None if delta.logprobs is None else delta.logprobs[known:]
-            delta = replace(delta, text=text, token_ids=delta.token_ids[known:], logprobs=logprobs)
+            offsets = None if delta.text_offsets is None else delta.text_offsets[known:]
+            tokens_left = delta.token_ids[known:]
+            delta = replace(delta, text=text, token_ids=tokens_left, logprobs=logprobs, text_offsets=offsets)
         self.characters += len(delta.text)
         self._token_ids.extend(delta.token_ids)
         return delta

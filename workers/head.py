@@ -30,7 +30,6 @@ class Head:
         self._model = model
         self._keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._caught: tuple[nn.Module, Any] | None = None  # of the forward that ended last
-        self._buffer: torch.Tensor | None = None  # of float32 logits
         for module in model.modules():
             if module is not model and module is not layers and any(part is layers for part in module.modules()):
                 module.register_forward_hook(self._catch)
@@ -43,14 +42,13 @@ class Head:
         return max(1, LOGITS_BYTES // (4 * vocab_size))
 
     def logits(self, inputs: Mapping[str, Any], chunks: list[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """Runs the model; yields float32 logits `[N, V]` of the rows of each chunk, the first may have none. They are
-        good until the next ones are asked for."""
+        """Runs the model; yields float32 logits `[N, V]` of the rows of each chunk, the first may have none."""
         if not self._keeps_rows:
             logits_TV = self._model(**inputs).logits[0]
             for rows_N in chunks:
                 yield logits_TV[rows_N].float()
             return
-        logits_NV = self._in_float32(self._model(**inputs, logits_to_keep=chunks[0]).logits[0])
+        logits_NV = self._model(**inputs, logits_to_keep=chunks[0]).logits[0].float()
         caught, self._caught = self._caught, None
         yield logits_NV
         assert caught is not None, "the forward calls nothing that holds the layers"
@@ -59,17 +57,8 @@ class Head:
             del logits_NV  # before there are the next ones
             stack.forward = lambda *_, **__: output
             try:
-                logits_NV = self._in_float32(self._model(**inputs, logits_to_keep=rows_N).logits[0])
+                logits_NV = self._model(**inputs, logits_to_keep=rows_N).logits[0].float()
             finally:
                 del stack.forward
+                self._caught = None  # the same again, of no use to anybody
             yield logits_NV
-
-    def _in_float32(self, logits_NV: torch.Tensor) -> torch.Tensor:
-        """In memory that is allocated once: as a buffer that comes and goes it would be the largest on the heap."""
-        if logits_NV.dtype == torch.float32:
-            return logits_NV
-        rows, vocabulary = logits_NV.shape
-        if self._buffer is None or self._buffer.numel() < rows * vocabulary:
-            most = max(rows, self.rows_per_chunk(vocabulary))
-            self._buffer = logits_NV.new_empty(most * vocabulary, dtype=torch.float32)
-        return self._buffer[: rows * vocabulary].view(rows, vocabulary).copy_(logits_NV)

@@ -23,7 +23,7 @@ NO_WINDOW = 1 << 30
 _ALIGN = 64
 
 
-_scratch = torch.empty(0, dtype=torch.uint8)
+_scratch = np.empty(0, np.uint8)
 
 
 def prepare(dtype: torch.dtype) -> None:
@@ -85,9 +85,9 @@ def _choose(dtype: torch.dtype, depth: int) -> tuple[Any, int]:
 def scratch_address(num_bytes: int) -> int:
     """Memory for one call, shared by all kernels here: its address, a multiple of 64."""
     global _scratch
-    if _scratch.numel() < num_bytes + _ALIGN:
-        _scratch = torch.empty(num_bytes + _ALIGN, dtype=torch.uint8)
-    return -(-_scratch.data_ptr() // _ALIGN) * _ALIGN
+    if _scratch.size < num_bytes + _ALIGN:
+        _scratch = np.empty(num_bytes + _ALIGN, np.uint8)
+    return -(-_scratch.ctypes.data // _ALIGN) * _ALIGN
 
 
 def _with_whole_rows(x: torch.Tensor) -> torch.Tensor:

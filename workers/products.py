@@ -12,7 +12,7 @@ GFLOP/s with a `[8192, 2048]` weight, T rows:
     float32, rearranged   233   420   411   451
 
 oneDNN makes a program for every number of rows that a weight is multiplied with, and keeps it. Rows are filled up to
-one of few numbers, so that there are few of these, and their memory is in the plan (`product_programs`).
+one of few numbers, so that there are few of these, and their memory is in the plan (plan.py, PRODUCTS_BYTES).
 
 The tensors over memory of our own are made through PyTorch's C interface for ahead-of-time compiled models, the
 only one that takes a pointer and an opaque layout. Where any of this is missing, layers keep their own forward.
@@ -117,11 +117,11 @@ def _pack(module: nn.Module, wanted: _Wanted, in_order: bool = False) -> None:
     target: torch.Tensor = module.weight.data  # type: ignore[assignment]
     weight_NK = target if type(module) is nn.Linear else target.t()
     shape = tuple(weight_NK.shape)
-    num_bytes, metadata = _order(shape, target.dtype)
+    packed = None if in_order else _ops._reorder_linear_weight(weight_NK.contiguous())
+    num_bytes, metadata = _order(shape, target.dtype) if packed is None else _described(packed)
     if not target.is_contiguous() or num_bytes > target.numel() * target.element_size():
         return
-    if not in_order:
-        packed = _ops._reorder_linear_weight(weight_NK.contiguous())
+    if packed is not None:
         ctypes.memmove(target.data_ptr(), _ops.data_ptr(packed), num_bytes)
     view = _from_memory(target.data_ptr(), shape, target.dtype, metadata)
     _replace_forward(module, _Product(module, wanted, view, target))
@@ -131,7 +131,10 @@ def _pack(module: nn.Module, wanted: _Wanted, in_order: bool = False) -> None:
 @cache
 def _order(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[int, bytes]:
     """The order that oneDNN wants of a weight, which its shape and dtype decide: bytes of the weight, description."""
-    packed = _ops._reorder_linear_weight(torch.zeros(shape, dtype=dtype))
+    return _described(_ops._reorder_linear_weight(torch.zeros(shape, dtype=dtype)))
+
+
+def _described(packed: torch.Tensor) -> tuple[int, bytes]:
     return _ops._nbytes(packed), bytes(_ops._get_mkldnn_serialized_md(packed).tolist())
 
 

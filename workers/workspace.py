@@ -155,7 +155,6 @@ class Workspace:
         self._tags[0] = -self._units
         self._state = np.zeros(len(FIELDS), np.int64)
         self._table = (ctypes.c_int64 * TABLE_WORDS)()
-        self._code = mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
 
     @property
     def num_bytes(self) -> int:
@@ -176,6 +175,8 @@ class Workspace:
         if platform.machine() != "x86_64":
             return False
         try:
+            protection = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
+            self._code = mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_PRIVATE, protection)
             library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
             current, replace = library._ZN3c1015GetCPUAllocatorEv, library._ZN3c1015SetCPUAllocatorEPNS_9AllocatorEh
         except (OSError, AttributeError):

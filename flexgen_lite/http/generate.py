@@ -17,6 +17,7 @@ from flexgen_lite.http.errors import ApiError
 from flexgen_lite.http.job_events import job_events
 from flexgen_lite.http.json_body import read_json
 from flexgen_lite.http.json_response import JsonResponse
+from flexgen_lite.job import OTHERWISE
 from flexgen_lite.json_text import json_line
 from flexgen_lite.request import Request
 from flexgen_lite.request_body import CHAT, COMPLETIONS, Body, RequestError, parse_body
@@ -81,7 +82,7 @@ class Generation:
         async for event in job_events(self._client, requests, caller):
             if isinstance(event, Completion):
                 if event.error is not None:
-                    raise ApiError(400, event.error)
+                    raise ApiError(503 if event.error == OTHERWISE else 400, event.error)
                 found[event.index] = event
         if len(found) < len(requests):
             raise ApiError(499, "the caller is gone")
@@ -119,7 +120,7 @@ class _Sse:
                     for choice in self._choices(event):
                         yield _line({**self._head, "choices": [choice]})
                 elif event.error is not None:
-                    raise ApiError(400, event.error)
+                    raise ApiError(503 if event.error == OTHERWISE else 400, event.error)
                 else:
                     generated = sum(len(output.token_ids) for output in event.outputs)
                     self._usage["prompt_tokens"] += event.num_prompt_tokens

@@ -122,18 +122,19 @@ class FlexGenLiteLM(TemplateLM):
         self.max_gen_toks = int(max_gen_toks)
         self._engine: FlexGenLite | None = None
         if endpoint is None:
-            endpoint = self._start_engine(device, key_file, options)
-        self._client = Client(endpoint, key_file=key_file)
+            self._engine = self._start_engine(device, key_file, options)
+            self._client = self._engine.connect()
+        else:
+            self._client = Client(endpoint, key_file=key_file)
         if (told := other_model(self._client.welcome.model, self._directory)) is not None:
             _log.warning(told)
         self.max_length = self._find_max_length()
 
-    def _start_engine(self, device: str | None, key_file: str | None, options: dict[str, Any]) -> str:
+    def _start_engine(self, device: str | None, key_file: str | None, options: dict[str, Any]) -> FlexGenLite:
         limits = {"max_model_len": int(options.pop("max_length"))} if "max_length" in options else {}
         place = {} if device is None else {"device": engine_device(device)}
         key = {} if key_file is None else {"key_file": key_file}
-        self._engine = FlexGenLite(self._directory, **{**limits, **place, **key, **options})
-        return self._engine.endpoint
+        return FlexGenLite(self._directory, **{**limits, **place, **key, **options})
 
     def _find_max_length(self) -> int:
         """What was asked for, or as many tokens as `hf` takes, if the engine takes as many."""

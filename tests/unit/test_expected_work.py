@@ -51,3 +51,11 @@ def test_it_survives_the_way_to_the_coordinator() -> None:
     work = ExpectedWork(3, 20, 70, 90)
     assert ExpectedWork.from_dict(json.loads(json.dumps(work.to_dict()))) == work
     assert ExpectedWork.from_dict(None) is None
+
+
+def test_one_good_line_beside_a_longer_one_that_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    good = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "Hi", "max_tokens": 5}}
+    path.write_text(json.dumps(good) + "\n" + "x" * 1000 + "\n", encoding="utf-8")
+    found = survey(path)
+    assert found is not None and found.longest_likely == found.typical_tokens < found.longest_tokens

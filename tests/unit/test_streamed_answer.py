@@ -22,7 +22,8 @@ def tell(draw: random.Random, num_tokens: int) -> list[Delta]:
         ready = max(characters, len("".join(TEXTS[: told + more])) - draw.randrange(3))
         tokens = TOKENS[told : told + more]
         logprobs = [{token: Logprob(-0.1 * token, 1, "")} for token in tokens]
-        deltas.append(Delta(0, 0, TEXT[characters:ready], tokens, logprobs))
+        offsets = list(range(told, told + more))
+        deltas.append(Delta(0, 0, TEXT[characters:ready], tokens, logprobs, text_offsets=offsets))
         told, characters = told + more, ready
     return deltas
 
