@@ -39,6 +39,7 @@ def test_each_token_and_character_once(seed: int) -> None:
     tokens = [token for delta in deltas for token in delta.token_ids]
     assert tokens == TOKENS[: answer.num_tokens]
     assert [list(places) for delta in deltas for places in delta.logprobs or []] == [[token] for token in tokens]
+    assert [offset for delta in deltas for offset in delta.text_offsets or []] == list(range(len(tokens)))
     assert "".join(delta.text for delta in deltas) == TEXT[: answer.characters]
     assert all(delta.text or delta.token_ids for delta in deltas)
     assert answer.agrees_with(CompletionOutput(TEXT, TOKENS, "length"))
