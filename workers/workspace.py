@@ -188,7 +188,7 @@ class Workspace:
             return False
         replace(self._state.ctypes.data, 255)
         if self._serves():
-            _installed.append(self)
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))  # tensors may outlive every module
             return True
         replace(other, 255)
         return False
@@ -210,7 +210,7 @@ class Workspace:
         )
         if raw is None:
             return False
-        allocate_here, release_any = prepare()
+        self._functions = allocate_here, release_any = prepare()
         state, release_here = self._state.ctypes.data, _address_of(self._code)
         # mov rsi, state; mov rax, release; jmp rax: who lets go of a tensor knows its memory alone.
         jump = b"\x48\xbe" + state.to_bytes(8, "little") + _INTO_RAX + release_any.address.to_bytes(8, "little")
@@ -244,7 +244,6 @@ class Workspace:
         return inside == [True, False] and alike and int(self._state[USED // 8]) == 0
 
 
-_installed: list[Workspace] = []
 _INTO_RAX = b"\x48\xb8"
 
 
