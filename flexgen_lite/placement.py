@@ -47,17 +47,17 @@ def place(sizes: Sizes, available: int, slots: int, all_streamed: bool, on_devic
 def _place_in_ram(sizes: Sizes, available: int, slots: int, all_streamed: bool, layers: tuple[int, ...]) -> Placement:
     """Places these layers; there is a ring if there are other ones, or if not all of these find room.
 
-    All of them stay if they leave room for the sequences that are wanted, or fill at most three quarters and leave room
-    for the longest sequence, where there is any other way to serve that. Otherwise
-    room for sequences comes first, since every pass costs one load of the streamed layers whatever rides on it; layers
-    stay as far as there is room beyond that.
+    All of them stay if they leave room for the sequences that are wanted, or fill at most three quarters; and if they
+    leave room for the longest sequence, where there is any way to serve that. Otherwise room for sequences comes first,
+    since every pass costs one load of the streamed layers whatever rides on it; layers stay as far as there is room
+    beyond that.
     """
     others = sizes.num_layers - len(layers)
     ring = slots if others else 0
     whole = (len(layers) + ring) * sizes.layer_bytes
     longest = sizes.longest_pages * sizes.page_bytes
     served = whole + longest <= available or slots * sizes.layer_bytes + longest > available
-    roomy = whole + sizes.page_bytes * sizes.wanted_pages <= available or (whole <= available * 3 // 4 and served)
+    roomy = served and (whole + sizes.page_bytes * sizes.wanted_pages <= available or whole <= available * 3 // 4)
     resident = layers
     if all_streamed or not roomy or whole + sizes.page_bytes * sizes.least_pages > available:
         ring = slots

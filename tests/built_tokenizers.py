@@ -91,14 +91,15 @@ KINDS = {
 
 
 def save_tokenizer(kind: str, directory: Path) -> Path:
-    """One of KINDS, as a tokenizer.json. With special tokens, of which <s> goes in front of a text, and added ones that
-    are none."""
+    """One of KINDS, as a tokenizer.json that Transformers takes as it is, whatever the model's type. With special
+    tokens, of which <s> goes in front of a text, and added ones that are none."""
     built = KINDS[kind]()
     built.add_special_tokens(SPECIAL)
     built.add_tokens([AddedToken("<tool>", lstrip=True), AddedToken("<call>", rstrip=True)])
     built.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", built.token_to_id("<s>"))])
     path = directory / "tokenizer.json"
     built.save(str(path))
+    (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     return path
 
 

@@ -73,6 +73,7 @@ for place, (kind, *_) in PLACES.items():
     faults = [(i, f) for i, f in enumerate(given) if f["place"] == place and f["worker"] in command]
     if faults and f"flexgen_lite.workers {kind} " in command:
         importlib.import_module("flexgen_lite.workers.__main__").imported(f"flexgen_lite.workers.{kind}")
+        del sys.modules["flexgen_lite.workers.__main__"]  # which is about to run
         wrap(place, faults, Path(__file__).parent)
 """
 

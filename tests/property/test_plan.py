@@ -6,7 +6,7 @@ import contextlib
 import re
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from flexgen_lite.config import EngineConfig
@@ -98,6 +98,7 @@ def test_a_plan_stays_inside_the_budget_and_hangs_together(
 
 
 @given(SPECS, OPTIONS)
+@example(model(3, 266240, 8192, hidden=1088, max_length=1025), {"ram": 700 * MIB, "max_sequences": 1})
 def test_a_refusal_names_a_budget_that_does(spec: ModelSpec, options: dict[str, object]) -> None:
     with pytest.raises(PlanError) as refusal:
         plan_for(spec, **{**options, "ram": 400 * MIB})
