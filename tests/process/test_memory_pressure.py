@@ -70,7 +70,8 @@ def test_thousands_of_shapes_take_no_more_memory_than_hundreds(tmp_path: Path) -
     assert not beyond
     assert status.totals["passes"] > 300, "so many numbers of rows, times the shapes of weights"
     grown = [last - first for first, last in zip(sizes[2], sizes[-1], strict=True)]
-    assert max(grown) < 4 * MIB, [[size // MIB for size in one] for one in sizes]
+    # A rare pass may be the first to touch some of the workspace, which is planned; caches by shape took 157 MiB here.
+    assert max(grown) < 32 * MIB, [[size // MIB for size in one] for one in sizes]
 
 
 def params_of(rng: random.Random) -> SamplingParams:
