@@ -64,22 +64,13 @@ def open_tokenizer(directory: Path, run_dir: str) -> ModelTokenizer:
         tokenizer.backend_tokenizer.save(str(path))
     except Exception as error:  # many kinds; prompts as token ids still work, if it is not for a damaged file
         check_contents(directory, _LARGE)
-        if found == ["tokenizer.json"] and _is_whole(directory / "tokenizer.json"):
-            return ModelTokenizer(str(directory / "tokenizer.json"))
         _check_native(directory / "tokenizer.json")
+        if found == ["tokenizer.json"]:  # whole, and nothing else adds to it: Transformers reads some files otherwise
+            return ModelTokenizer(str(directory / "tokenizer.json"))
         what = f"the tokenizer in {directory} cannot be used ({type(error).__name__}: {first_line(error)})"
         return ModelTokenizer(None, None, (f"{what}: give prompts as token ids",))
     template = _chat_template(tokenizer, fault)
     return ModelTokenizer(str(path), template, tuple(_template_warnings(template)))
-
-
-def _is_whole(file: Path) -> bool:
-    """Whether this can be used as it is, where nothing else adds to it: Transformers reads some files otherwise."""
-    try:
-        Tokenizer.from_file(str(file))
-    except Exception:  # the library raises nothing narrower
-        return False
-    return True
 
 
 def _load(directory: Path, run_dir: str) -> tuple[Any, str | None]:
