@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from numba import njit, prange
 
-from flexgen_lite import exchange, kv_layout
-from flexgen_lite.arena import Arena, map_arena
-from flexgen_lite.messages import AttachAttention, Attend, BeginAttention, ExchangeSpec, KvBatch, KvSpan
-from flexgen_lite.model_spec import ITEM_BYTES, AttentionSpec
-from flexgen_lite.workers.attention_state import AttentionState
+from flexgen_lite.memory import exchange, kv_layout
+from flexgen_lite.memory.arena import Arena, map_arena
+from flexgen_lite.model.spec import ITEM_BYTES, AttentionSpec
+from flexgen_lite.wire.worker_messages import AttachAttention, Attend, BeginAttention, ExchangeSpec, KvBatch, KvSpan
+from flexgen_lite.workers.attention.state import AttentionState
 
 Contestants = dict[str, tuple[Callable[[int], object], int]]  # what to call with a round's number, and bytes it reads
 

@@ -22,7 +22,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flexgen_lite import FlexGenLite, SamplingParams
-from flexgen_lite.memory_use import COMPUTE, COORDINATOR, resident_bytes
+from flexgen_lite.memory.usage import COMPUTE, COORDINATOR, resident_bytes
 
 MIB = 1 << 20
 WATCH_SECONDS = 0.05

@@ -18,8 +18,8 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from flexgen_lite.workers.attention_call import AttentionCall
-from flexgen_lite.workers.prefill_attention import prompt_attention
+from flexgen_lite.workers.compute.attention_call import AttentionCall
+from flexgen_lite.workers.compute.prefill_attention import prompt_attention
 
 TOTAL_TOKENS = 4096
 HEADS = {"32 heads of 64": (32, 32, 64), "32 heads / 4 KV heads of 64": (32, 4, 64), "32 heads / 8 KV heads of 128": (32, 8, 128)}  # fmt: skip # noqa: E501

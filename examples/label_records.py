@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flexgen_lite import FlexGenLite, SamplingParams
-from flexgen_lite.demo.run import MODEL
+from flexgen_lite.demo.pretrained import MODEL
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 from flexgen_lite import FlexGenLite
-from flexgen_lite.demo.run import MODEL
+from flexgen_lite.demo.pretrained import MODEL
 
 
 def main() -> None:

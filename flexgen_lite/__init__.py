@@ -6,14 +6,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flexgen_lite.client import Client
-    from flexgen_lite.completion import Completion, CompletionOutput, Delta, Logprob
-    from flexgen_lite.config import ConfigError, EngineConfig
+    from flexgen_lite.client.client import Client
+    from flexgen_lite.client.completion import Completion, CompletionOutput, Delta, Logprob
+    from flexgen_lite.client.request import Request
+    from flexgen_lite.client.sampling_params import SamplingParams
+    from flexgen_lite.client.scoring import Score
+    from flexgen_lite.config.engine import ConfigError, EngineConfig
     from flexgen_lite.errors import EngineError
     from flexgen_lite.llm import FlexGenLite
-    from flexgen_lite.request import Request
-    from flexgen_lite.sampling_params import SamplingParams
-    from flexgen_lite.scoring import Score
 
 __version__ = "0.1.0"
 
@@ -34,18 +34,18 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Client": "client",
-    "Completion": "completion",
-    "CompletionOutput": "completion",
-    "ConfigError": "config",
-    "Delta": "completion",
-    "EngineConfig": "config",
+    "Client": "client.client",
+    "Completion": "client.completion",
+    "CompletionOutput": "client.completion",
+    "ConfigError": "config.engine",
+    "Delta": "client.completion",
+    "EngineConfig": "config.engine",
     "EngineError": "errors",
     "FlexGenLite": "llm",
-    "Logprob": "completion",
-    "Request": "request",
-    "SamplingParams": "sampling_params",
-    "Score": "scoring",
+    "Logprob": "client.completion",
+    "Request": "client.request",
+    "SamplingParams": "client.sampling_params",
+    "Score": "client.scoring",
 }
 
 

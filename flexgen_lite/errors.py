@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flexgen_lite.shown import shown_path
+from flexgen_lite.text.shown import shown_path
 
 
 class EngineError(RuntimeError):

@@ -9,18 +9,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, overload
 
-from flexgen_lite.arguments import is_one_chat
-from flexgen_lite.chat_template import Messages
-from flexgen_lite.client import Client
-from flexgen_lite.client_messages import Status
-from flexgen_lite.completion import Completion, Delta, Prompt
-from flexgen_lite.config import EngineConfig
-from flexgen_lite.engine_supervisor import EngineSupervisor
-from flexgen_lite.job import Job
-from flexgen_lite.request import is_one_prompt
-from flexgen_lite.sampling_params import SamplingParams
-from flexgen_lite.scoring import Score
-from flexgen_lite.shown import shown_kind
+from flexgen_lite.chat.template import Messages
+from flexgen_lite.client.arguments import is_one_chat
+from flexgen_lite.client.client import Client
+from flexgen_lite.client.completion import Completion, Delta, Prompt
+from flexgen_lite.client.job import Job
+from flexgen_lite.client.request import is_one_prompt
+from flexgen_lite.client.sampling_params import SamplingParams
+from flexgen_lite.client.scoring import Score
+from flexgen_lite.config.engine import EngineConfig
+from flexgen_lite.launcher.supervisor import EngineSupervisor
+from flexgen_lite.text.shown import shown_kind
+from flexgen_lite.wire.client_messages import Status
 
 
 class FlexGenLite:

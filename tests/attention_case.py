@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from flexgen_lite import exchange, kv_layout
-from flexgen_lite.messages import AttachAttention, Attend, BeginAttention, ExchangeSpec, KvBatch, KvSpan
-from flexgen_lite.model_spec import ITEM_BYTES, AttentionSpec
-from flexgen_lite.workers.attention_state import STORAGE, AttentionState
+from flexgen_lite.memory import exchange, kv_layout
+from flexgen_lite.model.spec import ITEM_BYTES, AttentionSpec
+from flexgen_lite.wire.worker_messages import AttachAttention, Attend, BeginAttention, ExchangeSpec, KvBatch, KvSpan
+from flexgen_lite.workers.attention.state import STORAGE, AttentionState
 from flexgen_lite.workers.simd import LANES
 
 Floats = npt.NDArray[np.float64]

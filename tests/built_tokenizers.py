@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Built
 
-from flexgen_lite.tokenizer import TextTokenizer
+from flexgen_lite.tokens.tokenizer import TextTokenizer
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 WORDS = ["▁", "▁The", "▁sky", "▁is", "▁it", "'", "s", ".", "The", "it", "ab", "�", "é"]

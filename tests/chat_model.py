@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from flexgen_lite.demo.run import MODEL
+from flexgen_lite.demo.pretrained import MODEL
 
 
 def make_chat_model(folder: Path, template: str | None) -> Path:

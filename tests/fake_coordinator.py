@@ -98,7 +98,7 @@ def serve(path: Path, num_good: int, end: Callable[[], None]) -> int:
     """Answer so many requests; then come to an end."""
     from fake_engine import FakeEngine
 
-    from flexgen_lite.client_messages import EngineFailed, Submit
+    from flexgen_lite.wire.client_messages import EngineFailed, Submit
 
     def stop(*_: object) -> None:
         raise SystemExit(0)

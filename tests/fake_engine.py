@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import zmq
 
-from flexgen_lite.client_messages import (
+from flexgen_lite.wire.client_messages import (
     PROTOCOL,
     Cancel,
     Connect,
@@ -24,7 +24,7 @@ from flexgen_lite.client_messages import (
     WireOutput,
     WireRequest,
 )
-from flexgen_lite.codec import Codec
+from flexgen_lite.wire.codec import Codec
 
 _TO_CLIENT = Codec(ToClient)
 

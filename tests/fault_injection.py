@@ -19,13 +19,13 @@ import errno, importlib, json, os, signal, sys
 from pathlib import Path
 
 PLACES = {
-    "advance": ("compute", "flexgen_lite.workers.forward", "Forward", "advance"),
-    "leave": ("compute", "flexgen_lite.workers.forward", "Forward", "leave"),
-    "open": ("compute", "flexgen_lite.workers.products", "Products", "__init__"),
-    "pack": ("compute", "flexgen_lite.workers.products", "Products", "pack"),
-    "begin": ("attention", "flexgen_lite.workers.attention_state", "AttentionState", "begin"),
-    "attend": ("attention", "flexgen_lite.workers.attention_state", "AttentionState", "attend"),
-    "load": ("loader", "flexgen_lite.workers.loader_state", "LoaderState", "load"),
+    "advance": ("compute", "flexgen_lite.workers.compute.forward", "Forward", "advance"),
+    "leave": ("compute", "flexgen_lite.workers.compute.forward", "Forward", "leave"),
+    "open": ("compute", "flexgen_lite.workers.compute.products", "Products", "__init__"),
+    "pack": ("compute", "flexgen_lite.workers.compute.products", "Products", "pack"),
+    "begin": ("attention", "flexgen_lite.workers.attention.state", "AttentionState", "begin"),
+    "attend": ("attention", "flexgen_lite.workers.attention.state", "AttentionState", "attend"),
+    "load": ("loader", "flexgen_lite.workers.loader.state", "LoaderState", "load"),
     "preadv": ("loader", "os", None, "preadv"),
 }
 
@@ -72,7 +72,7 @@ given = json.loads(os.environ["FLEXGEN_LITE_TEST_FAULTS"])
 for place, (kind, *_) in PLACES.items():
     faults = [(i, f) for i, f in enumerate(given) if f["place"] == place and f["worker"] in command]
     if faults and f"flexgen_lite.workers {kind} " in command:
-        importlib.import_module("flexgen_lite.workers.__main__").imported(f"flexgen_lite.workers.{kind}")
+        importlib.import_module("flexgen_lite.workers.__main__").imported(f"flexgen_lite.workers.{kind}.worker")
         del sys.modules["flexgen_lite.workers.__main__"]  # which is about to run
         wrap(place, faults, Path(__file__).parent)
 """

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from flexgen_lite.checkpoint import open_checkpoint, stamp
-from flexgen_lite.messages import AttachLoader, Load
-from flexgen_lite.model_spec import UnitSpec
-from flexgen_lite.workers.loader_state import LoaderState
-from flexgen_lite.workers.weight_map import Binding, map_weights
+from flexgen_lite.model.checkpoint import open_checkpoint, stamp
+from flexgen_lite.model.spec import UnitSpec
+from flexgen_lite.wire.worker_messages import AttachLoader, Load
+from flexgen_lite.workers.loader.state import LoaderState
+from flexgen_lite.workers.model.weight_map import Binding, map_weights
 from tests.meta_model import build_on_meta, decoder_layers
 
 

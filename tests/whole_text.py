@@ -6,9 +6,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from flexgen_lite.sampling_wire import WireParams
-from flexgen_lite.text_growth import BROKEN, Tokenizer
-from flexgen_lite.text_stream import TextStream
+from flexgen_lite.tokens.detokenizer import BROKEN, Tokenizer
+from flexgen_lite.tokens.stream import TextStream
+from flexgen_lite.wire.sampling import WireParams
 
 PARAMS = WireParams(1 << 20, 0, 0.0, 0, 1.0, None, (), True, True)
 

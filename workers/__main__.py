@@ -13,7 +13,7 @@ needs: a quarter of the time and 40 MB of the memory that a compute worker takes
 
 
 def main() -> None:
-    module = imported(f"flexgen_lite.workers.{sys.argv.pop(1)}")
+    module = imported(f"flexgen_lite.workers.{sys.argv.pop(1)}.worker")
     module.main()
 
 

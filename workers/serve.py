@@ -1,8 +1,8 @@
 """The shell around a worker: one socket, one crash boundary, and an end that follows the coordinator's.
 
 A worker object never sees the socket: `serve` decodes what arrives, calls `handle(message)`, and sends what the worker
-posts. Notes of other workers (bells.py) go to `heard(bell, note)`; what became possible is done by `work()`, a piece at
-a time. `post` may be called from any thread; nothing here polls or sleeps.
+posts. Notes of other workers (doorbells.py) go to `heard(doorbell, note)`; what became possible is done by `work()`, a
+piece at a time. `post` may be called from any thread; nothing here polls or sleeps.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from typing import Any, NoReturn
 
 import zmq
 
-from flexgen_lite import messages
-from flexgen_lite.bells import Note, heard
-from flexgen_lite.codec import Codec
-from flexgen_lite.model_files import CheckpointError
-from flexgen_lite.shown import shown_path
+from flexgen_lite.model.files import CheckpointError
+from flexgen_lite.text.shown import shown_path
+from flexgen_lite.wire import worker_messages
+from flexgen_lite.wire.codec import Codec
+from flexgen_lite.wire.doorbells import Note, heard
 
 PR_SET_PDEATHSIG = 1
 
@@ -44,12 +44,12 @@ def first_line(error: Exception) -> str:
 
 
 class Worker:
-    """What the shell asks of a worker; one that hears no bells only handles messages."""
+    """What the shell asks of a worker; one that hears no doorbells only handles messages."""
 
     def handle(self, message: Any) -> None:
         raise NotImplementedError
 
-    def heard(self, bell: str, note: Note) -> None:
+    def heard(self, doorbell: str, note: Note) -> None:
         """Another worker rang."""
         raise NotImplementedError
 
@@ -63,12 +63,12 @@ class Worker:
 
 
 class Context:
-    """What a worker is given: its name, the arenas' file descriptors, its bells, its private directory, and `post`."""
+    """What a worker is given: name, file descriptors of the arenas, doorbells, private directory, and `post`."""
 
-    def __init__(self, name: str, arenas: dict[str, int], bells: dict[str, socket.socket], run_dir: str) -> None:
+    def __init__(self, name: str, arenas: dict[str, int], doorbells: dict[str, socket.socket], run_dir: str) -> None:
         self.name = name
         self.arenas = arenas
-        self.bells = bells
+        self.doorbells = doorbells
         self.run_dir = run_dir
         self._thread = threading.get_ident()
         self._items: list[Any] = []
@@ -89,7 +89,7 @@ class Context:
     def tell(self, item: Any, at_once: bool) -> None:
         """Have `item` reported to the coordinator, with others, within REPORT_SECONDS; in the worker's own thread."""
         if not self._items:
-            self._tell_at = time.monotonic() + messages.REPORT_SECONDS
+            self._tell_at = time.monotonic() + worker_messages.REPORT_SECONDS
         self._items.append(item)
         if at_once:
             self._tell_at = 0.0
@@ -133,14 +133,14 @@ def _serve(receives: Any, sends: Any, make_worker: Callable[[Context], Worker]) 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the coordinator's business
     _die_with_parent(args.parent)
     arenas = {name: int(fd) for name, fd in (item.split("=") for item in args.arena)}
-    bells = {name: socket.socket(fileno=int(fd)) for name, fd in (item.split("=") for item in args.bell)}
+    doorbells = {name: socket.socket(fileno=int(fd)) for name, fd in (item.split("=") for item in args.doorbell)}
     inbound, outbound = Codec(receives), Codec(sends)
     with zmq.Context(io_threads=1) as zmq_context, zmq_context.socket(zmq.PAIR) as channel:
         channel.linger = 1000  # the last words have to arrive
         channel.connect(args.endpoint)
-        channel.send(outbound.encode(messages.Hello(args.name, os.getpid())))
+        channel.send(outbound.encode(worker_messages.Hello(args.name, os.getpid())))
         try:
-            context = Context(args.name, arenas, bells, args.run_dir)
+            context = Context(args.name, arenas, doorbells, args.run_dir)
             _loop(channel, args.lifeline, context, make_worker(context), inbound, outbound)
         except Exception as error:  # the one crash boundary: report, then die
             channel.send(outbound.encode(_failure(error)))
@@ -152,8 +152,8 @@ def _loop(
     channel: zmq.Socket[bytes], lifeline: int, context: Context, worker: Worker, inbound: Codec, outbound: Codec
 ) -> None:
     poller = zmq.Poller()
-    bells = {bell.fileno(): name for name, bell in context.bells.items()}
-    for source in (channel, lifeline, context.wake_fd, *bells):
+    doorbells = {doorbell.fileno(): name for name, doorbell in context.doorbells.items()}
+    for source in (channel, lifeline, context.wake_fd, *doorbells):
         poller.register(source, zmq.POLLIN)
     busy = False
     while True:
@@ -165,13 +165,13 @@ def _loop(
         if lifeline in ready:
             return  # the coordinator is gone
         for source in ready:
-            if source in bells:
-                name = bells[source]
-                for note in heard(context.bells[name]):
+            if source in doorbells:
+                name = doorbells[source]
+                for note in heard(context.doorbells[name]):
                     worker.heard(name, note)
         if channel in ready:
             message = inbound.decode(channel.recv())
-            if isinstance(message, messages.Stop):
+            if isinstance(message, worker_messages.Stop):
                 return
             worker.handle(message)
         busy = worker.work()
@@ -184,14 +184,14 @@ def _die_of_thread(args: threading.ExceptHookArgs) -> None:
     os._exit(1)
 
 
-def _failure(error: Exception) -> messages.Failed:
+def _failure(error: Exception) -> worker_messages.Failed:
     """A sentence where that says it all, which all is that can be wrong with the model's files; else a traceback for
     the log as well."""
     user_error = isinstance(error, UserError | CheckpointError)
     details = "".join(traceback.format_exception(error))
     if not user_error:
         sys.stderr.write(details)
-    return messages.Failed(type(error).__name__, str(error), details, user_error)
+    return worker_messages.Failed(type(error).__name__, str(error), details, user_error)
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -204,7 +204,7 @@ def _parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--run-dir", required=True)
     parser.add_argument("--arena", action="append", default=[], metavar="NAME=FD")
-    parser.add_argument("--bell", action="append", default=[], metavar="NAME=FD")
+    parser.add_argument("--doorbell", action="append", default=[], metavar="NAME=FD")
     return parser.parse_args()
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from flexgen_lite.demo.pretrained import MODEL
 from flexgen_lite.demo.records import Record, generate, is_correct, prompt
 
-SHIPPED_MODEL = Path(__file__).parent / "model"
 MAX_NEW_TOKENS = 64
 
 
@@ -59,7 +59,7 @@ def measure(folder: Path, num_records: int = 500, seed: int = 0, batch: int = 10
 def main() -> None:
     """Print the result and each miss."""
     parser = argparse.ArgumentParser(description="Greedy exact match on held-out records.")
-    parser.add_argument("--model", type=Path, default=SHIPPED_MODEL)
+    parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--records", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

@@ -21,7 +21,7 @@ from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from flexgen_lite.client import Client
+from flexgen_lite.client.client import Client
 from flexgen_lite.errors import EngineError, NoStatus
 from flexgen_lite.http.batch_store import BatchStore
 from flexgen_lite.http.errors import ApiError, on_api_error, on_failure, on_http_error
@@ -30,7 +30,7 @@ from flexgen_lite.http.generate import Generation
 from flexgen_lite.http.json_body import read_json
 from flexgen_lite.http.json_response import JsonResponse
 from flexgen_lite.http.metrics import text_of
-from flexgen_lite.shown import shown
+from flexgen_lite.text.shown import shown
 
 STATUS_SECONDS = 10.0
 MOST_LISTED = 100

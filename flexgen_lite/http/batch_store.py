@@ -12,15 +12,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from flexgen_lite.batch_lines import BatchFileError
-from flexgen_lite.batch_run import BatchRun, Progress
-from flexgen_lite.client import Client
+from flexgen_lite.batch.lines import BatchFileError
+from flexgen_lite.batch.result_file import ResultWriter
+from flexgen_lite.batch.run import BatchRun, Progress
+from flexgen_lite.client.client import Client
 from flexgen_lite.errors import EngineError
 from flexgen_lite.http.errors import ApiError
 from flexgen_lite.http.file_store import FileStore, new_id, write_json
-from flexgen_lite.request_body import URLS
-from flexgen_lite.result_file import ResultWriter
-from flexgen_lite.shown import shown, shown_json, shown_names, shown_text
+from flexgen_lite.openai.request_body import URLS
+from flexgen_lite.text.shown import shown, shown_json, shown_names, shown_text
 
 AT_ONCE = 2  # batches that run beside each other; the others wait
 PRIORITY = 1  # behind requests that somebody waits for

@@ -7,7 +7,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from flexgen_lite.http.json_response import JsonResponse
-from flexgen_lite.shown import shown_text
+from flexgen_lite.text.shown import shown_text
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 503: "service_unavailable"}
 

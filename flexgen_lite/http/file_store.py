@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from flexgen_lite.http.errors import ApiError
-from flexgen_lite.shown import shown
+from flexgen_lite.text.shown import shown
 
 _ID = re.compile(r"file-[0-9a-f]{24}")
 

@@ -10,19 +10,19 @@ from typing import Any
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 
-from flexgen_lite.chat_template import Chat, ChatError, brings_program, has_template
-from flexgen_lite.client import Client
-from flexgen_lite.completion import Completion, Delta
+from flexgen_lite.chat.template import Chat, ChatError, brings_program, has_template
+from flexgen_lite.client.client import Client
+from flexgen_lite.client.completion import Completion, Delta
+from flexgen_lite.client.job import OTHERWISE
+from flexgen_lite.client.request import Request
 from flexgen_lite.http.errors import ApiError
 from flexgen_lite.http.job_events import job_events
 from flexgen_lite.http.json_body import read_json
 from flexgen_lite.http.json_response import JsonResponse
-from flexgen_lite.job import OTHERWISE
-from flexgen_lite.json_text import json_line
-from flexgen_lite.request import Request
-from flexgen_lite.request_body import CHAT, COMPLETIONS, Body, RequestError, parse_body
-from flexgen_lite.response_body import ID_PREFIXES, chat_logprobs, response_body, text_logprobs
-from flexgen_lite.shown import shown_json
+from flexgen_lite.openai.request_body import CHAT, COMPLETIONS, Body, RequestError, parse_body
+from flexgen_lite.openai.response_body import ID_PREFIXES, chat_logprobs, response_body, text_logprobs
+from flexgen_lite.text.json_text import json_line
+from flexgen_lite.text.shown import shown_json
 
 OWN_TEMPLATE = (
     "chat_template is a program, which is not taken over HTTP: leave it out, or name one of the model's own templates"

@@ -8,11 +8,11 @@ from collections.abc import AsyncIterator, Sequence
 
 from starlette.requests import Request as HttpRequest
 
-from flexgen_lite.client import Client
-from flexgen_lite.completion import Completion, Delta
+from flexgen_lite.client.client import Client
+from flexgen_lite.client.completion import Completion, Delta
+from flexgen_lite.client.request import Request
 from flexgen_lite.errors import EngineError
 from flexgen_lite.http.errors import ApiError
-from flexgen_lite.request import Request
 
 
 async def job_events(

@@ -8,8 +8,8 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 
 from flexgen_lite.http.errors import ApiError
-from flexgen_lite.json_text import JsonError, parse_json
-from flexgen_lite.shown import shown_text
+from flexgen_lite.text.json_text import JsonError, parse_json
+from flexgen_lite.text.shown import shown_text
 
 MAX_BYTES = 64 << 20
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flexgen_lite.client_messages import Status
+from flexgen_lite.wire.client_messages import Status
 
 _COUNTERS = {
     "generated_tokens": "Tokens generated.",

@@ -12,11 +12,11 @@ from typing import Any
 
 from lm_eval.models.utils import postprocess_generated_text
 
-from flexgen_lite.completion import Completion
+from flexgen_lite.client.completion import Completion
+from flexgen_lite.client.request import Request
+from flexgen_lite.client.sampling_params import SamplingParams
 from flexgen_lite.lm_eval.generation_options import GenerationOptions
-from flexgen_lite.request import Request
-from flexgen_lite.sampling_params import SamplingParams
-from flexgen_lite.sampling_wire import MAX_STOP_CHARACTERS, MAX_STOPS
+from flexgen_lite.wire.sampling import MAX_STOP_CHARACTERS, MAX_STOPS
 
 BROKEN = "\ufffd"
 LOOK_BACK = 2

@@ -19,8 +19,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from flexgen_lite.client import Client
-from flexgen_lite.completion import Completion
+from flexgen_lite.client.client import Client
+from flexgen_lite.client.completion import Completion
+from flexgen_lite.client.request import Request
+from flexgen_lite.client.scoring import SCORED, score_of
 from flexgen_lite.llm import FlexGenLite
 from flexgen_lite.lm_eval.arguments import (
     check_remote_code,
@@ -33,8 +35,6 @@ from flexgen_lite.lm_eval.generation import Answer, StopStrings
 from flexgen_lite.lm_eval.generation_options import GenerationOptions, read_model_defaults, read_options
 from flexgen_lite.lm_eval.model_info import model_info
 from flexgen_lite.lm_eval.texts import Texts, open_tokenizer
-from flexgen_lite.request import Request
-from flexgen_lite.scoring import SCORED, score_of
 
 MAX_GEN_TOKENS = 256
 

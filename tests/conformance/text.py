@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from flexgen_lite.tokenizer import TextTokenizer
+from flexgen_lite.tokens.tokenizer import TextTokenizer
 from tests.real_tokenizers import real_tokenizer
 from tests.whole_text import PARAMS, check
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from flexgen_lite import FlexGenLite
-from flexgen_lite.demo.run import MODEL
+from flexgen_lite.demo.pretrained import MODEL
 
 BODY = {"prompt": "record: john", "max_tokens": 3, "temperature": 0}
 

@@ -12,10 +12,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from flexgen_lite import Client, FlexGenLite, SamplingParams
-from flexgen_lite.batch_run import BatchRun
-from flexgen_lite.chat_template import ChatError
-from flexgen_lite.demo.run import MODEL
-from flexgen_lite.result_file import ResultWriter
+from flexgen_lite.batch.result_file import ResultWriter
+from flexgen_lite.batch.run import BatchRun
+from flexgen_lite.chat.template import ChatError
+from flexgen_lite.demo.pretrained import MODEL
 from tests.chat_model import make_chat_model
 
 TEMPLATE = (

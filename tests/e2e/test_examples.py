@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from flexgen_lite import FlexGenLite
-from flexgen_lite.demo.run import MODEL
+from flexgen_lite.demo.pretrained import MODEL
 
 ROOT = Path(__file__).parents[2]
 

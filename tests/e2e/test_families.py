@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from flexgen_lite import FlexGenLite, SamplingParams
-from flexgen_lite.workers.probe import TESTED_TYPES
+from flexgen_lite.workers.compute.probe import TESTED_TYPES
 from tests.tiny_models import FAMILIES, SMALL_PASSES, make_model, ragged_prompts, reference_tokens
 
 MAX_TOKENS = 10

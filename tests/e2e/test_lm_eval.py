@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from flexgen_lite.demo.pretrained import MODEL
 from flexgen_lite.demo.records import generate, prompt
-from flexgen_lite.demo.run import MODEL
 
 NUM_RECORDS = 12
 COMMON = """

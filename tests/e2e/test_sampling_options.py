@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from flexgen_lite import FlexGenLite, SamplingParams
-from flexgen_lite.demo.run import MODEL
+from flexgen_lite.demo.pretrained import MODEL
 from tests.tiny_models import make_model, ragged_prompts
 
 PROMPTS = ragged_prompts(6, longest=30)

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexgen_lite import Client, EngineError, FlexGenLite
+from flexgen_lite.demo.pretrained import MODEL
 from flexgen_lite.demo.records import generate, prompt
-from flexgen_lite.demo.run import MODEL
 
 TEXTS = [prompt(record) for record in generate(3, 4, "held_out")]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flexgen_lite import Client, ConfigError, EngineError, FlexGenLite, SamplingParams
-from flexgen_lite.access import KeyFileError, make_key_file, read_key_file
+from flexgen_lite.wire.access import KeyFileError, make_key_file, read_key_file
 from tests.tiny_models import make_model
 
 PARAMS = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
@@ -51,7 +51,7 @@ def test_a_client_of_the_right_engine_with_the_wrong_key_is_told(engine: FlexGen
     """It knows the engine's public key, so that only its own can be wrong."""
     keys = read_key_file(key)
     wrong = type(keys)(keys.engine, keys.engine)
-    from flexgen_lite.connection import Connection
+    from flexgen_lite.client.connection import Connection
 
     connection = Connection(engine.endpoint, connect_timeout=5, heartbeat=1, answer_timeout=5, keys=wrong)
     with pytest.raises(EngineError, match="does not take this key"):

@@ -14,8 +14,9 @@ import pytest
 import zmq
 
 from flexgen_lite import Client, EngineError, FlexGenLite, SamplingParams
-from flexgen_lite.client_door import MAX_MESSAGE_BYTES
-from flexgen_lite.client_messages import (
+from flexgen_lite.engine.frontend import MAX_MESSAGE_BYTES
+from flexgen_lite.queue.requests import MAX_OPEN
+from flexgen_lite.wire.client_messages import (
     Cancel,
     Connect,
     EngineFailed,
@@ -26,8 +27,7 @@ from flexgen_lite.client_messages import (
     ToEngine,
     WireRequest,
 )
-from flexgen_lite.codec import Codec
-from flexgen_lite.requests import MAX_OPEN
+from flexgen_lite.wire.codec import Codec
 from tests.tiny_models import make_model, ragged_prompts
 
 PROMPTS = ragged_prompts(60, longest=20)
@@ -83,7 +83,7 @@ os._exit(9)
 STREAMING = """
 import sys
 from flexgen_lite import Client
-from flexgen_lite.request import Request
+from flexgen_lite.client.request import Request
 from tests.process.test_bad_clients import LONG
 client = Client(sys.argv[1], heartbeat=1)
 job = client.submit_requests((Request([5, 6, 7], LONG, stream=True) for _ in range(200)), 200)

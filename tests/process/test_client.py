@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from flexgen_lite import Client, EngineError, SamplingParams
-from flexgen_lite.client_messages import Cancel, EngineFailed, GetStatus, RequestDone, Submit
-from flexgen_lite.sampling_params import GREEDY
+from flexgen_lite.client.sampling_params import GREEDY
+from flexgen_lite.wire.client_messages import Cancel, EngineFailed, GetStatus, RequestDone, Submit
 from tests.fake_engine import FakeEngine, answer
 
 pytestmark = pytest.mark.timeout(60)

@@ -77,7 +77,7 @@ def test_nothing_survives_a_killed_coordinator_or_owner(victim: str, model: Path
     owner.kill()
     owner.communicate(timeout=20)
     # A killed owner cannot tidy up: the next start does.
-    code = "from flexgen_lite.runtime_dir import RuntimeDir; RuntimeDir().remove()"
+    code = "from flexgen_lite.wire.runtime_dir import RuntimeDir; RuntimeDir().remove()"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from flexgen_lite import engine_process
-from flexgen_lite.config import EngineConfig
-from flexgen_lite.engine_process import EngineProcess
+from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.errors import EngineError
+from flexgen_lite.launcher import process
+from flexgen_lite.launcher.process import EngineProcess
 from flexgen_lite.llm import FlexGenLite
 from tests import fake_coordinator
 
@@ -88,7 +88,7 @@ def test_a_failed_start(runtime_base: Path, mode: str, message: str, user_error:
 
 
 def test_a_start_that_takes_too_long(runtime_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_process, "_START_GRACE", 0.0)
+    monkeypatch.setattr(process, "_START_GRACE", 0.0)
     config = EngineConfig(model="m", start_timeout=0.1)
     with pytest.raises(EngineError, match=r"not ready within 0\.1 s: raise start_timeout"):
         EngineProcess(config, command=command("never ready"))
@@ -115,7 +115,7 @@ def test_output_is_drained(runtime_base: Path) -> None:
 
 
 def test_a_child_that_does_not_stop_is_killed(runtime_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_process, "_STOP_SECONDS", 0.1)
+    monkeypatch.setattr(process, "_STOP_SECONDS", 0.1)
     logs: queue.Queue[str] = queue.Queue()
     engine = EngineProcess(CONFIG, command=command("ignores SIGTERM"), on_log=logs.put)
     while logs.get(timeout=10) != "ignoring":
@@ -141,8 +141,8 @@ def run_program(text: str) -> subprocess.Popen[str]:
 
 PROGRAM = f"""
 import sys
-from flexgen_lite.config import EngineConfig
-from flexgen_lite.engine_process import EngineProcess
+from flexgen_lite.config.engine import EngineConfig
+from flexgen_lite.launcher.process import EngineProcess
 engine = EngineProcess(EngineConfig(model="m"), command=[sys.executable, {SCRIPT!r}, "ready"])
 print(engine.pid, flush=True)
 """
@@ -194,7 +194,7 @@ def test_a_long_temporary_path_is_avoided(runtime_base: Path, monkeypatch: pytes
 
 @pytest.fixture
 def serving(monkeypatch: pytest.MonkeyPatch) -> Callable[[], FlexGenLite]:
-    monkeypatch.setattr(engine_process, "COMMAND", command("serves"))
+    monkeypatch.setattr(process, "COMMAND", command("serves"))
     return lambda: FlexGenLite("m", ram="1GiB")
 
 

@@ -18,10 +18,11 @@ from typing import Any
 import psutil
 import pytest
 
-from flexgen_lite import Client, engine_process, engine_supervisor
-from flexgen_lite.config import EngineConfig
-from flexgen_lite.engine_supervisor import EngineSupervisor
+from flexgen_lite import Client
+from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.errors import EngineError
+from flexgen_lite.launcher import process, supervisor
+from flexgen_lite.launcher.supervisor import EngineSupervisor
 from tests import fake_coordinator
 
 pytestmark = pytest.mark.timeout(60)
@@ -31,7 +32,7 @@ CONFIG = EngineConfig(model="m")
 @pytest.fixture(autouse=True)
 def runtime_base(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Nothing may be left in it."""
-    monkeypatch.setattr(engine_supervisor, "PAUSE_SECONDS", (0.01, 0.02))
+    monkeypatch.setattr(supervisor, "PAUSE_SECONDS", (0.01, 0.02))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
     with tempfile.TemporaryDirectory(prefix="fgl-", dir="/tmp") as folder:
         base = Path(folder) / "r"
@@ -52,7 +53,7 @@ def start(monkeypatch: pytest.MonkeyPatch, logs: list[str]) -> Callable[..., Eng
     """A supervisor of engines of these modes."""
 
     def start(*modes: str, config: EngineConfig = CONFIG) -> EngineSupervisor:
-        monkeypatch.setattr(engine_process, "COMMAND", [sys.executable, fake_coordinator.__file__, ",".join(modes)])
+        monkeypatch.setattr(process, "COMMAND", [sys.executable, fake_coordinator.__file__, ",".join(modes)])
         return EngineSupervisor(config, on_log=logs.append)
 
     return start
@@ -100,7 +101,7 @@ def test_any_number_of_deaths_as_long_as_something_gets_done(
 ) -> None:
     with start("dies on the way") as engine, engine.connect() as client:
         assert answers(client, 1500) == expected(1500)
-        assert engine.restarts > engine_supervisor.MOST_LOSSES + 2
+        assert engine.restarts > supervisor.MOST_LOSSES + 2
     assert all("open requests are submitted again" in line for line in warnings(logs))
 
 
@@ -121,7 +122,7 @@ def test_deaths_that_lead_nowhere(
         for call in (client.status, engine.connect, lambda: client.submit("x")):
             with pytest.raises(EngineError, match=f"^{message}$"):
                 call()  # type: ignore[operator]
-    assert num_starts(logs) == engine_supervisor.MOST_LOSSES
+    assert num_starts(logs) == supervisor.MOST_LOSSES
     assert "3 times in a row with no request finished: it is not started again" in warnings(logs)[-1]
 
 
@@ -170,7 +171,7 @@ def test_an_engine_that_hangs_is_killed(
     start: Callable[..., EngineSupervisor], logs: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     impatient = partial(Client, heartbeat=0.1, answer_timeout=0.5)
-    monkeypatch.setattr(engine_supervisor, "Client", impatient)
+    monkeypatch.setattr(supervisor, "Client", impatient)
     with start("hangs when asked", "serves") as engine, engine.connect() as client:
         assert answers(client, 5) == expected(5)
     assert "has not answered for" in warnings(logs)[0]
@@ -202,7 +203,7 @@ def test_a_trace_is_not_overwritten(start: Callable[..., EngineSupervisor], logs
             assert configs(logs)[-1]["trace"] == str(tmp_path / name)
             (tmp_path / name).touch()
     os.mkfifo(tmp_path / "pipe")
-    assert engine_supervisor._next_trace(tmp_path / "pipe") == tmp_path / "pipe"
+    assert supervisor._next_trace(tmp_path / "pipe") == tmp_path / "pipe"
 
 
 def children() -> list[psutil.Process]:
@@ -219,7 +220,7 @@ def test_stopped_while_it_is_started_again(
     start: Callable[..., EngineSupervisor], logs: list[str], monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     if moment == "before the pause is over":
-        monkeypatch.setattr(engine_supervisor, "PAUSE_SECONDS", (600.0,))
+        monkeypatch.setattr(supervisor, "PAUSE_SECONDS", (600.0,))
     with start("dies when asked", "never ready") as engine:
         client = engine.connect()
         job = client.submit("x")
@@ -243,10 +244,10 @@ def test_clients_that_come_meanwhile_wait(start: Callable[..., EngineSupervisor]
 
 PROGRAM = f"""
 import sys, time
-from flexgen_lite import engine_process, engine_supervisor
-from flexgen_lite.config import EngineConfig
-engine_process.COMMAND = [sys.executable, {fake_coordinator.__file__!r}, sys.argv[1]]
-engine = engine_supervisor.EngineSupervisor(EngineConfig(model="m"), on_log=lambda text: print(text, flush=True))
+from flexgen_lite.config.engine import EngineConfig
+from flexgen_lite.launcher import process, supervisor
+process.COMMAND = [sys.executable, {fake_coordinator.__file__!r}, sys.argv[1]]
+engine = supervisor.EngineSupervisor(EngineConfig(model="m"), on_log=lambda text: print(text, flush=True))
 client = engine.connect()
 """
 
@@ -294,7 +295,7 @@ time.sleep(600)
 
 def test_workers_of_a_dead_coordinator_are_gone_before_the_next_one_starts() -> None:
     found: list[str] = []
-    engine = engine_process.EngineProcess(CONFIG, command=[sys.executable, "-c", ORPHANS], on_log=found.append)
+    engine = process.EngineProcess(CONFIG, command=[sys.executable, "-c", ORPHANS], on_log=found.append)
     wait_until(lambda: bool(found))
     worker = psutil.Process(int(found[0]))
     os.kill(engine.pid, signal.SIGKILL)

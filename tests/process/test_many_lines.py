@@ -14,10 +14,10 @@ from tests.fake_engine import FakeEngine
 RUN = """
 import sys
 from pathlib import Path
-from flexgen_lite.batch_run import BatchRun
-from flexgen_lite.client import Client
-from flexgen_lite.memory_use import resident_bytes
-from flexgen_lite.result_file import ResultWriter
+from flexgen_lite.batch.run import BatchRun
+from flexgen_lite.client.client import Client
+from flexgen_lite.memory.usage import resident_bytes
+from flexgen_lite.batch.result_file import ResultWriter
 
 endpoint, source, out = sys.argv[1:]
 with Client(endpoint) as client, ResultWriter(Path(out)) as results:

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from flexgen_lite import EngineError, FlexGenLite, SamplingParams
-from flexgen_lite.sizes import parse_size
+from flexgen_lite.text.sizes import parse_size
 from tests.tiny_models import make_model, ragged_prompts
 
 MIB = 1 << 20

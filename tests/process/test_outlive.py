@@ -20,8 +20,8 @@ import psutil
 import pytest
 
 from flexgen_lite import EngineError, FlexGenLite, SamplingParams
-from flexgen_lite.completion import Completion, Delta
-from flexgen_lite.request import Request
+from flexgen_lite.client.completion import Completion, Delta
+from flexgen_lite.client.request import Request
 from tests.chat_model import make_chat_model
 
 pytestmark = pytest.mark.timeout(600)
@@ -46,7 +46,7 @@ def coordinators_of(pid: int) -> list[psutil.Process]:
     found = []
     for child in psutil.Process(pid).children():
         with contextlib.suppress(psutil.NoSuchProcess):  # or a zombie, which has no command line
-            found += [child] * ("flexgen_lite.coordinator" in child.cmdline())
+            found += [child] * ("flexgen_lite.engine.coordinator" in child.cmdline())
     return found
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from flexgen_lite import Client, EngineError, SamplingParams
-from flexgen_lite.client_messages import GetStatus, RequestDelta, RequestDone, Submit, WireOutput
-from flexgen_lite.completion import Completion, Delta
+from flexgen_lite.client.completion import Completion, Delta
+from flexgen_lite.client.engine_owner import EngineLost
+from flexgen_lite.client.request import Request
 from flexgen_lite.errors import NoStatus
-from flexgen_lite.request import Request
-from flexgen_lite.revival import EngineLost
+from flexgen_lite.wire.client_messages import GetStatus, RequestDelta, RequestDone, Submit, WireOutput
 from tests.fake_engine import FakeEngine, answer
 
 pytestmark = pytest.mark.timeout(60)
@@ -49,7 +49,7 @@ class Owner:
     def connect(self, **options: Any) -> Client:
         first = self.endpoint(None)
         assert first is not None
-        self.client = self._stack.enter_context(Client(first, revival=self, **options))
+        self.client = self._stack.enter_context(Client(first, owner=self, **options))
         return self.client
 
     def give_up(self, error: EngineError) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from flexgen_lite.client_messages import Submit
+from flexgen_lite.wire.client_messages import Submit
 from tests import fake_coordinator
 from tests.fake_engine import FakeEngine
 
@@ -25,7 +25,7 @@ NUM_LINES = 3000
 
 KILLED_WITHIN_A_ROW = """
 import os, signal, sys
-from flexgen_lite import cli
+from flexgen_lite.cli import main
 num_rows, num_bytes, write = int(sys.argv.pop(1)), int(sys.argv.pop(1)), os.write
 
 def write_and_be_killed(fd, data):
@@ -38,14 +38,15 @@ def write_and_be_killed(fd, data):
     return write(fd, data)
 
 os.write = write_and_be_killed
-cli.main()
+main.main()
 """
 
 WITH_FAKE_COORDINATOR = f"""
 import sys
-from flexgen_lite import cli, engine_process
-engine_process.COMMAND = [sys.executable, {fake_coordinator.__file__!r}, sys.argv.pop(1)]
-cli.main()
+from flexgen_lite.cli import main
+from flexgen_lite.launcher import process
+process.COMMAND = [sys.executable, {fake_coordinator.__file__!r}, sys.argv.pop(1)]
+main.main()
 """
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from flexgen_lite.client_messages import EngineFailed, RequestDone, Submit, WireOutput
+from flexgen_lite.wire.client_messages import EngineFailed, RequestDone, Submit, WireOutput
 from tests import fake_coordinator
 from tests.fake_engine import FakeEngine, answer
 
@@ -21,10 +21,11 @@ pytestmark = pytest.mark.timeout(60)
 
 WITH_FAKE_COORDINATOR = f"""
 import signal, sys
-from flexgen_lite import cli, engine_process
+from flexgen_lite.cli import main
+from flexgen_lite.launcher import process
 signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background, it is ignored
-engine_process.COMMAND = [sys.executable, {fake_coordinator.__file__!r}, sys.argv.pop(1)]
-cli.main()
+process.COMMAND = [sys.executable, {fake_coordinator.__file__!r}, sys.argv.pop(1)]
+main.main()
 """
 
 

@@ -20,7 +20,7 @@ import openai
 import pytest
 from starlette.applications import Starlette
 
-from flexgen_lite import serve_command
+from flexgen_lite.cli import serve
 from tests.chat_model import make_chat_model
 
 KEY = "a-key-of-ours"
@@ -429,7 +429,7 @@ def test_the_server_ends_with_an_engine_that_dies_again_and_again(model: Path) -
 def test_idle_connections(model: Path) -> None:
     """They are kept for longer than callers keep theirs, so that none is closed while a request is on its way; but they
     do not hold up the end."""
-    assert serve_command._settings(Starlette()).timeout_keep_alive > 90
+    assert serve._settings(Starlette()).timeout_keep_alive > 90
     with server(model) as (url, process), httpx.Client() as caller:
         assert caller.get(url.replace("/v1", "/health")).status_code == 200
         process.terminate()

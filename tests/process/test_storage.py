@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from flexgen_lite import EngineError, FlexGenLite, SamplingParams, engine_supervisor
-from flexgen_lite.checkpoint import CheckpointError, stamp
-from flexgen_lite.workers.disk_reader import DiskReader
+from flexgen_lite import EngineError, FlexGenLite, SamplingParams
+from flexgen_lite.launcher import supervisor
+from flexgen_lite.model.checkpoint import CheckpointError, stamp
+from flexgen_lite.workers.loader.disk_reader import DiskReader
 from tests.fault_injection import Fault, inject, struck
 from tests.tiny_models import make_model, ragged_prompts
 
@@ -71,7 +72,7 @@ def test_a_read_error_that_stays(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    monkeypatch.setattr(engine_supervisor, "MOST_LOSSES", 1)  # further engines would end alike
+    monkeypatch.setattr(supervisor, "MOST_LOSSES", 1)  # further engines would end alike
     inject(monkeypatch, tmp_path / "faults", Fault("preadv", 30, "EIO", again=True, times=10_000))
     with (
         start(model) as engine,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 CHECK = """
-import pathlib, sys, flexgen_lite, flexgen_lite.workers.serve, flexgen_lite.cli, flexgen_lite.demo.run as demo
+import pathlib, sys, flexgen_lite, flexgen_lite.workers.serve, flexgen_lite.cli.main, flexgen_lite.cli.demo as demo
 for module in (flexgen_lite, flexgen_lite.workers.serve):
     assert pathlib.Path(sys.argv[1]) in pathlib.Path(module.__file__).parents, module.__file__
 assert (demo.MODEL / "model.safetensors").is_file()

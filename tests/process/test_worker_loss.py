@@ -13,7 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
-from flexgen_lite import EngineError, FlexGenLite, SamplingParams, engine_supervisor
+from flexgen_lite import EngineError, FlexGenLite, SamplingParams
+from flexgen_lite.launcher import supervisor
 from tests.fault_injection import Fault, inject, struck
 from tests.tiny_models import make_model, ragged_prompts, some_alike
 
@@ -246,7 +247,7 @@ def test_a_failure_that_has_nothing_to_do_with_requests_ends_the_engine(
     model: Path, runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No request gets an error row for it, so that the rest of the job can be done when it is mended."""
-    monkeypatch.setattr(engine_supervisor, "MOST_LOSSES", 1)  # further engines would end alike
+    monkeypatch.setattr(supervisor, "MOST_LOSSES", 1)  # further engines would end alike
     inject(monkeypatch, tmp_path / "faults", Fault("attend", again=True))
     with FlexGenLite(model, dtype="float32", attention_threads=1) as engine:
         job = engine.submit([[5, 6, 7]] * 8, SAMPLED)

@@ -3,8 +3,8 @@
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flexgen_lite.model_spec import AttentionSpec
-from flexgen_lite.workers.attention_state import STORAGE
+from flexgen_lite.model.spec import AttentionSpec
+from flexgen_lite.workers.attention.state import STORAGE
 from tests.attention_case import Case, Sequence
 
 

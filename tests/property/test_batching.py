@@ -9,12 +9,12 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexgen_lite.batching import Batcher, MicroBatch, Piece, Result
-from flexgen_lite.kept_logprobs import KeptLogprobs
-from flexgen_lite.page_table import PageTable
-from flexgen_lite.running_request import RunningRequest
-from flexgen_lite.sampling_wire import TokenLogprobs, WireParams
-from flexgen_lite.waiting_queue import WaitingQueue
+from flexgen_lite.queue.batching import Batcher, MicroBatch, Piece, Result
+from flexgen_lite.queue.kept_logprobs import KeptLogprobs
+from flexgen_lite.queue.page_table import PageTable
+from flexgen_lite.queue.running_request import RunningRequest
+from flexgen_lite.queue.waiting_queue import WaitingQueue
+from flexgen_lite.wire.sampling import TokenLogprobs, WireParams
 
 EOS = 7
 

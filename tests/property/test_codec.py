@@ -13,12 +13,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flexgen_lite import client_messages, messages
-from flexgen_lite.codec import Codec, MessageError
+from flexgen_lite.wire import client_messages, worker_messages
+from flexgen_lite.wire.codec import Codec, MessageError
 
 UNIONS = {
     name: union
-    for module in (messages, client_messages)
+    for module in (worker_messages, client_messages)
     for name, union in vars(module).items()
     if name.startswith(("To", "From")) and typing.get_args(union)
 }
@@ -109,6 +109,6 @@ def test_errors_name_message_and_field() -> None:
     with pytest.raises(MessageError, match="unknown message 'Reboot'"):
         codec.decode(msgpack.packb(["Reboot", []]))
     with pytest.raises(MessageError, match="Stop is not one of Connect"):
-        codec.encode(messages.Stop())
+        codec.encode(worker_messages.Stop())
     with pytest.raises(MessageError, match="9 bytes, 4 allowed"):
         Codec(client_messages.ToEngine, max_bytes=4).decode(b"123456789")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from flexgen_lite.page_table import PageTable, page_keys
+from flexgen_lite.queue.page_table import PageTable, page_keys
 
 
 class PageTableMachine(RuleBasedStateMachine):

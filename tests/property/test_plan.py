@@ -9,13 +9,13 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from flexgen_lite.config import EngineConfig
-from flexgen_lite.expected_work import ExpectedWork
-from flexgen_lite.machine import Machine
-from flexgen_lite.model_spec import AttentionSpec, ModelSpec, UnitSpec
-from flexgen_lite.page_table import PageTable
-from flexgen_lite.plan import MODEST_LENGTH, SHAPES, Measured, Plan, PlanError, make_plan
-from flexgen_lite.sizes import parse_size
+from flexgen_lite.config.engine import EngineConfig
+from flexgen_lite.model.spec import AttentionSpec, ModelSpec, UnitSpec
+from flexgen_lite.plan.machine import Machine
+from flexgen_lite.plan.plan import MODEST_LENGTH, SHAPES, Measured, Plan, PlanError, make_plan
+from flexgen_lite.plan.workload import Workload
+from flexgen_lite.queue.page_table import PageTable
+from flexgen_lite.text.sizes import parse_size
 
 MIB, GIB = 1 << 20, 1 << 30
 MEASURED = Measured(350 * (1 << 20), 30 * (1 << 20), 60 * (1 << 20))
@@ -33,7 +33,7 @@ def model(layers: int, layer_bytes: int, outside: int, hidden: int, max_length: 
     )  # fmt: skip
 
 
-def plan_for(spec: ModelSpec, expected: ExpectedWork | None = None, **options: object) -> Plan:
+def plan_for(spec: ModelSpec, expected: Workload | None = None, **options: object) -> Plan:
     config = EngineConfig(model="m", **options)
     return make_plan(config, spec, MACHINE, MEASURED, on_gpu=False, gpu_total=0, expected=expected)
 
@@ -67,7 +67,7 @@ OPTIONS = st.fixed_dictionaries(
 
 
 EXPECTED = st.none() | st.builds(
-    lambda sequences, typical, more: ExpectedWork(sequences, typical, typical + more // 2, typical + more),
+    lambda sequences, typical, more: Workload(sequences, typical, typical + more // 2, typical + more),
     st.integers(1, 5000),
     st.integers(1, 3000),
     st.integers(0, 3000),
@@ -76,7 +76,7 @@ EXPECTED = st.none() | st.builds(
 
 @given(SPECS, EXPECTED, OPTIONS)
 def test_a_plan_stays_inside_the_budget_and_hangs_together(
-    spec: ModelSpec, expected: ExpectedWork | None, options: dict[str, object]
+    spec: ModelSpec, expected: Workload | None, options: dict[str, object]
 ) -> None:
     try:
         made = plan_for(spec, expected, **options)
@@ -117,7 +117,7 @@ def most_tokens(made: Plan) -> int:
 @given(SPECS, st.integers(300, 4096), st.integers(700, 6000))
 def test_the_longest_row_is_served_where_any_plan_could(spec: ModelSpec, longest: int, ram: int) -> None:
     """Any: of those that other settings make."""
-    expected, longest = ExpectedWork(1000, 200, longest, longest), min(longest, spec.max_length)
+    expected, longest = Workload(1000, 200, longest, longest), min(longest, spec.max_length)
     try:
         made = plan_for(spec, expected, ram=ram * MIB)
     except PlanError:
@@ -170,7 +170,7 @@ def test_a_model_that_fits_the_gpu_leaves_ram_to_the_kv_cache() -> None:
 
 def test_few_short_sequences_leave_room_for_layers() -> None:
     spec = model(24, 200 * MIB, 400 * MIB, 2048, 2048)
-    unknown, known = plan_for(spec, ram=4 * GIB), plan_for(spec, ExpectedWork(20, 150, 200, 300), ram=4 * GIB)
+    unknown, known = plan_for(spec, ram=4 * GIB), plan_for(spec, Workload(20, 150, 200, 300), ram=4 * GIB)
     assert known.max_sequences == 20
     assert len(known.resident_layers) > len(unknown.resident_layers)
     table = PageTable(known.num_pages, known.page_tokens, known.attention_workers)
@@ -179,13 +179,13 @@ def test_few_short_sequences_leave_room_for_layers() -> None:
 
 def test_room_for_the_longest_sequence_expected_comes_before_layers() -> None:
     spec = model(24, 200 * MIB, 400 * MIB, 2048, 2048)
-    made = plan_for(spec, ExpectedWork(2, 150, 2000, 2000), ram=4 * GIB, attention_workers=2)
+    made = plan_for(spec, Workload(2, 150, 2000, 2000), ram=4 * GIB, attention_workers=2)
     assert PageTable(made.num_pages, made.page_tokens, made.attention_workers).max_tokens >= 2000
 
 
 def test_a_setting_wins_over_what_is_expected() -> None:
     spec = model(4, MIB, MIB, 64, 2048)
-    assert plan_for(spec, ExpectedWork(20, 150, 200, 300), ram=4 * GIB, max_sequences=64).max_sequences == 64
+    assert plan_for(spec, Workload(20, 150, 200, 300), ram=4 * GIB, max_sequences=64).max_sequences == 64
 
 
 @pytest.mark.parametrize(("key", "value"), [("compute_cpus", [0, 7]), ("attention_cpus", [[7]]), ("loader_cpus", [7])])

@@ -7,9 +7,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flexgen_lite.model_spec import AttentionSpec
-from flexgen_lite.workers.attention_call import AttentionCall
-from flexgen_lite.workers.prefill_attention import prompt_attention
+from flexgen_lite.model.spec import AttentionSpec
+from flexgen_lite.workers.compute.attention_call import AttentionCall
+from flexgen_lite.workers.compute.prefill_attention import prompt_attention
 from tests.attention_case import reference
 from tests.property.test_attention import specs
 

@@ -9,10 +9,10 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexgen_lite.placement import spread_evenly
-from flexgen_lite.schedule import LoadUnit, Order, RunColumns, Schedule, UploadUnit
-from flexgen_lite.segment_queue import SegmentQueue
-from flexgen_lite.slot_ring import SlotRing
+from flexgen_lite.plan.placement import spread_evenly
+from flexgen_lite.schedule.segment_queue import SegmentQueue
+from flexgen_lite.schedule.slot_ring import SlotRing
+from flexgen_lite.schedule.zigzag import LoadUnit, Order, RunColumns, Schedule, UploadUnit
 
 
 class Machine:

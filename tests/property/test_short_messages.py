@@ -11,14 +11,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from flexgen_lite import ConfigError, EngineConfig, SamplingParams
-from flexgen_lite.batch_file import BadLine, read_requests
-from flexgen_lite.codec import Codec, MessageError
-from flexgen_lite.config import parse_setting
-from flexgen_lite.json_text import JsonError, json_line, parse_json
-from flexgen_lite.request_body import _KNOWN, CHAT, COMPLETIONS, RequestError, parse_body
-from flexgen_lite.sampling_params import MAX_TOKEN_ID
-from flexgen_lite.sampling_wire import MAX_BIASED, MAX_STOP_CHARACTERS, MAX_STOPS, WHOLE_NUMBERS, WireParams
-from flexgen_lite.shown import MAX_SHOWN, shown, shown_json, shown_kind, shown_names, shown_path, shown_text
+from flexgen_lite.batch.file import BadLine, read_requests
+from flexgen_lite.client.sampling_params import MAX_TOKEN_ID
+from flexgen_lite.config.engine import parse_setting
+from flexgen_lite.openai.request_body import _KNOWN, CHAT, COMPLETIONS, RequestError, parse_body
+from flexgen_lite.text.json_text import JsonError, json_line, parse_json
+from flexgen_lite.text.shown import MAX_SHOWN, shown, shown_json, shown_kind, shown_names, shown_path, shown_text
+from flexgen_lite.wire.codec import Codec, MessageError
+from flexgen_lite.wire.sampling import MAX_BIASED, MAX_STOP_CHARACTERS, MAX_STOPS, WHOLE_NUMBERS, WireParams
 
 LONGEST = 500
 HUGE = "x" * 100_000

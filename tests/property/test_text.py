@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexgen_lite.tokenizer import TextTokenizer
+from flexgen_lite.tokens.tokenizer import TextTokenizer
 from tests.built_tokenizers import KINDS, SPECIAL, WORDS, built_tokenizer, ids
 from tests.whole_text import PARAMS, check
 

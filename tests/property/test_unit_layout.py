@@ -8,8 +8,8 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexgen_lite.model_spec import ITEM_BYTES, Piece, UnitSpec
-from flexgen_lite.unit_layout import BLOCK_BYTES, MAX_GAP_BYTES, TensorSource, layout_unit
+from flexgen_lite.memory.slot_layout import BLOCK_BYTES, MAX_GAP_BYTES, TensorSource, layout_unit
+from flexgen_lite.model.spec import ITEM_BYTES, Piece, UnitSpec
 
 DTYPES = st.sampled_from(["float32", "bfloat16", "float16", "int64", "bool"])
 

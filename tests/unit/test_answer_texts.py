@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 
-from flexgen_lite.admission import Limits
-from flexgen_lite.batching import Batcher, Result
-from flexgen_lite.client_messages import RequestDelta, RequestDone, Submit
-from flexgen_lite.completion import Completion, Delta
-from flexgen_lite.completion_of import completion_of, delta_of, last_deltas
+from flexgen_lite.client.completion import Completion, Delta
+from flexgen_lite.client.completion_of import completion_of, delta_of, last_deltas
+from flexgen_lite.client.request import Request
 from flexgen_lite.http.generate import _Sse
-from flexgen_lite.page_table import PageTable
-from flexgen_lite.request import Request
-from flexgen_lite.request_body import CHAT, COMPLETIONS, Body, parse_body
-from flexgen_lite.requests import Requests
-from flexgen_lite.response_body import response_body
-from flexgen_lite.sampling_wire import TokenLogprobs
-from flexgen_lite.tokenizer import TextTokenizer
+from flexgen_lite.openai.request_body import CHAT, COMPLETIONS, Body, parse_body
+from flexgen_lite.openai.response_body import response_body
+from flexgen_lite.queue.admission import Limits
+from flexgen_lite.queue.batching import Batcher, Result
+from flexgen_lite.queue.page_table import PageTable
+from flexgen_lite.queue.requests import Requests
+from flexgen_lite.tokens.tokenizer import TextTokenizer
+from flexgen_lite.wire.client_messages import RequestDelta, RequestDone, Submit
+from flexgen_lite.wire.sampling import TokenLogprobs
 from tests.built_tokenizers import built_tokenizer, ids
 
 LLAMA = built_tokenizer("llama")

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from flexgen_lite import Client, FlexGenLite, Request, SamplingParams, Score
-from flexgen_lite.client_messages import RequestDone, Submit, WireOutput, WirePrompt
-from flexgen_lite.request import is_one_prompt, wire_prompt
-from flexgen_lite.sampling_wire import TokenLogprobs
+from flexgen_lite.client.request import is_one_prompt, wire_prompt
+from flexgen_lite.wire.client_messages import RequestDone, Submit, WireOutput, WirePrompt
+from flexgen_lite.wire.sampling import TokenLogprobs
 from tests.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.timeout(60)

@@ -4,10 +4,10 @@ import time
 import numpy as np
 import pytest
 
-from flexgen_lite.messages import Attend, BeginAttention, KvBatch, KvSpan
-from flexgen_lite.model_spec import AttentionSpec
-from flexgen_lite.workers.attention_state import STORAGE, AttentionState
-from flexgen_lite.workers.attention_warm_up import warm_up
+from flexgen_lite.model.spec import AttentionSpec
+from flexgen_lite.wire.worker_messages import Attend, BeginAttention, KvBatch, KvSpan
+from flexgen_lite.workers.attention.state import STORAGE, AttentionState
+from flexgen_lite.workers.attention.warm_up import warm_up
 from flexgen_lite.workers.team import Team
 from tests.attention_case import Case, Sequence, decode, encode
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexgen_lite.batch_file import BadLine, BatchRequest, IdSet, count_lines, read_requests
-from flexgen_lite.sampling_params import SamplingParams
+from flexgen_lite.batch.file import BadLine, BatchRequest, IdSet, count_lines, read_requests
+from flexgen_lite.client.sampling_params import SamplingParams
 
 
 def line(custom_id: object = "a", body: object = None, **other: object) -> bytes:

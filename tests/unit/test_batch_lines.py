@@ -18,10 +18,10 @@ from pathlib import Path
 
 import pytest
 
-from flexgen_lite.batch_file import BatchRequest, count_lines, read_requests
-from flexgen_lite.batch_lines import BatchFileError, check_lines, open_lines
-from flexgen_lite.batch_run import check_files
-from flexgen_lite.expected_work import survey
+from flexgen_lite.batch.file import BatchRequest, count_lines, read_requests
+from flexgen_lite.batch.lines import BatchFileError, check_lines, open_lines
+from flexgen_lite.batch.run import check_files
+from flexgen_lite.batch.survey import survey
 
 ROWS = [
     {"custom_id": f"id-{n}", "method": "POST", "url": "/v1/completions", "body": {"prompt": f"é \u2028 {n}"}}

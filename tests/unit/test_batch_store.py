@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from flexgen_lite.client import Client
+from flexgen_lite.client.client import Client
 from flexgen_lite.errors import EngineError
 from flexgen_lite.http.batch_store import BatchStore
 from flexgen_lite.http.file_store import FileStore

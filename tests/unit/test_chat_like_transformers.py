@@ -18,10 +18,10 @@ import pydantic
 import pytest
 from transformers import AutoTokenizer
 
-from flexgen_lite.chat_template import Chat, ChatError, render
-from flexgen_lite.demo.run import MODEL
-from flexgen_lite.request_body import CHAT, parse_body
-from flexgen_lite.workers.model_tokenizer import open_tokenizer
+from flexgen_lite.chat.template import Chat, ChatError, render
+from flexgen_lite.demo.pretrained import MODEL
+from flexgen_lite.openai.request_body import CHAT, parse_body
+from flexgen_lite.workers.model.tokenizer import open_tokenizer
 from tests.chat_model import make_chat_model, set_in_config
 from tests.real_tokenizers import real_tokenizer
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from flexgen_lite.chat_template import Chat, ChatError, brings_program, has_template, render, template_text
-from flexgen_lite.messages import WireChatTemplate
+from flexgen_lite.chat.template import Chat, ChatError, brings_program, has_template, render, template_text
+from flexgen_lite.wire.worker_messages import WireChatTemplate
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 CHATML = (

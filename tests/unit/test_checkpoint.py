@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from flexgen_lite.checkpoint import CheckpointError, open_checkpoint
+from flexgen_lite.model.checkpoint import CheckpointError, open_checkpoint
 
 SIZES = {"F32": 4, "BF16": 2, "F16": 2, "I64": 8, "BOOL": 1, "F8_E4M3": 1}
 Tensors = dict[str, tuple[str, list[int]]]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from flexgen_lite.checkpoint import CheckpointError, stamp
-from flexgen_lite.workers.checksums import Checksums
+from flexgen_lite.model.checkpoint import CheckpointError, stamp
+from flexgen_lite.workers.loader.checksums import Checksums
 
 DATA = bytes(range(256)) * 32
 

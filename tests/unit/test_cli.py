@@ -13,8 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from flexgen_lite import EngineError
-from flexgen_lite.cli import app
-from flexgen_lite.config import EngineConfig
+from flexgen_lite.cli.main import app
+from flexgen_lite.config.engine import EngineConfig
 
 
 def run(*args: str | Path) -> tuple[int, str]:
@@ -34,9 +34,9 @@ def requests(tmp_path: Path) -> Path:
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[EngineConfig]:
     """The configurations of the engines that commands would have started."""
     configs: list[EngineConfig] = []
-    module = types.ModuleType("flexgen_lite.launch_command")
-    module.launch_engine = lambda config, voice: configs.append(config)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "flexgen_lite.launch_command", module)
+    module = types.ModuleType("flexgen_lite.cli.launch")
+    module.launch_engine = lambda config, console: configs.append(config)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flexgen_lite.cli.launch", module)
     return configs
 
 
@@ -116,9 +116,9 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, error: BaseException, code:
     def serve(*_: object) -> None:
         raise error
 
-    module = types.ModuleType("flexgen_lite.launch_command")
+    module = types.ModuleType("flexgen_lite.cli.launch")
     module.launch_engine = serve  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "flexgen_lite.launch_command", module)
+    monkeypatch.setitem(sys.modules, "flexgen_lite.cli.launch", module)
     assert run("launch", "--model", "m") == (code, message)
 
 
@@ -153,9 +153,9 @@ def test_no_engine_at_the_endpoint(tmp_path: Path, requests: Path) -> None:
 
 def test_the_demo_gets_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, object]] = []
-    module = types.ModuleType("flexgen_lite.demo.run")
+    module = types.ModuleType("flexgen_lite.cli.demo")
     module.run_demo = lambda **options: calls.append(options)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "flexgen_lite.demo.run", module)
+    monkeypatch.setitem(sys.modules, "flexgen_lite.cli.demo", module)
     assert run("demo", "--records", "20", "--ram", "300MB") == (0, "")
     assert calls == [{"records": 20, "ram": "300MB"}]
 
@@ -169,8 +169,8 @@ def loaded_by(code: str) -> set[str]:
 def test_imports_stay_light() -> None:
     heavy = {"zmq", "pydantic", "torch", "transformers", "numpy", "yaml", "rich", "typer", "msgpack"}
     assert loaded_by("import flexgen_lite") & heavy == set()
-    assert loaded_by("import flexgen_lite.cli") & (heavy - {"typer"}) == set()
-    everything = "from flexgen_lite import *; import flexgen_lite.batch_command, flexgen_lite.launch_command"
+    assert loaded_by("import flexgen_lite.cli.main") & (heavy - {"typer"}) == set()
+    everything = "from flexgen_lite import *; import flexgen_lite.cli.run_batch, flexgen_lite.cli.launch"
     assert loaded_by(everything) & {"torch", "transformers", "numba"} == set()
 
 
@@ -183,7 +183,7 @@ def test_what_is_exported_is_there() -> None:
         _ = flexgen_lite.nonsense
 
 
-COMPLETING = "import sys; sys.argv[0] = 'flexgen-lite'; from flexgen_lite.cli import main; main()"
+COMPLETING = "import sys; sys.argv[0] = 'flexgen-lite'; from flexgen_lite.cli.main import main; main()"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

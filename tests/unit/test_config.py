@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from flexgen_lite.config import ConfigError, EngineConfig, parse_setting
-from flexgen_lite.config_reference import reference
+from flexgen_lite.config.engine import ConfigError, EngineConfig, parse_setting
+from flexgen_lite.config.reference import reference
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from flexgen_lite import crew as crew_module
-from flexgen_lite.crew import FAILED_STARTS, IDLE_FAILURES, IDLE_LOSSES, Crew
-from flexgen_lite.worker_process import WorkerDied
+from flexgen_lite.engine import worker_supervisor as supervisor_module
+from flexgen_lite.engine.worker_process import WorkerDied
+from flexgen_lite.engine.worker_supervisor import FAILED_STARTS, IDLE_FAILURES, IDLE_LOSSES, WorkerSupervisor
 
 NAME = "attention worker 0"
 KILLED = WorkerDied("attention worker 0 (process 7) was killed by SIGKILL")
@@ -36,11 +36,11 @@ class Nothing:
 
 
 @pytest.fixture
-def crew(monkeypatch: pytest.MonkeyPatch) -> Crew:
-    monkeypatch.setattr(crew_module, "WorkerProcess", NoProcess)
+def workers(monkeypatch: pytest.MonkeyPatch) -> WorkerSupervisor:
+    monkeypatch.setattr(supervisor_module, "WorkerProcess", NoProcess)
     nothing: Any = Nothing()
     arenas: Any = {name: SimpleNamespace(fd=0) for name in ("weights", "kv", "exchange")}
-    crew = Crew(
+    workers = WorkerSupervisor(
         nothing,
         nothing,
         Path(),
@@ -48,69 +48,69 @@ def crew(monkeypatch: pytest.MonkeyPatch) -> Crew:
         nothing,
         nothing.any,
         nothing.any,
-        lambda worker, _: void(crew.start_again(worker)),
+        lambda worker, _: void(workers.start_again(worker)),
     )
-    crew.start(1)
-    return crew
+    workers.start(1)
+    return workers
 
 
 def void(_: object) -> None: ...
 
 
-def lose(crew: Crew, error: WorkerDied = KILLED) -> None:
-    crew.lose(crew.attention(0), error)
+def lose(workers: WorkerSupervisor, error: WorkerDied = KILLED) -> None:
+    workers.lose(workers.attention(0), error)
 
 
-def test_few_failed_starts(crew: Crew) -> None:
+def test_few_failed_starts(workers: WorkerSupervisor) -> None:
     for _ in range(FAILED_STARTS):
-        lose(crew)
+        lose(workers)
     with pytest.raises(WorkerDied, match=f"{NAME} was lost 4 times in a row before it had started; .* by SIGKILL"):
-        lose(crew)
+        lose(workers)
 
 
-def test_a_good_start_forgives_failed_ones(crew: Crew) -> None:
+def test_a_good_start_forgives_failed_ones(workers: WorkerSupervisor) -> None:
     for _ in range(3):
         for _ in range(FAILED_STARTS):
-            lose(crew)
-        crew.ready(crew.attention(0))
-        lose(crew)
-    assert crew.restarts == 3 * (FAILED_STARTS + 1)
+            lose(workers)
+        workers.ready(workers.attention(0))
+        lose(workers)
+    assert workers.restarts == 3 * (FAILED_STARTS + 1)
 
 
-def test_many_losses_after_good_starts(crew: Crew) -> None:
+def test_many_losses_after_good_starts(workers: WorkerSupervisor) -> None:
     for _ in range(IDLE_LOSSES):
-        crew.ready(crew.attention(0))
-        lose(crew)
-    crew.ready(crew.attention(0))
+        workers.ready(workers.attention(0))
+        lose(workers)
+    workers.ready(workers.attention(0))
     with pytest.raises(WorkerDied, match=f"{NAME} was lost 16 times in a row with nothing done in between"):
-        lose(crew)
+        lose(workers)
 
 
-def test_few_failures_of_its_own_after_good_starts(crew: Crew) -> None:
+def test_few_failures_of_its_own_after_good_starts(workers: WorkerSupervisor) -> None:
     failed = WorkerDied("attention worker 0 failed: RuntimeError: no", kind="RuntimeError")
     for _ in range(IDLE_FAILURES):
-        crew.ready(crew.attention(0))
-        lose(crew, failed)
-    crew.ready(crew.attention(0))
+        workers.ready(workers.attention(0))
+        lose(workers, failed)
+    workers.ready(workers.attention(0))
     with pytest.raises(WorkerDied, match=f"{NAME} was lost 4 times in a row with nothing done in between"):
-        lose(crew, failed)
+        lose(workers, failed)
 
 
-def test_work_forgives_losses(crew: Crew) -> None:
+def test_work_forgives_losses(workers: WorkerSupervisor) -> None:
     for _ in range(2 * IDLE_LOSSES):
-        crew.ready(crew.attention(0))
-        crew.did_something(crew.attention(0))
-        lose(crew)
-    assert crew.restarts == 2 * IDLE_LOSSES
+        workers.ready(workers.attention(0))
+        workers.did_something(workers.attention(0))
+        lose(workers)
+    assert workers.restarts == 2 * IDLE_LOSSES
 
 
 @pytest.mark.parametrize("error", [WorkerDied("no", kind="CheckpointError"), WorkerDied("no", user_error=True)])
-def test_failures_that_the_next_process_would_meet_too(crew: Crew, error: WorkerDied) -> None:
-    crew.ready(crew.attention(0))
+def test_failures_that_the_next_process_would_meet_too(workers: WorkerSupervisor, error: WorkerDied) -> None:
+    workers.ready(workers.attention(0))
     with pytest.raises(WorkerDied, match="no"):
-        lose(crew, error)
+        lose(workers, error)
 
 
-def test_an_exception_at_the_first_start(crew: Crew) -> None:
+def test_an_exception_at_the_first_start(workers: WorkerSupervisor) -> None:
     with pytest.raises(WorkerDied, match="broken"):
-        lose(crew, WorkerDied("broken", kind="RuntimeError"))
+        lose(workers, WorkerDied("broken", kind="RuntimeError"))

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from flexgen_lite import doctor
-from flexgen_lite.cli import app
-from flexgen_lite.machine import inspect_machine
+from flexgen_lite.cli import doctor
+from flexgen_lite.cli.main import app
+from flexgen_lite.plan.machine import inspect_machine
 
 SUBJECTS = ["processors", "instructions", "memory", "/dev/shm", "GPU", "disk", "auto", "versions"]
 

@@ -2,9 +2,9 @@ import itertools
 
 import pytest
 
-from flexgen_lite import exchange, kv_layout
-from flexgen_lite.exchange import layout, region_bytes
-from flexgen_lite.model_spec import ITEM_BYTES, AttentionSpec
+from flexgen_lite.memory import exchange, kv_layout
+from flexgen_lite.memory.exchange import layout, region_bytes
+from flexgen_lite.model.spec import ITEM_BYTES, AttentionSpec
 
 SPECS = [
     AttentionSpec(4, 2, 8, 8, 1.0, None, None, False),

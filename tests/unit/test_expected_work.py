@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from flexgen_lite.expected_work import BYTES_PER_TOKEN, ExpectedWork, survey
+from flexgen_lite.batch.survey import BYTES_PER_TOKEN, survey
+from flexgen_lite.plan.workload import Workload
 
 
 def write(path: Path, bodies: list[dict[str, Any]]) -> Path:
@@ -48,9 +49,9 @@ def test_nothing_is_known_of_what_has_no_good_line_or_is_no_file(tmp_path: Path)
 
 
 def test_it_survives_the_way_to_the_coordinator() -> None:
-    work = ExpectedWork(3, 20, 70, 90)
-    assert ExpectedWork.from_dict(json.loads(json.dumps(work.to_dict()))) == work
-    assert ExpectedWork.from_dict(None) is None
+    work = Workload(3, 20, 70, 90)
+    assert Workload.from_dict(json.loads(json.dumps(work.to_dict()))) == work
+    assert Workload.from_dict(None) is None
 
 
 def test_one_good_line_beside_a_longer_one_that_is_none(tmp_path: Path) -> None:

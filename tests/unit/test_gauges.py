@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from flexgen_lite import gauges
-from flexgen_lite.gauges import Gauges
-from flexgen_lite.lanes import Lanes
-from flexgen_lite.memory_use import MemoryUse
+from flexgen_lite.engine import stats
+from flexgen_lite.engine.lanes import Lanes
+from flexgen_lite.engine.stats import EngineStats
+from flexgen_lite.memory.usage import MemoryUse
 
 SECOND = 1_000_000_000
 
 
 def test_an_idle_time_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100 * SECOND
-    monkeypatch.setattr(gauges.time, "monotonic_ns", lambda: now)
-    found = Gauges(Lanes(None, print), MemoryUse([]))
+    monkeypatch.setattr(stats.time, "monotonic_ns", lambda: now)
+    found = EngineStats(Lanes(None, print), MemoryUse([]))
     for idle in (0, 3600):
         now += idle * SECOND
         for number in range(3):

@@ -7,7 +7,7 @@ import sys
 
 CHECK = """
 import ctypes
-from flexgen_lite.workers.heap import Heap
+from flexgen_lite.workers.compute.heap import Heap
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: large blocks come from the heap too

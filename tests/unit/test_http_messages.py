@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from flexgen_lite.client import Client
+from flexgen_lite.client.client import Client
 from flexgen_lite.http.app import Api
 from tests.fake_engine import FakeEngine
 

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flexgen_lite.cli.console import JsonConsole
 from flexgen_lite.http.generate import _line
-from flexgen_lite.json_text import JsonError, json_line, parse_json
-from flexgen_lite.voice import JsonVoice
+from flexgen_lite.text.json_text import JsonError, json_line, parse_json
 
 EVERY_END = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029\x7f\x80\x9f\0\udfff\ud800"
 VALUES = st.recursive(
@@ -46,9 +46,9 @@ def test_events_of_a_stream_are_lines() -> None:
 
 
 def test_events_for_programs_are_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    voice = JsonVoice()
-    voice.log(f"a{EVERY_END}b")
-    voice.error(f"a{EVERY_END}b", 2)
+    console = JsonConsole()
+    console.log(f"a{EVERY_END}b")
+    console.error(f"a{EVERY_END}b", 2)
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [event["message"] for event in found] == [f"a{EVERY_END}b"] * 2
 

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from flexgen_lite.client_messages import RequestDone, WireOutput, WireRequest
-from flexgen_lite.kept_jobs import KeptJob
-from flexgen_lite.sampling_params import GREEDY
+from flexgen_lite.client.sampling_params import GREEDY
+from flexgen_lite.queue.detached_jobs import KeptJob
+from flexgen_lite.wire.client_messages import RequestDone, WireOutput, WireRequest
 
 LIMITED = """
 import resource, signal

@@ -6,8 +6,8 @@ import tracemalloc
 
 import pytest
 
-from flexgen_lite.kept_logprobs import KeptLogprobs
-from flexgen_lite.sampling_wire import TokenLogprobs
+from flexgen_lite.queue.kept_logprobs import KeptLogprobs
+from flexgen_lite.wire.sampling import TokenLogprobs
 
 
 @pytest.mark.parametrize("num_top", [0, 1, 20])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from flexgen_lite.lanes import Lanes
+from flexgen_lite.engine.lanes import Lanes
 
 
 def test_time_without_a_busy_lane_is_overhead() -> None:

@@ -7,8 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from flexgen_lite.client_messages import Status
-from flexgen_lite.live_view import BatchView, EngineView, render
+from flexgen_lite.cli.live_view import BatchView, EngineView, render
+from flexgen_lite.wire.client_messages import Status
 
 STATUS = Status(
     running=64,

@@ -12,8 +12,8 @@ import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from flexgen_lite.config import ConfigError
-from flexgen_lite.demo.run import MODEL
+from flexgen_lite.config.engine import ConfigError
+from flexgen_lite.demo.pretrained import MODEL
 from flexgen_lite.lm_eval.arguments import (
     REFUSED,
     WITHOUT_EFFECT,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
-from flexgen_lite.completion import Completion, CompletionOutput
+from flexgen_lite.client.completion import Completion, CompletionOutput
 from flexgen_lite.lm_eval import generation_options
 from flexgen_lite.lm_eval.generation import Answer, StopStrings
 from flexgen_lite.lm_eval.generation_options import GenerationOptions, read_model_defaults, read_options

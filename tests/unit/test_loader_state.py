@@ -18,13 +18,14 @@ import numpy as np
 import pytest
 import torch
 
-from flexgen_lite.checkpoint import CheckpointError, stamp
-from flexgen_lite.messages import AttachLoader, Load
-from flexgen_lite.model_spec import ITEM_BYTES, Piece, TensorSpec, UnitSpec
-from flexgen_lite.unit_layout import TensorSource, layout_unit
-from flexgen_lite.workers import bounce_plan, disk_reader, loader_state
-from flexgen_lite.workers.bounce_plan import apply_views, plan_batches
-from flexgen_lite.workers.loader_state import LoaderState
+from flexgen_lite.memory.slot_layout import TensorSource, layout_unit
+from flexgen_lite.model.checkpoint import CheckpointError, stamp
+from flexgen_lite.model.spec import ITEM_BYTES, Piece, TensorSpec, UnitSpec
+from flexgen_lite.wire.worker_messages import AttachLoader, Load
+from flexgen_lite.workers.loader import bounce_plan, disk_reader
+from flexgen_lite.workers.loader import state as loader_state
+from flexgen_lite.workers.loader.bounce_plan import apply_views, plan_batches
+from flexgen_lite.workers.loader.state import LoaderState
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -321,7 +322,7 @@ def test_dummy_weights(dtype: str) -> None:
 def test_light_imports() -> None:
     """Reading without casts needs neither torch nor numba."""
     program = (
-        "import sys, flexgen_lite.workers.loader_state\n"
+        "import sys, flexgen_lite.workers.loader.state\n"
         "print([name for name in ('torch', 'numba') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)

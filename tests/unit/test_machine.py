@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from flexgen_lite import machine
-from flexgen_lite.machine import Machine, cpu_quota, inspect_machine, num_cores
+from flexgen_lite.plan import machine
+from flexgen_lite.plan.machine import Machine, cpu_quota, inspect_machine, num_cores
 
 
 def write(path: Path, text: str) -> None:

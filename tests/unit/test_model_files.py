@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from flexgen_lite.checkpoint import CheckpointError, open_checkpoint
-from flexgen_lite.model_files import check_contents, check_files, is_there, open_file, read_json
+from flexgen_lite.model.checkpoint import CheckpointError, open_checkpoint
+from flexgen_lite.model.files import check_contents, check_files, is_there, open_file, read_json
 
 pytestmark = pytest.mark.timeout(30)
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from flexgen_lite.codec import Codec
-from flexgen_lite.demo.run import MODEL
-from flexgen_lite.messages import FromCompute, ModelOpened, OpenModel
-from flexgen_lite.model_files import CheckpointError
-from flexgen_lite.workers import model_builder
-from flexgen_lite.workers.device import open_device
-from flexgen_lite.workers.model_open import OpenedModel, fingerprint, open_model
+from flexgen_lite.demo.pretrained import MODEL
+from flexgen_lite.model.files import CheckpointError
+from flexgen_lite.wire.codec import Codec
+from flexgen_lite.wire.worker_messages import FromCompute, ModelOpened, OpenModel
+from flexgen_lite.workers.compute.device import open_device
+from flexgen_lite.workers.compute.model_open import OpenedModel, fingerprint, open_model
+from flexgen_lite.workers.model import builder as model_builder
 from flexgen_lite.workers.serve import UserError, _failure, first_line
 
 pytestmark = pytest.mark.timeout(60)

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from flexgen_lite.chat_template import Chat, ChatError, render
-from flexgen_lite.client_messages import Welcome
-from flexgen_lite.codec import Codec
-from flexgen_lite.demo.run import MODEL
-from flexgen_lite.model_files import CheckpointError
-from flexgen_lite.tokenizer import TextTokenizer
-from flexgen_lite.workers.model_tokenizer import ModelTokenizer, open_tokenizer
+from flexgen_lite.chat.template import Chat, ChatError, render
+from flexgen_lite.demo.pretrained import MODEL
+from flexgen_lite.model.files import CheckpointError
+from flexgen_lite.tokens.tokenizer import TextTokenizer
+from flexgen_lite.wire.client_messages import Welcome
+from flexgen_lite.wire.codec import Codec
+from flexgen_lite.workers.model.tokenizer import ModelTokenizer, open_tokenizer
 from tests.chat_model import make_chat_model, set_in_config
 
 TALK = [{"role": "user", "content": "Hi"}]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from flexgen_lite.workers import product_kernels, products
-from flexgen_lite.workers.product_kernels import MAX_ROWS, RearrangedWeight, rearranged_weight
-from flexgen_lite.workers.products import Products
+from flexgen_lite.workers.compute import product_kernels, products
+from flexgen_lite.workers.compute.product_kernels import MAX_ROWS, RearrangedWeight, rearranged_weight
+from flexgen_lite.workers.compute.products import Products
 
 pytestmark = pytest.mark.skipif(
     not products._works(torch.bfloat16) or not product_kernels.is_available(), reason="not on this processor"

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-from flexgen_lite.workers import products
-from flexgen_lite.workers.products import Products
+from flexgen_lite.workers.compute import products
+from flexgen_lite.workers.compute.products import Products
 
 CPU = torch.device("cpu")
 DTYPES = [

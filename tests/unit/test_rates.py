@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flexgen_lite.rates import Window, clock, seconds_left
+from flexgen_lite.cli.rates import Window, clock, seconds_left
 
 
 def test_a_window_forgets() -> None:

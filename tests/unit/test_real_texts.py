@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from flexgen_lite.text_stream import TextStream
-from flexgen_lite.tokenizer import TextTokenizer
+from flexgen_lite.tokens.stream import TextStream
+from flexgen_lite.tokens.tokenizer import TextTokenizer
 from tests.conformance.text import MODELS, conform
 from tests.real_tokenizers import real_tokenizer
 from tests.whole_text import PARAMS

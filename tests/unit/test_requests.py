@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from flexgen_lite.admission import Limits
-from flexgen_lite.batching import Batcher, Result
-from flexgen_lite.client_messages import RequestDone, Submit, WireRequest
-from flexgen_lite.page_table import PageTable
-from flexgen_lite.requests import OVERFLOW, Requests
-from flexgen_lite.sampling_wire import NO_TOKEN, Penalties, TokenLogprobs, WireParams
+from flexgen_lite.queue.admission import Limits
+from flexgen_lite.queue.batching import Batcher, Result
+from flexgen_lite.queue.page_table import PageTable
+from flexgen_lite.queue.requests import OVERFLOW, Requests
+from flexgen_lite.wire.client_messages import RequestDone, Submit, WireRequest
+from flexgen_lite.wire.sampling import NO_TOKEN, Penalties, TokenLogprobs, WireParams
 
 PARAMS = WireParams(4, 0, 0.0, 0, 1.0, None, (), True, True)
 
@@ -275,7 +275,7 @@ def test_several_answers_without_a_token(requests: Requests) -> None:
 def test_a_reader_who_stands_still_gets_the_rest_at_the_end(
     requests: Requests, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flexgen_lite.requests.MAX_UNREAD_DELTAS", 2)
+    monkeypatch.setattr("flexgen_lite.queue.requests.MAX_UNREAD_DELTAS", 2)
     params = replace(PARAMS, max_tokens=6, stop=())
     requests.submit(b"client", Submit("job", (WireRequest(0, (5, 6, 7), params, stream=True),), False))
     told = []

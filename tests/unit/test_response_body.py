@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 
-from flexgen_lite.completion import Delta, Logprob
+from flexgen_lite.client.completion import Delta, Logprob
 from flexgen_lite.http.generate import _Sse
-from flexgen_lite.request_body import CHAT, COMPLETIONS, parse_body
-from flexgen_lite.response_body import chat_logprobs
+from flexgen_lite.openai.request_body import CHAT, COMPLETIONS, parse_body
+from flexgen_lite.openai.response_body import chat_logprobs
 
 PLACE = {7: Logprob(-3.0, 9, "x"), 1: Logprob(-0.1, 1, "a"), 2: Logprob(-0.2, 2, "b")}
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from flexgen_lite import result_file
-from flexgen_lite.batch_file import BadLine, BatchRequest
-from flexgen_lite.completion import Completion, CompletionOutput
-from flexgen_lite.result_file import ResultWriter
-from flexgen_lite.sampling_params import SamplingParams
+from flexgen_lite.batch import result_file
+from flexgen_lite.batch.file import BadLine, BatchRequest
+from flexgen_lite.batch.result_file import ResultWriter
+from flexgen_lite.client.completion import Completion, CompletionOutput
+from flexgen_lite.client.sampling_params import SamplingParams
 
 ANSWERS = "req_" + "0" * 16
 DONE = Completion(0, "hi", [CompletionOutput("grüß", [5, 6], "stop")], 2)

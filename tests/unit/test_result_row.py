@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from flexgen_lite.batch_file import BadLine, BatchRequest, read_requests
-from flexgen_lite.completion import Completion, CompletionOutput, Logprob
-from flexgen_lite.response_body import response_body
-from flexgen_lite.result_row import RowsThere, encode_row, request_id
-from flexgen_lite.sampling_params import SamplingParams
+from flexgen_lite.batch.file import BadLine, BatchRequest, read_requests
+from flexgen_lite.batch.result_row import RowsThere, encode_row, request_id
+from flexgen_lite.client.completion import Completion, CompletionOutput, Logprob
+from flexgen_lite.client.sampling_params import SamplingParams
+from flexgen_lite.openai.response_body import response_body
 
 OUT = Path("out.jsonl")
 ENGINE = "0" * 16

@@ -19,9 +19,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from flexgen_lite.sampling_wire import NO_TOKEN, Penalties, Sample
-from flexgen_lite.workers.sampling import read, uniform
-from flexgen_lite.workers.sampling import sample as draw
+from flexgen_lite.wire.sampling import NO_TOKEN, Penalties, Sample
+from flexgen_lite.workers.compute.sampling import read, uniform
+from flexgen_lite.workers.compute.sampling import sample as draw
 
 VOCAB = 40
 DRAWS = 4000

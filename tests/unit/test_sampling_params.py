@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from flexgen_lite import SamplingParams
-from flexgen_lite.sampling_params import GREEDY
-from flexgen_lite.sampling_wire import WireParams
+from flexgen_lite.client.sampling_params import GREEDY
+from flexgen_lite.wire.sampling import WireParams
 
 
 def test_defaults_and_wire_form() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flexgen_lite.workers.sampling import read_scores, score
+from flexgen_lite.workers.compute.sampling import read_scores, score
 
 
 def test_of_equally_likely_tokens_the_first_alone_is_greedy() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexgen_lite.sizes import format_size, parse_size
+from flexgen_lite.text.sizes import format_size, parse_size
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from flexgen_lite.client_messages import Status
-from flexgen_lite.status_sum import StatusSum
+from flexgen_lite.client.status_sum import StatusSum
+from flexgen_lite.wire.client_messages import Status
 
 
 def status(done: int, busy: float, peak: int, **more: float) -> Status:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexgen_lite.stop_strings import StopStrings
+from flexgen_lite.tokens.stop_strings import StopStrings
 
 
 @given(

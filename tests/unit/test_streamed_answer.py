@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from flexgen_lite.completion import CompletionOutput, Delta, Logprob
-from flexgen_lite.streamed_answer import StreamedAnswer
+from flexgen_lite.client.completion import CompletionOutput, Delta, Logprob
+from flexgen_lite.client.streamed_answer import StreamedAnswer
 
 TOKENS = list(range(30, 60))
 TEXTS = [chr(ord("a") + number % 26) * (number % 4) for number in range(30)]  # some tokens have no text

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from flexgen_lite.sampling_wire import WireParams
-from flexgen_lite.text_growth import WINDOW_TOKENS
-from flexgen_lite.text_stream import TextStream
-from flexgen_lite.tokenizer import TextTokenizer
+from flexgen_lite.tokens.detokenizer import WINDOW_TOKENS
+from flexgen_lite.tokens.stream import TextStream
+from flexgen_lite.tokens.tokenizer import TextTokenizer
+from flexgen_lite.wire.sampling import WireParams
 from tests.built_tokenizers import built_tokenizer, ids
 from tests.whole_text import PARAMS
 

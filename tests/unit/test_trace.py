@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from flexgen_lite.bottleneck import verdict
-from flexgen_lite.cli import app
-from flexgen_lite.lanes import Lanes
-from flexgen_lite.report import choose_passes, lane_shares, rates, write_report
-from flexgen_lite.trace_file import TraceFile
-from flexgen_lite.trace_reader import MOST_POINTS, Series, TraceError, look_closer, read_events, summarise
+from flexgen_lite.cli.main import app
+from flexgen_lite.engine.lanes import Lanes
+from flexgen_lite.engine.trace_file import TraceFile
+from flexgen_lite.report.bottleneck import verdict
+from flexgen_lite.report.page import choose_passes, lane_shares, rates, write_report
+from flexgen_lite.report.trace_reader import MOST_POINTS, Series, TraceError, look_closer, read_events, summarise
 
 SECOND = 1_000_000_000  # nanoseconds
 DISK, COMPUTE, ATTENTION = ("disk loader", "disk"), ("compute worker", "compute"), ("attention worker 0", "attention")

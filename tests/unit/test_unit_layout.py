@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from flexgen_lite.model_spec import ITEM_BYTES, Extent, Piece
-from flexgen_lite.unit_layout import TensorSource, layout_unit
+from flexgen_lite.memory.slot_layout import TensorSource, layout_unit
+from flexgen_lite.model.spec import ITEM_BYTES, Extent, Piece
 
 
 def source(

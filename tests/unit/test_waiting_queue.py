@@ -7,10 +7,10 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexgen_lite.open_request import OpenRequest, Origin
-from flexgen_lite.running_request import RunningRequest
-from flexgen_lite.sampling_wire import WireParams
-from flexgen_lite.waiting_queue import WaitingQueue
+from flexgen_lite.queue.open_request import OpenRequest, Origin
+from flexgen_lite.queue.running_request import RunningRequest
+from flexgen_lite.queue.waiting_queue import WaitingQueue
+from flexgen_lite.wire.sampling import WireParams
 
 
 def sequence(number: int, client: bytes, priority: int = 0, tokens: int = 10, n: int = 1) -> RunningRequest:

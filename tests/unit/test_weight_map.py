@@ -25,8 +25,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from flexgen_lite.checkpoint import CheckpointError, open_checkpoint
-from flexgen_lite.workers.weight_map import Binding, map_weights
+from flexgen_lite.model.checkpoint import CheckpointError, open_checkpoint
+from flexgen_lite.workers.model.weight_map import Binding, map_weights
 from tests.meta_model import build_on_meta, decoder_layers
 from tests.weights_roundtrip import assert_same_weights, attach_message, load_model, load_units
 

@@ -16,7 +16,7 @@ for name in ("accelerate", "scipy", "sklearn"):
 sys.path.insert(0, str(folder))
 
 from flexgen_lite.workers.__main__ import imported
-program = imported("flexgen_lite.workers.attention")
+program = imported("flexgen_lite.workers.attention.worker")
 assert callable(program.main) and "numba" in sys.modules
 assert gc.isenabled() and gc.get_freeze_count() > 1000
 for name in ("accelerate", "scipy", "sklearn"):

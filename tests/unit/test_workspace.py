@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="made for
 CHECK = """
 import random, threading
 import torch
-from flexgen_lite.workers.workspace import FIELDS, LEAST_BYTES, UNIT, Workspace
+from flexgen_lite.workers.compute.workspace import FIELDS, LEAST_BYTES, UNIT, Workspace
 
 SIZE = 4 << 20
 before = torch.ones(1 << 18)

@@ -1,0 +1,1 @@
+"""A batch file through an engine, row by row, into a file of results."""

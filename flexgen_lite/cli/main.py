@@ -1,0 +1,297 @@
+"""The command line. What is heavy is imported inside the commands, so that --help is quick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from flexgen_lite.config.engine import EngineConfig
+
+
+class _Group(TyperGroup):
+    """Commands whose errors end in one sentence and an exit code: 2 for the user's, 1 for the engine's."""
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        try:
+            return super().make_context(*args, **options)
+        except Exception as error:
+            raise _shortened(error) from None
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort):
+            raise
+        except KeyboardInterrupt as interrupt:
+            typer.echo("stopped", err=True)
+            raise typer.Exit(interrupt.args[0] if interrupt.args else 130) from None
+        except Exception as error:
+            if hasattr(error, "format_message"):  # a usage error, which typer reports itself
+                raise _shortened(error) from None
+            raise typer.Exit(_report(error)) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Large language models over big batches of prompts on one ordinary machine.",
+)
+
+Model = Annotated[str | None, typer.Option(help="Hugging Face model directory or hub id.")]
+Config = Annotated[Path | None, typer.Option("--config", help="YAML file; flags win over it.")]
+Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Ram = Annotated[str | None, typer.Option(help="Budget of main memory, such as 8GiB.")]
+Gpu = Annotated[str | None, typer.Option(help="Budget of GPU memory, such as 14GiB.")]
+AttentionWorkers = Annotated[str | None, typer.Option(help="Number of attention workers, or auto.")]
+LoadFormat = Annotated[str | None, typer.Option(help="auto, or dummy for random weights from config.json.")]
+Trace = Annotated[Path | None, typer.Option(help="Write a trace of all lanes to this file.")]
+MaxModelLen = Annotated[str | None, typer.Option(help="Most tokens of one sequence, or auto.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Tell of warnings and errors only.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Tell everything as JSON, one object a line.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other configuration key.")]
+Endpoint = Annotated[str | None, typer.Option(help="Endpoint of a running engine, ipc://... or tcp://HOST:PORT.")]
+KeyFile = Annotated[Path | None, typer.Option(help="Key file of the engine at --endpoint, where it has one.")]
+
+
+ENGINE_FLAGS = ("dtype", "device", "ram", "gpu", "attention_workers", "load_format", "trace", "max_model_len")
+"""Configuration keys with a flag of their own, in every command that starts an engine."""
+
+
+def main() -> None:
+    """The entry point."""
+    app(prog_name="flexgen-lite")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from flexgen_lite import __version__
+
+        typer.echo(f"flexgen-lite {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run_batch(
+    input_file: Annotated[Path, typer.Option("-i", "--input-file", help="Requests, in the OpenAI batch format.")],
+    output_file: Annotated[Path, typer.Option("-o", "--output-file", help="Results, one a line.")],
+    model: Model = None,
+    endpoint: Endpoint = None,
+    key_file: KeyFile = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard results that are there, not resume.")] = False,
+    config: Config = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    ram: Ram = None,
+    gpu: Gpu = None,
+    attention_workers: AttentionWorkers = None,
+    load_format: LoadFormat = None,
+    trace: Trace = None,
+    max_model_len: MaxModelLen = None,
+    settings: Set = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a file of requests, on an engine of its own or on a running one (--endpoint).
+
+    Given the same arguments again, it goes on where it stopped.
+    """
+    from flexgen_lite.batch.run import check_files
+    from flexgen_lite.cli.console import errors_told, make_console
+    from flexgen_lite.cli.run_batch import run_on_endpoint, run_on_own_engine
+
+    flags = _engine_flags(locals())
+    with make_console(quiet, as_json) as console, errors_told(console):
+        check_files(input_file, output_file, trace)
+        if endpoint is None:
+            if key_file is not None:
+                flags["key_file"] = str(key_file)
+            engine = _engine_config(config, model, flags, settings)
+            run_on_own_engine(engine, input_file, output_file, overwrite, console)
+        else:
+            _refuse_engine_flags({"config": config, "set": settings, **flags})
+            run_on_endpoint(endpoint, key_file, model, input_file, output_file, overwrite, console)
+
+
+@app.command()
+def launch(
+    model: Model = None,
+    config: Config = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    ram: Ram = None,
+    gpu: Gpu = None,
+    attention_workers: AttentionWorkers = None,
+    load_format: LoadFormat = None,
+    trace: Trace = None,
+    max_model_len: MaxModelLen = None,
+    settings: Set = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Start an engine and serve clients until Ctrl-C or SIGTERM."""
+    from flexgen_lite.cli.console import errors_told, make_console
+    from flexgen_lite.cli.launch import launch_engine
+
+    flags = _engine_flags(locals())
+    with make_console(quiet, as_json) as console, errors_told(console):
+        launch_engine(_engine_config(config, model, flags, settings), console)
+
+
+@app.command()
+def serve(
+    model: Model = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 is any that is free.")] = 8000,
+    api_key: Annotated[str | None, typer.Option(help="Key that callers must have; others see it in `ps`.")] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="File that has the key.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Directory of files and batches, kept over restarts.")] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="Name of the model in requests and answers.")] = None,
+    endpoint: Endpoint = None,
+    key_file: KeyFile = None,
+    config: Config = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    ram: Ram = None,
+    gpu: Gpu = None,
+    attention_workers: AttentionWorkers = None,
+    load_format: LoadFormat = None,
+    trace: Trace = None,
+    max_model_len: MaxModelLen = None,
+    settings: Set = None,
+) -> None:
+    """Serve the OpenAI API over HTTP, with an engine of its own or in front of a running one (--endpoint)."""
+    from flexgen_lite.cli.serve import HttpOptions, read_api_key, serve_http, serve_http_at
+
+    flags = _engine_flags(locals())
+    options = HttpOptions(host, port, read_api_key(api_key, api_key_file), data_dir, served_model_name)
+    if endpoint is None:
+        if key_file is not None:
+            flags["key_file"] = str(key_file)
+        serve_http(_engine_config(config, model, flags, settings), options)
+    else:
+        _refuse_engine_flags({"config": config, "set": settings, "model": model, **flags})
+        serve_http_at(endpoint, key_file, options)
+
+
+@app.command()
+def demo(
+    records: Annotated[int, typer.Option(min=1, max=1_000_000, help="Number of records to label.")] = 300,
+    ram: Ram = None,
+) -> None:
+    """Label messy records with the model that comes along, under a small budget."""
+    from flexgen_lite.cli.demo import run_demo
+    from flexgen_lite.cli.terminal import signals_interrupt
+
+    with signals_interrupt():
+        run_demo(records=records, ram=ram)
+
+
+@app.command()
+def status(
+    endpoint: Annotated[str, typer.Option(help="Endpoint of a running engine, ipc://... or tcp://HOST:PORT.")],
+    key_file: KeyFile = None,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Keep showing it, until Ctrl-C.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print what a running engine is doing."""
+    from flexgen_lite.cli.status import show_status
+
+    show_status(endpoint, key_file, watch, as_json)
+
+
+@app.command()
+def report(
+    trace: Annotated[Path, typer.Argument(help="A file that --trace has written.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The page to write.")] = Path("report.html"),
+) -> None:
+    """Make a page of HTML from a trace: lanes, throughput and memory over time, a few passes, the bottleneck."""
+    from flexgen_lite.report.page import write_report
+
+    typer.echo(write_report(trace, output))
+    typer.echo(f"{output}: open it in a browser")
+
+
+@app.command()
+def doctor(
+    model: Annotated[Path | None, typer.Option(help="Model directory; its largest file is read for 2 s.")] = None,
+) -> None:
+    """Print what this machine offers, and what auto makes of it."""
+    from flexgen_lite.cli.doctor import examine
+
+    for subject, finding in examine(model):
+        typer.echo(f"{subject:<13}{finding}")
+
+
+@app.command()
+def keygen(key_file: Annotated[Path, typer.Argument(help="The file to make.")]) -> None:
+    """Make a key for an engine that listens on tcp:// and for its clients."""
+    from flexgen_lite.wire.access import make_key_file
+
+    make_key_file(key_file)
+    typer.echo(f"{key_file}: start the engine with --set key_file={key_file}, give clients a copy")
+
+
+def _engine_flags(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those of a command's arguments that are ENGINE_FLAGS."""
+    return {name: arguments[name] for name in ENGINE_FLAGS}
+
+
+def _engine_config(
+    path: Path | None, model: str | None, flags: dict[str, Any], settings: list[str] | None
+) -> EngineConfig:
+    from flexgen_lite.config.engine import EngineConfig, parse_setting
+
+    overrides = dict(parse_setting(text) for text in settings or [])
+    for key, value in {"model": model, **flags}.items():
+        if value is not None:
+            overrides.update([parse_setting(f"{key}={value}")])
+    return EngineConfig.load(path, overrides, source="the command line")
+
+
+def _refuse_engine_flags(flags: dict[str, Any]) -> None:
+    given = [f"--{key.replace('_', '-')}" for key, value in flags.items() if value]
+    if given:
+        raise ValueError(f"{', '.join(given)} cannot change the running engine at --endpoint: leave one or the other")
+
+
+def _shortened(error: Exception) -> Exception:
+    """A usage error that repeats no more of an argument than its beginning and its end."""
+    from flexgen_lite.text.shown import shown_path
+
+    for name in ("message", "option_name"):
+        if isinstance(getattr(error, name, None), str):
+            setattr(error, name, shown_path(getattr(error, name)))
+    return error
+
+
+def _report(error: Exception) -> int:
+    """Print one sentence; the exit code."""
+    import logging
+    import os
+    import sys
+
+    from flexgen_lite.errors import describe
+
+    logging.getLogger("flexgen_lite").debug("the command failed", exc_info=error)
+    if isinstance(error, BrokenPipeError):  # whoever read the output has had enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    message, code = describe(error)
+    typer.echo(f"error: {message}", err=True)
+    return code

@@ -1,0 +1,93 @@
+"""`flexgen-lite run-batch`: a batch run with its progress shown."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+from flexgen_lite.batch.result_file import ResultWriter
+from flexgen_lite.batch.run import BatchRun, Progress
+from flexgen_lite.batch.survey import survey
+from flexgen_lite.cli.console import Console
+from flexgen_lite.cli.terminal import signals_interrupt
+from flexgen_lite.client.client import Client
+from flexgen_lite.config.engine import EngineConfig
+from flexgen_lite.errors import EngineError
+from flexgen_lite.launcher.supervisor import EngineSupervisor
+from flexgen_lite.text.shown import shown_path
+
+
+def run_on_own_engine(
+    config: EngineConfig, input_file: Path, output_file: Path, overwrite: bool, console: Console
+) -> None:
+    """Start an engine, run the file, stop the engine. One that dies on the way is started again."""
+    _leave_to_rows(output_file, console)
+    with (
+        signals_interrupt(),
+        ResultWriter(output_file, overwrite=overwrite, warn=console.warn) as results,
+        EngineSupervisor(config, expected=survey(input_file), on_log=console.log, on_plan=console.plan) as engine,
+        engine.connect() as client,
+    ):
+        _run(client, input_file, results, console)
+
+
+def run_on_endpoint(
+    endpoint: str,
+    key_file: Path | None,
+    model: str | None,
+    input_file: Path,
+    output_file: Path,
+    overwrite: bool,
+    console: Console,
+) -> None:
+    """Run the file on a running engine.
+
+    Raises:
+        EngineError: it serves another model than `model`.
+    """
+    _leave_to_rows(output_file, console)
+    with (
+        signals_interrupt(),
+        ResultWriter(output_file, overwrite=overwrite, warn=console.warn) as results,
+        Client(endpoint, key_file=key_file) as client,
+    ):
+        served = client.welcome.model
+        if model is not None and os.path.realpath(model) != os.path.realpath(served):
+            raise EngineError(f"the engine at {endpoint} serves {served}, not {shown_path(model)}", user_error=True)
+        _run(client, input_file, results, console)
+
+
+def _leave_to_rows(output_file: Path, console: Console) -> None:
+    """Where rows go to standard output, nothing else does."""
+    with contextlib.suppress(OSError):
+        if os.path.samestat(os.fstat(1), os.stat(output_file)):
+            console.standard_output = sys.stderr
+
+
+def _run(client: Client, input_file: Path, results: ResultWriter, console: Console) -> None:
+    run = BatchRun(client, input_file, results, warn=console.warn)
+    if num_rows := results.there.num_rows:
+        _tell_what_is_there(run, num_rows, console)
+    try:
+        last = watch(run, console)
+    except EngineError as error:
+        if error.user_error:
+            raise
+        raise EngineError(f"{error}; the same command goes on where it stopped", details=error.details) from error
+    console.done(last.summary(), last.to_dict())
+
+
+def _tell_what_is_there(run: BatchRun, num_rows: int, console: Console) -> None:
+    text = f"resuming: {num_rows} rows are there already"
+    if run.num_new is not None and num_rows > run.num_earlier:
+        text += f", {num_rows - run.num_earlier} of them for no line of the input"
+    console.log(text)
+    if run.num_new == 0:
+        console.log("nothing to do: every line of the input has its row")
+
+
+def watch(run: BatchRun, console: Console) -> Progress:
+    """Run to the end, and tell of it."""
+    return run.run(lambda now: console.progress(str(now), now.to_dict(), now.status), console.interval)

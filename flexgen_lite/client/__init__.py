@@ -1,0 +1,1 @@
+"""The Python client of an engine, and what it submits and gets."""

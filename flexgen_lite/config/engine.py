@@ -1,0 +1,355 @@
+"""The engine's configuration: frozen and strict, from a YAML file, options, or both."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from flexgen_lite.config.file import StrictLoader, YamlError, read_yaml
+from flexgen_lite.config.values import (
+    CPU_SETS_EXPECTED,
+    CPUS_EXPECTED,
+    DEVICE_EXPECTED,
+    ENDPOINT_EXPECTED,
+    MAX_SECONDS,
+    SECONDS_EXPECTED,
+    SIZE_EXPECTED,
+    Count,
+    Cpus,
+    CpuSets,
+    Device,
+    Endpoint,
+    ModelName,
+    PageTokens,
+    PathValue,
+    Size,
+    Switch,
+    count,
+    expects,
+)
+from flexgen_lite.text.shown import MAX_SHOWN, shown, shown_path, shown_text
+
+MOST_TOLD = 5  # problems in one message
+MAX_WORKERS, MAX_THREADS = 128, 1024  # beyond any machine; a slip is told before it starts processes
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names key, value and remedy.
+
+    Attributes:
+        problems: per key, what is wrong with it.
+    """
+
+    def __init__(self, problems: Mapping[str, str], origins: Mapping[str, str] | None = None) -> None:
+        self.problems = dict(problems)
+        origins = origins or {}
+        told = [text + origins.get(key, "") for key, text in self.problems.items()]
+        rest = [f"and {len(told) - MOST_TOLD} more"] if len(told) > MOST_TOLD else []
+        super().__init__("; ".join([*told[:MOST_TOLD], *rest]))
+
+
+class EngineConfig(BaseModel):
+    """What a user decides about an engine; None stands for "auto".
+
+    Raises:
+        ConfigError: an unknown key or an impossible value.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    model: ModelName = Field(
+        description="Hugging Face model directory, or a hub id where there is a network.",
+        json_schema_extra=expects("a model directory or a hub id"),
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="Type of weights, activations and KV cache. `auto`: the checkpoint's own on CUDA, and where it is"
+        " float32; a 16-bit checkpoint on a CPU becomes bfloat16 if that is measured to be faster than "
+        "float32 at start, else float32.",
+        json_schema_extra=expects('"auto", "float32", "bfloat16" or "float16"'),
+    )
+    device: Device = Field(
+        default="auto",
+        description="Where the matrix products are computed. `auto`: the first GPU that PyTorch sees, else the CPU. "
+        "What has run on a GPU is in [gpu.md](gpu.md).",
+        json_schema_extra=DEVICE_EXPECTED,
+    )
+    load_format: Literal["auto", "dummy"] = Field(
+        default="auto",
+        description="`dummy`: random weights from `config.json` alone, for benchmarks.",
+        json_schema_extra=expects('"auto" or "dummy"'),
+    )
+    verify_weights: Switch = Field(
+        default=None,
+        description="Compare weights, whenever they are read, with the checksums that were recorded when they were "
+        "first loaded; a difference ends the engine with an error that names the file. `auto`: `false`.",
+        json_schema_extra=expects('true, false or "auto"'),
+    )
+    ram: Size = Field(
+        default=None,
+        gt=0,
+        description="Everything the engine takes of main memory: processes, shared memory, page cache. `auto`: 85 % "
+        "of what is free at start, within the cgroup's limit.",
+        json_schema_extra=SIZE_EXPECTED,
+    )
+    gpu: Size = Field(
+        default=None,
+        gt=0,
+        description="Everything it takes of GPU memory. `auto`: 90 % of the GPU's. Without effect on a CPU.",
+        json_schema_extra=SIZE_EXPECTED,
+    )
+    max_model_len: Count = count(
+        1,
+        "Most tokens of one sequence, prompt and generated ones together. `auto`: the model's limit; for rotary "
+        "embeddings of type `longrope` or `dynamic` the original context.",
+    )
+    max_sequences: Count = count(
+        1,
+        "Most sequences running at once. `auto`: 256, or as many as `run-batch` has lines. Never more than "
+        "`micro_batches` x `micro_batch_tokens`.",
+    )
+    micro_batches: Count = count(
+        1,
+        "Most micro-batches of a pass. If set, a pass uses all of them, evenly filled; with `auto` on a CPU as few as"
+        " will do. `auto`: 1 to 4, by the budget; 4 beside a GPU.",
+    )
+    micro_batch_tokens: Count = count(
+        1,
+        "Most tokens of one micro-batch; longer prompts come in chunks. `auto`: 64 to 2048, by the budget.",
+    )
+    page_tokens: PageTokens = Field(
+        default=None,
+        description="Tokens of one KV page. `auto`: 16.",
+        json_schema_extra=expects('a power of two from 16 to 256, or "auto"'),
+    )
+    prefix_caching: Switch = Field(
+        default=None,
+        description="Prompts that begin alike share the KV pages of their beginning, which is computed once. In "
+        "bfloat16 and float16 an answer's rounding then depends on what else runs; `auto`: in float32 only.",
+        json_schema_extra=expects('true, false or "auto"'),
+    )
+    layer_slots: Count = count(
+        2,
+        "Layer slots in main memory. A number below the model's layers streams all layers through so many slots. "
+        "`auto`: all layers stay if there is room; else 2 slots (3 beside a GPU, 2 where memory is short), and as "
+        "many resident layers as there is room for.",
+    )
+    device_slots: Count = count(
+        2,
+        "Layer slots on a GPU. `auto`: as many as `gpu` allows. Layers stay in all but 3 of them, and leave their "
+        "place in main memory to others where that is short.",
+    )
+    attention_workers: Count = count(
+        1,
+        "Attention worker processes. `auto`: as many as `attention_cpus` has entries, else one per NUMA node.",
+        MAX_WORKERS,
+    )
+    attention_threads: Count = count(
+        1,
+        "Threads of each. `auto`: one per physical core, divided among the workers; beside a GPU two cores are left "
+        "out.",
+        MAX_THREADS,
+    )
+    compute_threads: Count = count(
+        1,
+        "Threads of the compute worker. `auto`: one per physical core; beside a GPU at most 4.",
+        MAX_THREADS,
+    )
+    loader_threads: Count = count(
+        1,
+        "Reads that the disk loader keeps in flight. `auto`: 4.",
+        MAX_THREADS,
+    )
+    attention_cpus: CpuSets = Field(
+        default=None,
+        description='Such as `["0-7", "8-15"]`. `auto`: not bound.',
+        json_schema_extra=CPU_SETS_EXPECTED,
+    )
+    compute_cpus: Cpus = Field(
+        default=None,
+        description="Of the compute worker. `auto`: not bound.",
+        json_schema_extra=CPUS_EXPECTED,
+    )
+    loader_cpus: Cpus = Field(
+        default=None,
+        description="Of the disk loader. `auto`: not bound.",
+        json_schema_extra=CPUS_EXPECTED,
+    )
+    stage_weights: Switch = Field(
+        default=None,
+        description="Copy each layer to a slot on the device before use. `auto`: on CUDA only; leave it so, except to"
+        " try the staging path on a CPU.",
+        json_schema_extra=expects('true, false or "auto"'),
+    )
+    trace: PathValue = Field(
+        default=None,
+        description="File for a trace with one row per lane (Chrome trace event JSON; opens in Perfetto).",
+        json_schema_extra=expects("the path of a file"),
+    )
+    endpoint: Endpoint = Field(
+        default=None,
+        description="Where clients connect. `auto`: a socket in the engine's private directory. A path where "
+        "something else is, is refused. Over `tcp://` only with a `key_file`.",
+        json_schema_extra=ENDPOINT_EXPECTED,
+    )
+    key_file: PathValue = Field(
+        default=None,
+        description="Made by `flexgen-lite keygen FILE`; clients must hold the same file, and all between them and "
+        "the engine is encrypted (ZeroMQ CURVE).",
+        json_schema_extra=expects("the path of a file made by `flexgen-lite keygen`"),
+    )
+    start_timeout: float = Field(
+        default=600.0,
+        gt=0,
+        le=MAX_SECONDS,
+        description="That the engine may take to become ready.",
+        json_schema_extra=SECONDS_EXPECTED,
+    )
+    worker_timeout: float = Field(
+        default=300.0,
+        gt=0,
+        le=MAX_SECONDS,
+        description="That a worker may take for one order before it is given up.",
+        json_schema_extra=SECONDS_EXPECTED,
+    )
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_problems(error)) from None
+
+    @model_validator(mode="after")
+    def _no_open_port(self) -> Self:
+        if self.endpoint is not None and self.endpoint.startswith("tcp://") and self.key_file is None:
+            raise ConfigError(
+                {
+                    "endpoint": f"endpoint={shown_text(self.endpoint)} needs a key_file, for whoever reaches the port "
+                    "could use the engine: make one with `flexgen-lite keygen FILE` and give it to the engine and its "
+                    "clients"
+                }
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_cpu_set_per_worker(self) -> Self:
+        workers, cpus = self.attention_workers, self.attention_cpus
+        if workers is not None and cpus is not None and len(cpus) != workers:
+            raise ConfigError(
+                {
+                    "attention_cpus": f"attention_cpus has {len(cpus)} entries for attention_workers={workers}: "
+                    "give one entry per worker"
+                }
+            )
+        return self
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path | None,
+        overrides: Mapping[str, Any] | None = None,
+        *,
+        source: str = "the options",
+    ) -> Self:
+        """Read a YAML file, if any, and lay `overrides` over it.
+
+        Args:
+            path: of the file.
+            overrides: values that win over the file's.
+            source: what to call the overrides in an error.
+        """
+        overrides = overrides or {}
+        try:
+            from_file = {} if path is None else read_yaml(Path(path))
+        except YamlError as error:
+            raise ConfigError({"config": str(error)}) from None
+        try:
+            return cls(**{**from_file, **overrides})
+        except ConfigError as error:
+            origins = {
+                key: _origin(key, path, from_file, overrides, source)
+                for key in error.problems
+                if key in from_file or key in overrides
+            }
+            raise ConfigError(error.problems, origins) from None
+
+    def to_json(self) -> str:
+        return self.model_dump_json()
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        return cls(**json.loads(text))
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """Read "key=value" as a line of the YAML file would be read.
+
+    Raises:
+        ConfigError: no such key, or not of that form.
+    """
+    key, equals, raw = text.partition("=")
+    key = key.strip().replace("-", "_")
+    if not equals:
+        raise ConfigError({key: f'"{shown_text(text)}" is not a setting: write key=value'})
+    if key not in EngineConfig.model_fields:
+        raise ConfigError({key: _unknown_key(key)})
+    if key in ("model", "trace", "endpoint", "key_file"):
+        return key, raw
+    try:
+        return key, yaml.load(raw, StrictLoader)
+    except (yaml.YAMLError, ValueError, RecursionError):  # a number of too many digits, or a date that is none
+        raise ConfigError({key: _refusal(key, raw)}) from None
+
+
+def _origin(
+    key: str, path: str | Path | None, from_file: Mapping[str, Any], overrides: Mapping[str, Any], source: str
+) -> str:
+    if key not in overrides:
+        return f" (in {shown_path(path)})"
+    if key in from_file:
+        return f" (from {source}, over {shown(from_file[key])} in {shown_path(path)})"
+    return f" (from {source})"
+
+
+def _unknown_key(key: str) -> str:
+    return f"{shown_text(key)} is not a configuration key: {_nearest(key, EngineConfig.model_fields)}"
+
+
+def _nearest(key: str, known: Iterable[str]) -> str:
+    from difflib import get_close_matches
+
+    names = list(known)
+    close = get_close_matches(key[:MAX_SHOWN].replace("-", "_").lower(), names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"the keys are {', '.join(names)}"
+
+
+def _refusal(key: str, value: object) -> str:
+    field: FieldInfo = EngineConfig.model_fields[key]
+    wanted = field.json_schema_extra["expects"] if isinstance(field.json_schema_extra, dict) else ""
+    return f"{key}={shown(value)} is not allowed: give {wanted}"
+
+
+def _problems(error: ValidationError) -> dict[str, str]:
+    problems: dict[str, str] = {}
+    for item in error.errors(include_url=False):
+        cause = item.get("ctx", {}).get("error")
+        if isinstance(cause, ConfigError):
+            problems.update(cause.problems)
+            continue
+        if not item["loc"]:
+            problems.setdefault("config", "a key has characters that are not Unicode text: take it out")
+            continue
+        key = str(item["loc"][0])
+        if item["type"] == "extra_forbidden":
+            problems.setdefault(key, _unknown_key(key))
+        elif item["type"] == "missing":
+            problems.setdefault(key, f"{key} is missing: give {_refusal(key, None).rpartition(': give ')[2]}")
+        else:
+            problems.setdefault(key, _refusal(key, item["input"]))
+    return problems

@@ -1,0 +1,1 @@
+"""The coordinator's process: it drives the workers and serves the clients."""

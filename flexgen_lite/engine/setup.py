@@ -1,0 +1,171 @@
+"""What follows from an opened model and its plan: the arenas' layout, what each worker is told, schedule and queue."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from flexgen_lite.config.engine import EngineConfig
+from flexgen_lite.memory.kv_layout import kv_spec, token_bytes_by_window
+from flexgen_lite.model.spec import ModelSpec
+from flexgen_lite.plan import plan
+from flexgen_lite.plan.machine import Machine
+from flexgen_lite.plan.workload import Workload
+from flexgen_lite.queue.admission import Limits
+from flexgen_lite.queue.batching import Batcher, MicroBatch
+from flexgen_lite.queue.page_table import PageTable
+from flexgen_lite.queue.requests import Requests
+from flexgen_lite.schedule.slot_ring import SlotRing
+from flexgen_lite.schedule.zigzag import Schedule
+from flexgen_lite.text.shown import shown_path
+from flexgen_lite.tokens.tokenizer import TextTokenizer
+from flexgen_lite.wire import worker_messages
+
+ROWS_OF_A_PASS = {"memory": 32, "disk": 256, "device": 4096}
+"""Rows whose products take about as long as a pass does for its weights alone, by where these come from: main memory at
+tens of GB/s, a disk, or main memory for a device that computes a hundred times as fast."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    opened: worker_messages.ModelOpened
+    plan: plan.Plan
+    kv: worker_messages.KvSpec
+    exchange: worker_messages.ExchangeSpec
+    kv_bytes_by_window: dict[int, int]  # of a token
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.opened.spec
+
+    @property
+    def decided(self) -> dict[str, str | int]:
+        """What "auto" came to where another start might come to something else, and a digest of the model's files: for
+        an engine that is to take this one's place."""
+        opened = self.opened
+        files = repr((opened.fingerprint, opened.spec.files, opened.spec.stamps))
+        return {
+            "ram": self.plan.ram,
+            "dtype": opened.spec.dtype,
+            "device": "cuda" if opened.device_total_bytes else "cpu",
+            "files": hashlib.blake2b(files.encode(), digest_size=8).hexdigest(),
+        }
+
+    @property
+    def arena_bytes(self) -> dict[str, int]:
+        exchange = self.exchange.num_regions * self.exchange.region_bytes
+        return {"weights": self.plan.weights_bytes, "kv": self.kv.arena_bytes, "exchange": exchange}
+
+    @property
+    def packed_units(self) -> frozenset[int]:
+        """Those that stay where they are loaded to and are computed with there: for the order that products want."""
+        layers = self.spec.num_layers
+        stay = frozenset(range(layers + 1)) - frozenset(self.plan.ring_layers(layers))
+        return frozenset() if self.plan.staged else stay
+
+    def kv_read_bytes(self, micro_batches: Iterable[MicroBatch]) -> int:
+        """Bytes of the KV cache that a pass reads for sequences that it computes one token of."""
+        lengths = [p.request.stored + 1 for m in micro_batches for p in m.pieces if p.num_rows == 1 and not p.prefill]
+        return sum(
+            size * sum(min(length, window or length) for length in lengths)
+            for window, size in self.kv_bytes_by_window.items()
+        )
+
+    # ------------------------------------------------------------------------------------------------ for workers
+
+    def for_loader(self, load_format: str, verify: bool) -> worker_messages.AttachLoader:
+        made, spec = self.plan, self.spec
+        return worker_messages.AttachLoader(
+            spec.files,
+            spec.stamps,
+            spec.units,
+            made.slot_offsets,
+            made.weights_bytes,
+            load_format,
+            verify,
+            made.loader_threads,
+            made.loader_cpus,
+        )
+
+    def for_attention(self, index: int) -> worker_messages.AttachAttention:
+        made = self.plan
+        return worker_messages.AttachAttention(
+            self.spec.attention, self.exchange, self.kv, made.attention_threads, made.attention_cpus[index]
+        )
+
+    def for_compute(self) -> worker_messages.AttachCompute:
+        made = self.plan
+        return worker_messages.AttachCompute(
+            made.slot_offsets,
+            made.weights_bytes,
+            self.exchange,
+            made.device_slots,
+            made.layer_slot_bytes,
+            made.gpu - plan.CUDA_CONTEXT_BYTES if self.opened.device_total_bytes else 0,
+            bool(made.device_slots or made.layer_slots),
+            made.compute_threads,
+            made.compute_cpus,
+            made.process_bytes["compute worker"],
+            0 if self.opened.device_total_bytes else made.parts["workspace"],
+        )
+
+    # ------------------------------------------------------------------------------------------------ for the passes
+
+    def make_schedule(self) -> Schedule:
+        """Slot numbers: resident layers in order, then the ring, then everything outside the layers."""
+        made, layers = self.plan, self.spec.num_layers
+        last = len(made.slot_offsets) - 1
+        pinned = {layers: last} | {layer: slot for slot, layer in enumerate(made.resident_layers)}
+        ring = range(len(made.resident_layers), last)
+        host = SlotRing(pinned, made.ring_layers(layers), tuple(ring), made.device_alone)
+        if not made.staged:
+            return Schedule(layers, host)
+        stay = dict(zip(made.device_layers, range(made.device_slots), strict=False))
+        streamed = [layer for layer in range(layers) if layer not in stay]
+        device = SlotRing({layers: made.device_slots} | stay, streamed, range(len(stay), made.device_slots))
+        return Schedule(layers, host, device)
+
+    def make_requests(self, share_prefixes: bool, tokenizer: TextTokenizer | None) -> Requests:
+        made, spec = self.plan, self.spec
+        pages = PageTable(made.num_pages, made.page_tokens, made.attention_workers)
+        where = "device" if made.staged else "disk" if made.ring_layers(spec.num_layers) else "memory"
+        batcher = Batcher(
+            pages,
+            made.max_sequences,
+            made.micro_batches,
+            made.micro_batch_tokens,
+            made.spread,
+            share_prefixes,
+            ROWS_OF_A_PASS[where],
+        )
+        eos = tuple(token for token in spec.eos_token_ids if 0 <= token < spec.vocab_size)
+        prefix = spec.bos_token_id if spec.bos_token_id is not None else next(iter(eos), None)
+        limits = Limits(spec.max_length, pages.max_tokens, spec.vocab_size, eos, prefix)
+        return Requests(batcher, limits, tokenizer)
+
+
+def open_tokenizer(file: str | None) -> TextTokenizer | None:
+    """Raises PlanError where the file is no tokenizer."""
+    try:
+        return TextTokenizer(file) if file else None
+    except Exception as error:  # the library raises nothing narrower
+        raise plan.PlanError(
+            f"{file} cannot be used ({shown_path(error)}): download it again, or move it away and give prompts as "
+            "token ids"
+        ) from error
+
+
+def set_up(
+    opened: worker_messages.ModelOpened,
+    config: EngineConfig,
+    machine: Machine,
+    expected: Workload | None,
+    processes: plan.Measured,
+) -> Setup:
+    """Raises PlanError where the budget does not hold even the smallest plan."""
+    spec, device_bytes = opened.spec, opened.device_total_bytes
+    made = plan.make_plan(config, spec, machine, processes, device_bytes > 0, device_bytes, expected)
+    kv = kv_spec(spec.attention, made.num_pages, made.page_tokens, spec.dtype)
+    exchange = worker_messages.ExchangeSpec(made.micro_batches, made.region_bytes, made.micro_batch_tokens, spec.dtype)
+    return Setup(opened, made, kv, exchange, token_bytes_by_window(spec.attention, spec.dtype))

@@ -1,0 +1,195 @@
+"""The worker processes of one engine: started, watched, and started again when one is lost."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from flexgen_lite.engine.event_loop import EventLoop
+from flexgen_lite.engine.worker_process import WorkerDied, WorkerProcess, stop_all
+from flexgen_lite.memory.arena import Arena
+from flexgen_lite.memory.usage import MemoryUse
+from flexgen_lite.wire.doorbells import doorbell_pair
+
+COMPUTE, LOADER = "compute worker", "disk loader"
+ARENAS = {"compute": ("weights", "exchange"), "loader": ("weights",), "attention": ("kv", "exchange")}
+KEPT_PRODUCTS = 128  # a model has some six shapes of weights; a pass has one number of rows, or a few
+ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
+COMPUTE_ENVIRONMENT = {
+    # Programs for products that oneDNN keeps, and PyTorch's own list of them: by default 1,024 each.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(KEPT_PRODUCTS),
+    "LRU_CACHE_CAPACITY": str(KEPT_PRODUCTS),
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    # Threads look out for the next operation for some 40 us before they sleep: to be woken takes longer than many of
+    # them last. Decoding 64 sequences gains 2 to 8 per cent; more gains nothing.
+    "GOMP_SPINCOUNT": "2000",
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # nothing of the budget is lost between temporaries
+}
+FAILED_STARTS = 3  # in a row of one worker: the next one ends the engine
+IDLE_FAILURES = 3  # in a row of one worker that started well each time, and failed by itself before anything was done
+IDLE_LOSSES = 15  # in a row of one worker that started well each time, and was lost before anything was done
+FINAL = ("CheckpointError", "UserError")  # failures that the next process would run into as well
+
+
+class WorkerSupervisor:
+    """Args:
+    on_message: is given each message of a worker, and the worker.
+    on_output: is given a worker's name and a line that it printed.
+    on_loss: is given a worker that is gone and why. It calls `start_again`, or raises.
+    """
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        context: zmq.Context[zmq.Socket[bytes]],
+        run_dir: Path,
+        arenas: Mapping[str, Arena],
+        memory: MemoryUse,
+        on_message: Callable[[WorkerProcess, Any], None],
+        on_output: Callable[[str, str], None],
+        on_loss: Callable[[WorkerProcess, WorkerDied], None],
+    ) -> None:
+        self._loop = loop
+        self._context = context
+        self._run_dir = run_dir
+        self._arenas = arenas
+        self._memory = memory
+        self._on_message = on_message
+        self._on_output = on_output
+        self._on_loss = on_loss
+        self._workers: dict[str, WorkerProcess] = {}
+        self._doorbells: list[
+            tuple[socket.socket, socket.socket]
+        ] = []  # of each attention worker, with the compute worker
+        self._failed_starts: Counter[str] = Counter()  # in a row, by worker
+        self._idle_losses: Counter[str] = Counter()
+        self.not_ready: set[str] = set()
+        self.restarts = 0
+
+    def start(self, num_attention: int) -> None:
+        self._doorbells = [doorbell_pair() for _ in range(num_attention)]
+        self._start("compute", COMPUTE, 0)
+        self._start("loader", LOADER, 0)
+        for index in range(num_attention):
+            self._start("attention", f"attention worker {index}", 0)
+
+    @property
+    def compute(self) -> WorkerProcess:
+        return self._workers[COMPUTE]
+
+    @property
+    def loader(self) -> WorkerProcess:
+        return self._workers[LOADER]
+
+    def attention(self, index: int) -> WorkerProcess:
+        return self._workers[f"attention worker {index}"]
+
+    def __iter__(self) -> Iterator[WorkerProcess]:
+        return iter(list(self._workers.values()))
+
+    def is_ready(self, worker: WorkerProcess) -> bool:
+        return worker.name not in self.not_ready
+
+    def ready(self, worker: WorkerProcess) -> None:
+        """The worker has all that it needs."""
+        self.not_ready.discard(worker.name)
+        del self._failed_starts[worker.name]
+
+    def did_something(self, worker: WorkerProcess) -> None:
+        """What it did would not have to be done again: losses before that do not count any more."""
+        del self._idle_losses[worker.name]
+
+    def lose(self, worker: WorkerProcess, error: WorkerDied) -> None:
+        """The worker is gone, or has to go. Raises `error` where another process in its place would fare no better."""
+        try:
+            worker.kill()
+        finally:
+            self._forget(worker)
+        losses, when = self._idle_losses, "with nothing done in between"
+        limit = IDLE_FAILURES if error.kind else IDLE_LOSSES
+        if worker.name in self.not_ready:
+            losses, limit, when = self._failed_starts, FAILED_STARTS, "before it had started"
+        losses[worker.name] += 1
+        if error.user_error or error.kind in FINAL:
+            raise error
+        if losses[worker.name] > limit:
+            text = f"{worker.name} was lost {losses[worker.name]} times in a row {when}; the last time: {error}"
+            raise WorkerDied(text, error.details, error.kind)
+        if error.kind and worker.number == 0 and worker.name in self.not_ready:
+            raise error  # an exception before it was ever ready is no accident
+        self._on_loss(worker, error)
+
+    def start_again(self, worker: WorkerProcess) -> WorkerProcess:
+        """Another process in its place, with the same arenas and doorbells."""
+        self.restarts += 1
+        return self._start(worker.kind, worker.name, worker.number + 1)
+
+    def stop(self) -> None:
+        """Afterwards no process is left."""
+        for worker in self._workers.values():
+            self._unwatch(worker)
+        stop_all(self._workers.values())
+        self._workers.clear()
+        for pair in self._doorbells:
+            for end in pair:
+                end.close()
+
+    def _start(self, kind: str, name: str, number: int) -> WorkerProcess:
+        arenas = {arena: self._arenas[arena].fd for arena in ARENAS[kind]}
+        ends = {COMPUTE: {str(i): pair[0] for i, pair in enumerate(self._doorbells)}}
+        ends |= {f"attention worker {i}": {"compute": pair[1]} for i, pair in enumerate(self._doorbells)}
+        doorbells = {end: sock.fileno() for end, sock in ends.get(name, {}).items()}
+        environment = ENVIRONMENT | (COMPUTE_ENVIRONMENT if kind == "compute" else {})
+        if number > 0:
+            environment |= {"HF_HUB_OFFLINE": "1"}  # the model is there, and may be a newer one elsewhere
+        worker = WorkerProcess(kind, name, number, self._context, self._run_dir, arenas, doorbells, environment)
+        self._workers[name] = worker
+        self.not_ready.add(name)
+        self._memory.watch(worker.pid, name)
+        self._loop.watch(worker.socket, partial(self._receive, worker))
+        self._loop.watch(worker.output, partial(self._forward_output, worker))
+        self._loop.watch(worker.pidfd, partial(self._died, worker))
+        return worker
+
+    def _forget(self, worker: WorkerProcess) -> None:
+        self._unwatch(worker)
+        self._memory.forget(worker.pid)
+        del self._workers[worker.name]
+        worker.close()
+
+    def _unwatch(self, worker: WorkerProcess) -> None:
+        for source in (worker.socket, worker.output, worker.pidfd):
+            self._loop.forget(source)
+
+    def _receive(self, worker: WorkerProcess) -> None:
+        while self._workers.get(worker.name) is worker and worker.socket.poll(0):
+            try:
+                message = worker.receive()
+            except WorkerDied as error:
+                self.lose(worker, error)
+                return
+            self._on_message(worker, message)
+
+    def _died(self, worker: WorkerProcess) -> None:
+        self.lose(worker, worker.death())
+
+    def _forward_output(self, worker: WorkerProcess) -> None:
+        data = worker.read_output()
+        if data == b"":  # its end: the process's own is told by another descriptor
+            self._loop.forget(worker.output)
+        for line in (data or b"").decode(errors="replace").splitlines():
+            if line.strip():
+                self._on_output(worker.name, line)
+
+
+def overdue(awaited: Iterable[tuple[WorkerProcess, float]], seconds: float) -> list[WorkerProcess]:
+    """Those of the workers, with when they were last heard of, that have been silent for `seconds`."""
+    now = time.monotonic()
+    return list({worker.name: worker for worker, since in awaited if now - since > seconds}.values())

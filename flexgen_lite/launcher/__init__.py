@@ -1,0 +1,1 @@
+"""An engine as a child of this process: started, listened to, started again."""

@@ -1,0 +1,299 @@
+"""The coordinator as a child process: started, listened to, stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from flexgen_lite.config.engine import EngineConfig
+from flexgen_lite.errors import EngineError
+from flexgen_lite.plan.workload import Workload
+from flexgen_lite.wire.runtime_dir import RuntimeDir
+
+COMMAND = (sys.executable, "-m", "flexgen_lite.engine.coordinator")
+
+_STOP_SECONDS = 10.0
+_START_GRACE = 15.0  # the coordinator's own deadline comes first: it knows what it waits for
+_KILL_SECONDS = 10.0  # for the system to clear away a process that was killed
+_GONE_SECONDS = 60.0  # for its workers' memory to be given back, which may be hundreds of GiB
+
+
+class EngineProcess:
+    """Starts the coordinator and waits until it is ready.
+
+    The coordinator gets one JSON object in one line on its standard input, {"config": ..., "run_dir": ...,
+    "expected": ...}, and exits when that input ends, so it never outlives this process. On its standard output it
+    writes one JSON object a line: events "log", "plan", "ready" and "failed". Its standard error is this process's own.
+
+    Args:
+        config: of the engine.
+        expected: the work to come, where it is known; memory is shared out accordingly.
+        command: what to start instead of the coordinator.
+        on_log: is given each log message, on another thread.
+        on_plan: is given the plan, for people, on another thread.
+        environment: variables beside this process's own.
+        wait: until it is ready; else `wait_until_ready` does.
+
+    Raises:
+        EngineError: it did not become ready.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        expected: Workload | None = None,
+        command: Sequence[str] | None = None,
+        on_log: Callable[[str], None] | None = None,
+        on_plan: Callable[[str], None] | None = None,
+        environment: Mapping[str, str] | None = None,
+        wait: bool = True,
+    ) -> None:
+        run_directory = RuntimeDir()
+        try:
+            child = _spawn(command or COMMAND, environment or {})
+        except OSError as error:
+            run_directory.remove()
+            raise EngineError(f"the engine cannot be started: {error}") from None
+        self._child = child
+        self._ready_within = config.start_timeout + _START_GRACE
+        self._news = _News(on_log, on_plan)
+        self._finalizer = weakref.finalize(self, _stop, child, run_directory, os.getpid())
+        reader = threading.Thread(target=self._news.read, args=(child,), name="flexgen-lite engine events", daemon=True)
+        reader.start()
+        try:
+            order = {
+                "config": json.loads(config.to_json()),
+                "run_dir": str(run_directory.path),
+                "expected": None if expected is None else expected.to_dict(),
+            }
+            _tell(child, order)
+            if wait:
+                self.wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+
+    def wait_until_ready(self) -> None:
+        """
+        Raises:
+            EngineError: it did not become ready; `stop()` it. Also where that is done meanwhile, on another thread.
+        """
+        self._news.wait_until_ready(self._ready_within)
+
+    @property
+    def endpoint(self) -> str:
+        """Where clients connect."""
+        return self._news.endpoint or ""
+
+    @property
+    def plan(self) -> str:
+        return self._news.plan
+
+    @property
+    def decided(self) -> Mapping[str, Any]:
+        """For an engine that is to take its place: "ram", "dtype" and "device" as this one has them, and "files", the
+        same as long as the model's files are."""
+        return self._news.decided
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    def last_words(self, patience: float = 0.0) -> str | None:
+        """Wait up to `patience` seconds for the engine to end; what it died of, or None while it lives."""
+        return self._news.last_words(patience)
+
+    def end(self, patience: float) -> EngineError | None:
+        """Wait up to `patience` seconds for it to end by itself, and kill it then. Afterwards nothing of it is left.
+
+        Returns:
+            What it died of; None where it had said nothing and had to be killed.
+
+        Raises:
+            EngineError: it cannot be killed.
+        """
+        has_ended = self._news.wait_for_end(patience)
+        failure = self._news.failure
+        if not has_ended:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+            if not self._news.wait_for_end(_KILL_SECONDS):
+                raise EngineError(f"the engine (process {self.pid}) cannot be killed: it waits for the system")
+        _wait_until_gone(self.pid, _GONE_SECONDS)
+        self.stop()
+        return failure
+
+    def stop(self) -> None:
+        """Let the engine finish in order, kill it if it does not within 10 s. Safe to call twice."""
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+class _News:
+    """What the child has told so far. Its thread drains the child's output to the end."""
+
+    def __init__(self, on_log: Callable[[str], None] | None, on_plan: Callable[[str], None] | None) -> None:
+        self._on_log, self._on_plan = on_log, on_plan
+        self._changed = threading.Condition()
+        self.endpoint: str | None = None
+        self.plan = ""
+        self.decided: dict[str, Any] = {}
+        self.failure: EngineError | None = None  # as it told it; once it has ended, in any case
+        self._ended = False
+
+    def read(self, child: subprocess.Popen[bytes]) -> None:
+        output: IO[bytes] = child.stdout  # type: ignore[assignment]
+        with output:
+            for line in output:
+                self._take_in(line)
+        code = _reap(child)
+        with self._changed:
+            if self.failure is None:
+                self.failure = EngineError(f"the engine ended unexpectedly, {_cause(code)}")
+            self._ended = True
+            self._changed.notify_all()
+
+    def _take_in(self, line: bytes) -> None:
+        event = _parse(line)
+        kind = event.get("event")
+        if kind == "log" and self._on_log is not None:
+            self._on_log(str(event.get("message")))
+        elif kind == "plan":
+            self.plan, self.decided = str(event.get("text")), event.get("decided") or {}
+            if self._on_plan is not None:
+                self._on_plan(self.plan)
+        elif kind == "ready":
+            with self._changed:
+                self.endpoint = str(event.get("endpoint"))
+                self._changed.notify_all()
+        elif kind == "failed":
+            with self._changed:
+                self.failure = EngineError(
+                    str(event.get("message")),
+                    user_error=event.get("user_error") is True,
+                    details=str(event.get("details") or ""),
+                    comes_again=event.get("comes_again") is True,
+                )
+                self._changed.notify_all()
+
+    def wait_until_ready(self, timeout: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self.endpoint is not None or self.failure is not None, timeout)
+            if self.failure is not None:
+                raise self.failure
+            if self.endpoint is None:
+                raise EngineError(f"the engine was not ready within {timeout:g} s: raise start_timeout")
+
+    def last_words(self, patience: float) -> str | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended or self.failure is not None, patience)
+            return None if self.failure is None else str(self.failure)
+
+    def wait_for_end(self, patience: float) -> bool:
+        """Whether its process has ended."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._ended, patience)
+
+
+def _spawn(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        list(command),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        env={**os.environ, **environment},
+    )
+
+
+def _tell(child: subprocess.Popen[bytes], order: dict[str, Any]) -> None:
+    """Write the order and leave the pipe open: its end is the child's sign to exit."""
+    stdin: IO[bytes] = child.stdin  # type: ignore[assignment]
+    with contextlib.suppress(BrokenPipeError):  # it died at once: its output tells why
+        stdin.write(json.dumps(order).encode() + b"\n")
+        stdin.flush()
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    """An event; a line that is none (a library's print) is passed on to standard error."""
+    with contextlib.suppress(ValueError):
+        event = json.loads(line)
+        if isinstance(event, dict):
+            return event
+    sys.stderr.write(line.decode(errors="replace"))
+    return {}
+
+
+def _reap(child: subprocess.Popen[bytes]) -> int:
+    """Wait for its end; its exit code. Workers that it could not stop any more are killed, before its number, which is
+    that of their group, is given up."""
+    with contextlib.suppress(ChildProcessError, ProcessLookupError):  # another thread has waited for it
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        os.killpg(child.pid, signal.SIGKILL)
+    return child.wait()
+
+
+def _wait_until_gone(group: int, seconds: float) -> None:
+    """Until no process of the group holds memory, or the time is over."""
+    deadline = time.monotonic() + seconds
+    while _is_there(group) and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def _is_there(group: int) -> bool:
+    """Whether a process of the group has not ended. One that nobody waits for holds nothing, once all its threads have
+    ended."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+            state, its_group, num_threads = fields[0], int(fields[2]), int(fields[17])
+            if its_group == group and (state not in "ZX" or num_threads > 1):
+                return True
+    return False
+
+
+def _cause(code: int) -> str:
+    if code == 0:
+        return "told to stop by another process"
+    if code > 0:
+        return f"with exit code {code}"
+    try:
+        return f"killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"killed by signal {-code}"
+
+
+def _stop(child: subprocess.Popen[bytes], run_directory: RuntimeDir, owner: int) -> None:
+    if os.getpid() != owner:  # a fork of the process that started it
+        return
+    try:
+        if child.poll() is None:
+            child.terminate()
+            try:
+                child.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                os.killpg(child.pid, signal.SIGKILL)  # its workers too
+        child.wait()
+        if child.stdin is not None:
+            with contextlib.suppress(OSError):
+                child.stdin.close()
+    finally:
+        run_directory.remove()

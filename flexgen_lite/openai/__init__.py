@@ -1,0 +1,1 @@
+"""Bodies of requests and responses in the OpenAI API's form."""

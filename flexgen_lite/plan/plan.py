@@ -1,0 +1,401 @@
+"""Turns budgets into a plan: what is placed where, before anything is allocated. Pure logic.
+
+Everything the engine takes of main memory is in `Plan.parts`; what does not fit is refused with the number that would.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flexgen_lite.config.engine import EngineConfig
+from flexgen_lite.memory.exchange import region_bytes
+from flexgen_lite.memory.kv_layout import page_bytes
+from flexgen_lite.model.spec import ITEM_BYTES, ModelSpec
+from flexgen_lite.plan.machine import Machine
+from flexgen_lite.plan.placement import Placement, Sizes, place
+from flexgen_lite.plan.workload import Workload
+from flexgen_lite.text.sizes import format_size
+from flexgen_lite.wire.sampling import LOGITS_BYTES
+
+MIB = 1 << 20
+# Measured, resident, with some room: anonymous memory. Mapped files count once, for the compute worker: it maps every
+# library that the others do, except beside a GPU, where it does without numba.
+QUEUE_BYTES = 64 * MIB  # what the coordinator takes beyond what it has at the start: requests, logprobs, answers
+CLIENT_BYTES = 50 * MIB  # the process that reads prompts and writes results
+LOADER_BYTES = 30 * MIB
+CONVERTING_LOADER_BYTES = 90 * MIB
+NUMBA_BYTES = 95 * MIB
+SPANS_BYTES = 20 * MIB  # what an attention worker takes beyond what it has at the start: a pass's spans, partial sums
+ALLOCATOR_SLACK = 1.25  # what the allocator keeps beyond what is in use
+PRODUCTS_BYTES = 80 * MIB  # on a CPU: programs that oneDNN keeps (crew.py, KEPT_PRODUCTS), results on their way
+SAMPLING_BYTES = 64  # for each entry of the vocabulary, to draw from a row of logits: sorted, in double precision
+CUDA_CONTEXT_BYTES = 600 * MIB  # context and libraries on the device: 588 MiB on an H100 with CUDA 13.0
+AUTO_RAM_SHARE = 0.85
+AUTO_GPU_SHARE = 0.9
+HEAD_COPY_SHARE = 0.05  # of the budget, at most
+BLOCK_SHARE = 4  # at most one part in so many of the budget is for temporaries and exchange
+STREAMING_BLOCK_SHARE = 12  # where weights are read in every pass, room for sequences is worth more
+PAGE_TOKENS = 16
+DEVICE_RING = 3  # slots of a GPU through which layers come: one in use, one being copied, one ready
+KV_ALIGNMENT_BYTES = 8192  # per layer
+MAX_SEQUENCES = 256
+LEAST_LENGTH = 256  # tokens of a sequence that each attention worker must be able to hold
+MODEST_LENGTH = 4096  # tokens of a sequence that any budget has room for which is said to be enough
+TYPICAL_LENGTH = 1024  # tokens of a sequence that auto makes room for
+SHAPES = ((2048, 4), (2048, 2), (1024, 2), (512, 2), (256, 2), (128, 2), (64, 1))  # micro-batch tokens, micro-batches
+
+
+class PlanError(ValueError):
+    """A budget or a setting that cannot be met; names what is needed and what would lower it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Bytes that processes take before there is any work.
+
+    Attributes:
+        compute: of the compute worker, mapped files among them.
+        coordinator: of the coordinator, with the tokenizer.
+        attention: of each attention worker, with its kernels.
+    """
+
+    compute: int
+    coordinator: int
+    attention: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Slots are numbered by `slot_offsets`; the last holds everything outside the layers."""
+
+    ram: int
+    gpu: int
+    staged: bool
+    resident_layers: tuple[int, ...]
+    layer_slots: int  # of the ring, through which the other layers come; 0 where there are none
+    slot_offsets: tuple[int, ...]
+    layer_slot_bytes: int
+    weights_bytes: int
+    device_slots: int
+    device_layers: tuple[int, ...]  # that stay in the first device slots; the others come through the rest of them
+    device_alone: tuple[int, ...]  # of those, the ones that have no place in RAM: they come through its ring once
+    copy_head: bool  # the products use a copy of the tied head in an order that suits them
+    num_pages: int
+    page_tokens: int
+    max_sequences: int
+    micro_batches: int
+    micro_batch_tokens: int
+    spread: bool
+    region_bytes: int
+    attention_workers: int
+    attention_threads: int
+    compute_threads: int
+    loader_threads: int
+    attention_cpus: tuple[tuple[int, ...], ...]
+    compute_cpus: tuple[int, ...]
+    loader_cpus: tuple[int, ...]
+    parts: dict[str, int]  # bytes of main memory per part
+    warnings: tuple[str, ...]
+
+    @property
+    def planned_bytes(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def process_bytes(self) -> dict[str, int]:
+        """What each process may take of the parts, by its name; what it maps of the arenas is not its own."""
+        own = ("compute worker", "workspace", "products", "head copy", "device slots")
+        share = self.parts["attention workers"] // self.attention_workers
+        return {
+            "coordinator": self.parts["coordinator"],
+            "disk loader": self.parts["loader"],
+            "compute worker": sum(self.parts.get(name, 0) for name in own),
+            **{f"attention worker {index}": share for index in range(self.attention_workers)},
+        }
+
+    @property
+    def kv_tokens(self) -> int:
+        return self.num_pages * self.page_tokens
+
+    def ring_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Those that come through the ring, in every pass or once."""
+        return tuple(layer for layer in range(num_layers) if layer not in set(self.resident_layers))
+
+
+def auto_ram(machine: Machine) -> int:
+    return int(machine.available_ram * AUTO_RAM_SHARE)
+
+
+@dataclass(frozen=True, slots=True)
+class _Need:
+    """What the model and the settings ask for, before the block's shape is chosen."""
+
+    config: EngineConfig
+    spec: ModelSpec
+    processes: dict[str, int]
+    workers: int
+    page_tokens: int
+    page: int  # bytes
+    least_pages: int
+    longest_pages: int  # for the longest sequence that should be served
+    layer_slot: int  # bytes
+    max_sequences: int
+    wanted_pages: int  # that weights should leave room for
+    most_pages: int  # that can ever be of use
+    on_gpu: bool
+    device_bytes: int  # of RAM, where the CPU plays the device's part
+
+    def fixed(self, tokens: int, count: int) -> dict[str, int]:
+        """Bytes per part that do not depend on what is left of the budget."""
+        region = region_bytes(self.spec.attention, tokens, ITEM_BYTES[self.spec.dtype])
+        return {
+            **self.processes,
+            "workspace": _workspace_bytes(self.spec, tokens, count),
+            **({} if self.on_gpu else {"products": PRODUCTS_BYTES}),
+            "exchange": count * region,
+            "embeddings and head": self.spec.units[-1].num_bytes,
+            **({"device slots": self.device_bytes} if self.device_bytes else {}),
+        }
+
+    def least(self, tokens: int, count: int, slots: int, pages: int | None = None) -> int:
+        """RAM below which the engine cannot run with this block, so many layer slots, and KV pages."""
+        kv = (pages or self.least_pages) * self.page + self.spec.num_layers * KV_ALIGNMENT_BYTES
+        return sum(self.fixed(tokens, count).values()) + slots * self.layer_slot + kv
+
+
+def make_plan(
+    config: EngineConfig,
+    spec: ModelSpec,
+    machine: Machine,
+    processes: Measured,
+    on_gpu: bool,
+    gpu_total: int,
+    expected: Workload | None = None,
+) -> Plan:
+    """Raises PlanError where the budget does not hold even the smallest plan.
+
+    Args:
+        processes: what they take at the start.
+        gpu_total: memory of the GPU, 0 where there is none.
+        expected: the work to come, where it is known.
+    """
+    ram = config.ram or auto_ram(machine)
+    _check_cpus(config, machine)
+    need = _need(config, spec, machine, processes, on_gpu, expected)
+    tokens, count, slots = _choose_block(need, ram)
+    fixed = need.fixed(tokens, count)
+    staged = on_gpu if config.stage_weights is None else config.stage_weights
+    if on_gpu and not staged:
+        raise PlanError("stage_weights=false is not possible on a GPU: its layers are used from device slots")
+    gpu = config.gpu or int(gpu_total * AUTO_GPU_SHARE)
+    device_slots = _device_slots(need, staged, gpu, fixed["workspace"])
+    copy_head = 0 < spec.head_copy_bytes <= ram * HEAD_COPY_SHARE and config.stage_weights is not True
+    if copy_head:
+        with_copy = fixed | {"head copy": spec.head_copy_bytes}
+        placed = _place(need, ram - sum(with_copy.values()), slots, device_slots)
+        copy_head = placed.ring == 0 and placed.num_pages >= need.least_pages
+        fixed = with_copy if copy_head else fixed
+    placed = _place(need, ram - sum(fixed.values()), slots, device_slots)
+    layer_bytes = (len(placed.resident) + placed.ring) * need.layer_slot
+    threads = _attention_threads(config, machine, need.workers, on_gpu)
+    return Plan(
+        ram=ram,
+        gpu=gpu,
+        staged=staged,
+        resident_layers=placed.resident,
+        layer_slots=placed.ring,
+        slot_offsets=tuple(i * need.layer_slot for i in range(len(placed.resident) + placed.ring + 1)),
+        layer_slot_bytes=need.layer_slot,
+        weights_bytes=layer_bytes + spec.units[-1].num_bytes,
+        device_slots=device_slots,
+        device_layers=placed.on_device,
+        device_alone=tuple(layer for layer in placed.on_device if layer not in placed.resident),
+        copy_head=copy_head,
+        num_pages=placed.num_pages,
+        page_tokens=need.page_tokens,
+        max_sequences=min(need.max_sequences, tokens * count),
+        micro_batches=count,
+        micro_batch_tokens=tokens,
+        spread=on_gpu or config.micro_batches is not None,
+        region_bytes=fixed["exchange"] // count,
+        attention_workers=need.workers,
+        attention_threads=threads,
+        compute_threads=config.compute_threads or (min(4, machine.num_threads) if on_gpu else machine.num_threads),
+        loader_threads=config.loader_threads or 4,
+        attention_cpus=config.attention_cpus or ((),) * need.workers,
+        compute_cpus=config.compute_cpus or (),
+        loader_cpus=config.loader_cpus or (),
+        parts={**fixed, "layers": layer_bytes, "KV cache": placed.num_pages * need.page},
+        warnings=_warnings(config, on_gpu, need.max_sequences, tokens * count),
+    )
+
+
+def _warnings(config: EngineConfig, on_gpu: bool, max_sequences: int, rows: int) -> tuple[str, ...]:
+    """Settings that have less effect than their user may think."""
+    found = []
+    if config.gpu is not None and not on_gpu:
+        found.append(f"gpu={format_size(config.gpu)} has no effect: the compute device is the CPU")
+    if config.max_sequences is not None and max_sequences > rows:
+        found.append(f"max_sequences={max_sequences} is held to {rows}: micro_batches x micro_batch_tokens")
+    return tuple(found)
+
+
+def _check_cpus(config: EngineConfig, machine: Machine) -> None:
+    named = {"compute_cpus": [config.compute_cpus], "loader_cpus": [config.loader_cpus]}
+    for key, groups in (named | {"attention_cpus": list(config.attention_cpus or ())}).items():
+        missing = sorted({cpu for group in groups for cpu in group or ()} - set(machine.cpus))
+        if missing:
+            raise PlanError(f"{key} names CPU {missing[0]}, which is not among those to be had: {machine.cpus_text}")
+
+
+def _need(
+    config: EngineConfig,
+    spec: ModelSpec,
+    machine: Machine,
+    processes: Measured,
+    on_gpu: bool,
+    expected: Workload | None,
+) -> _Need:
+    workers = num_attention_workers(config, machine)
+    layer_slot = max(unit.num_bytes for unit in spec.units[:-1])
+    on_cpu_slots = config.stage_weights is True and not on_gpu
+    converting = any(unit.converted for unit in spec.units) and config.load_format != "dummy"
+    page_tokens = config.page_tokens or PAGE_TOKENS
+    max_sequences = config.max_sequences or min(MAX_SEQUENCES, expected.sequences if expected else MAX_SEQUENCES)
+    least_pages = workers * -(-min(spec.max_length, LEAST_LENGTH) // page_tokens)
+    longest = spec.max_length if config.max_model_len else MODEST_LENGTH
+    longest = min(spec.max_length, expected.longest_likely if expected else longest)
+    wanted_pages, most_pages = _pages_of_use(spec, workers, page_tokens, max_sequences, expected)
+    return _Need(
+        config=config,
+        spec=spec,
+        processes={
+            "coordinator": processes.coordinator + QUEUE_BYTES,
+            "client": CLIENT_BYTES,
+            "loader": CONVERTING_LOADER_BYTES if converting else LOADER_BYTES,
+            "attention workers": (NUMBA_BYTES if on_gpu else 0) + (processes.attention + SPANS_BYTES) * workers,
+            "compute worker": processes.compute,
+        },
+        workers=workers,
+        page_tokens=page_tokens,
+        page=page_bytes(spec.attention, page_tokens, spec.dtype),
+        least_pages=least_pages,
+        longest_pages=max(least_pages, workers * -(-longest // page_tokens)),
+        layer_slot=layer_slot,
+        max_sequences=max_sequences,
+        wanted_pages=max(least_pages, wanted_pages),
+        most_pages=max(least_pages, most_pages),
+        on_gpu=on_gpu,
+        device_bytes=(
+            min(config.device_slots or DEVICE_RING, spec.num_layers) * layer_slot + spec.units[-1].num_bytes
+            if on_cpu_slots
+            else 0
+        ),
+    )
+
+
+def _pages_of_use(
+    spec: ModelSpec, workers: int, page_tokens: int, max_sequences: int, expected: Workload | None
+) -> tuple[int, int]:
+    """(KV pages that weights should leave room for, pages that can ever be of use). Each worker's share is in whole
+    sequences, and holds the longest of those expected."""
+
+    def pages(sequences: int, tokens: int) -> int:
+        return workers * -(-sequences // workers) * -(-min(spec.max_length, tokens) // page_tokens)
+
+    most = pages(max_sequences, expected.longest_tokens if expected else spec.max_length)
+    typical = pages(max_sequences, expected.typical_tokens if expected else TYPICAL_LENGTH)
+    longest = pages(workers, expected.longest_tokens) if expected else 0
+    return min(most, max(typical, longest)), most
+
+
+def _choose_block(need: _Need, ram: int) -> tuple[int, int, int]:
+    """(tokens of a micro-batch, micro-batches, least layer slots): the most wanted that leaves most of the budget to
+    weights and KV cache, else the largest that fits at all."""
+    config, layers = need.config, need.spec.num_layers
+    shapes = []
+    for tokens, count in SHAPES:
+        shape = config.micro_batch_tokens or tokens, config.micro_batches or (max(count, 4) if need.on_gpu else count)
+        if shape not in shapes:
+            shapes.append(shape)
+    # One is read into while the other is computed with; a third keeps copies to a device going.
+    staged = need.on_gpu or config.stage_weights is True
+    wanted = (config.layer_slots,) if config.layer_slots else (3, 2) if staged else (2,)
+    slot_counts = [min(count, layers) for count in wanted]
+    candidates = [(*shape, slots) for slots in slot_counts for shape in shapes]
+    fitting = [candidate for candidate in candidates if need.least(*candidate) <= ram]
+    if not fitting:
+        tokens, count, slots = min(candidates, key=lambda candidate: need.least(*candidate))
+        enough = need.least(tokens, count, slots, need.longest_pages) + MIB
+        raise PlanError(
+            f"{need.spec.class_name} needs at least {format_size(enough)} of RAM, "
+            f"{format_size(ram)} allowed: raise ram"
+            + (f", or lower attention_workers ({need.workers})" if need.workers > 1 else "")
+            + (f", micro_batch_tokens ({tokens})" if config.micro_batch_tokens else "")
+            + (f", micro_batches ({count})" if config.micro_batches else "")
+            + (f", layer_slots ({slots})" if config.layer_slots else "")
+            + (", or use dtype bfloat16" if need.spec.dtype == "float32" else "")
+        )
+    holding = [candidate for candidate in fitting if need.least(*candidate, need.longest_pages) <= ram]
+    for tokens, count, slots in holding or fitting:
+        fixed = need.fixed(tokens, count)
+        share = BLOCK_SHARE if need.least(tokens, count, layers) <= ram else STREAMING_BLOCK_SHARE
+        if fixed["workspace"] + fixed["exchange"] <= ram // share:
+            return tokens, count, slots
+    return fitting[-1]
+
+
+def _place(need: _Need, available: int, slots: int, device_slots: int) -> Placement:
+    """What the budget leaves to weights and KV cache, shared out."""
+    layers, forced = need.spec.num_layers, need.config.layer_slots
+    sizes = Sizes(
+        layers, need.layer_slot, need.page, need.least_pages, need.longest_pages, need.wanted_pages, need.most_pages
+    )
+    staying = layers if device_slots >= layers else max(0, device_slots - DEVICE_RING)
+    return place(sizes, available - layers * KV_ALIGNMENT_BYTES, slots, forced is not None and forced < layers, staying)
+
+
+def num_attention_workers(config: EngineConfig, machine: Machine) -> int:
+    """One per NUMA node, so that each works on memory of its own; known before the model is."""
+    if config.attention_workers is not None:
+        return config.attention_workers
+    return len(config.attention_cpus) if config.attention_cpus else min(machine.numa_nodes, machine.num_threads)
+
+
+def _attention_threads(config: EngineConfig, machine: Machine, workers: int, on_gpu: bool) -> int:
+    """On a CPU device the passes of one micro-batch take turns with the products, so attention may use every core;
+    beside a GPU two cores are left to the other processes."""
+    cores = max(1, machine.num_threads - 2) if on_gpu else machine.num_threads
+    return config.attention_threads or max(1, cores // workers)
+
+
+def _workspace_bytes(spec: ModelSpec, tokens: int, count: int) -> int:
+    """Temporaries of the compute worker: one running micro-batch, the suspended ones, logits and attention scores."""
+    item = ITEM_BYTES[spec.dtype]
+    width = max(layer.exchange_width for layer in spec.attention)
+    heads = max(layer.num_heads for layer in spec.attention)
+    running = tokens * item * (3 * spec.intermediate_size + 6 * spec.hidden_size + width)
+    suspended = (count - 1) * tokens * item * (3 * spec.hidden_size + width)
+    rows = min(tokens, max(1, LOGITS_BYTES // (4 * spec.vocab_size)))
+    # As the model gives them and once more, in float32, which of them are larger than another, one row to draw from.
+    logits = spec.vocab_size * (rows * (2 * item + 4 + 1) + SAMPLING_BYTES)
+    scores = heads * 128 * min(tokens, spec.max_length) * 4 * 2
+    return int((running + suspended + max(logits, scores)) * ALLOCATOR_SLACK)
+
+
+def _device_slots(need: _Need, staged: bool, gpu: int, work: int) -> int:
+    """Layer slots on the device: all layers if the budget allows, else as many as fit, at least two."""
+    layers, outside = need.spec.num_layers, need.spec.units[-1].num_bytes
+    if not staged:
+        return 0
+    if not need.on_gpu:
+        return min(need.config.device_slots or DEVICE_RING, layers)
+    fitting = (gpu - outside - work - CUDA_CONTEXT_BYTES) // need.layer_slot
+    least = min(2, layers)
+    if fitting < least:
+        needed = outside + work + CUDA_CONTEXT_BYTES + least * need.layer_slot
+        raise PlanError(
+            f"{need.spec.class_name} needs at least {format_size(needed)} of GPU memory, {format_size(gpu)} allowed: "
+            "raise gpu, or lower micro_batch_tokens"
+        )
+    return min(need.config.device_slots or fitting, fitting, layers)

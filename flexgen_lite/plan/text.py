@@ -1,0 +1,34 @@
+"""The plan as people read it."""
+
+from __future__ import annotations
+
+from flexgen_lite.model.spec import ModelSpec
+from flexgen_lite.plan.plan import Plan
+from flexgen_lite.text.sizes import format_size
+
+
+def describe(plan: Plan, spec: ModelSpec) -> str:
+    """The plan for people."""
+    streamed = spec.num_layers - len(plan.resident_layers) - len(plan.device_alone)
+    layers = f"{len(plan.resident_layers)} of {spec.num_layers} layers in RAM"
+    if plan.device_alone:
+        layers += f", {len(plan.device_alone)} on the device alone"
+    elif plan.staged:
+        layers += f", {len(plan.device_layers)} also on the device"
+    if streamed:
+        layers += f", {streamed} streamed through {plan.layer_slots} slots"
+    if plan.staged and (ring := plan.device_slots - len(plan.device_layers)):
+        layers += f", those that are not on the device through {ring} slots there"
+    lines = [
+        f"model     {spec.class_name}, {spec.num_parameters / 1e6:,.1f} M parameters, {spec.dtype}, "
+        f"{spec.num_layers} layers, sequences up to {spec.max_length} tokens",
+        f"weights   {layers}",
+        f"KV cache  {plan.kv_tokens:,} tokens in {plan.num_pages:,} pages of {plan.page_tokens}",
+        f"block     up to {plan.micro_batches} micro-batches of {plan.micro_batch_tokens} tokens, "
+        f"{plan.max_sequences} sequences",
+        f"workers   1 loader ({plan.loader_threads} reads), {plan.attention_workers} attention "
+        f"({plan.attention_threads} threads each), 1 compute ({plan.compute_threads} threads)",
+        f"memory    {format_size(plan.planned_bytes)} of {format_size(plan.ram)} RAM: "
+        + ", ".join(f"{name} {format_size(size)}" for name, size in plan.parts.items()),
+    ]
+    return "\n".join(lines)

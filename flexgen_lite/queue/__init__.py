@@ -1,0 +1,1 @@
+"""Requests and sequences: accepted, waiting, in the batch, answered. Pure logic."""

@@ -1,0 +1,351 @@
+"""What rides on the next pass: running sequences, the prompts that take the place of finished ones, and how they are
+packed into micro-batches. Pure logic.
+
+Prefill and decode are properties of a sequence, not phases of the engine: a pass carries one token of every sequence
+whose prompt is stored, and prompts (or the next chunk of a long one) as far as tokens, pages and places allow.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from flexgen_lite.queue.page_table import PageTable, page_keys
+from flexgen_lite.queue.running_request import RunningRequest
+from flexgen_lite.wire.sampling import NO_TOKEN, Scored, TokenLogprobs
+from flexgen_lite.wire.worker_messages import KvBatch, KvSpan, TokenBatch, TokenSpan
+
+EXPECTED_MARGIN = 1.25  # over the average life
+EXPECTED_WEIGHT = 0.02  # of the last request that ended, in the average
+MOST_UNEVEN = 4  # requests' pages that a worker may have more than another because it has the beginning of a prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Of a micro-batch: the drawn tokens in the order of its rows, the logprobs of those that asked for them, and those
+    of the prompts' tokens that are scored."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The next `num_rows` tokens of a request, from its first token without stored K and V."""
+
+    request: RunningRequest
+    num_rows: int
+
+    @property
+    def prefill(self) -> bool:
+        """No earlier token: the rows attend to each other on the compute device."""
+        return self.request.stored == 0
+
+    @property
+    def completes(self) -> bool:
+        """The last known token is among them, so the next one can be sampled."""
+        return self.request.stored + self.num_rows == len(self.request.tokens)
+
+    @property
+    def scored(self) -> Scored | None:
+        """The tokens of the prompt that follow its rows, as far as their logprobs are wanted and not known."""
+        request = self.request
+        if request.prompt_logprobs is None:
+            return None
+        begin = max(request.stored + 1, request.params.scored_from + len(request.prompt_logprobs))
+        end = min(request.num_prompt_tokens, request.stored + self.num_rows + 1)
+        if begin >= end:
+            return None
+        skip = begin - 1 - request.stored
+        return Scored(skip, tuple(request.tokens[begin:end]), request.params.prompt_logprobs or 0)
+
+
+@dataclass(slots=True)
+class MicroBatch:
+    """Pieces that go through a layer together; the rows that attention workers attend to come first."""
+
+    pieces: list[Piece] = field(default_factory=list)
+    num_rows: int = 0
+
+    def add(self, piece: Piece) -> None:
+        self.pieces.append(piece)
+        self.num_rows += piece.num_rows
+
+    def workers(self) -> tuple[int, ...]:
+        return tuple(sorted({piece.request.worker for piece in self.pieces}))
+
+    def in_rows(self) -> list[tuple[int, Piece]]:
+        """(first row, piece) in the order of the rows."""
+        row, placed = 0, []
+        for piece in sorted(self.pieces, key=lambda piece: piece.prefill):
+            placed.append((row, piece))
+            row += piece.num_rows
+        return placed
+
+    def token_batch(self, index: int) -> TokenBatch:
+        """For the compute worker; micro-batch k uses exchange region k."""
+        token_ids: list[int] = []
+        spans = []
+        for row, piece in self.in_rows():
+            request = piece.request
+            token_ids.extend(request.tokens[request.stored : request.stored + piece.num_rows])
+            sample = request.next_sample() if piece.completes else None
+            spans.append(TokenSpan(row, piece.num_rows, request.stored, piece.prefill, sample, piece.scored))
+        return TokenBatch(index, index, tuple(token_ids), tuple(spans), self.workers())
+
+    def kv_batch(self, index: int, worker: int) -> KvBatch:
+        """For one attention worker: its requests only."""
+        spans = tuple(
+            KvSpan(row, piece.num_rows, piece.request.stored, not piece.prefill, piece.request.pages)
+            for row, piece in self.in_rows()
+            if piece.request.worker == worker
+        )
+        return KvBatch(index, index, spans)
+
+
+class Waiting(Protocol):
+    """Sequences that wait for a place."""
+
+    def first(self) -> RunningRequest | None: ...
+
+    def take(self) -> RunningRequest: ...
+
+    def put_back(self, request: RunningRequest) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """By attention worker: pages that are used or expected to be, and keys of prompts that are being computed."""
+
+    pages: list[int]
+    keys: list[set[bytes]]
+
+
+class Batcher:
+    """Composes passes and commits their results.
+
+    A request is admitted if its whole expected life has room beside those of the running ones. It gets pages as it
+    grows; where there are none left, the youngest sequences of the same worker are sent back to wait, and computed
+    again from their tokens later. The oldest always goes on, so there is no deadlock.
+
+    Prompts that begin alike share the pages of their beginning, once those are stored.
+
+    How long a life to expect is learnt from those that ended: at first all of `max_tokens`.
+
+    Args:
+        pages: the KV pages.
+        max_sequences: most requests running at once.
+        micro_batches: most micro-batches of a pass.
+        micro_batch_tokens: most rows of a micro-batch.
+        spread: use as many micro-batches as there are, evenly filled, so that lanes overlap; else as few as will do.
+        share: whether prompts do.
+        least_gain: rows, for fewer no prompt waits for the beginning of another.
+    """
+
+    def __init__(
+        self,
+        pages: PageTable,
+        max_sequences: int,
+        micro_batches: int,
+        micro_batch_tokens: int,
+        spread: bool,
+        share: bool = True,
+        least_gain: int = 0,
+    ) -> None:
+        if max_sequences > micro_batches * micro_batch_tokens:
+            raise ValueError(
+                f"max_sequences {max_sequences} exceeds the {micro_batches} x {micro_batch_tokens} rows of a pass"
+            )
+        self._pages = pages
+        self._max_sequences = max_sequences
+        self._micro_batches = micro_batches
+        self._micro_batch_tokens = micro_batch_tokens
+        self._spread = spread
+        self._share, self._least_gain = share, least_gain
+        self._expected_share = 1.0  # of max_tokens that a request generates
+        self.running: dict[int, RunningRequest] = {}
+        self.num_sent_back = 0
+        self.num_shared = 0  # tokens that were not computed, as others had stored them
+
+    def limit_rows(self, rows: int) -> int:
+        """A micro-batch has at most so many rows from now on, if that is fewer than before; at least one."""
+        self._micro_batch_tokens = max(1, min(rows, self._micro_batch_tokens))
+        return self._micro_batch_tokens
+
+    def compose(self, waiting: Waiting, only: frozenset[int] | None = None) -> list[MicroBatch]:
+        """The micro-batches of the next pass, taking requests from `waiting`; empty if there is no work.
+        With `only`, nothing but these running requests."""
+        bins = [MicroBatch() for _ in range(self._micro_batches)]
+        sent_back = self.num_sent_back
+        running = sorted((r for r in self.running.values() if only is None or r.id in only), key=lambda r: r.id)
+        decoding = [r for r in running if r.num_left == 1]
+        prompts = [r for r in running if r.num_left > 1]  # the rest of long ones
+        placed: set[int] = set()
+        order = [*decoding, *prompts]
+        if len(running) > self._micro_batches * self._micro_batch_tokens:  # after `limit_rows`: the oldest goes on
+            order.sort(key=lambda request: request.id)
+        for request in order:
+            rows = min(request.num_left, self._most_room(bins))
+            if rows and request.id in self.running and self._has_pages(request, rows, placed, waiting):
+                self._place(bins, request, rows)
+                placed.add(request.id)
+        if only is None and self.num_sent_back == sent_back:
+            self._admit(bins, waiting)
+        return [micro_batch for micro_batch in bins if micro_batch.pieces]
+
+    def _has_pages(self, request: RunningRequest, rows: int, placed: set[int], waiting: Waiting) -> bool:
+        """Sees to it that the next rows have pages, at the cost of younger sequences if need be."""
+        while True:
+            pages = self._pages.grow(request.id, request.stored + rows)
+            if pages is not None:
+                request.pages = pages
+                return True
+            younger = [
+                r
+                for r in self.running.values()
+                if r.worker == request.worker and r.id > request.id and r.id not in placed
+            ]
+            if not younger:
+                return False  # those that are in the pass will end
+            self._send_back(max(younger, key=lambda r: r.id), waiting)
+
+    def _send_back(self, request: RunningRequest, waiting: Waiting) -> None:
+        self.release(request)
+        request.stored, request.worker, request.pages = 0, -1, ()
+        request.times_sent_back += 1
+        self.num_sent_back += 1
+        self._expected_share = 1.0  # too much was hoped for
+        waiting.put_back(request)
+
+    def _admit(self, bins: list[MicroBatch], waiting: Waiting) -> None:
+        """Takes requests from `waiting` as far as rows, places and pages go."""
+        held, gain = self._take_from(waiting, bins, hold=True)
+        for request in reversed(held):
+            waiting.put_back(request)
+        if held and gain < self._least_gain:
+            self._take_from(waiting, bins, hold=False)
+
+    def _take_from(self, waiting: Waiting, bins: list[MicroBatch], hold: bool) -> tuple[list[RunningRequest], int]:
+        """With `hold`, a request that begins as a prompt does which is not stored yet is left out, if another pass will
+        halve its rows at least. Returns those, and how many rows that saves."""
+        table = self._pages
+        load = _Load([table.num_used(w) for w in range(table.num_workers)], [set() for _ in range(table.num_workers)])
+        for running in self.running.values():
+            load.pages[running.worker] += max(0, self._expected_pages(running) - len(running.pages))
+            if running.stored < running.num_prompt_tokens:
+                load.keys[running.worker].update(self._keys(running))
+        held: list[RunningRequest] = []
+        gain = 0
+        while len(self.running) + len(held) < self._max_sequences and (request := waiting.first()) is not None:
+            needed = self._expected_pages(request)
+            worker, num_coming = self._choose(request, needed, load)
+            shared = table.find(worker, self._sharable(request))
+            stored, room = len(shared) * table.page_tokens, self._most_room(bins)
+            rows = request.num_left - stored
+            assert rows > 0, "a request without a row never ends"
+            saved = (num_coming - len(shared)) * table.page_tokens
+            if hold and 2 * saved >= rows:
+                held.append(waiting.take())
+                gain += saved
+                continue
+            if rows > room and (rows <= self._micro_batch_tokens or room == 0):
+                break
+            more = needed - len(shared) + table.num_idle(shared)
+            if load.pages[worker] and load.pages[worker] + more > table.size(worker):
+                break
+            used = table.num_used(worker)
+            pages = table.allocate(request.id, request.num_left, worker, shared)
+            if pages is None:
+                break
+            load.pages[worker] += table.num_used(worker) - used + max(0, needed - len(pages))
+            load.keys[worker].update(self._keys(request))
+            request.worker, request.pages, request.stored = worker, pages, stored
+            self.num_shared += stored
+            self.running[request.id] = waiting.take()
+            self._place(bins, request, rows)
+        return held, gain
+
+    def _choose(self, request: RunningRequest, needed: int, load: _Load) -> tuple[int, int]:
+        """(worker, pages that it has or will have of what the request can share): the worker with the least to do, or
+        one that has more of it, if that has not much more to do."""
+        table, keys = self._pages, self._sharable(request)
+        least = min(range(table.num_workers), key=lambda w: load.pages[w] / table.size(w))
+        best, most = least, 0
+        for worker in (least, *range(table.num_workers)):
+            coming = load.keys[worker]
+            count = len(table.find(worker, keys))
+            while count < len(keys) and keys[count] in coming:
+                count += 1
+            if count > most and load.pages[worker] - load.pages[least] <= MOST_UNEVEN * needed:
+                best, most = worker, count
+        return best, most
+
+    def _sharable(self, request: RunningRequest) -> tuple[bytes, ...]:
+        """Keys of the pages that it may have from others."""
+        return self._keys(request)[: request.most_shared // self._pages.page_tokens]
+
+    def _keys(self, request: RunningRequest) -> tuple[bytes, ...]:
+        """Of the prompt's full pages."""
+        if request.page_keys is None:
+            page_tokens = self._pages.page_tokens
+            count = request.num_prompt_tokens // page_tokens if self._share else 0
+            request.page_keys = page_keys(request.tokens, page_tokens, count)
+        return request.page_keys
+
+    def _expected_pages(self, request: RunningRequest) -> int:
+        share = min(1.0, EXPECTED_MARGIN * self._expected_share)
+        generated = max(request.num_generated + self._pages.page_tokens, int(share * request.params.max_tokens))
+        return self._pages.pages_for(min(request.num_prompt_tokens + generated, request.most_stored))
+
+    def commit(self, micro_batches: list[MicroBatch], results: list[Result]) -> list[RunningRequest]:
+        """The pass is over: take its tokens, `results[k]` in the order of micro-batch k's rows; the requests that it
+        completed, their pages freed."""
+        finished = []
+        for micro_batch, result in zip(micro_batches, results, strict=True):
+            sampled, logprobs = iter(result.token_ids), iter(result.logprobs)
+            scores = iter(result.prompt_logprobs)
+            for _, piece in micro_batch.in_rows():
+                request, completes, scored = piece.request, piece.completes, piece.scored
+                if scored is not None and request.prompt_logprobs is not None:
+                    for _ in scored.targets:
+                        found = next(scores)
+                        request.prompt_logprobs.append(found)
+                        request.overflowed |= math.isnan(found.logprob)
+                if completes:
+                    token = next(sampled)
+                    request.overflowed |= token == NO_TOKEN
+                    if request.logprobs is not None:
+                        request.logprobs.append(next(logprobs))
+                    if not request.overflowed:
+                        request.add(token)
+                if request.stored < request.num_prompt_tokens:
+                    stored = min(request.stored + piece.num_rows, request.num_prompt_tokens)
+                    self._pages.publish(request.id, self._keys(request)[: stored // self._pages.page_tokens])
+                request.stored += piece.num_rows
+                if request.finish_reason is not None or request.overflowed:
+                    finished.append(request)
+        for request in finished:
+            if request.params.max_tokens:
+                share = request.num_generated / request.params.max_tokens
+                self._expected_share += (share - self._expected_share) * EXPECTED_WEIGHT
+            self.release(request)
+        return finished
+
+    def release(self, request: RunningRequest) -> None:
+        """The request runs no more."""
+        del self.running[request.id]
+        self._pages.release(request.id)
+
+    def _most_room(self, bins: list[MicroBatch]) -> int:
+        return self._micro_batch_tokens - min(b.num_rows for b in bins)
+
+    def _place(self, bins: list[MicroBatch], request: RunningRequest, rows: int) -> None:
+        """The request's next rows into a micro-batch: all of them if they fit, else as many as the emptiest takes."""
+        rows = min(rows, self._most_room(bins))
+        if rows == 0:
+            return
+        fitting = [b for b in bins if b.num_rows + rows <= self._micro_batch_tokens]
+        target = min(fitting, key=lambda b: b.num_rows) if self._spread else fitting[0]
+        target.add(Piece(request, rows))

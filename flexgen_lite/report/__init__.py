@@ -1,0 +1,1 @@
+"""A trace of a run as a page to read."""

@@ -1,0 +1,1 @@
+"""The zig-zag order: which layer and which micro-batch come next. Pure logic."""

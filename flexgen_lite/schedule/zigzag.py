@@ -1,0 +1,188 @@
+"""The zig-zag order as a state machine: told what is finished, it answers with the next orders. No I/O, no clock.
+
+A pass takes every micro-batch k through all layers j, column by column: all k of layer j, then layer j + 1.
+
+    segment(j, k)  needs layer j at hand and attention(j - 1, k); finishes layer j - 1 and runs layer j up to its
+                   attention call. segment(L, k) finishes the forward and samples. While layer j is not at hand, the
+                   first of the two parts may run alone.
+    attend(j, k)   needs segment(j, k); runs on every attention worker that holds sequences of k.
+    load(j)        needs a free host slot; upload(j) a free device slot and the layer in the host's.
+
+Segments are granted as soon as their weights are at hand; the compute worker and the attention workers tell each other
+when a segment or an attention is done (doorbells.py, segment_queue.py), and the schedule afterwards. A layer's slot is
+released when the last micro-batch has left the layer. There is no barrier: each dependency is its own event, so
+loads, copies, attention and products of different layers and micro-batches overlap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flexgen_lite.schedule.slot_ring import SlotRing
+
+
+@dataclass(frozen=True, slots=True)
+class LoadUnit:
+    unit: int
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class UploadUnit:
+    unit: int
+    slot: int
+    device_slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunColumns:
+    """Segments of every micro-batch in layers `layer`, `layer` + 1, ...; `slots` hold the layers' weights."""
+
+    layer: int
+    slots: tuple[int, ...]  # -1 for the last segment, which needs none
+
+
+Order = LoadUnit | UploadUnit | RunColumns
+
+
+class Schedule:
+    """Orders for one compute worker, one loader and several attention workers.
+
+    Args:
+        num_layers: L; unit L is everything outside the layers, needed from the first segment to the last.
+        host: slots that the loader fills; holds units 0 .. L.
+        device: slots that uploads fill, or None where layers are used where the loader put them.
+    """
+
+    def __init__(self, num_layers: int, host: SlotRing, device: SlotRing | None = None) -> None:
+        self.num_layers = num_layers
+        self._host = host
+        self._device = device
+        self._to_upload: dict[int, int] = {}  # unit -> device slot that waits for it
+        self._parts: list[tuple[int, ...]] = []
+        self._granted = 0  # columns of segments that were granted in this pass
+        self._next_layer: list[int] = []  # first segment of each micro-batch that is not reported as done
+        self._attended: list[dict[int, int]] = []  # per micro-batch and attention worker: layers reported as done
+        self._left: list[int] = []  # layers that each micro-batch has left
+        self._leavers: list[int] = []  # per layer: micro-batches that have left it
+        self._suspended = False
+
+    # ------------------------------------------------------------------------------------------------ events
+
+    def start(self) -> list[Order]:
+        """The first loads; to be called once."""
+        return self._advance()
+
+    def begin_pass(self, parts: Sequence[tuple[int, ...]]) -> list[Order]:
+        """`parts[k]`: the attention workers that hold sequences of micro-batch k."""
+        assert self.pass_done, "the last pass is not over"
+        self._parts = list(parts)
+        self._granted = 0
+        self._next_layer = [0] * len(parts)
+        self._attended = [dict.fromkeys(workers, 0) for workers in parts]
+        self._left = [0] * len(parts)
+        self._leavers = [0] * self.num_layers
+        return self._advance()
+
+    def suspend(self) -> None:
+        """No orders from now on, whatever is told: the pass is to be given up."""
+        self._suspended = True
+
+    def abandon_pass(self) -> list[Order]:
+        """Ends a suspended pass without a result, and the suspension. No load may be on its way; device slots, and
+        uploads on their way, are lost."""
+        self._suspended = False
+        self._next_layer = []
+        self._to_upload.clear()
+        self._host.rewind()
+        if self._device is not None:
+            self._device.reset()
+        return self._advance()
+
+    def loaded(self, unit: int) -> list[Order]:
+        self._host.filled(unit)
+        return self._advance()
+
+    def uploaded(self, unit: int) -> list[Order]:
+        assert self._device is not None
+        self._device.filled(unit)
+        self._host.release(unit)
+        return self._advance()
+
+    def segment_done(self, layer: int, micro_batch: int) -> list[Order]:
+        assert self._next_layer[micro_batch] == layer < self._granted
+        self._next_layer[micro_batch] = layer + 1
+        self._leave(layer, micro_batch)
+        return self._advance()
+
+    def layer_left(self, layer: int, micro_batch: int) -> list[Order]:
+        """The first part of segment(layer, micro_batch) is done: layer - 1 is finished."""
+        assert self._next_layer[micro_batch] == layer > self._left[micro_batch]
+        self._leave(layer, micro_batch)
+        return self._advance()
+
+    def attended(self, layer: int, micro_batch: int, worker: int) -> None:
+        """An attention worker's part of attention(layer, micro_batch) is done; only `waits_for` depends on it."""
+        assert self._attended[micro_batch][worker] == layer
+        self._attended[micro_batch][worker] = layer + 1
+
+    # ------------------------------------------------------------------------------------------------ state
+
+    @property
+    def pass_done(self) -> bool:
+        return all(layer == self.num_layers + 1 for layer in self._next_layer)
+
+    def waits_for(self) -> tuple[bool, frozenset[int]]:
+        """Whether the compute worker has a segment to run, and which attention workers have attention to compute."""
+        compute, workers = False, set()
+        for k, layer in enumerate(self._next_layer):
+            missing = {worker for worker, done in self._attended[k].items() if done < layer}
+            workers |= missing if layer <= self.num_layers else set()
+            compute |= not missing and (layer < self._granted or self._left[k] < layer)
+        return compute, frozenset(workers)
+
+    def standing(self) -> str:
+        """For error messages: what the pass stands at."""
+        states = [f"micro-batch {k} before layer {layer}" for k, layer in enumerate(self._next_layer)]
+        return ", ".join(states) or "no pass"
+
+    def _leave(self, layer: int, micro_batch: int) -> None:
+        if self._left[micro_batch] == layer:
+            return
+        self._left[micro_batch] = layer
+        self._leavers[layer - 1] += 1
+        if self._leavers[layer - 1] == len(self._parts):
+            (self._device or self._host).release(layer - 1)
+
+    def _advance(self) -> list[Order]:
+        orders: list[Order] = []
+        if self._suspended:
+            return orders
+        while fill := self._host.next_fill():
+            orders.append(LoadUnit(*fill))
+        if self._device is not None:
+            orders.extend(self._uploads(self._device))
+        if not self.pass_done and (columns := self._columns(self._device or self._host)):
+            orders.append(RunColumns(self._granted - len(columns), columns))
+        return orders
+
+    def _columns(self, weights: SlotRing) -> tuple[int, ...]:
+        """Slots of the layers whose segments can be granted now."""
+        slots: list[int] = []
+        while self._granted <= self.num_layers and weights.slot_of(self.num_layers) is not None:
+            slot = weights.slot_of(self._granted) if self._granted < self.num_layers else -1
+            if slot is None:
+                break
+            slots.append(slot)
+            self._granted += 1
+        return tuple(slots)
+
+    def _uploads(self, device: SlotRing) -> list[Order]:
+        """Units that stay on the device may wait for one that the loader has not come to, behind others in the order of
+        a pass: those go first."""
+        while fill := device.next_fill():
+            unit, device_slot = fill
+            self._to_upload[unit] = device_slot
+        at_hand = [(unit, slot) for unit in self._to_upload if (slot := self._host.slot_of(unit)) is not None]
+        return [UploadUnit(unit, slot, self._to_upload.pop(unit)) for unit, slot in at_hand]

@@ -1,0 +1,1 @@
+"""Values as text: in messages, as sizes, as lines of JSON."""

@@ -1,0 +1,1 @@
+"""What crosses between processes, and the ways that it takes."""

@@ -1,0 +1,292 @@
+"""What an attention worker knows: its arenas, and a pass's spans as index arrays."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from flexgen_lite.memory import exchange as exchange_layout
+from flexgen_lite.memory import kv_layout
+from flexgen_lite.model.spec import ITEM_BYTES
+from flexgen_lite.wire.worker_messages import AttachAttention, Attend, BeginAttention, KvBatch, KvSpan
+from flexgen_lite.workers.attention import kernels
+from flexgen_lite.workers.simd import LANES
+from flexgen_lite.workers.team import Job, Team
+
+Memory = memoryview | mmap.mmap
+Ints = npt.NDArray[np.int64]
+
+STORAGE: dict[str, npt.DTypeLike] = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.uint16}
+KINDS = {"float32": np.float32(0), "bfloat16": np.uint16(0), "float16": np.int16(0)}  # see simd.py
+PREFAULT_BYTES, PREFAULT_SHARE = 2 << 30, 0.125
+PREFAULT_PAGES = 64  # of a layer, at a time
+MADV_POPULATE_WRITE = 23
+UNITS_PER_THREAD = 8  # sequences longer than this share of a micro-batch are split into their chunks
+
+
+@dataclass(slots=True)
+class _Units:
+    """`units` and `joins` as the kernel takes them, for layers with one group size and window."""
+
+    units: Ints
+    joins: Ints
+    num_partials: int  # queries per key/value head in partial units
+
+
+@dataclass(slots=True)
+class _Batch:
+    region: int  # its address
+    pages: Ints
+    pieces: Ints
+    units: dict[tuple[int, int], _Units]  # by group size and window
+
+
+class AttentionState:
+    """Stores K and V and computes attention for the spans of one pass at a time.
+
+    `kv` and `exchange` are the arenas. Process memory grows with the largest micro-batch seen, by a few per
+    cent of the KV that it reads in one layer, and not after.
+    """
+
+    def __init__(self, attach: AttachAttention, kv: Memory, exchange: Memory) -> None:
+        if attach.kv.dtype not in STORAGE or attach.exchange.dtype != attach.kv.dtype:
+            raise ValueError(
+                f"KV of {attach.kv.dtype} and an exchange of {attach.exchange.dtype}: "
+                f"both must be the same one of {', '.join(STORAGE)}"
+            )
+        self._attach = attach
+        page_tokens = attach.kv.page_tokens
+        if page_tokens % LANES or page_tokens & (page_tokens - 1):
+            raise ValueError(f"KV pages of {page_tokens} tokens: a power of two from {LANES} on expected")
+        self._memory_of_kv = kv
+        self._kv = _bytes(kv, attach.kv.arena_bytes, "KV")
+        self._exchange = _bytes(exchange, attach.exchange.num_regions * attach.exchange.region_bytes, "exchange")
+        self._kind = KINDS[attach.kv.dtype]
+        self._per_word = 4 // ITEM_BYTES[attach.kv.dtype]
+        self._shapes = [self._shape(layer) for layer in range(len(attach.layers))]
+        self._counter = np.zeros(1, np.int64)
+        self._partials = np.zeros(0, np.uint8)
+        self._pass_id: int | None = None
+        self._batches: dict[int, _Batch] = {}
+        self._team = Team(0)
+        self._set_threads(attach.threads)
+
+    def begin(self, message: BeginAttention) -> None:
+        """Forgets the last pass and prepares this one. ValueError for spans that do not fit the arenas."""
+        self._pass_id, self._batches = None, {}
+        self._set_threads(message.threads)
+        self._batches = {batch.micro_batch: self._prepare(batch) for batch in message.batches}
+        self._pass_id = message.pass_id
+
+    def attend(self, message: Attend) -> None:
+        """Stores a micro-batch's K and V in one layer, then writes the output of the rows that attend."""
+        if message.pass_id != self._pass_id:
+            raise ValueError(f"attend in pass {message.pass_id}, but the pass that began is {self._pass_id}")
+        if message.micro_batch not in self._batches:
+            raise ValueError(f"micro-batch {message.micro_batch} is not in pass {message.pass_id}")
+        if not 0 <= message.layer < len(self._shapes):
+            raise ValueError(f"layer {message.layer}: the model has {len(self._shapes)} layers")
+        self._run(self._batches[message.micro_batch], self._shapes[message.layer])
+
+    def prefault(self, stop: threading.Event) -> None:
+        """Takes memory for the pages that are used first, until `stop`: a first touch costs several times what a copy
+        does. At most PREFAULT_BYTES and PREFAULT_SHARE of the arena."""
+        kv = self._attach.kv
+        most = min(PREFAULT_BYTES, int(kv.arena_bytes * PREFAULT_SHARE))
+        pages = most * kv.num_pages // kv.arena_bytes
+        if not isinstance(self._memory_of_kv, mmap.mmap) or pages == 0:
+            return
+        for begin in range(0, pages, PREFAULT_PAGES):
+            for layer, spec in enumerate(self._attach.layers):
+                for offset, width in (
+                    (kv.key_offsets[layer], spec.head_dim),
+                    (kv.value_offsets[layer], spec.value_dim),
+                ):
+                    page = kv_layout.row_bytes(width, kv.dtype) * spec.num_kv_heads * kv.page_tokens
+                    start = (offset + begin * page) // mmap.PAGESIZE * mmap.PAGESIZE
+                    if stop.is_set():
+                        return
+                    try:
+                        self._memory_of_kv.madvise(MADV_POPULATE_WRITE, start, PREFAULT_PAGES * page)
+                    except OSError:  # an older kernel: they come when they are touched
+                        return
+
+    def _run(self, batch: _Batch, shape: kernels.Shape) -> None:
+        kv, region, pages, scratch, kind = self._kv.ctypes.data, batch.region, batch.pages, self._scratch, self._kind
+        partials, counter = self._partials.ctypes.data, self._counter.ctypes.data
+        plan = batch.units[_unit_key(shape)]
+        self._share(
+            len(batch.pieces),
+            lambda member: kernels.store(kv, region, pages, batch.pieces, shape, counter, kind),
+        )
+        self._share(
+            len(plan.units),
+            lambda member: kernels.attend(
+                kv, region, pages, plan.units, shape, scratch[member], partials, counter, kind
+            ),
+        )
+        self._share(
+            len(plan.joins),
+            lambda member: kernels.join(
+                region, plan.units, plan.joins, shape, scratch[member], partials, counter, kind
+            ),
+        )
+
+    def _share(self, num_items: int, job: Job) -> None:
+        if num_items:
+            self._counter[0] = 0
+            self._team.run(job)
+
+    def _shape(self, layer: int) -> kernels.Shape:
+        spec, kv = self._attach.layers[layer], self._attach.kv
+        size = ITEM_BYTES[kv.dtype]
+        at = exchange_layout.layout(spec, self._attach.exchange.max_tokens, size)
+        if at.num_bytes > self._attach.exchange.region_bytes:
+            raise ValueError(
+                f"layer {layer} needs exchange regions of {at.num_bytes} bytes, "
+                f"they have {self._attach.exchange.region_bytes}"
+            )
+        return kernels.Shape(
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            value_dim=spec.value_dim,
+            page_shift=kv.page_tokens.bit_length() - 1,
+            window=spec.sliding_window or 0,
+            has_sinks=spec.sinks,
+            scaling=np.float32(spec.scaling),
+            softcap=np.float32(spec.softcap or 0.0),
+            keys=kv.key_offsets[layer],
+            values=kv.value_offsets[layer],
+            q=at.q,
+            k=at.k,
+            v=at.v,
+            out=at.out,
+            sinks=at.sinks,
+        )
+
+    def _set_threads(self, threads: int) -> None:
+        if threads < 1:
+            raise ValueError(f"{threads} attention threads: at least one")
+        if threads != self._team.size:
+            self._team.close()
+            self._team = Team(threads)
+            size = max(kernels.places(0, s.head_dim, s.value_dim, self._per_word).end for s in self._shapes)
+            self._memory = np.zeros(threads * size + 64, np.uint8)
+            start = -(-self._memory.ctypes.data // 64) * 64
+            self._scratch = [start + i * size for i in range(threads)]
+
+    def _prepare(self, batch: KvBatch) -> _Batch:
+        exchange = self._attach.exchange
+        if not 0 <= batch.region < exchange.num_regions:
+            raise ValueError(
+                f"micro-batch {batch.micro_batch} in region {batch.region} of {exchange.num_regions} regions"
+            )
+        starts = []
+        num_pages = 0
+        for span in batch.spans:
+            self._check(batch.micro_batch, span)
+            starts.append(num_pages)
+            num_pages += len(span.pages)
+        pages = np.fromiter((page for span in batch.spans for page in span.pages), np.int64, num_pages)
+        spans = list(zip(batch.spans, starts, strict=True))
+        result = _Batch(
+            region=self._exchange.ctypes.data + batch.region * exchange.region_bytes,
+            pages=pages,
+            pieces=_pieces(spans),
+            units={},
+        )
+        for shape in self._shapes:
+            if _unit_key(shape) not in result.units:
+                result.units[_unit_key(shape)] = _units(spans, *_unit_key(shape), len(self._scratch))
+            self._reserve(result.units[_unit_key(shape)].num_partials, shape)
+        return result
+
+    def _check(self, micro_batch: int, span: KvSpan) -> None:
+        kv, what = self._attach.kv, f"micro-batch {micro_batch}, span at row {span.row}"
+        if span.row < 0 or span.num_rows < 1 or span.row + span.num_rows > self._attach.exchange.max_tokens:
+            raise ValueError(f"{what}: {span.num_rows} rows, the regions have {self._attach.exchange.max_tokens}")
+        held = len(span.pages) * kv.page_tokens
+        if span.position < 0 or span.position + span.num_rows > held:
+            raise ValueError(
+                f"{what}: positions {span.position} .. {span.position + span.num_rows - 1}, "
+                f"its {len(span.pages)} pages hold {held} tokens"
+            )
+        for page in span.pages:
+            if not 0 <= page < kv.num_pages:
+                raise ValueError(f"{what}: page {page}, the arena has {kv.num_pages} pages")
+
+    def _reserve(self, num_partials: int, shape: kernels.Shape) -> None:
+        size = num_partials * shape.num_kv_heads * kernels.partial_bytes(shape.value_dim, self._per_word)
+        if size > len(self._partials):
+            self._partials = np.zeros(size, np.uint8)
+
+
+def _unit_key(shape: kernels.Shape) -> tuple[int, int]:
+    return shape.num_heads // shape.num_kv_heads, shape.window
+
+
+def _pieces(spans: list[tuple[KvSpan, int]]) -> Ints:
+    """Spans cut into runs of rows that one thread stores; a single row that attends is stored by its unit."""
+    pieces = [
+        (span.row + i, min(kernels.STORE_ROWS, span.num_rows - i), span.position + i, pages)
+        for span, pages in spans
+        if not _is_stored_by_unit(span)
+        for i in range(0, span.num_rows, kernels.STORE_ROWS)
+    ]
+    return np.array(pieces, np.int64).reshape(len(pieces), 4)
+
+
+def _is_stored_by_unit(span: KvSpan) -> bool:
+    return span.attend and span.num_rows == 1
+
+
+def _units(spans: list[tuple[KvSpan, int]], group: int, window: int, threads: int) -> _Units:
+    """The spans that attend, cut into units; a long one with few queries into a unit per chunk."""
+    attending = [(span, pages) for span, pages in spans if span.attend]
+    tokens = [(span.num_rows * _visible(span, window), span, pages) for span, pages in attending]
+    share = sum(count for count, _, _ in tokens) / (UNITS_PER_THREAD * threads)
+    units: list[tuple[int, ...]] = []
+    joins: list[tuple[int, int]] = []
+    num_partials = 0
+    for count, span, pages in tokens:
+        queries = span.num_rows * group
+        for first in range(0, queries, kernels.QUERIES):
+            last = min(first + kernels.QUERIES, queries)
+            begin, end = _token_range(span, first // group, (last - 1) // group, window)
+            chunk, chunk_stop = begin // kernels.CHUNK, -(-end // kernels.CHUNK)
+            where = (span.row, span.position, pages, first, last)
+            stores = _is_stored_by_unit(span)
+            if count <= share or queries > kernels.QUERIES or chunk_stop - chunk == 1:
+                units.append((*where, chunk, chunk_stop, -1, stores))
+                continue
+            joins.append((len(units), chunk_stop - chunk))
+            for part in range(chunk, chunk_stop):
+                units.append((*where, part, part + 1, num_partials, stores and part == chunk_stop - 1))
+                num_partials += last - first
+    return _Units(
+        np.array(units, np.int64).reshape(len(units), 9),
+        np.array(joins, np.int64).reshape(len(joins), 2),
+        num_partials,
+    )
+
+
+def _token_range(span: KvSpan, first_row: int, last_row: int, window: int) -> tuple[int, int]:
+    """The tokens that any of these rows sees."""
+    begin = max(0, span.position + first_row + 1 - window) if window else 0
+    return begin, span.position + last_row + 1
+
+
+def _visible(span: KvSpan, window: int) -> int:
+    begin, end = _token_range(span, span.num_rows - 1, span.num_rows - 1, window)
+    return end - begin
+
+
+def _bytes(memory: Memory, num_bytes: int, name: str) -> npt.NDArray[np.uint8]:
+    if len(memory) < num_bytes:
+        raise ValueError(f"the {name} arena has {len(memory)} bytes, {num_bytes} expected")
+    return np.frombuffer(memory, np.uint8, num_bytes)

@@ -1,0 +1,36 @@
+"""Has the attention kernels at hand before there is anything to attend to: compiled, or from numba's cache."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from flexgen_lite.model.spec import ITEM_BYTES
+from flexgen_lite.workers.attention import kernels
+from flexgen_lite.workers.attention.state import KINDS, STORAGE
+
+_SHAPE = kernels.Shape(
+    num_heads=1, num_kv_heads=1, head_dim=8, value_dim=8, page_shift=4, window=0, has_sinks=True,
+    scaling=np.float32(1), softcap=np.float32(0), keys=0, values=1024, q=0, k=64, v=128, out=192, sinks=256,
+)  # fmt: skip
+
+
+def warm_up(dtype: str) -> None:
+    """Runs each kernel once, on a token in memory of its own. Where they are not in the cache they are compiled, which
+    takes some seconds, and 65 MiB for as long as the process lives."""
+    if dtype not in STORAGE:
+        raise ValueError(f"KV of {dtype}: one of {', '.join(STORAGE)} expected")
+    per_word, kind = 4 // ITEM_BYTES[dtype], KINDS[dtype]
+    region, kv = np.zeros(320, np.uint8), np.zeros(2048, np.uint8)
+    pages, counter = np.zeros(1, np.int64), np.zeros(1, np.int64)
+    pieces = np.array([[0, 1, 0, 0]], np.int64)
+    units = np.array([[0, 0, 0, 0, 1, 0, 1, 0, 1]], np.int64)
+    joins = np.array([[0, 1]], np.int64)
+    partials = np.zeros(kernels.partial_bytes(8, per_word), np.uint8)
+    memory = np.zeros(kernels.places(0, 8, 8, per_word).end + 64, np.uint8)
+    scratch = -(-memory.ctypes.data // 64) * 64
+    here, at = region.ctypes.data, counter.ctypes.data
+    kernels.store(kv.ctypes.data, here, pages, pieces, _SHAPE, at, kind)
+    counter[0] = 0
+    kernels.attend(kv.ctypes.data, here, pages, units, _SHAPE, scratch, partials.ctypes.data, at, kind)
+    counter[0] = 0
+    kernels.join(here, units, joins, _SHAPE, scratch, partials.ctypes.data, at, kind)

@@ -1,0 +1,1 @@
+"""The compute worker: the forward of the model, attention of prompts, sampling."""

@@ -1,0 +1,198 @@
+"""One micro-batch on its way through the model: a greenlet that stops at every attention call.
+
+The model is Transformers' own. Its forward runs in the greenlet; at a layer's attention call the new tokens' q, k and v
+go into the exchange region and control returns to the worker, which runs other micro-batches meanwhile. When the
+attention workers have answered, the forward goes on: prompts attend to themselves here, the rest is read back.
+
+Shapes: T tokens of the micro-batch, A of them (the first rows) attended to by the attention workers, N sequences that
+want a token; H, G, D, E as in attention_call.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+
+import greenlet
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from flexgen_lite.model.spec import AttentionSpec
+from flexgen_lite.wire.sampling import Sample
+from flexgen_lite.wire.worker_messages import TokenBatch
+from flexgen_lite.workers.compute.attention_call import AttentionCall, ModelGreenlet
+from flexgen_lite.workers.compute.device import Device
+from flexgen_lite.workers.compute.exchange_region import ExchangeRegion
+from flexgen_lite.workers.compute.head import Head
+from flexgen_lite.workers.compute.prefill_attention import prompt_attention
+from flexgen_lite.workers.compute.products import Products
+from flexgen_lite.workers.compute.sampling import Drawn, Scores, sample, score
+
+
+class Forward(ModelGreenlet):
+    """Runs `batch` up to each attention call in turn; `drawn` holds what came of it at the end."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        device: Device,
+        layers: tuple[AttentionSpec, ...],
+        batch: TokenBatch,
+        region: ExchangeRegion,
+        products: Products,
+        head: Head,
+    ) -> None:
+        super().__init__(self._forward)
+        self._model = model
+        self._device = device
+        self._layers = layers
+        self._batch = batch
+        self._region = region
+        self._products = products
+        self._head = head
+        self._behind_last_attention = contextlib.ExitStack()
+        self._stops_at_entry = False
+        self._reached = -1  # layer whose attention call the forward stands at
+        self._num_attended = sum(span.num_rows for span in batch.spans if not span.prefill)
+        self.copy_ns = 0  # spent on the way into the exchange region and back
+        self.samples = [span.sample for span in batch.spans if span.sample is not None]
+        self.drawn: list[tuple[Drawn, list[Sample]]] = []  # of `samples`; on the host once the device is done
+        self.scores: list[Scores] = []  # of the scored rows, in the order of the spans; likewise
+
+    def advance(self, layer: int) -> None:
+        """Run up to the attention call of `layer`, or to the end if there is no such layer."""
+        assert self._reached == layer - 1, f"layer {layer} asked for, the forward stands at {self._reached}"
+        with self._device.compute():
+            self.switch()
+        reached = layer if layer < len(self._layers) else layer - 1
+        assert self._reached == reached and self.dead == (layer == len(self._layers)), "attention calls out of order"
+
+    def leave(self, layer: int) -> None:
+        """Run behind the attention call of `layer` to the next layer's entry, which must exist."""
+        assert self._reached == layer, f"layer {layer} is to be left, the forward stands at {self._reached}"
+        self._stops_at_entry = True
+        with self._device.compute():
+            self.switch()
+        assert not self._stops_at_entry and not self.dead, "no entry of a layer behind the attention call"
+
+    def abandon(self) -> None:
+        """Leave the model, wherever the forward stands in it."""
+        if self:  # it has begun, and not ended
+            self.throw(greenlet.GreenletExit)
+
+    def enter(self) -> None:
+        """Called by the model, inside the greenlet, at each layer's entry."""
+        if self._stops_at_entry:
+            self._stops_at_entry = False
+            parent = self.parent
+            assert isinstance(parent, greenlet.greenlet)
+            parent.switch()
+
+    def _forward(self) -> None:
+        batch = self._batch
+        positions = [span.position + i for span in batch.spans for i in range(span.num_rows)]
+        last = [span.row + span.num_rows - 1 for span in batch.spans if span.sample is not None]
+        scored = [
+            (span.row + span.scored.skip + i, target, span.scored.num_top)
+            for span in batch.spans
+            if span.scored is not None
+            for i, target in enumerate(span.scored.targets)
+        ]
+        size = self._head.rows_per_chunk(self._model.config.vocab_size)
+        samples = [self.samples[i : i + size] for i in range(0, len(last), size)] or [[]]
+        sampled = [last[i : i + size] for i in range(0, len(last), size)] or [[]]
+        chunks = [scored[i : i + size] for i in range(0, len(scored), size)]
+        inputs = {
+            "input_ids": self._on_device(batch.token_ids)[None],
+            "position_ids": self._on_device(positions)[None],
+            "use_cache": False,
+        }
+        self._asked_rows_N = self._on_device(sorted({*last, *(row for row, _, _ in scored)}))
+        rows = [*sampled, *([row for row, _, _ in chunk] for chunk in chunks)]
+        with self._behind_last_attention:
+            logits = self._head.logits(inputs, [self._on_device(chunk) for chunk in rows])
+            for part in samples:
+                drawn = sample(next(logits), part)
+                self.drawn.append((Drawn(self._on_host(drawn.integers), self._on_host(drawn.floats)), part))
+            for chunk in chunks:
+                targets_N = self._on_device([target for _, target, _ in chunk])
+                found = score(next(logits), targets_N, [num_top for _, _, num_top in chunk])
+                self.scores.append(self._scores_on_host(found))
+
+    def _scores_on_host(self, scores: Scores) -> Scores:
+        top_ids, top_values = (self._on_host(value.flatten()) for value in (scores.top_ids_NK, scores.top_values_NK))
+        shape = scores.top_ids_NK.shape
+        return Scores(
+            self._on_host(scores.ranks_N),
+            self._on_host(scores.values_N),
+            top_ids.view(shape),
+            top_values.view(shape),
+            scores.num_top,
+        )
+
+    def _on_device(self, numbers: Sequence[int]) -> torch.Tensor:
+        """int64, without waiting for what the device is doing."""
+        buffer = self._device.host_buffer(len(numbers), torch.long)
+        buffer.copy_(torch.tensor(numbers, dtype=torch.long))
+        return self._device.from_host(buffer)
+
+    def _on_host(self, value: torch.Tensor) -> torch.Tensor:
+        buffer = self._device.host_buffer(value.numel(), value.dtype)
+        self._device.to_host(buffer, value)
+        return buffer
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        """See ModelGreenlet.attend: called by the model, inside the greenlet."""
+        self._reached += 1
+        assert call.spec == self._layers[self._reached], f"layer {self._reached}: {call.spec} is not as described"
+        start_ns = time.monotonic_ns()
+        self._send(call)
+        self.copy_ns += time.monotonic_ns() - start_ns
+        parent = self.parent
+        assert isinstance(parent, greenlet.greenlet)
+        parent.switch()
+        output = self._output(call)[None]
+        if self._reached == len(self._layers) - 1:
+            only = self._products.only(self._asked_rows_N, len(self._batch.token_ids))
+            self._behind_last_attention.enter_context(only)
+        return output
+
+    def _send(self, call: AttentionCall) -> None:
+        views = self._region.views(call.spec)
+        tokens, attended = len(self._batch.token_ids), self._num_attended
+        send = self._device.to_host
+        send(views.key_TGD[:tokens], call.key_BGTD[0].transpose(0, 1))
+        send(views.value_TGE[:tokens], call.value_BGTE[0].transpose(0, 1))
+        if attended:
+            send(views.query_THD[:attended], call.query_BHTD[0, :, :attended].transpose(0, 1))
+        if call.sinks_H is not None:
+            send(views.sinks_H, call.sinks_H)
+
+    def _output(self, call: AttentionCall) -> torch.Tensor:
+        """The attention output, `[T, H, E]`."""
+        attended, dtype = self._num_attended, call.query_BHTD.dtype
+        prompts = [span for span in self._batch.spans if span.prefill]
+        if attended:
+            from_workers = self._device.from_host(self._region.views(call.spec).out_THE[:attended]).to(dtype)
+            if not prompts:
+                return from_workers
+        spec = call.spec
+        out_THE = call.query_BHTD.new_empty((len(self._batch.token_ids), spec.num_heads, spec.value_dim))
+        if attended:
+            out_THE[:attended] = from_workers
+        prompt_attention(call, [(span.row, span.num_rows) for span in prompts], out_THE)
+        return out_THE
+
+
+def stop_at_layers(layers: nn.ModuleList) -> None:
+    """Has a forward that runs through `layers` come by `Forward.enter` before each."""
+
+    def hook(module: nn.Module, inputs: object) -> None:
+        running = greenlet.getcurrent()
+        if isinstance(running, Forward):
+            running.enter()
+
+    for layer in layers:
+        layer.register_forward_pre_hook(hook)

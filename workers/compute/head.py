@@ -1,0 +1,64 @@
+"""From the layers' output to logits, some rows at a time: all rows at once may be larger than everything else.
+
+The model's own forward does it, so that scales, softcaps and biases are its own: the output of what it calls first, the
+stack of layers, is caught on the way through, and the forward is called again for other rows with that output in the
+stack's place.
+
+Shapes: N rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from flexgen_lite.wire.sampling import LOGITS_BYTES
+
+
+class Head:
+    """Args:
+    model: whose forward it is.
+    layers: its decoder layers.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: nn.ModuleList) -> None:
+        self._model = model
+        self._keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._caught: tuple[nn.Module, Any] | None = None  # of the forward that ended last
+        for module in model.modules():
+            if module is not model and module is not layers and any(part is layers for part in module.modules()):
+                module.register_forward_hook(self._catch)
+
+    def _catch(self, module: nn.Module, inputs: object, output: Any) -> None:
+        self._caught = module, output  # the outermost comes last
+
+    def rows_per_chunk(self, vocab_size: int) -> int:
+        """Rows whose float32 logits fit in LOGITS_BYTES; at least one."""
+        return max(1, LOGITS_BYTES // (4 * vocab_size))
+
+    def logits(self, inputs: Mapping[str, Any], chunks: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Runs the model; yields float32 logits `[N, V]` of the rows of each chunk, the first may have none."""
+        if not self._keeps_rows:
+            logits_TV = self._model(**inputs).logits[0]
+            for rows_N in chunks:
+                yield logits_TV[rows_N].float()
+            return
+        logits_NV = self._model(**inputs, logits_to_keep=chunks[0]).logits[0].float()
+        caught, self._caught = self._caught, None
+        yield logits_NV
+        assert caught is not None, "the forward calls nothing that holds the layers"
+        stack, output = caught
+        for rows_N in chunks[1:]:
+            del logits_NV  # before there are the next ones
+            stack.forward = lambda *_, **__: output
+            try:
+                logits_NV = self._model(**inputs, logits_to_keep=rows_N).logits[0].float()
+            finally:
+                del stack.forward
+                self._caught = None  # the same again, of no use to anybody
+            yield logits_NV

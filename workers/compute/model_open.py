@@ -1,0 +1,170 @@
+"""Opens a model for serving: class, description of its tensors and attention, tokenizer; reads no weight."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from flexgen_lite.model.checkpoint import check_config, open_checkpoint
+from flexgen_lite.model.files import CheckpointError, check_files, is_there
+from flexgen_lite.model.spec import ModelSpec
+from flexgen_lite.wire.worker_messages import OpenModel
+from flexgen_lite.workers.compute import attention_call, probe
+from flexgen_lite.workers.compute.device import Device
+from flexgen_lite.workers.compute.head import Head
+from flexgen_lite.workers.compute.products import Products
+from flexgen_lite.workers.model import builder as model_builder
+from flexgen_lite.workers.model.tokenizer import TOKENIZER_FILES, ModelTokenizer, open_tokenizer
+from flexgen_lite.workers.model.weight_map import Binding, map_weights
+from flexgen_lite.workers.serve import UserError, first_line
+
+MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+@dataclass
+class OpenedModel:
+    model: PreTrainedModel
+    layers: nn.ModuleList
+    binding: Binding
+    products: Products
+    head: Head
+    spec: ModelSpec
+    tokenizer: ModelTokenizer
+
+    def modules(self, unit: int) -> list[nn.Module]:
+        """The modules whose weights `unit` holds: those of a layer, or all outside the layers."""
+        if unit < len(self.layers):
+            return list(self.layers[unit].modules())
+        return _modules_outside(self.model, self.layers)
+
+
+def open_model(order: OpenModel, device: Device, run_dir: str) -> OpenedModel:
+    """Raises UserError or CheckpointError, whatever is in the model's directory: all of it is the user's."""
+    try:
+        return _open(order, _directory(order.model), device, run_dir)
+    except (UserError, CheckpointError):
+        raise
+    except Exception as error:  # Transformers raises whatever its code runs into
+        raise UserError(
+            f"{order.model} cannot be opened as a model ({type(error).__name__}: {first_line(error)}): check its "
+            "config.json, or download it again"
+        ) from error
+
+
+def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> OpenedModel:
+    check_config(directory)
+    check_files(directory, (*TOKENIZER_FILES, "generation_config.json"))
+    config = model_builder.load_config(directory)
+    dtype = _dtype(order.dtype, config, device)
+    attention_call.register()
+    model_builder.causal_lm_class(config)
+    model_builder.check_sizes(directory, config)
+    if order.always_probe or config.model_type not in probe.TESTED_TYPES:
+        probe.prove(config)
+    model = model_builder.build(config, dtype)
+    layers = model_builder.decoder_layers(model)
+    attention = attention_call.describe(model, layers)
+    checkpoint = None if order.load_format == "dummy" else open_checkpoint(directory)
+    units, warnings = map_weights(model, layers, checkpoint, dtype)
+    limit, warning = model_builder.max_length(config)
+    tokenizer = open_tokenizer(directory, run_dir)
+    if order.max_model_len is not None and order.max_model_len > limit:
+        raise UserError(f"max_model_len {order.max_model_len} is over the model's limit of {limit}: lower it")
+    products = Products(model, dtype, device.torch_device)
+    spec = ModelSpec(
+        model_type=config.model_type,
+        class_name=type(model).__name__,
+        dtype=str(dtype).removeprefix("torch."),
+        num_layers=len(layers),
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=_widest(layers, getattr(config, "num_experts_per_tok", None) or 1),
+        max_length=order.max_model_len or limit,
+        eos_token_ids=model_builder.eos_token_ids(directory, config),
+        bos_token_id=model_builder.bos_token_id(directory, config),
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        files=tuple(str(file) for file in checkpoint.files) if checkpoint else (),
+        stamps=checkpoint.stamps if checkpoint else (),
+        units=units,
+        attention=attention,
+        head_copy_bytes=products.copied_bytes(_modules_outside(model, layers)),
+        warnings=(*warnings, *([warning] if warning else []), *tokenizer.warnings),
+    )
+    binding, head = Binding(model, layers, units), Head(model, layers)
+    return OpenedModel(model, layers, binding, products, head, spec, tokenizer)
+
+
+def fingerprint(opened: OpenedModel) -> str:
+    """The same as long as the same prompt gets the same greedy tokens: of config.json, the dtype, the limit on a
+    sequence's length, names and sizes of the weights' files, and the tokenizer."""
+    spec = opened.spec
+    config = opened.model.config.to_diff_dict()
+    config.pop("_name_or_path", None)
+    digest = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode(), digest_size=8)
+    files = [(Path(file).name, stamp.size) for file, stamp in zip(spec.files, spec.stamps, strict=True)]
+    digest.update(repr((spec.dtype, spec.max_length, spec.eos_token_ids, files)).encode())
+    if opened.tokenizer.file is not None:
+        digest.update(Path(opened.tokenizer.file).read_bytes())
+    return digest.hexdigest()
+
+
+def _modules_outside(model: nn.Module, layers: nn.ModuleList) -> list[nn.Module]:
+    inside = {module for layer in layers for module in layer.modules()}
+    return [module for module in model.modules() if module not in inside]
+
+
+def _widest(layers: nn.ModuleList, experts: int) -> int:
+    """Most outputs that a token has from one product: of a matrix, or of the experts that it goes through."""
+    widths = [max(p.shape[-2:]) * experts if p.dim() == 3 else p.shape[0] for p in layers.parameters() if p.dim() >= 2]
+    return max(widths)
+
+
+def _directory(model: str) -> Path:
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if is_there(path):
+        raise UserError(f"{model} is not a directory: give the directory that holds the model's config.json")
+    if path.is_absolute() or model.startswith(".") or model.count("/") > 1:
+        raise UserError(f"model directory {model} does not exist")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=MODEL_FILES))
+    except Exception as error:  # the hub client raises many kinds: no network, no such model, no access
+        raise UserError(
+            f"{model} is neither a directory nor a model that the hub gives: {first_line(error)}"
+        ) from error
+
+
+def _dtype(wanted: str, config: PreTrainedConfig, device: Device) -> torch.dtype:
+    """The checkpoint's own dtype where the device computes it well; else the better of bfloat16 and float32."""
+    if wanted != "auto":
+        dtype: torch.dtype = getattr(torch, wanted)
+        return dtype
+    stored = config.dtype if config.dtype in (torch.bfloat16, torch.float16) else torch.float32
+    if device.torch_device.type == "cuda" or stored == torch.float32:
+        return stored
+    return torch.bfloat16 if _bfloat16_is_fast() else torch.float32
+
+
+def _bfloat16_is_fast() -> bool:
+    """Measured: processors without bfloat16 instructions compute it several times slower than float32."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.ones((64, 1024), dtype=dtype), torch.ones((1024, 1024), dtype=dtype)
+        torch.matmul(a, b)
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            torch.matmul(a, b)
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times)
+    return seconds[torch.bfloat16] < seconds[torch.float32]

@@ -1,0 +1,1 @@
+"""The disk loader: reads weights into slots of the arena, ahead of need."""

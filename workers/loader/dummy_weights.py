@@ -1,0 +1,76 @@
+"""Made-up weights at memory speed, for benchmarks of models whose weights are not at hand.
+
+Every tensor is a stretch of one repeated pseudo-random pattern, uniform with standard deviation 0.02, that
+begins at an element chosen by the tensor's name and unit: the same in every run and in every slot.
+"""
+
+from __future__ import annotations
+
+import mmap
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from flexgen_lite.model.spec import ITEM_BYTES, UnitSpec
+from flexgen_lite.workers.loader.weight_cast import Bits, bits_type
+
+PATTERN_ELEMENTS = 131_071  # a prime: the rows of a matrix do not line up with the pattern; it stays in the L2 cache
+FILL_BYTES = 8 << 20
+_LIMIT = 0.02 * 3**0.5
+_FLOATS = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """Elements of one tensor: `num_bytes` at `offset` of the slot.
+
+    `phase` is where in the pattern they begin, or None where every element is `value`.
+    """
+
+    dtype: str
+    offset: int
+    num_bytes: int
+    phase: int | None
+    value: int
+
+
+class DummyWeights:
+    def __init__(self) -> None:
+        uniform = np.random.default_rng(0).uniform(-_LIMIT, _LIMIT, PATTERN_ELEMENTS)
+        single = uniform.astype(np.float32).view(np.uint32)
+        self._patterns: dict[str, Bits] = {
+            "float32": single,
+            "bfloat16": ((single + 0x8000) >> 16).astype(np.uint16),
+            "float16": uniform.astype(np.float16).view(np.uint16),
+        }
+
+    def fills(self, index: int, unit: UnitSpec) -> Iterator[Fill]:
+        """The parts of unit `index`, which may be filled in any order and by several threads."""
+        for tensor in unit.tensors:
+            phase: int | None = None
+            value = 0
+            if tensor.dtype in _FLOATS and not tensor.name.endswith("bias"):
+                if len(tensor.shape) == 1 and tensor.name.endswith("weight"):
+                    value = {"float32": 0x3F800000, "bfloat16": 0x3F80, "float16": 0x3C00}[tensor.dtype]
+                else:
+                    phase = zlib.crc32(f"{index}:{tensor.name}".encode())
+            for start in range(0, tensor.num_bytes, FILL_BYTES):
+                shift = None if phase is None else (phase + start // ITEM_BYTES[tensor.dtype]) % PATTERN_ELEMENTS
+                length = min(FILL_BYTES, tensor.num_bytes - start)
+                yield Fill(tensor.dtype, tensor.offset + start, length, shift, value)
+
+    def write(self, fill: Fill, arena: mmap.mmap, slot_offset: int) -> int:
+        count = fill.num_bytes // ITEM_BYTES[fill.dtype]
+        target = np.ndarray((count,), bits_type(fill.dtype), arena, slot_offset + fill.offset)
+        if fill.phase is None:
+            target[:] = fill.value
+            return fill.num_bytes
+        pattern = self._patterns[fill.dtype]
+        start, phase = 0, fill.phase
+        while start < count:
+            length = min(count - start, PATTERN_ELEMENTS - phase)
+            target[start : start + length] = pattern[phase : phase + length]
+            start, phase = start + length, 0
+        return fill.num_bytes

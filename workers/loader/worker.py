@@ -1,0 +1,34 @@
+"""The disk loader process: reads a unit's bytes into a weight slot, ahead of need."""
+
+from __future__ import annotations
+
+import time
+
+from flexgen_lite.memory.arena import map_arena
+from flexgen_lite.memory.usage import resident_bytes
+from flexgen_lite.wire import worker_messages
+from flexgen_lite.workers import serve
+from flexgen_lite.workers.loader.state import LoaderState
+
+
+class Loader(serve.Worker):
+    def __init__(self, context: serve.Context) -> None:
+        self._context = context
+        self._state: LoaderState | None = None
+
+    def handle(self, message: worker_messages.AttachLoader | worker_messages.Load) -> None:
+        if isinstance(message, worker_messages.AttachLoader):
+            serve.set_affinity(message.cpus)
+            arena = map_arena(self._context.arenas["weights"], message.arena_bytes)
+            self._state = LoaderState(message, arena)
+            self._context.post(worker_messages.Ready(sum(resident_bytes())))
+            return
+        assert self._state is not None, "a load before the loader was attached"
+        start_ns = time.monotonic_ns()
+        num_bytes = self._state.load(message)
+        end_ns = time.monotonic_ns()
+        self._context.post(worker_messages.Loaded(message.unit, message.slot, num_bytes, start_ns, end_ns))
+
+
+def main() -> None:
+    serve.run(worker_messages.ToLoader, worker_messages.FromLoader, Loader)

@@ -1,0 +1,1 @@
+"""From a checkpoint to a model without weights, and where its weights come from."""

@@ -1,0 +1,182 @@
+"""Builds a Transformers causal LM without its weights, or refuses it in one sentence.
+
+Parameters are on the meta device; buffers that Transformers computes in the constructor (rotary frequencies and the
+like) are real. Nothing here reads a weight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from flexgen_lite.model.files import is_there, read_json
+from flexgen_lite.text.shown import shown
+from flexgen_lite.workers.serve import UserError, first_line
+
+ATTENTION_NAME = "flexgen_lite"
+ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+_MAX_TOKEN_ID = (1 << 31) - 1
+_SIZES = {  # in config.json, and the most that any model has, by far
+    "num_hidden_layers": 10_000,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 24,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+    "head_dim": 1 << 16,
+    "vocab_size": 1 << 26,
+    "max_position_embeddings": _MAX_TOKEN_ID,
+}
+
+
+def load_config(directory: Path) -> PreTrainedConfig:
+    """The config of a model directory. Raises UserError where there is none that can be used."""
+    path = directory / "config.json"
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # of many kinds: a config class takes what it finds in the file
+        raise UserError(
+            f"{path} cannot be used ({type(error).__name__}: {first_line(error)}): put it right, or download it again"
+        ) from error
+    return config
+
+
+def check_sizes(directory: Path, config: PreTrainedConfig) -> None:
+    """Raises UserError for a size that no model has, before memory is taken for it."""
+    path = directory / "config.json"
+    for name, most in _SIZES.items():
+        size = None
+        with contextlib.suppress(Exception):  # classes whose layers differ refuse to tell of one for all
+            size = getattr(config, name, None)
+        if not isinstance(size, list | None) and not (type(size) is int and 1 <= size <= most):
+            raise UserError(f"{path}: {name}={shown(size)} is not allowed: a whole number from 1 to {most} is expected")
+
+
+def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The Transformers class for `config`. Raises UserError where our attention cannot stand in for the class's own."""
+    kind = config.model_type
+    if config.is_encoder_decoder:
+        raise UserError(f"{kind} is an encoder-decoder model; only decoder-only models can be served")
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    if name is None:
+        raise UserError(f"Transformers {transformers.__version__} has no causal language model for {kind!r}")
+    cls: type[PreTrainedModel] = getattr(transformers, name[0] if isinstance(name, tuple) else name)
+    if not getattr(config, "is_decoder", True) and _may_be_bidirectional(cls):
+        raise UserError(f"{cls.__name__} is bidirectional: every token sees those behind it")
+    if getattr(cls, "_is_stateful", False):
+        raise UserError(f"{cls.__name__} keeps other state than a KV cache, which is not supported")
+    if not getattr(cls, "_supports_attention_backend", False):
+        raise UserError(
+            f"{cls.__name__} does not call attention through Transformers' attention interface, "
+            "so its attention cannot be computed outside the model"
+        )
+    other = sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS)
+    if other:
+        raise UserError(f"{cls.__name__} has layers of type {', '.join(other)}, which are not supported")
+    senses = [
+        key for key in config.sub_configs if any(sense in key for sense in ("vision", "audio", "image", "speech"))
+    ]
+    if config.get_text_config() is not config or senses:
+        raise UserError(f"{cls.__name__} is multimodal; give the text model's own checkpoint")
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(f"{kind} checkpoint is quantised, which is not supported: give one in bfloat16 or float16")
+    return cls
+
+
+def _may_be_bidirectional(cls: type[PreTrainedModel]) -> bool:
+    """BERT's family: causal only when the config says `is_decoder`."""
+    return "create_bidirectional_mask" in inspect.getsource(inspect.getmodule(cls) or cls)
+
+
+def build(config: PreTrainedConfig, dtype: torch.dtype, attention: str = ATTENTION_NAME) -> PreTrainedModel:
+    """The model of `config` in evaluation mode: parameters on meta, buffers real, weights tied as the config says."""
+    cls = causal_lm_class(config)
+    with _parameters_on_meta(), no_init_weights():
+        model: PreTrainedModel = cls._from_config(config, dtype=dtype, attn_implementation=attention)
+    model.tie_weights()
+    return model.eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Moves each parameter to the meta device as it is registered: its memory was never touched."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(module, name, None if param is None else nn.Parameter(param.to("meta"), requires_grad=False))
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The list of decoder layers. Raises UserError where there is not exactly one."""
+    count = model.config.num_hidden_layers
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count}
+    outer = [m for name, m in lists.items() if not any(name.startswith(other + ".") for other in lists)]
+    if len(outer) > 1:
+        outer = [m for m in outer if any("attn" in n or "attention" in n for n, _ in m.named_modules())]
+    if len(outer) != 1:
+        raise UserError(
+            f"{type(model).__name__} has {len(outer)} lists of {count} modules; cannot tell which holds its layers"
+        )
+    return outer[0]
+
+
+def max_length(config: PreTrainedConfig) -> tuple[int, str | None]:
+    """Most positions of a sequence, and a warning where that is less than the model's own limit.
+
+    With "longrope" and "dynamic" rotary embeddings Transformers changes the frequencies of the whole batch once one
+    sequence is longer than the original context; up to there, every sequence is independent of its neighbours.
+    """
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 20
+    scaling: dict[str, Any] = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = {scaling.get("rope_type")} | {v.get("rope_type") for v in scaling.values() if isinstance(v, dict)}
+    original = scaling.get("original_max_position_embeddings") or getattr(
+        config, "original_max_position_embeddings", None
+    )
+    if kinds & {"longrope", "dynamic"} and original and original < limit:
+        return original, (
+            f"sequences are limited to {original} of {limit} tokens: "
+            f"beyond, {config.model_type}'s rotary embedding depends on the other sequences of a batch"
+        )
+    return limit, None
+
+
+def eos_token_ids(directory: Path, config: PreTrainedConfig) -> tuple[int, ...]:
+    """End-of-sequence ids from generation_config.json where there is one, else from the config.
+
+    Raises:
+        CheckpointError: generation_config.json has no JSON object.
+        UserError: they are no token ids.
+    """
+    path, eos = directory / "config.json", config.eos_token_id
+    if is_there(other := directory / "generation_config.json"):
+        given = read_json(other).get("eos_token_id")
+        path, eos = (path, eos) if given is None else (other, given)
+    ids = tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (eos,)
+    if not all(type(token) is int and abs(token) <= _MAX_TOKEN_ID for token in ids):
+        raise UserError(f"{path}: eos_token_id={shown(eos)} is not allowed: a token id, or a list of them, is expected")
+    return ids
+
+
+def bos_token_id(directory: Path, config: PreTrainedConfig) -> int | None:
+    """Raises UserError where it is none."""
+    bos = config.bos_token_id
+    if bos is not None and not (type(bos) is int and abs(bos) <= _MAX_TOKEN_ID):
+        raise UserError(
+            f"{directory / 'config.json'}: bos_token_id={shown(bos)} is not allowed: a token id is expected"
+        )
+    return bos
