@@ -1,4 +1,4 @@
-"""Dependencies point one way; pure logic knows no process, no socket and no tensor library."""
+"""Imports run one way: from what people call down to what everything stands on; what decides touches nothing."""
 
 from __future__ import annotations
 
@@ -8,55 +8,118 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PURE = (
-    "slot_ring", "schedule", "batching", "running_request", "page_table", "model_spec", "exchange", "kv_layout",
-    "messages", "client_messages", "sampling_wire", "stop_strings", "kept_logprobs", "open_request", "waiting_queue",
-    "text_growth", "text_stream", "status_sum",
-)  # fmt: skip
-HEAVY = {"torch", "transformers", "numba", "greenlet"}
-COORDINATOR_SIDE = sorted(p.stem for p in (ROOT / "flexgen_lite").glob("*.py"))
+FLOORS = (
+    ("cli",),
+    ("lm_eval", "http"),
+    ("llm",),
+    ("launcher", "report"),
+    ("batch",),
+    ("openai", "demo"),
+    ("client", "engine"),
+    ("queue", "plan"),
+    ("tokens", "chat", "schedule"),
+    ("memory",),
+    ("wire", "errors"),
+    ("model", "config"),
+    ("text",),
+)
+"""Of flexgen_lite/, from the roof down: a folder imports from itself and from the floors below."""
+WORKER_FLOORS = (("loader", "attention", "compute"), ("model",), ("serve", "team", "simd"))
+OF_USE_TO_WORKERS = ("memory", "wire", "model", "text", "chat.environment", "schedule.segment_queue")
+NOT_PURE = ("plan.machine", "queue.kept_jobs")  # reads what the machine has; keeps what it is told in a file
+PURE_MODULES = {
+    "__future__", "array", "collections", "collections.abc", "dataclasses", "hashlib", "heapq", "itertools", "math",
+    "random", "typing",
+}  # fmt: skip
+TENSORS = {"torch", "transformers", "numba", "greenlet"}
 
 
-def imported(path: Path) -> set[str]:
-    """Every module that the file imports, anywhere in it."""
+def modules(folder: Path, name: str) -> dict[str, Path]:
+    """By their dotted names, with `name` for the folder."""
+    paths = (path for path in folder.rglob("*.py") if "__pycache__" not in path.parts and path.name != "__init__.py")
+    return {".".join((name, *path.relative_to(folder).with_suffix("").parts)): path for path in paths}
+
+
+PACKAGE = {
+    name: path
+    for name, path in modules(ROOT / "flexgen_lite", "flexgen_lite").items()
+    if not name.startswith("flexgen_lite.workers.")
+}
+WORKERS = modules(ROOT / "workers", "flexgen_lite.workers")
+
+
+def imported(path: Path, in_functions: bool = True) -> set[str]:
+    """Every module that the file imports; of `from a import b` a.b, where that is a module."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree) if in_functions else tree.body:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+            whole = {f"{node.module}.{alias.name}" for alias in node.names} & (PACKAGE.keys() | WORKERS.keys())
+            names |= whole or {node.module}
     return names
 
 
-@pytest.mark.parametrize("name", PURE)
-def test_pure_logic_is_pure(name: str) -> None:
-    allowed = tuple(f"flexgen_lite.{module}" for module in PURE)
-    foreign = {
-        n
-        for n in imported(ROOT / "flexgen_lite" / f"{name}.py")
-        if n.split(".")[0]
-        not in {"__future__", "array", "collections", "dataclasses", "typing", "math", "itertools", "hashlib"}
-    }
-    assert all(n.startswith(allowed) or n.removeprefix("flexgen_lite.").split(".")[0] in PURE for n in foreign), foreign
+def ours(path: Path) -> set[str]:
+    return {name.removeprefix("flexgen_lite.") for name in imported(path) if name.startswith("flexgen_lite.")}
 
 
-@pytest.mark.parametrize("name", COORDINATOR_SIDE)
+def floor_of(name: str, floors: tuple[tuple[str, ...], ...]) -> int:
+    found = [number for number, folders in enumerate(floors) if name.split(".")[0] in folders]
+    assert found, f"{name} is on no floor"
+    return found[0]
+
+
+@pytest.mark.parametrize("name", sorted(PACKAGE))
+def test_imports_run_down(name: str) -> None:
+    inner = name.removeprefix("flexgen_lite.")
+    if inner == "__main__":
+        return
+    for used in ours(PACKAGE[name]):
+        if inner == "cli.doctor" and used.startswith("workers."):
+            continue  # it looks for the GPU that a compute worker would find
+        same = used.split(".")[0] == inner.split(".")[0]
+        assert same or floor_of(used, FLOORS) > floor_of(inner, FLOORS), used
+
+
+@pytest.mark.parametrize("name", sorted(WORKERS))
+def test_imports_of_workers_run_down(name: str) -> None:
+    inner = name.removeprefix("flexgen_lite.workers.")
+    if inner == "__main__":
+        return
+    for used in ours(WORKERS[name]):
+        if not used.startswith("workers."):
+            assert used.startswith(OF_USE_TO_WORKERS), used
+            continue
+        used = used.removeprefix("workers.")
+        same = used.split(".")[0] == inner.split(".")[0]
+        assert same or floor_of(used, WORKER_FLOORS) > floor_of(inner, WORKER_FLOORS), used
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in sorted(PACKAGE) if name.split(".")[1] in ("queue", "schedule", "plan")]
+)
+def test_what_decides_is_pure(name: str) -> None:
+    """No I/O, no clock, no thread, no tensor."""
+    if name.removeprefix("flexgen_lite.") not in NOT_PURE:
+        assert {module for module in imported(PACKAGE[name]) if not module.startswith("flexgen_lite.")} <= PURE_MODULES
+
+
+@pytest.mark.parametrize("name", sorted(PACKAGE))
 def test_no_tensor_library_outside_the_workers(name: str) -> None:
-    roots = {n.split(".")[0] for n in imported(ROOT / "flexgen_lite" / f"{name}.py")}
-    assert not roots & HEAVY
+    if not name.startswith(("flexgen_lite.demo.", "flexgen_lite.lm_eval.")):
+        assert not {module.split(".")[0] for module in imported(PACKAGE[name])} & TENSORS
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "workers").glob("*.py")), ids=lambda path: path.stem)
-def test_workers_do_not_know_the_coordinator(path: Path) -> None:
-    forbidden = {
-        "coordinator", "worker_process", "crew", "client", "llm", "cli", "engine_process", "requests", "batching",
-    }  # fmt: skip
-    used = {n.split(".")[1] for n in imported(path) if n.startswith("flexgen_lite.") and n.count(".")}
-    assert not used & forbidden
+@pytest.mark.parametrize("name", [name for name in sorted(WORKERS) if ".loader." in name or ".attention." in name])
+def test_only_the_compute_worker_imports_torch(name: str) -> None:
+    assert not {module.split(".")[0] for module in imported(WORKERS[name])} & {"torch", "transformers"}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "workers").glob("*.py")), ids=lambda path: path.stem)
-def test_only_the_compute_worker_imports_torch(path: Path) -> None:
-    small = {"loader", "loader_state", "disk_reader", "attention", "attention_state", "attention_kernels", "serve"}
-    if path.stem in small:
-        assert not {n.split(".")[0] for n in imported(path)} & {"torch", "transformers"}
+@pytest.mark.parametrize("folder", sorted({path.parent for path in (*PACKAGE.values(), *WORKERS.values())}), ids=str)
+def test_a_folder_says_what_it_is_and_exports_nothing(folder: Path) -> None:
+    if folder != ROOT / "flexgen_lite":
+        tree = ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))
+        assert ast.get_docstring(tree)
+        assert len(tree.body) == 1

@@ -10,7 +10,7 @@ import pytest
 from flexgen_lite.config.engine import ConfigError, EngineConfig, parse_setting
 from flexgen_lite.config.reference import reference
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 
 
 def test_defaults_are_auto() -> None:
@@ -191,5 +191,5 @@ def test_what_is_no_setting(text: str, message: str) -> None:
 
 
 def test_the_reference_page_is_what_the_definitions_say() -> None:
-    page = Path(__file__).parents[2] / "docs" / "configuration.md"
+    page = Path(__file__).parents[3] / "docs" / "configuration.md"
     assert page.read_text(encoding="utf-8") == reference()

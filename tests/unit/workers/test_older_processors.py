@@ -16,7 +16,7 @@ AVX2 = (
 )
 AVX512 = f"{AVX2},+avx512f,+avx512bw,+avx512cd,+avx512dq,+avx512vl"
 PROCESSORS = {"haswell": AVX2, "skylake-avx512": AVX512}
-KERNEL_TESTS = ("tests/unit/test_attention_kernels.py", "tests/property/test_prefill_attention.py")
+KERNEL_TESTS = ("tests/unit/workers/attention/test_kernels.py", "tests/property/test_prefill_attention.py")
 # Where vectors are as wide as here, only products of bfloat16 are done in another way.
 CHOSEN = {"skylake-avx512": ["-k", "bfloat16 or prefill"]}
 
@@ -37,7 +37,7 @@ def test_kernels(name: str, tmp_path: Path) -> None:
     }
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *KERNEL_TESTS, *CHOSEN.get(name, [])],
-        env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
+        env=environment, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
 

@@ -16,7 +16,7 @@ from flexgen_lite.lm_eval.generation import Answer, StopStrings
 from flexgen_lite.lm_eval.generation_options import GenerationOptions, read_model_defaults, read_options
 from tests.tiny_tokenizers import EOS, IM_END, make_tokenizer
 
-DOCS = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+DOCS = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from flexgen_lite.lm_eval.arguments import (
 from flexgen_lite.lm_eval.model import FlexGenLiteLM
 
 NOWHERE = "ipc:///tmp/nowhere.sock"
-DOCS = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+DOCS = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text(encoding="utf-8")
 
 
 def parameters(cls: Any) -> set[str]:

@@ -8,12 +8,12 @@ import sys
 import pytest
 
 from flexgen_lite.client.sampling_params import GREEDY
-from flexgen_lite.queue.detached_jobs import KeptJob
+from flexgen_lite.queue.kept_jobs import KeptJob
 from flexgen_lite.wire.client_messages import RequestDone, WireOutput, WireRequest
 
 LIMITED = """
 import resource, signal
-from tests.unit.test_kept_jobs import check
+from tests.unit.queue.test_kept_jobs import check
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 check()

@@ -29,7 +29,7 @@ def test_values_arrive_with_the_types_of_the_wire() -> None:
 
 
 def test_the_documented_parameters_are_those_there_are() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "sampling.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "sampling.md").read_text()
     rows = [line.split("|") for line in page.splitlines() if line.startswith("| `")]
     documented = {row[1].strip().strip("`"): row[2].strip() for row in rows}
     fields = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
