@@ -7,11 +7,13 @@ from collections.abc import Mapping
 
 from flexgen_lite import __version__
 from flexgen_lite.config.engine import EngineConfig
+from flexgen_lite.engine.events import log
 from flexgen_lite.engine.lanes import Lanes
 from flexgen_lite.engine.setup import Setup
 from flexgen_lite.memory.usage import MemoryUse
 from flexgen_lite.plan.plan import CUDA_CONTEXT_BYTES
 from flexgen_lite.plan.text import describe
+from flexgen_lite.text.sizes import format_size
 from flexgen_lite.wire import worker_messages
 from flexgen_lite.wire.client_messages import Status
 
@@ -47,6 +49,10 @@ class EngineStats:
         self._history.append((now, self.lanes.busy_ns))
         while len(self._history) > 2 and now - self._history[1][0] > LANE_SECONDS * 1e9:
             self._history.pop(0)
+
+    def warn_of_memory(self) -> None:
+        for name, used, planned in self.memory.beyond_plan():
+            log(f"warning: {name} takes {format_size(used)} of memory where {format_size(planned)} were planned")
 
     # ------------------------------------------------------------------------------------------------ what was done
 

@@ -98,6 +98,11 @@ class WorkerProcess:
         os.set_blocking(self.output, False)
         self.pidfd = os.pidfd_open(self.pid)
 
+    @property
+    def index(self) -> int:
+        """Of an attention worker, among them."""
+        return int(self.name.rpartition(" ")[2])
+
     def send(self, message: Any, expects_answer: bool = True) -> None:
         if expects_answer:
             if self.outstanding == 0:

@@ -21,7 +21,7 @@ from flexgen_lite.errors import EngineError
 from flexgen_lite.plan.workload import Workload
 from flexgen_lite.wire.runtime_dir import RuntimeDir
 
-COMMAND = (sys.executable, "-m", "flexgen_lite.engine.coordinator")
+COMMAND = (sys.executable, "-m", "flexgen_lite.engine")
 
 _STOP_SECONDS = 10.0
 _START_GRACE = 15.0  # the coordinator's own deadline comes first: it knows what it waits for

@@ -46,7 +46,7 @@ def coordinators_of(pid: int) -> list[psutil.Process]:
     found = []
     for child in psutil.Process(pid).children():
         with contextlib.suppress(psutil.NoSuchProcess):  # or a zombie, which has no command line
-            found += [child] * ("flexgen_lite.engine.coordinator" in child.cmdline())
+            found += [child] * ("flexgen_lite.engine" in child.cmdline())
     return found
 
 

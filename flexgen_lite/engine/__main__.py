@@ -1,0 +1,64 @@
+"""`python -m flexgen_lite.engine`: the coordinator's process.
+
+Started by EngineProcess: one JSON line on standard input (`config`, `run_dir`, `expected`), then the pipe is held open
+and its end is this process's end. What happens is told on standard output (events.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import traceback
+from pathlib import Path
+
+from flexgen_lite.config.engine import ConfigError, EngineConfig
+from flexgen_lite.engine.coordinator import Coordinator, Stopping
+from flexgen_lite.engine.events import emit
+from flexgen_lite.engine.worker_process import WorkerDied
+from flexgen_lite.engine.worker_supervisor import FINAL
+from flexgen_lite.plan.plan import PlanError
+from flexgen_lite.plan.workload import Workload
+from flexgen_lite.wire.access import KeyFileError
+
+
+def main() -> int:
+    order = json.loads(_first_line(sys.stdin.fileno()))
+    run_dir = Path(order["run_dir"])
+    try:
+        config = EngineConfig.from_json(json.dumps(order["config"]))
+        expected = Workload.from_dict(order.get("expected"))
+        with Coordinator(config, run_dir, expected) as coordinator:
+            coordinator.run()
+    except Stopping:
+        return 0
+    except (ConfigError, KeyFileError, PlanError) as error:
+        emit("failed", message=str(error), user_error=True, details="")
+        return 2
+    except WorkerDied as error:
+        comes_again = error.kind in FINAL
+        emit("failed", message=str(error), user_error=error.user_error, details=error.details, comes_again=comes_again)
+        return 2 if error.user_error else 1
+    except Exception as error:  # the one crash boundary: report, then end
+        details = "".join(traceback.format_exception(error))
+        emit("failed", message=f"the coordinator failed: {error!r}", user_error=False, details=details)
+        return 1
+    finally:
+        shutil.rmtree(run_dir, ignore_errors=True)  # its owner may be gone
+    return 0
+
+
+def _first_line(descriptor: int) -> bytes:
+    """Read unbuffered: what comes behind the line is watched for."""
+    line = b""
+    while not line.endswith(b"\n"):
+        byte = os.read(descriptor, 1)
+        if not byte:
+            raise EOFError("no order on standard input")
+        line += byte
+    return line
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
