@@ -3,7 +3,7 @@
 A `Vector` holds LANES float32. Memory is named by address, an int64. Functions that differ by how items are stored take
 a *kind* as their last argument, a value whose type alone counts: float32, uint16 for bfloat16, int16 for float16.
 
-Numba's disk cache watches the files of the kernels alone, prefill_kernels.py and attention_kernels.py: touch them after
+Numba's disk cache watches the files of the kernels alone, prefill_kernels.py and attention/kernels.py: touch them after
 an edit here.
 """
 

@@ -6,327 +6,58 @@ a running maximum m, sum of weights l and weighted sums of values per query. Chu
 in the item or afterwards, with the same arithmetic: a query's result depends neither on the rest of the batch nor on
 the number of threads.
 
-Memory is named by address; how keys and values lie in a page is said in attention_tiles.py. Scores are kept in base 2:
-multiplied by log2(e), so that softmax needs 2**x only.
+Memory is named by address. What is done within a block is in block.py, down to registers in tiles.py.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numba import njit
 
 from flexgen_lite.workers import simd
-from flexgen_lite.workers.attention import tiles
-from flexgen_lite.workers.attention.tiles import LINES, ROW
+from flexgen_lite.workers.attention import layout, tiles
+from flexgen_lite.workers.attention.block import (
+    LOG2_E,
+    OPTIONS,
+    ask_for_first,
+    attend_block,
+    exp2,
+    find_groups,
+    kernel,
+    key_address,
+    value_address,
+    words,
+)
+from flexgen_lite.workers.attention.layout import BLOCK, CHUNK
+from flexgen_lite.workers.attention.tiles import ROW
 from flexgen_lite.workers.simd import LANES
 
-BLOCK = 64  # tokens, a multiple of 4 LANES
-GROUPS = BLOCK // LANES  # of a block
-AHEAD = 8  # groups of LANES tokens between what is computed and what is asked for
-CHUNK = 512  # tokens, a multiple of BLOCK
-QUERIES = 32  # at most, per unit
-STORE_ROWS = 64  # at most, per piece of a store
-
 _F = np.float32
-_ZERO, _ONE, _TWO = _F(0), _F(1), _F(2)
-_LOG2_E = _F(1.4426950408889634)
+_ZERO, _ONE = _F(0), _F(1)
 _LOWEST = _F(-1e30)  # the maximum before the first score
-_HIDDEN = _F(-1e35)  # a score that is masked: far below that
 
-_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "_nrt": False}
-_kernel: Any = njit(**_OPTIONS)
-_entry: Any = njit(cache=True, **_OPTIONS)
-
-_score_1x4, _score_1x1 = tiles.score_tile(1, 4), tiles.score_tile(1, 1)
-_score_2x2, _score_2x1 = tiles.score_tile(2, 2), tiles.score_tile(2, 1)
-_score_4x1 = tiles.score_tile(4, 1)
-_values_1, _values_2, _values_4 = (tiles.value_tile(n, LINES) for n in (1, 2, 4))
-_tail_1, _tail_2, _tail_4 = (tiles.value_tile(n, 1, masked=True) for n in (1, 2, 4))
+_entry: Any = njit(cache=True, **OPTIONS)
+_places: Any = kernel(layout.places)
 
 
-class Shape(NamedTuple):
-    """A layer's attention as the kernels need it. Offsets are in bytes: `keys` and `values` of the layer in the KV
-    arena, the rest in an exchange region."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    value_dim: int
-    page_shift: int  # log2 of the tokens of a page
-    window: int  # tokens a query sees, itself included; 0: all
-    has_sinks: bool
-    scaling: np.float32
-    softcap: np.float32  # 0: none
-    keys: int
-    values: int
-    q: int
-    k: int
-    v: int
-    out: int
-    sinks: int
-
-
-class Unit(NamedTuple):
-    """The columns of `units`. Queries count row by row, in a row by head of the KV head's group."""
-
-    row: int
-    position: int  # of the row
-    pages: int  # where the sequence's pages begin in `pages`
-    first: int  # query
-    last: int  # query, exclusive
-    chunk: int
-    chunk_stop: int
-    partial: int  # -1: the whole of these queries; else where its result goes, in queries per key/value head
-    stores: int  # 1: the row's K and V are to be stored first
-
-
-class Places(NamedTuple):
-    """Where things lie in a thread's scratch memory, and the strides of rows, in bytes."""
-
-    query_stride: int
-    score_stride: int
-    sum_stride: int
-    query: int
-    where: int  # of the block's groups: keys, keys ahead, values, values ahead; int64 each
-    score: int
-    sums: int
-    total: int
-    m: int
-    l: int  # noqa: E741  # a vector each, whose lanes are yet to be summed
-    total_m: int
-    total_l: int
-    line: int
-    end: int
-
-
-def places(base: int, head_dim: int, value_dim: int, per_word: int) -> Places:
-    """`base` is a multiple of 64; so is what the places take together, `end` - `base`."""
-    query_stride = ((head_dim + per_word - 1) // per_word * per_word * 4 + 63) // 64 * 64
-    sum_stride = ((value_dim + per_word - 1) // per_word + LANES - 1) // LANES * per_word * ROW
-    where = base + QUERIES * query_stride
-    score = where + 4 * GROUPS * 8
-    sums = score + QUERIES * BLOCK * 4
-    total = sums + QUERIES * sum_stride
-    m = total + QUERIES * sum_stride
-    sum_of_weights = m + QUERIES * 4
-    total_m = sum_of_weights + QUERIES * ROW
-    total_l = total_m + QUERIES * 4
-    line = total_l + QUERIES * 4
-    return Places(
-        query_stride, BLOCK * 4, sum_stride, base, where, score, sums, total,
-        m, sum_of_weights, total_m, total_l, line, line + ROW,
-    )  # fmt: skip
-
-
-def partial_bytes(value_dim: int, per_word: int) -> int:
-    """Of one query of a partial unit and one KV head: its sums, m and l."""
-    return places(0, 1, value_dim, per_word).sum_stride + 64
-
-
-_places: Any = _kernel(places)
-
-
-@_kernel
+@kernel
 def _partial_bytes(at):  # type: ignore[no-untyped-def]
     return at.sum_stride + 64
 
 
-@_kernel
-def _words(dim, per_word):  # type: ignore[no-untyped-def]
-    """Words of a row of `dim` items."""
-    return (dim + per_word - 1) // per_word
-
-
-@_kernel
-def _exp2(x):  # type: ignore[no-untyped-def]
-    return simd.first(simd.exp2(simd.splat(x)))
-
-
-@_kernel
+@kernel
 def _clear(start, stop):  # type: ignore[no-untyped-def]
     for at in range(start, stop, 4):
         simd.store_float(_ZERO, at)
 
 
-@_kernel
-def _scale(start, stop, factor):  # type: ignore[no-untyped-def]
-    factors = simd.splat(factor)
-    for at in range(start, stop, ROW):
-        simd.store(simd.multiply(simd.load(at), factors), at)
-
-
-@_kernel
-def _key_address(kv, shape, pages, head, token, width):  # type: ignore[no-untyped-def]
-    """Of the group that `token` is the first of; `width` words are a key."""
-    page, within = pages[token >> shape.page_shift], token & ((1 << shape.page_shift) - 1)
-    return kv + shape.keys + ((((page * shape.num_kv_heads + head) << shape.page_shift) + within) * width) * 4
-
-
-@_kernel
-def _value_address(kv, shape, pages, head, token, width):  # type: ignore[no-untyped-def]
-    page, within = pages[token >> shape.page_shift], token & ((1 << shape.page_shift) - 1)
-    return kv + shape.values + ((((page * shape.num_kv_heads + head) << shape.page_shift) + within) * width) * 4
-
-
-@_kernel
-def _find_groups(kv, shape, pages, head, block, start, stop, end, per_word, at):  # type: ignore[no-untyped-def]
-    """Notes where the block's groups lie that hold tokens of start .. stop, and those AHEAD of them up to `end`."""
-    key_words, value_words = _words(shape.head_dim, per_word), _words(shape.value_dim, per_word)
-    for g in range((start - block) // LANES, (stop - block + LANES - 1) // LANES):
-        token = block + g * LANES
-        ahead = token + AHEAD * LANES
-        ahead = ahead if ahead < end else token
-        to = at.where + 8 * g
-        tiles.store_address(_key_address(kv, shape, pages, head, token, key_words), to)
-        tiles.store_address(_key_address(kv, shape, pages, head, ahead, key_words), to + 8 * GROUPS)
-        tiles.store_address(_value_address(kv, shape, pages, head, token, value_words), to + 16 * GROUPS)
-        tiles.store_address(_value_address(kv, shape, pages, head, ahead, value_words), to + 24 * GROUPS)
-
-
-@_kernel
-def _ask_for_first(kv, shape, pages, head, begin, end, per_word):  # type: ignore[no-untyped-def]
-    """Asks for the first AHEAD groups of an item."""
-    key_words, value_words = _words(shape.head_dim, per_word), _words(shape.value_dim, per_word)
-    begin = begin // LANES * LANES
-    for token in range(begin, min(end, begin + AHEAD * LANES), LANES):
-        keys = _key_address(kv, shape, pages, head, token, key_words)
-        values = _value_address(kv, shape, pages, head, token, value_words)
-        for at in range(keys, keys + key_words * ROW, 64):
-            tiles.prefetch(at)
-        for at in range(values, values + value_words * ROW, 64):
-            tiles.prefetch(at)
-
-
-@_kernel
-def _tile_size(left):  # type: ignore[no-untyped-def]
-    """Queries of the next tile, with `left` to come."""
-    return 4 if left >= 4 else 2 if left >= 2 else 1
-
-
-@_kernel
-def _score(at, i, size, first, last, width, kind):  # type: ignore[no-untyped-def]
-    """Scores of queries i .. i + size with groups first .. last of the block; `width` words are a key."""
-    query, stride = at.query + i * at.query_stride, at.query_stride
-    where, score = at.where + 8 * first, at.score + i * at.score_stride + first * ROW
-    ahead = where + 8 * GROUPS if i == 0 else where
-    g = first
-    while g < last:
-        step = 1
-        if size == 1 and g + 4 <= last:
-            step = 4
-            _score_1x4(where, ahead, query, stride, width, score, at.score_stride, kind)
-        elif size == 1:
-            _score_1x1(where, ahead, query, stride, width, score, at.score_stride, kind)
-        elif size == 2 and g + 2 <= last:
-            step = 2
-            _score_2x2(where, ahead, query, stride, width, score, at.score_stride, kind)
-        elif size == 2:
-            _score_2x1(where, ahead, query, stride, width, score, at.score_stride, kind)
-        else:
-            _score_4x1(where, ahead, query, stride, width, score, at.score_stride, kind)
-        g, where, ahead, score = g + step, where + 8 * step, ahead + 8 * step, score + step * ROW
-
-
-@_kernel
-def _weigh(at, i, first, last, start, stop, shape):  # type: ignore[no-untyped-def]
-    """Scores of groups first .. last become weights, zero outside tokens start .. stop of the block; m, l and the sums
-    follow."""
-    scores = at.score + i * at.score_stride
-    scale = shape.scaling * _LOG2_E
-    scales, zero, hidden = simd.splat(scale), simd.splat(_ZERO), _HIDDEN
-    if shape.softcap > _ZERO:
-        # tanh(x) = 1 - 2 / (exp(2 x) + 1); 2 x in base 2 is kept to where float32 has tanh(x) = 1.
-        scales = simd.splat(scale * _TWO / shape.softcap)
-        one, two, low, cap = (
-            simd.splat(_ONE),
-            simd.splat(_TWO),
-            simd.splat(_F(-64)),
-            simd.splat(shape.softcap * _LOG2_E),
-        )
-    top = simd.splat(_HIDDEN)
-    for g in range(first, last):
-        x = simd.multiply(simd.load(scores + g * ROW), scales)
-        if shape.softcap > _ZERO:
-            x = simd.maximum(low, x)
-            x = simd.subtract(zero, simd.maximum(low, simd.subtract(zero, x)))
-            x = simd.multiply(cap, simd.subtract(one, simd.divide(two, simd.add(simd.exp2(x), one))))
-        if g * LANES < start or (g + 1) * LANES > stop:
-            x = simd.hide(x, start - g * LANES, stop - g * LANES - 1, hidden)
-        top = simd.maximum(top, x)
-        simd.store(x, scores + g * ROW)
-    m, largest = simd.load_float(at.m + 4 * i), simd.largest(top)
-    sum_at, l_at = at.sums + i * at.sum_stride, at.l + i * ROW
-    if largest > m:
-        keep = _exp2(m - largest)
-        _scale(sum_at, sum_at + at.sum_stride, keep)
-        simd.store(simd.multiply(simd.load(l_at), simd.splat(keep)), l_at)
-        simd.store_float(largest, at.m + 4 * i)
-        m = largest
-    ms, total = simd.splat(m), simd.load(l_at)
-    for g in range(first, last):
-        x = simd.exp2(simd.subtract(simd.load(scores + g * ROW), ms))
-        total = simd.add(total, x)
-        simd.store(x, scores + g * ROW)
-    simd.store(total, l_at)
-
-
-@_kernel
-def _add_values(at, i, size, first, last, start, stop, width, per_word, kind):  # type: ignore[no-untyped-def]
-    """Adds the weighted values of tokens start .. stop of the block to the sums of queries i .. i + size."""
-    stride = 4 * width
-    for g in range(first, last):
-        begin, end = max(start - g * LANES, 0), min(stop - g * LANES, LANES)
-        rows = tiles.load_address(at.where + 16 * GROUPS + 8 * g) + begin * stride
-        ahead = tiles.load_address(at.where + 24 * GROUPS + 8 * g) + begin * stride if i == 0 else rows
-        weights = at.score + i * at.score_stride + g * ROW + 4 * begin
-        sums, word, count = at.sums + i * at.sum_stride, 0, end - begin
-        while word + LINES * LANES <= width:
-            v, a = rows + 4 * word, ahead + 4 * word
-            if size == 1:
-                _values_1(v, stride, count, weights, at.score_stride, sums, at.sum_stride, a, 0, kind)
-            elif size == 2:
-                _values_2(v, stride, count, weights, at.score_stride, sums, at.sum_stride, a, 0, kind)
-            else:
-                _values_4(v, stride, count, weights, at.score_stride, sums, at.sum_stride, a, 0, kind)
-            word += LINES * LANES
-            sums += LINES * per_word * ROW
-        while word < width:
-            v, a, some = rows + 4 * word, ahead + 4 * word, min(width - word, LANES)
-            if size == 1:
-                _tail_1(v, stride, count, weights, at.score_stride, sums, at.sum_stride, a, some, kind)
-            elif size == 2:
-                _tail_2(v, stride, count, weights, at.score_stride, sums, at.sum_stride, a, some, kind)
-            else:
-                _tail_4(v, stride, count, weights, at.score_stride, sums, at.sum_stride, a, some, kind)
-            word += LANES
-            sums += per_word * ROW
-
-
-@_kernel
-def _attend_block(unit, shape, at, block, start, stop, per_word, kind):  # type: ignore[no-untyped-def]
-    """Joins tokens start .. stop of the block that begins at token `block` to the chunk's m, l and sums."""
-    heads, count = shape.num_heads // shape.num_kv_heads, unit.last - unit.first
-    first, last = (start - block) // LANES, (stop - block + LANES - 1) // LANES
-    key_words, value_words = _words(shape.head_dim, per_word), _words(shape.value_dim, per_word)
-    i = 0
-    while i < count:
-        size = _tile_size(count - i)
-        _score(at, i, size, first, last, key_words, kind)
-        for query in range(i, i + size):
-            seen = unit.position + (unit.first + query) // heads + 1
-            begin = max(0, seen - shape.window) if shape.window > 0 else 0
-            _weigh(at, query, first, last, max(start, begin) - block, min(stop, seen) - block, shape)
-        _add_values(at, i, size, first, last, start - block, stop - block, value_words, per_word, kind)
-        i += size
-
-
-@_kernel
+@kernel
 def _join(total, total_m, total_l, sums, m, l, num_bytes):  # type: ignore[no-untyped-def]  # noqa: E741
     """Adds one query's chunk (m, l, sums) to a running total by log-sum-exp; returns the total's m, l."""
     new_m = max(total_m, m)
-    a, b = _exp2(total_m - new_m), _exp2(m - new_m)
+    a, b = exp2(total_m - new_m), exp2(m - new_m)
     mine, other = simd.splat(a), simd.splat(b)
     for i in range(0, num_bytes, ROW):
         x = simd.multiply(simd.load(total + i), mine)
@@ -334,17 +65,17 @@ def _join(total, total_m, total_l, sums, m, l, num_bytes):  # type: ignore[no-un
     return new_m, total_l * a + l * b
 
 
-@_kernel
+@kernel
 def _write(region, unit, i, shape, head, sums, m, l, line, per_word, kind):  # type: ignore[no-untyped-def] # noqa: E741
     """Writes one query's output, rounded to the storage dtype. `line` is room for a vector."""
     heads = shape.num_heads // shape.num_kv_heads
     row, query_head = unit.row + (unit.first + i) // heads, head * heads + (unit.first + i) % heads
     scale = _ONE
     if shape.has_sinks:
-        sink = simd.load_float(region + shape.sinks + 4 * query_head) * _LOG2_E
+        sink = simd.load_float(region + shape.sinks + 4 * query_head) * LOG2_E
         new_m = max(m, sink)
-        scale = _exp2(m - new_m)
-        l = l * scale + _exp2(sink - new_m)  # noqa: E741
+        scale = exp2(m - new_m)
+        l = l * scale + exp2(sink - new_m)  # noqa: E741
     scale = scale / l
     size = 4 // per_word
     target = region + shape.out + (row * shape.num_heads + query_head) * shape.value_dim * size
@@ -359,7 +90,7 @@ def _write(region, unit, i, shape, head, sums, m, l, line, per_word, kind):  # t
             simd.copy_item(line + e * size, target + e * size, np.uint16(0))
 
 
-@_kernel
+@kernel
 def _load_queries(region, unit, shape, head, at, per_word, kind):  # type: ignore[no-untyped-def]
     """The unit's queries as the tiles want them: words, or float32 with zeros behind."""
     heads, size, dim = shape.num_heads // shape.num_kv_heads, 4 // per_word, shape.head_dim
@@ -368,7 +99,7 @@ def _load_queries(region, unit, shape, head, at, per_word, kind):  # type: ignor
         source = region + shape.q + (row * shape.num_heads + query_head) * dim * size
         to = at.query + i * at.query_stride
         if tiles.is_multiplied_as_words(kind):
-            for w in range(_words(dim, per_word)):
+            for w in range(words(dim, per_word)):
                 tiles.copy_word(source + 4 * w, dim - w * per_word, to + 4 * w, kind)
         else:
             for d in range(dim):
@@ -376,23 +107,23 @@ def _load_queries(region, unit, shape, head, at, per_word, kind):  # type: ignor
             _clear(to + 4 * dim, to + at.query_stride)
 
 
-@_kernel
+@kernel
 def _store_row(kv, region, shape, pages, head, row, token, per_word, kind):  # type: ignore[no-untyped-def]
     """Copies the K and V of one row and head into their place."""
     heads, size, d, e = shape.num_kv_heads, 4 // per_word, shape.head_dim, shape.value_dim
-    key_words, value_words = _words(d, per_word), _words(e, per_word)
+    key_words, value_words = words(d, per_word), words(e, per_word)
     source = region + shape.k + (row * heads + head) * d * size
     group = token // LANES * LANES
-    to = _key_address(kv, shape, pages, head, group, key_words) + (token - group) * 4
+    to = key_address(kv, shape, pages, head, group, key_words) + (token - group) * 4
     for w in range(key_words):
         tiles.copy_word(source + 4 * w, d - w * per_word, to + w * ROW, kind)
     source = region + shape.v + (row * heads + head) * e * size
-    to = _value_address(kv, shape, pages, head, token, value_words)
+    to = value_address(kv, shape, pages, head, token, value_words)
     for w in range(value_words):
         tiles.copy_word(source + 4 * w, e - w * per_word, to + 4 * w, kind)
 
 
-@_kernel
+@kernel
 def _attend_chunk(kv, shape, pages, unit, head, at, start, stop, end, per_word, kind):  # type: ignore[no-untyped-def]
     count = unit.last - unit.first
     _clear(at.sums, at.sums + count * at.sum_stride)
@@ -401,11 +132,11 @@ def _attend_chunk(kv, shape, pages, unit, head, at, start, stop, end, per_word, 
         simd.store_float(_LOWEST, at.m + 4 * i)
     for block in range(start // BLOCK * BLOCK, stop, BLOCK):
         begin, limit = max(start, block), min(stop, block + BLOCK)
-        _find_groups(kv, shape, pages, head, block, begin, limit, end, per_word, at)
-        _attend_block(unit, shape, at, block, begin, limit, per_word, kind)
+        find_groups(kv, shape, pages, head, block, begin, limit, end, per_word, at)
+        attend_block(unit, shape, at, block, begin, limit, per_word, kind)
 
 
-@_kernel
+@kernel
 def _attend_item(kv, region, all_pages, unit, shape, head, at, partials, kind):  # type: ignore[no-untyped-def]
     per_word = tiles.items_per_word(kind)
     heads, count, stride = shape.num_heads // shape.num_kv_heads, unit.last - unit.first, at.sum_stride
@@ -417,7 +148,7 @@ def _attend_item(kv, region, all_pages, unit, shape, head, at, partials, kind): 
     begin = max(0, unit.position + unit.first // heads + 1 - shape.window) if shape.window > 0 else 0
     begin, end = max(begin, unit.chunk * CHUNK), min(end, unit.chunk_stop * CHUNK)
     is_single = unit.chunk_stop - unit.chunk == 1
-    _ask_for_first(kv, shape, pages, head, begin, end, per_word)
+    ask_for_first(kv, shape, pages, head, begin, end, per_word)
     for chunk in range(unit.chunk, unit.chunk_stop):
         start, stop = max(begin, chunk * CHUNK), min(end, (chunk + 1) * CHUNK)
         _attend_chunk(kv, shape, pages, unit, head, at, start, stop, end, per_word, kind)
@@ -446,10 +177,10 @@ def _attend_item(kv, region, all_pages, unit, shape, head, at, partials, kind): 
                     _write(region, unit, i, shape, head, total, m, l, at.line, per_word, kind)
 
 
-@_kernel
+@kernel
 def _unit(units, index):  # type: ignore[no-untyped-def]
     u = units[index]
-    return Unit(u[0], u[1], u[2], u[3], u[4], u[5], u[6], u[7], u[8])
+    return layout.Unit(u[0], u[1], u[2], u[3], u[4], u[5], u[6], u[7], u[8])
 
 
 @_entry

@@ -13,7 +13,7 @@ from flexgen_lite.memory import exchange as exchange_layout
 from flexgen_lite.memory import kv_layout
 from flexgen_lite.model.spec import ITEM_BYTES
 from flexgen_lite.wire.worker_messages import AttachAttention, Attend, BeginAttention, KvBatch, KvSpan
-from flexgen_lite.workers.attention import kernels
+from flexgen_lite.workers.attention import kernels, layout
 from flexgen_lite.workers.simd import LANES
 from flexgen_lite.workers.team import Job, Team
 
@@ -115,7 +115,7 @@ class AttentionState:
                     except OSError:  # an older kernel: they come when they are touched
                         return
 
-    def _run(self, batch: _Batch, shape: kernels.Shape) -> None:
+    def _run(self, batch: _Batch, shape: layout.Shape) -> None:
         kv, region, pages, scratch, kind = self._kv.ctypes.data, batch.region, batch.pages, self._scratch, self._kind
         partials, counter = self._partials.ctypes.data, self._counter.ctypes.data
         plan = batch.units[_unit_key(shape)]
@@ -141,7 +141,7 @@ class AttentionState:
             self._counter[0] = 0
             self._team.run(job)
 
-    def _shape(self, layer: int) -> kernels.Shape:
+    def _shape(self, layer: int) -> layout.Shape:
         spec, kv = self._attach.layers[layer], self._attach.kv
         size = ITEM_BYTES[kv.dtype]
         at = exchange_layout.layout(spec, self._attach.exchange.max_tokens, size)
@@ -150,7 +150,7 @@ class AttentionState:
                 f"layer {layer} needs exchange regions of {at.num_bytes} bytes, "
                 f"they have {self._attach.exchange.region_bytes}"
             )
-        return kernels.Shape(
+        return layout.Shape(
             num_heads=spec.num_heads,
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
@@ -175,7 +175,7 @@ class AttentionState:
         if threads != self._team.size:
             self._team.close()
             self._team = Team(threads)
-            size = max(kernels.places(0, s.head_dim, s.value_dim, self._per_word).end for s in self._shapes)
+            size = max(layout.places(0, s.head_dim, s.value_dim, self._per_word).end for s in self._shapes)
             self._memory = np.zeros(threads * size + 64, np.uint8)
             start = -(-self._memory.ctypes.data // 64) * 64
             self._scratch = [start + i * size for i in range(threads)]
@@ -220,23 +220,23 @@ class AttentionState:
             if not 0 <= page < kv.num_pages:
                 raise ValueError(f"{what}: page {page}, the arena has {kv.num_pages} pages")
 
-    def _reserve(self, num_partials: int, shape: kernels.Shape) -> None:
-        size = num_partials * shape.num_kv_heads * kernels.partial_bytes(shape.value_dim, self._per_word)
+    def _reserve(self, num_partials: int, shape: layout.Shape) -> None:
+        size = num_partials * shape.num_kv_heads * layout.partial_bytes(shape.value_dim, self._per_word)
         if size > len(self._partials):
             self._partials = np.zeros(size, np.uint8)
 
 
-def _unit_key(shape: kernels.Shape) -> tuple[int, int]:
+def _unit_key(shape: layout.Shape) -> tuple[int, int]:
     return shape.num_heads // shape.num_kv_heads, shape.window
 
 
 def _pieces(spans: list[tuple[KvSpan, int]]) -> Ints:
     """Spans cut into runs of rows that one thread stores; a single row that attends is stored by its unit."""
     pieces = [
-        (span.row + i, min(kernels.STORE_ROWS, span.num_rows - i), span.position + i, pages)
+        (span.row + i, min(layout.STORE_ROWS, span.num_rows - i), span.position + i, pages)
         for span, pages in spans
         if not _is_stored_by_unit(span)
-        for i in range(0, span.num_rows, kernels.STORE_ROWS)
+        for i in range(0, span.num_rows, layout.STORE_ROWS)
     ]
     return np.array(pieces, np.int64).reshape(len(pieces), 4)
 
@@ -255,13 +255,13 @@ def _units(spans: list[tuple[KvSpan, int]], group: int, window: int, threads: in
     num_partials = 0
     for count, span, pages in tokens:
         queries = span.num_rows * group
-        for first in range(0, queries, kernels.QUERIES):
-            last = min(first + kernels.QUERIES, queries)
+        for first in range(0, queries, layout.QUERIES):
+            last = min(first + layout.QUERIES, queries)
             begin, end = _token_range(span, first // group, (last - 1) // group, window)
-            chunk, chunk_stop = begin // kernels.CHUNK, -(-end // kernels.CHUNK)
+            chunk, chunk_stop = begin // layout.CHUNK, -(-end // layout.CHUNK)
             where = (span.row, span.position, pages, first, last)
             stores = _is_stored_by_unit(span)
-            if count <= share or queries > kernels.QUERIES or chunk_stop - chunk == 1:
+            if count <= share or queries > layout.QUERIES or chunk_stop - chunk == 1:
                 units.append((*where, chunk, chunk_stop, -1, stores))
                 continue
             joins.append((len(units), chunk_stop - chunk))

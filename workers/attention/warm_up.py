@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from flexgen_lite.model.spec import ITEM_BYTES
-from flexgen_lite.workers.attention import kernels
+from flexgen_lite.workers.attention import kernels, layout
 from flexgen_lite.workers.attention.state import KINDS, STORAGE
 
-_SHAPE = kernels.Shape(
+_SHAPE = layout.Shape(
     num_heads=1, num_kv_heads=1, head_dim=8, value_dim=8, page_shift=4, window=0, has_sinks=True,
     scaling=np.float32(1), softcap=np.float32(0), keys=0, values=1024, q=0, k=64, v=128, out=192, sinks=256,
 )  # fmt: skip
@@ -25,8 +25,8 @@ def warm_up(dtype: str) -> None:
     pieces = np.array([[0, 1, 0, 0]], np.int64)
     units = np.array([[0, 0, 0, 0, 1, 0, 1, 0, 1]], np.int64)
     joins = np.array([[0, 1]], np.int64)
-    partials = np.zeros(kernels.partial_bytes(8, per_word), np.uint8)
-    memory = np.zeros(kernels.places(0, 8, 8, per_word).end + 64, np.uint8)
+    partials = np.zeros(layout.partial_bytes(8, per_word), np.uint8)
+    memory = np.zeros(layout.places(0, 8, 8, per_word).end + 64, np.uint8)
     scratch = -(-memory.ctypes.data // 64) * 64
     here, at = region.ctypes.data, counter.ctypes.data
     kernels.store(kv.ctypes.data, here, pages, pieces, _SHAPE, at, kind)
