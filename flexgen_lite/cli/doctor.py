@@ -15,7 +15,8 @@ from pathlib import Path
 from flexgen_lite import __version__
 from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.plan.machine import Machine, cgroup_free_bytes, inspect_machine
-from flexgen_lite.plan.plan import auto_ram, num_attention_workers
+from flexgen_lite.plan.need import num_attention_workers
+from flexgen_lite.plan.plan import auto_ram
 from flexgen_lite.text.shown import shown_path
 from flexgen_lite.text.sizes import format_size
 

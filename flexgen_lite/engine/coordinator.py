@@ -34,6 +34,7 @@ from flexgen_lite.memory.arena import Arena
 from flexgen_lite.memory.usage import MemoryUse, give_back_memory, resident_bytes
 from flexgen_lite.plan import plan
 from flexgen_lite.plan.machine import inspect_machine
+from flexgen_lite.plan.need import Measured, num_attention_workers
 from flexgen_lite.plan.text import describe
 from flexgen_lite.plan.workload import Workload
 from flexgen_lite.queue.requests import MAX_OPEN, Answer, Requests
@@ -117,7 +118,7 @@ class Coordinator:
 
     def run(self) -> None:
         """Start everything and serve until told to stop. Raises WorkerDied, PlanError or Stopping."""
-        self._workers.start(plan.num_attention_workers(self._config, self._machine))
+        self._workers.start(num_attention_workers(self._config, self._machine))
         self._bring_up(self._workers.compute)
         deadline = time.monotonic() + self._config.start_timeout
         while self._workers.not_ready or self._serving is None or not self._serving.passes.weights.is_quiet:
@@ -220,7 +221,7 @@ class Coordinator:
     def _begin_serving(self, message: worker_messages.ModelOpened) -> None:
         tokenizer = open_tokenizer(message.tokenizer_file)
         give_back_memory()  # reading a tokenizer takes twice what it takes when it is read
-        processes = plan.Measured(message.resident_bytes, resident_bytes()[0], max(self._warm.values()))
+        processes = Measured(message.resident_bytes, resident_bytes()[0], max(self._warm.values()))
         setup = set_up(message, self._config, self._machine, self._expected, processes)
         emit("plan", text=describe(setup.plan, setup.spec), decided=setup.decided)
         self._stats.trace_about(self._config, setup)

@@ -11,6 +11,7 @@ from flexgen_lite.memory.kv_layout import kv_spec, token_bytes_by_window
 from flexgen_lite.model.spec import ModelSpec
 from flexgen_lite.plan import plan
 from flexgen_lite.plan.machine import Machine
+from flexgen_lite.plan.need import Measured
 from flexgen_lite.plan.workload import Workload
 from flexgen_lite.queue.admission import Limits
 from flexgen_lite.queue.batching import Batcher, MicroBatch
@@ -161,7 +162,7 @@ def set_up(
     config: EngineConfig,
     machine: Machine,
     expected: Workload | None,
-    processes: plan.Measured,
+    processes: Measured,
 ) -> Setup:
     """Raises PlanError where the budget does not hold even the smallest plan."""
     spec, device_bytes = opened.spec, opened.device_total_bytes

@@ -8,60 +8,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flexgen_lite.config.engine import EngineConfig
-from flexgen_lite.memory.exchange import region_bytes
-from flexgen_lite.memory.kv_layout import page_bytes
-from flexgen_lite.model.spec import ITEM_BYTES, ModelSpec
+from flexgen_lite.model.spec import ModelSpec
 from flexgen_lite.plan.machine import Machine
+from flexgen_lite.plan.need import DEVICE_RING, KV_ALIGNMENT_BYTES, Measured, Need, need_of
 from flexgen_lite.plan.placement import Placement, Sizes, place
 from flexgen_lite.plan.workload import Workload
 from flexgen_lite.text.sizes import format_size
-from flexgen_lite.wire.sampling import LOGITS_BYTES
 
 MIB = 1 << 20
-# Measured, resident, with some room: anonymous memory. Mapped files count once, for the compute worker: it maps every
-# library that the others do, except beside a GPU, where it does without numba.
-QUEUE_BYTES = 64 * MIB  # what the coordinator takes beyond what it has at the start: requests, logprobs, answers
-CLIENT_BYTES = 50 * MIB  # the process that reads prompts and writes results
-LOADER_BYTES = 30 * MIB
-CONVERTING_LOADER_BYTES = 90 * MIB
-NUMBA_BYTES = 95 * MIB
-SPANS_BYTES = 20 * MIB  # what an attention worker takes beyond what it has at the start: a pass's spans, partial sums
-ALLOCATOR_SLACK = 1.25  # what the allocator keeps beyond what is in use
-PRODUCTS_BYTES = 80 * MIB  # on a CPU: programs that oneDNN keeps (crew.py, KEPT_PRODUCTS), results on their way
-SAMPLING_BYTES = 64  # for each entry of the vocabulary, to draw from a row of logits: sorted, in double precision
 CUDA_CONTEXT_BYTES = 600 * MIB  # context and libraries on the device: 588 MiB on an H100 with CUDA 13.0
 AUTO_RAM_SHARE = 0.85
 AUTO_GPU_SHARE = 0.9
 HEAD_COPY_SHARE = 0.05  # of the budget, at most
 BLOCK_SHARE = 4  # at most one part in so many of the budget is for temporaries and exchange
 STREAMING_BLOCK_SHARE = 12  # where weights are read in every pass, room for sequences is worth more
-PAGE_TOKENS = 16
-DEVICE_RING = 3  # slots of a GPU through which layers come: one in use, one being copied, one ready
-KV_ALIGNMENT_BYTES = 8192  # per layer
-MAX_SEQUENCES = 256
-LEAST_LENGTH = 256  # tokens of a sequence that each attention worker must be able to hold
-MODEST_LENGTH = 4096  # tokens of a sequence that any budget has room for which is said to be enough
-TYPICAL_LENGTH = 1024  # tokens of a sequence that auto makes room for
 SHAPES = ((2048, 4), (2048, 2), (1024, 2), (512, 2), (256, 2), (128, 2), (64, 1))  # micro-batch tokens, micro-batches
 
 
 class PlanError(ValueError):
     """A budget or a setting that cannot be met; names what is needed and what would lower it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """Bytes that processes take before there is any work.
-
-    Attributes:
-        compute: of the compute worker, mapped files among them.
-        coordinator: of the coordinator, with the tokenizer.
-        attention: of each attention worker, with its kernels.
-    """
-
-    compute: int
-    coordinator: int
-    attention: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,43 +91,6 @@ def auto_ram(machine: Machine) -> int:
     return int(machine.available_ram * AUTO_RAM_SHARE)
 
 
-@dataclass(frozen=True, slots=True)
-class _Need:
-    """What the model and the settings ask for, before the block's shape is chosen."""
-
-    config: EngineConfig
-    spec: ModelSpec
-    processes: dict[str, int]
-    workers: int
-    page_tokens: int
-    page: int  # bytes
-    least_pages: int
-    longest_pages: int  # for the longest sequence that should be served
-    layer_slot: int  # bytes
-    max_sequences: int
-    wanted_pages: int  # that weights should leave room for
-    most_pages: int  # that can ever be of use
-    on_gpu: bool
-    device_bytes: int  # of RAM, where the CPU plays the device's part
-
-    def fixed(self, tokens: int, count: int) -> dict[str, int]:
-        """Bytes per part that do not depend on what is left of the budget."""
-        region = region_bytes(self.spec.attention, tokens, ITEM_BYTES[self.spec.dtype])
-        return {
-            **self.processes,
-            "workspace": _workspace_bytes(self.spec, tokens, count),
-            **({} if self.on_gpu else {"products": PRODUCTS_BYTES}),
-            "exchange": count * region,
-            "embeddings and head": self.spec.units[-1].num_bytes,
-            **({"device slots": self.device_bytes} if self.device_bytes else {}),
-        }
-
-    def least(self, tokens: int, count: int, slots: int, pages: int | None = None) -> int:
-        """RAM below which the engine cannot run with this block, so many layer slots, and KV pages."""
-        kv = (pages or self.least_pages) * self.page + self.spec.num_layers * KV_ALIGNMENT_BYTES
-        return sum(self.fixed(tokens, count).values()) + slots * self.layer_slot + kv
-
-
 def make_plan(
     config: EngineConfig,
     spec: ModelSpec,
@@ -181,7 +109,7 @@ def make_plan(
     """
     ram = config.ram or auto_ram(machine)
     _check_cpus(config, machine)
-    need = _need(config, spec, machine, processes, on_gpu, expected)
+    need = need_of(config, spec, machine, processes, on_gpu, expected)
     tokens, count, slots = _choose_block(need, ram)
     fixed = need.fixed(tokens, count)
     staged = on_gpu if config.stage_weights is None else config.stage_weights
@@ -248,68 +176,7 @@ def _check_cpus(config: EngineConfig, machine: Machine) -> None:
             raise PlanError(f"{key} names CPU {missing[0]}, which is not among those to be had: {machine.cpus_text}")
 
 
-def _need(
-    config: EngineConfig,
-    spec: ModelSpec,
-    machine: Machine,
-    processes: Measured,
-    on_gpu: bool,
-    expected: Workload | None,
-) -> _Need:
-    workers = num_attention_workers(config, machine)
-    layer_slot = max(unit.num_bytes for unit in spec.units[:-1])
-    on_cpu_slots = config.stage_weights is True and not on_gpu
-    converting = any(unit.converted for unit in spec.units) and config.load_format != "dummy"
-    page_tokens = config.page_tokens or PAGE_TOKENS
-    max_sequences = config.max_sequences or min(MAX_SEQUENCES, expected.sequences if expected else MAX_SEQUENCES)
-    least_pages = workers * -(-min(spec.max_length, LEAST_LENGTH) // page_tokens)
-    longest = spec.max_length if config.max_model_len else MODEST_LENGTH
-    longest = min(spec.max_length, expected.longest_likely if expected else longest)
-    wanted_pages, most_pages = _pages_of_use(spec, workers, page_tokens, max_sequences, expected)
-    return _Need(
-        config=config,
-        spec=spec,
-        processes={
-            "coordinator": processes.coordinator + QUEUE_BYTES,
-            "client": CLIENT_BYTES,
-            "loader": CONVERTING_LOADER_BYTES if converting else LOADER_BYTES,
-            "attention workers": (NUMBA_BYTES if on_gpu else 0) + (processes.attention + SPANS_BYTES) * workers,
-            "compute worker": processes.compute,
-        },
-        workers=workers,
-        page_tokens=page_tokens,
-        page=page_bytes(spec.attention, page_tokens, spec.dtype),
-        least_pages=least_pages,
-        longest_pages=max(least_pages, workers * -(-longest // page_tokens)),
-        layer_slot=layer_slot,
-        max_sequences=max_sequences,
-        wanted_pages=max(least_pages, wanted_pages),
-        most_pages=max(least_pages, most_pages),
-        on_gpu=on_gpu,
-        device_bytes=(
-            min(config.device_slots or DEVICE_RING, spec.num_layers) * layer_slot + spec.units[-1].num_bytes
-            if on_cpu_slots
-            else 0
-        ),
-    )
-
-
-def _pages_of_use(
-    spec: ModelSpec, workers: int, page_tokens: int, max_sequences: int, expected: Workload | None
-) -> tuple[int, int]:
-    """(KV pages that weights should leave room for, pages that can ever be of use). Each worker's share is in whole
-    sequences, and holds the longest of those expected."""
-
-    def pages(sequences: int, tokens: int) -> int:
-        return workers * -(-sequences // workers) * -(-min(spec.max_length, tokens) // page_tokens)
-
-    most = pages(max_sequences, expected.longest_tokens if expected else spec.max_length)
-    typical = pages(max_sequences, expected.typical_tokens if expected else TYPICAL_LENGTH)
-    longest = pages(workers, expected.longest_tokens) if expected else 0
-    return min(most, max(typical, longest)), most
-
-
-def _choose_block(need: _Need, ram: int) -> tuple[int, int, int]:
+def _choose_block(need: Need, ram: int) -> tuple[int, int, int]:
     """(tokens of a micro-batch, micro-batches, least layer slots): the most wanted that leaves most of the budget to
     weights and KV cache, else the largest that fits at all."""
     config, layers = need.config, need.spec.num_layers
@@ -345,7 +212,7 @@ def _choose_block(need: _Need, ram: int) -> tuple[int, int, int]:
     return fitting[-1]
 
 
-def _place(need: _Need, available: int, slots: int, device_slots: int) -> Placement:
+def _place(need: Need, available: int, slots: int, device_slots: int) -> Placement:
     """What the budget leaves to weights and KV cache, shared out."""
     layers, forced = need.spec.num_layers, need.config.layer_slots
     sizes = Sizes(
@@ -355,13 +222,6 @@ def _place(need: _Need, available: int, slots: int, device_slots: int) -> Placem
     return place(sizes, available - layers * KV_ALIGNMENT_BYTES, slots, forced is not None and forced < layers, staying)
 
 
-def num_attention_workers(config: EngineConfig, machine: Machine) -> int:
-    """One per NUMA node, so that each works on memory of its own; known before the model is."""
-    if config.attention_workers is not None:
-        return config.attention_workers
-    return len(config.attention_cpus) if config.attention_cpus else min(machine.numa_nodes, machine.num_threads)
-
-
 def _attention_threads(config: EngineConfig, machine: Machine, workers: int, on_gpu: bool) -> int:
     """On a CPU device the passes of one micro-batch take turns with the products, so attention may use every core;
     beside a GPU two cores are left to the other processes."""
@@ -369,21 +229,7 @@ def _attention_threads(config: EngineConfig, machine: Machine, workers: int, on_
     return config.attention_threads or max(1, cores // workers)
 
 
-def _workspace_bytes(spec: ModelSpec, tokens: int, count: int) -> int:
-    """Temporaries of the compute worker: one running micro-batch, the suspended ones, logits and attention scores."""
-    item = ITEM_BYTES[spec.dtype]
-    width = max(layer.exchange_width for layer in spec.attention)
-    heads = max(layer.num_heads for layer in spec.attention)
-    running = tokens * item * (3 * spec.intermediate_size + 6 * spec.hidden_size + width)
-    suspended = (count - 1) * tokens * item * (3 * spec.hidden_size + width)
-    rows = min(tokens, max(1, LOGITS_BYTES // (4 * spec.vocab_size)))
-    # As the model gives them and once more, in float32, which of them are larger than another, one row to draw from.
-    logits = spec.vocab_size * (rows * (2 * item + 4 + 1) + SAMPLING_BYTES)
-    scores = heads * 128 * min(tokens, spec.max_length) * 4 * 2
-    return int((running + suspended + max(logits, scores)) * ALLOCATOR_SLACK)
-
-
-def _device_slots(need: _Need, staged: bool, gpu: int, work: int) -> int:
+def _device_slots(need: Need, staged: bool, gpu: int, work: int) -> int:
     """Layer slots on the device: all layers if the budget allows, else as many as fit, at least two."""
     layers, outside = need.spec.num_layers, need.spec.units[-1].num_bytes
     if not staged:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.model.spec import AttentionSpec, ModelSpec, UnitSpec
 from flexgen_lite.plan.machine import Machine
-from flexgen_lite.plan.plan import MODEST_LENGTH, SHAPES, Measured, Plan, PlanError, make_plan
+from flexgen_lite.plan.need import MODEST_LENGTH, Measured
+from flexgen_lite.plan.plan import SHAPES, Plan, PlanError, make_plan
 from flexgen_lite.plan.workload import Workload
 from flexgen_lite.queue.page_table import PageTable
 from flexgen_lite.text.sizes import parse_size
