@@ -23,8 +23,6 @@ NUMBA_BYTES = 95 * MIB
 SPANS_BYTES = 20 * MIB  # what an attention worker takes beyond what it has at the start: a pass's spans, partial sums
 ALLOCATOR_SLACK = 1.25  # what the allocator keeps beyond what is in use
 PRODUCTS_BYTES = 80 * MIB  # on a CPU: programs that oneDNN keeps (KEPT_PRODUCTS), results on their way
-    80 * MIB
-)  # on a CPU: programs that oneDNN keeps (worker_supervisor.py, KEPT_PRODUCTS), results on their way
 SAMPLING_BYTES = 64  # for each entry of the vocabulary, to draw from a row of logits: sorted, in double precision
 PAGE_TOKENS = 16
 DEVICE_RING = 3  # slots of a GPU through which layers come: one in use, one being copied, one ready
