@@ -43,11 +43,10 @@ def test_the_wheel_holds_all_that_it_needs_and_nothing_else(tmp_path: Path) -> N
         "flexgen_lite",
         f"flexgen_lite-{wheel.name.split('-')[1]}.dist-info",
     }
-    assert {
-        "flexgen_lite/workers/compute.py",
-        "flexgen_lite/py.typed",
-        "flexgen_lite/demo/model/tokenizer.json",
-    } <= set(names)
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "flexgen_lite").rglob("*.py")}
+    modules |= {f"flexgen_lite/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "workers").rglob("*.py")}
+    data = {"flexgen_lite/py.typed", "flexgen_lite/report/page.html", "flexgen_lite/demo/model/tokenizer.json"}
+    assert modules | data <= set(names)
     assert not [name for name in names if "test" in name.lower()]
     target = tmp_path / "installed"
     subprocess.run([*pip, "install", "--no-deps", "--target", str(target), str(wheel)], check=True, timeout=120)
