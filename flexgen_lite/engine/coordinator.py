@@ -332,6 +332,6 @@ class Coordinator:
 
     def _status(self) -> client_messages.Status:
         requests = self._served.requests
-        totals = {**requests.totals, "restarts": self._workers.restarts, "sent_back": requests.num_sent_back}
+        totals = {**requests.totals, "restarts": self._workers.restarts, "sent_back": requests.num_preempted}
         totals["shared_prompt_tokens"] = requests.num_shared
         return self._stats.status(requests.num_running, requests.num_waiting, totals, self._served.setup.plan.ram)

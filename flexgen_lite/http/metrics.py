@@ -14,7 +14,7 @@ _COUNTERS = {
     "passes": "Passes through the model.",
     "restarts": "Workers started again.",
     "engine_restarts": "Engines started again.",
-    "sent_back": "Running sequences that had to make room.",
+    "sent_back": "Running sequences that were preempted: others needed their KV pages.",
     "disk_read_bytes": "Bytes of weights read from files.",
     "uploaded_bytes": "Bytes of weights copied to the device.",
     "kv_read_bytes": "Bytes of the KV cache read for sequences that generate.",

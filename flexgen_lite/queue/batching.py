@@ -127,8 +127,8 @@ class Batcher:
     """Composes passes and commits their results.
 
     A request is admitted if its whole expected life has room beside those of the running ones. It gets pages as it
-    grows; where there are none left, the youngest sequences of the same worker are sent back to wait, and computed
-    again from their tokens later. The oldest always goes on, so there is no deadlock.
+    grows; where there are none left, the youngest sequences of the same worker are preempted: they wait, and are
+    computed again from their tokens later. The oldest always goes on, so there is no deadlock.
 
     Prompts that begin alike share the pages of their beginning, once those are stored.
 
@@ -166,7 +166,7 @@ class Batcher:
         self._share, self._least_gain = share, least_gain
         self._expected_share = 1.0  # of max_tokens that a request generates
         self.running: dict[int, RunningRequest] = {}
-        self.num_sent_back = 0
+        self.num_preempted = 0
         self.num_shared = 0  # tokens that were not computed, as others had stored them
 
     def limit_rows(self, rows: int) -> int:
@@ -178,7 +178,7 @@ class Batcher:
         """The micro-batches of the next pass, taking requests from `waiting`; empty if there is no work.
         With `only`, nothing but these running requests."""
         bins = [MicroBatch() for _ in range(self._micro_batches)]
-        sent_back = self.num_sent_back
+        preempted = self.num_preempted
         running = sorted((r for r in self.running.values() if only is None or r.id in only), key=lambda r: r.id)
         decoding = [r for r in running if r.num_left == 1]
         prompts = [r for r in running if r.num_left > 1]  # the rest of long ones
@@ -191,7 +191,7 @@ class Batcher:
             if rows and request.id in self.running and self._has_pages(request, rows, placed, waiting):
                 self._place(bins, request, rows)
                 placed.add(request.id)
-        if only is None and self.num_sent_back == sent_back:
+        if only is None and self.num_preempted == preempted:
             self._admit(bins, waiting)
         return [micro_batch for micro_batch in bins if micro_batch.pieces]
 
@@ -209,13 +209,13 @@ class Batcher:
             ]
             if not younger:
                 return False  # those that are in the pass will end
-            self._send_back(max(younger, key=lambda r: r.id), waiting)
+            self._preempt(max(younger, key=lambda r: r.id), waiting)
 
-    def _send_back(self, request: RunningRequest, waiting: Waiting) -> None:
+    def _preempt(self, request: RunningRequest, waiting: Waiting) -> None:
         self.release(request)
         request.stored, request.worker, request.pages = 0, -1, ()
-        request.times_sent_back += 1
-        self.num_sent_back += 1
+        request.times_preempted += 1
+        self.num_preempted += 1
         self._expected_share = 1.0  # too much was hoped for
         waiting.put_back(request)
 

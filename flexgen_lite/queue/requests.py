@@ -50,9 +50,9 @@ class Requests:
         return len(self._waiting)
 
     @property
-    def num_sent_back(self) -> int:
+    def num_preempted(self) -> int:
         """How often a running request had to make room."""
-        return self._batcher.num_sent_back
+        return self._batcher.num_preempted
 
     @property
     def num_shared(self) -> int:
@@ -296,7 +296,7 @@ class Requests:
 
 
 def _is_new_prompt(request: RunningRequest) -> bool:
-    return request.stored < request.num_prompt_tokens and not request.times_sent_back
+    return request.stored < request.num_prompt_tokens and not request.times_preempted
 
 
 def _refuse_all(client: bytes, message: Submit, error: str) -> list[Answer]:

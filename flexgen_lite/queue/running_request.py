@@ -28,7 +28,7 @@ class RunningRequest:
     stored: int = 0
     worker: int = -1
     pages: tuple[int, ...] = ()
-    times_sent_back: int = 0
+    times_preempted: int = 0
     overflowed: bool = False  # the model's numbers did, so that there is no next token
     logprobs: KeptLogprobs | None = None  # of the generated tokens, if asked for
     prompt_logprobs: KeptLogprobs | None = None  # of those of the prompt from `scored_from` on, if asked for

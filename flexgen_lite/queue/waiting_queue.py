@@ -15,7 +15,7 @@ class WaitingQueue:
 
     What somebody has had is counted in tokens, those of a prompt and those that may be generated, when a sequence is
     taken. Who comes new, or comes back, begins with as much as the least of those who wait. Each one's own sequences
-    come in the order in which they were added. Sequences that were sent back come before all others.
+    come in the order in which they were added. Sequences that were preempted come before all others.
     """
 
     def __init__(self) -> None:

@@ -100,7 +100,7 @@ def test_every_request_is_served(
     while waiting or batcher.running:
         if random.random() < 0.05:  # passes turned out to be too large
             limit = batcher.limit_rows(random.randint(1, limit))
-        running, sent_back = set(batcher.running), batcher.num_sent_back
+        running, preempted = set(batcher.running), batcher.num_preempted
         composed = batcher.compose(waiting)
         assert composed, "requests wait or run, but the pass is empty"
         assert len(composed) <= micro_batches and len(batcher.running) <= max_sequences
@@ -115,9 +115,9 @@ def test_every_request_is_served(
         assert len(seen) == len(set(seen)), "a request rides once in a pass"
         for number in [r.id for r in waiting if stored[r.id]]:
             assert requests[number].stored == 0 and requests[number].pages == ()
-            stored[number] = 0  # sent back: it will be computed again
+            stored[number] = 0  # preempted: it will be computed again
         assert not running or min(running) in seen, "the oldest goes on"
-        short = any(table.num_free(w) == 0 for w in range(workers)) or batcher.num_sent_back > sent_back
+        short = any(table.num_free(w) == 0 for w in range(workers)) or batcher.num_preempted > preempted
         if running - set(seen) and not short:
             full = len(composed) == micro_batches and all(m.num_rows == limit for m in composed)
             assert full, "a running request stood still though there were rows"
@@ -196,13 +196,13 @@ def test_short_answers_let_more_run_at_once_and_long_ones_send_the_youngest_back
             Result(tuple(EOS if p.request.num_generated > 3 else 1 for p in m.pieces if p.completes)) for m in composed
         ]
         finished += len(batcher.commit(composed, results))
-    assert most[0] == 2 and max(most) > 8 and batcher.num_sent_back == 0
+    assert most[0] == 2 and max(most) > 8 and batcher.num_preempted == 0
     ended: list[int] = []
     while waiting or batcher.running:
         composed = batcher.compose(waiting)
         results = [Result((1,) * sum(p.completes for p in m.pieces)) for m in composed]
         ended += [r.id for r in batcher.commit(composed, results)]
-    assert batcher.num_sent_back > 0
+    assert batcher.num_preempted > 0
     assert table.used_pages == 0 and len(ended) == 400 - finished
 
 
