@@ -1,4 +1,4 @@
-"""Products of few rows with weights in RAM on this CPU: our kernel, oneDNN with rearranged weights, F.linear.
+"""Products of few rows with weights in RAM on this CPU: our kernel, oneDNN with packed weights, F.linear.
 
     python -m benchmarks.products [--threads N] [--seconds N] [--rows 1,4,16] [--shapes 2048x2048,...]
 
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from flexgen_lite.workers.compute.product_kernels import rearranged_weight
+from flexgen_lite.workers.compute.product_kernels import packed_weight
 
 WEIGHT_BYTES = 512 << 20
 SHAPES = ("6144x2048", "2048x2048", "8192x2048", "2048x8192", "5632x2048", "50272x2048")
@@ -34,7 +34,7 @@ Contestants = dict[str, Callable[[int], object]]  # what to call with a round's 
 
 
 def weights_of(columns: int, width: int) -> tuple[list[torch.Tensor], list[Any]]:
-    """The same weights row by row and rearranged."""
+    """The same weights row by row and packed."""
     count = max(2, -(-WEIGHT_BYTES // (columns * width * 2)))
     first = torch.randn(columns, width).bfloat16()
     plain = [first.clone() for _ in range(count)]
@@ -43,7 +43,7 @@ def weights_of(columns: int, width: int) -> tuple[list[torch.Tensor], list[Any]]
 
 def contestants(plain: list[torch.Tensor], packed: list[Any], rows: int) -> Contestants:
     ops: Any = torch.ops.mkldnn
-    ours = [rearranged_weight(ops.data_ptr(weight), ops._nbytes(weight), weight.shape) for weight in packed]
+    ours = [packed_weight(ops.data_ptr(weight), ops._nbytes(weight), weight.shape) for weight in packed]
     x = torch.randn(rows, plain[0].shape[1]).bfloat16()
     calls: Contestants = {}
     if (kernel := ours[0]) is not None:

@@ -316,9 +316,9 @@ class Uploaded:
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """Rearrange the weights of `unit`, which stays in host slot `slot`, in place for this processor's products;
+    """Pack the weights of `unit`, which stays in host slot `slot`, in place for this processor's products;
     `copy_shared`: take a copy of those that must stay as they are. `in_order`: a compute worker before this one has
-    rearranged them."""
+    packed them."""
 
     unit: int
     slot: int

@@ -223,7 +223,7 @@ def compiled() -> Any:
     return cfunc(types.void(types.int64), cache=True, **OPTIONS)(multiply)
 
 
-class RearrangedWeight(NamedTuple):
+class PackedWeight(NamedTuple):
     """A weight `[N, K]` of bfloat16 that lies in oneDNN's order at `address`."""
 
     address: int
@@ -268,12 +268,12 @@ def _chunk(steps: int) -> int:
     return -(-steps // -(-steps // CHUNK))
 
 
-def rearranged_weight(address: int, num_bytes: int, shape: torch.Size) -> RearrangedWeight | None:
-    """`num_bytes` of a weight that oneDNN has rearranged; None where the kernel does not serve it."""
+def packed_weight(address: int, num_bytes: int, shape: torch.Size) -> PackedWeight | None:
+    """`num_bytes` of a weight that oneDNN has packed; None where the kernel does not serve it."""
     columns, width = shape
     if width % (2 * LANES) or num_bytes != -(-columns // COLUMNS) * COLUMNS * width * 2 or not is_available():
         return None
-    return RearrangedWeight(address, columns, width // 2)
+    return PackedWeight(address, columns, width // 2)
 
 
 @cache

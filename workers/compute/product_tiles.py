@@ -1,4 +1,4 @@
-"""Tiles of the product of few rows with a rearranged weight (see product_kernels.py).
+"""Tiles of the product of few rows with a packed weight (see product_kernels.py).
 
 A *step* is two neighbouring items of K, of which a *word* holds a row's or a column's. A block of weights is
 `[step][COLUMNS]` words, rows are packed as `[step][rows]` words, and sums are `[row][COLUMNS]` of float32.

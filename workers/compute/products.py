@@ -1,15 +1,15 @@
 """Matrix products of linear layers on the CPU, by oneDNN, with weights in the order that it wants.
 
-`F.linear` hands oneDNN weights row by row, which it rearranges in every call; in float32 PyTorch calls MKL instead.
-Weights that stay in RAM are rearranged once, where they lie. Measured on 2 cores of a Zen 5 (AVX-512, bfloat16),
-GFLOP/s with a `[8192, 2048]` weight, T rows:
+`F.linear` hands oneDNN weights row by row, and oneDNN packs them (puts them into its own order) in every call; in float32
+PyTorch calls MKL instead. Weights that stay in RAM are packed once, where they lie. Measured on 2 cores of a Zen 5
+(AVX-512, bfloat16), GFLOP/s with a `[8192, 2048]` weight, T rows:
 
     T                      16    64   256  1024
     bfloat16, F.linear    362   742   933   884
-    bfloat16, rearranged  569   870   954   890
+    bfloat16, packed      569   870   954   890
     float32, F.linear      76   142   182   173
     float32, oneDNN       165   361   482   396
-    float32, rearranged   233   420   411   451
+    float32, packed       233   420   411   451
 
 oneDNN makes a program for every number of rows that a weight is multiplied with, and keeps it. Rows are filled up to
 one of few numbers, so that there are few of these, and their memory is in the plan (plan.py, PRODUCTS_BYTES).
@@ -38,14 +38,14 @@ from flexgen_lite.workers.compute import product_kernels
 
 _ops: Any = torch.ops.mkldnn
 SUPPORTED = {"float32", "bfloat16"}
-PADDED_TO = 64  # outputs of a rearranged weight, at most
+PADDED_TO = 64  # outputs of a packed weight, at most
 ROW_STEPS = ((64, 8), (256, 16), (512, 32))
 """Up to so many rows, products have a multiple of the second number of rows."""
 LAST_ROW_STEP = 64
 
 
 class Products:
-    """Makes the linear layers of `model` compute through oneDNN; `pack` rearranges their weights in place.
+    """Makes the linear layers of `model` compute through oneDNN; `pack` packs their weights in place.
 
     Does nothing where that is not to be had: on a GPU, or on a processor without instructions for `dtype`.
     """
@@ -72,14 +72,14 @@ class Products:
             self._wanted.rows_N = None
 
     def pack(self, modules: Iterable[nn.Module], copy_shared: bool = False, in_order: bool = False) -> None:
-        """Rearranges the weights of the linear layers among `modules` in place.
+        """Packs the weights of the linear layers among `modules` in place.
 
         A weight that would need more room stays as it is; so does one that other modules read too (the head's, where it
-        is the embedding's), unless `copy_shared`: then its product uses a rearranged copy. The parameter of a weight
-        that was rearranged in place becomes a tensor without data, so that nobody can read it by mistake.
+        is the embedding's), unless `copy_shared`: then its product uses a packed copy. The parameter of a weight
+        that was packed in place becomes a tensor without data, so that nobody can read it by mistake.
 
         Args:
-            in_order: those that can be are rearranged already, by another process on this machine.
+            in_order: those that can be are packed already, by another process on this machine.
         """
         if not self._available:
             return
@@ -152,7 +152,7 @@ class _Product:
         self._wanted = wanted
         self._packed = packed
         self._memory = memory  # that `packed` points into
-        self._rearranged = None if packed is None else _rearranged(packed, memory)
+        self._few_rows = None if packed is None else _for_few_rows(packed, memory)
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         wanted_N, count = self._wanted.rows_N, self._wanted.num_rows
@@ -167,8 +167,8 @@ class _Product:
         weight_NK: torch.Tensor = self._module.weight if self._packed is None else self._packed
         if rows.numel() == 0:  # oneDNN takes no empty operands
             return rows.new_empty((*rows.shape[:-1], weight_NK.shape[0]))
-        if self._rearranged is not None and self._rearranged.serves(rows, self._module.bias):
-            return self._rearranged.multiply(rows, self._module.bias)
+        if self._few_rows is not None and self._few_rows.serves(rows, self._module.bias):
+            return self._few_rows.multiply(rows, self._module.bias)
         return _multiply_filled_up(rows, weight_NK, self._module.bias)
 
 
@@ -193,12 +193,12 @@ def rows_of_product(count: int) -> int:
     return -(-count // step) * step
 
 
-def _rearranged(packed: torch.Tensor, memory: torch.Tensor | None) -> product_kernels.RearrangedWeight | None:
+def _for_few_rows(packed: torch.Tensor, memory: torch.Tensor | None) -> product_kernels.PackedWeight | None:
     """`packed` as our own kernel for few rows sees it; None where it does not serve that weight."""
     if packed.dtype != torch.bfloat16:
         return None
     address = _ops.data_ptr(packed) if memory is None else memory.data_ptr()
-    return product_kernels.rearranged_weight(address, _ops._nbytes(packed), packed.shape)
+    return product_kernels.packed_weight(address, _ops._nbytes(packed), packed.shape)
 
 
 def _replace_forward(module: Any, forward: _Product) -> None:

@@ -132,7 +132,7 @@ class ComputeWorker(serve.Worker):
         if order.threads != torch.get_num_threads():
             torch.set_num_threads(order.threads)
         assert all(forward.dead for forward in self._forwards.values())
-        if self._workspace_bytes:  # not before the weights have been rearranged: the pieces would stay in it
+        if self._workspace_bytes:  # not before the weights have been packed: the pieces would stay in it
             self._make_workspace()
         self._pass_id = order.pass_id
         self._batches = {batch.micro_batch: batch for batch in order.batches}

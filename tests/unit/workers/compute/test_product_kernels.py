@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from flexgen_lite.workers.compute import product_kernels, products
-from flexgen_lite.workers.compute.product_kernels import MAX_ROWS, RearrangedWeight, rearranged_weight
+from flexgen_lite.workers.compute.product_kernels import MAX_ROWS, PackedWeight, packed_weight
 from flexgen_lite.workers.compute.products import Products
 
 pytestmark = pytest.mark.skipif(
@@ -28,19 +28,19 @@ def _same_threads_after() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def rearrange(weight_NK: torch.Tensor, offset: int = 0) -> tuple[RearrangedWeight, torch.Tensor]:
+def pack(weight_NK: torch.Tensor, offset: int = 0) -> tuple[PackedWeight, torch.Tensor]:
     """`weight_NK` in the order that the kernel wants, `offset` items into the memory that comes with it."""
     columns, width = weight_NK.shape
     blocks = torch.zeros(-(-columns // 64) * 64, width, dtype=weight_NK.dtype)
     blocks[:columns] = weight_NK
     memory = torch.empty(offset + blocks.numel(), dtype=weight_NK.dtype)
     memory[offset:] = blocks.view(-1, 64, width // 2, 2).transpose(1, 2).reshape(-1)
-    weight = rearranged_weight(memory.data_ptr() + 2 * offset, 2 * blocks.numel(), weight_NK.shape)
+    weight = packed_weight(memory.data_ptr() + 2 * offset, 2 * blocks.numel(), weight_NK.shape)
     assert weight is not None
     return weight, memory
 
 
-def check(weight: RearrangedWeight, weight_NK: torch.Tensor, x_TK: torch.Tensor, bias_N: torch.Tensor | None) -> None:
+def check(weight: PackedWeight, weight_NK: torch.Tensor, x_TK: torch.Tensor, bias_N: torch.Tensor | None) -> None:
     rows, columns = x_TK.shape[0], weight_NK.shape[0]
     guarded = torch.full((rows + 2, columns), GUARD, dtype=torch.bfloat16)
     assert weight.serves(x_TK, bias_N)
@@ -63,14 +63,14 @@ def test_against_float64(shape: tuple[int, int], with_bias: bool, threads: int) 
     columns, width = shape
     weight_NK = torch.randn(shape).bfloat16()
     bias_N = torch.randn(columns).bfloat16() if with_bias else None
-    weight, _memory = rearrange(weight_NK)
+    weight, _memory = pack(weight_NK)
     for rows in ROWS if columns < 1000 else (1, 16, 33):
         check(weight, weight_NK, torch.randn(rows, width).bfloat16(), bias_N)
 
 
 def test_a_weight_at_any_address() -> None:
     weight_NK = torch.randn(130, 96).bfloat16()
-    weight, _memory = rearrange(weight_NK, offset=3)
+    weight, _memory = pack(weight_NK, offset=3)
     check(weight, weight_NK, torch.randn(9, 96).bfloat16(), None)
 
 
@@ -79,13 +79,13 @@ def test_onednn_keeps_weights_in_that_order(shape: tuple[int, int]) -> None:
     weight_NK = torch.randn(shape).bfloat16()
     packed = torch.ops.mkldnn._reorder_linear_weight(weight_NK)
     address, num_bytes = torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed)
-    weight = rearranged_weight(address, num_bytes, weight_NK.shape)
+    weight = packed_weight(address, num_bytes, weight_NK.shape)
     if weight is not None:  # else oneDNN computes the product
         check(weight, weight_NK, torch.randn(3, shape[1]).bfloat16(), None)
 
 
 def test_a_row_does_not_depend_on_others() -> None:
-    weight, _memory = rearrange(torch.randn(128, 2048).bfloat16())
+    weight, _memory = pack(torch.randn(128, 2048).bfloat16())
     x_TK = torch.randn(MAX_ROWS, 2048).bfloat16()
     alone = torch.cat([weight.multiply(x_TK[i : i + 1], None) for i in range(MAX_ROWS)])
     for rows in (2, 7, 16, MAX_ROWS):
@@ -96,22 +96,22 @@ def test_infinities_and_nans_stay_in_their_place() -> None:
     weight_NK = torch.randn(64, 64).bfloat16()
     x_TK = torch.randn(8, 64).bfloat16()
     x_TK[3, 5], x_TK[6, 7] = float("inf"), float("nan")
-    weight, _memory = rearrange(weight_NK)
+    weight, _memory = pack(weight_NK)
     output = weight.multiply(x_TK, None)
     assert bool(output[3].isinf().all() and output[6].isnan().all())
     assert bool(output[[0, 1, 2, 4, 5, 7]].isfinite().all())
 
 
 def test_what_is_not_served() -> None:
-    weight, _memory = rearrange(torch.randn(64, 64).bfloat16())
+    weight, _memory = pack(torch.randn(64, 64).bfloat16())
     x_TK = torch.randn(4, 64).bfloat16()
     bias_N = torch.zeros(64, dtype=torch.bfloat16)
     assert weight.serves(x_TK, bias_N) and weight.serves(x_TK.view(2, 2, 64), None)
     assert not weight.serves(x_TK.float(), None) and not weight.serves(x_TK, bias_N.float())
     assert not weight.serves(x_TK[:, :32], None) and not weight.serves(x_TK.new_zeros(MAX_ROWS + 1, 64), None)
     assert not weight.serves(x_TK.new_zeros(64, 4).t(), None)
-    assert rearranged_weight(64, 64 * 65 * 2, torch.Size((64, 65))) is None
-    assert rearranged_weight(64, 64 * 64 * 2 + 64, torch.Size((64, 64))) is None
+    assert packed_weight(64, 64 * 65 * 2, torch.Size((64, 65))) is None
+    assert packed_weight(64, 64 * 64 * 2 + 64, torch.Size((64, 64))) is None
 
 
 @pytest.mark.parametrize("shape", [(5, 256), (1, 1, 256), (2, 3, 256), (70, 256)])
@@ -124,6 +124,6 @@ def test_a_linear_layer(shape: tuple[int, ...], copied: bool) -> None:
     x = torch.randn(shape).bfloat16()
     expected = model["head"](x)
     Products(model, torch.bfloat16, torch.device("cpu")).pack([model["head"]], copy_shared=True)
-    assert model["head"].forward._rearranged is not None
+    assert model["head"].forward._few_rows is not None
     output = model["head"](x)
     assert output.shape == expected.shape and torch.allclose(output.float(), expected.float(), rtol=1e-2, atol=1e-3)

@@ -1,4 +1,4 @@
-"""Linear layers through oneDNN give what torch gives, with weights rearranged in place or not."""
+"""Linear layers through oneDNN give what torch gives, with weights packed in place or not."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def test_same_results_before_and_after_packing(dtype: torch.dtype, rows: tuple[i
     before = memory.clone()
     made.pack(model.modules())
     assert close(up(x), expected[0]) and close(conv(x), expected[1]) and close(model.head(x), expected[2])
-    assert not torch.equal(memory, before), "the weight was rearranged where it lies"
+    assert not torch.equal(memory, before), "the weight was packed where it lies"
     memory.zero_()
     assert close(up(x), up.bias.expand_as(expected[0])), "the product reads that memory"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_rearranged_weight_cannot_be_read_by_mistake(dtype: torch.dtype) -> None:
+def test_a_packed_weight_cannot_be_read_by_mistake(dtype: torch.dtype) -> None:
     model = Model(128, 64, dtype)
     Products(model, dtype, CPU).pack(model.modules())
     weight = model.layer["up"].weight
