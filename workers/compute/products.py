@@ -1,8 +1,8 @@
 """Matrix products of linear layers on the CPU, by oneDNN, with weights in the order that it wants.
 
 `F.linear` hands oneDNN weights row by row, and oneDNN packs them (puts them into its own order) in every call; in
-float32 PyTorch calls MKL instead. Weights that stay in RAM are packed once, where they lie. Measured on 2 cores of a Zen 5
-(AVX-512, bfloat16), GFLOP/s with a `[8192, 2048]` weight, T rows:
+float32 PyTorch calls MKL instead. Weights that stay in RAM are packed once, where they lie. Measured on 2 cores of a
+Zen 5 (AVX-512, bfloat16), GFLOP/s with a `[8192, 2048]` weight, T rows:
 
     T                      16    64   256  1024
     bfloat16, F.linear    362   742   933   884
