@@ -35,7 +35,7 @@ def run_demo(records: int, ram: str | None) -> None:
     labelled = generate(SEED, records, "held_out")
     with tempfile.TemporaryDirectory() as folder:
         requests, results = Path(folder) / "records.jsonl", Path(folder) / "labels.jsonl"
-        _write_requests(requests, labelled)
+        write_requests(requests, labelled)
         with (
             make_console(quiet=False, as_json=False) as console,
             EngineSupervisor(config, on_log=console.log, on_plan=console.plan) as engine,
@@ -49,7 +49,7 @@ def run_demo(records: int, ram: str | None) -> None:
     _show_table(last, sum(map(is_correct, labelled, texts)), records)
 
 
-def _write_requests(path: Path, labelled: Sequence[Record]) -> None:
+def write_requests(path: Path, labelled: Sequence[Record]) -> None:
     with path.open("w", encoding="utf-8") as file:
         for number, record in enumerate(labelled):
             body = {"prompt": prompt(record), "max_tokens": MAX_TOKENS, "temperature": 0}

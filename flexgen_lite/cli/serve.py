@@ -93,7 +93,7 @@ def read_api_key(key: str | None, file: Path | None) -> str | None:
 
 def _need_extra() -> None:
     try:
-        import multipart  # noqa: F401  # python-multipart, which takes uploads
+        import python_multipart  # noqa: F401  # which takes uploads
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
