@@ -49,7 +49,7 @@ class Connection:
 
     The engine is given up when it says so, when its end of the socket closes, when `epitaph()` returns its last
     words, or when it leaves a GetStatus unanswered for `answer_timeout` seconds. Then every waiting call ends; with
-    a `owner` only if no other engine follows. One that follows is sent what was not answered, and nobody is told
+    an `owner` only if no other engine follows. One that follows is sent what was not answered, and nobody is told
     anything twice.
     """
 

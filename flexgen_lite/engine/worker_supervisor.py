@@ -65,9 +65,8 @@ class WorkerSupervisor:
         self._on_output = on_output
         self._on_loss = on_loss
         self._workers: dict[str, WorkerProcess] = {}
-        self._doorbells: list[
-            tuple[socket.socket, socket.socket]
-        ] = []  # of each attention worker, with the compute worker
+        # Of each attention worker, with the compute worker.
+        self._doorbells: list[tuple[socket.socket, socket.socket]] = []
         self._failed_starts: Counter[str] = Counter()  # in a row, by worker
         self._idle_losses: Counter[str] = Counter()
         self.not_ready: set[str] = set()

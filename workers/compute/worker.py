@@ -42,9 +42,8 @@ class ComputeWorker(serve.Worker):
         self._pass_id = -1
         self._forwards: dict[int, Forward] = {}
         self._queue = SegmentQueue((), 1)
-        self._ended: collections.deque[tuple[int, worker_messages.SegmentDone]] = (
-            collections.deque()
-        )  # pass; by any thread
+        # With the pass; by any thread.
+        self._ended: collections.deque[tuple[int, worker_messages.SegmentDone]] = collections.deque()
         self._streaming = False
         self._heap: Heap | None = None
         self._workspace_bytes = 0  # of a workspace that is still to be made
