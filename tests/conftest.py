@@ -6,13 +6,21 @@ import os
 import shutil
 import tempfile
 
+import pytest
 from hypothesis import settings
+
+from tests.zygotes import Zygotes
 
 settings.register_profile("default", deadline=None)  # no assertion on wall time: the machine may be busy
 settings.load_profile("default")
 
 _cache = tempfile.mkdtemp(prefix="flexgen-lite-cache-")
 os.environ["XDG_CACHE_HOME"] = _cache  # of checksums; the user's own is left alone
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # one set for all processes of pytest-xdist
+        config.add_cleanup(Zygotes().close)
 
 
 def pytest_unconfigure() -> None:

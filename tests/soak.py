@@ -28,6 +28,7 @@ import psutil
 import pytest
 
 from flexgen_lite import FlexGenLite, SamplingParams
+from tests.engine_processes import workers_of
 from tests.fault_injection import Fault, inject, struck
 from tests.tiny_models import make_model, ragged_prompts, some_alike
 
@@ -105,8 +106,7 @@ class Soak:
 
     def _shoot(self, coordinator: int, over: threading.Event) -> None:
         while not over.wait(self.draw.uniform(0.3, 3.0)):
-            workers = [w for w in psutil.Process(coordinator).children() if "flexgen_lite.workers" in str(w.cmdline())]
-            if workers:
+            if workers := [*workers_of(coordinator).values()]:
                 number = self.draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV])
                 self.draw.choice(workers).send_signal(number)
                 self.counts[f"{number.name} from outside"] += 1

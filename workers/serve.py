@@ -10,16 +10,17 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
-import ctypes
 import faulthandler
+import fcntl
 import os
+import select
 import signal
 import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import zmq
@@ -29,8 +30,7 @@ from flexgen_lite.text.shown import shown_path
 from flexgen_lite.wire import worker_messages
 from flexgen_lite.wire.codec import Codec
 from flexgen_lite.wire.doorbells import Note, heard
-
-PR_SET_PDEATHSIG = 1
+from flexgen_lite.workers import zygote
 
 
 class UserError(Exception):
@@ -120,27 +120,26 @@ class Context:
 
 def run(receives: Any, sends: Any, make_worker: Callable[[Context], Worker]) -> NoReturn:
     """Runs one worker process until Stop, the coordinator's end, or an error, and ends the process."""
-    code = _serve(receives, sends, make_worker)
+    code = _serve(_arguments(), receives, sends, make_worker)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # at once: taking torch down in order takes a second, and there is nothing left to save
 
 
-def _serve(receives: Any, sends: Any, make_worker: Callable[[Context], Worker]) -> int:
-    args = _parse_arguments()
+def _serve(args: argparse.Namespace, receives: Any, sends: Any, make_worker: Callable[[Context], Worker]) -> int:
+    zygote.name_process(args.name)
     faulthandler.enable()
     threading.excepthook = _die_of_thread
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the coordinator's business
-    _die_with_parent(args.parent)
-    arenas = {name: int(fd) for name, fd in (item.split("=") for item in args.arena)}
-    doorbells = {name: socket.socket(fileno=int(fd)) for name, fd in (item.split("=") for item in args.doorbell)}
+    _die_with_coordinator(args.lifeline)
+    doorbells = {name: socket.socket(fileno=fd) for name, fd in args.doorbell}
     inbound, outbound = Codec(receives), Codec(sends)
     with zmq.Context(io_threads=1) as zmq_context, zmq_context.socket(zmq.PAIR) as channel:
         channel.linger = 1000  # the last words have to arrive
         channel.connect(args.endpoint)
         channel.send(outbound.encode(worker_messages.Hello(args.name, os.getpid())))
         try:
-            context = Context(args.name, arenas, doorbells, args.run_dir)
+            context = Context(args.name, dict(args.arena), doorbells, args.run_dir)
             _loop(channel, args.lifeline, context, make_worker(context), inbound, outbound)
         except Exception as error:  # the one crash boundary: report, then die
             channel.send(outbound.encode(_failure(error)))
@@ -194,25 +193,42 @@ def _failure(error: Exception) -> worker_messages.Failed:
     return worker_messages.Failed(type(error).__name__, str(error), details, user_error)
 
 
-def _parse_arguments() -> argparse.Namespace:
+def _arguments() -> argparse.Namespace:
+    """This worker's; in one that a zygote has forked those that it was given."""
+    args = _parse_arguments(sys.argv[1:])
+    if args.zygote is None:
+        return args
+    inherited = (args.lifeline, *(descriptor for _, descriptor in (*args.arena, *args.doorbell)))
+    forked = zygote.leave_behind(socket.socket(fileno=args.zygote), inherited)
+    return args if forked is None else _parse_arguments(forked)
+
+
+def _parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--name", required=True)
     parser.add_argument("--endpoint", required=True)
-    parser.add_argument("--parent", type=int, required=True, help="process id of the coordinator")
+    parser.add_argument("--run-dir", required=True)
     parser.add_argument(
         "--lifeline", type=int, required=True, help="read end of a pipe that the coordinator holds open"
     )
-    parser.add_argument("--run-dir", required=True)
-    parser.add_argument("--arena", action="append", default=[], metavar="NAME=FD")
-    parser.add_argument("--doorbell", action="append", default=[], metavar="NAME=FD")
-    return parser.parse_args()
+    parser.add_argument("--arena", type=_named, action="append", default=[], metavar="NAME=DESCRIPTOR")
+    parser.add_argument("--doorbell", type=_named, action="append", default=[], metavar="NAME=DESCRIPTOR")
+    parser.add_argument("--zygote", type=int, help="where one that is left behind takes orders")
+    return parser.parse_args(arguments)
 
 
-def _die_with_parent(parent: int) -> None:
-    """SIGKILL for this process as soon as the coordinator's main thread ends, where the system offers it."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
+def _named(text: str) -> tuple[str, int]:
+    name, _, descriptor = text.partition("=")
+    return name, int(descriptor)
+
+
+def _die_with_coordinator(lifeline: int) -> None:
+    """SIGKILL for this process as soon as the other end of the pipe is closed, whatever it is busy with."""
+    if hasattr(fcntl, "F_SETSIG"):  # Linux
+        fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+    if select.select([lifeline], [], [], 0)[0]:
         sys.exit("the coordinator was gone before this worker started")
 
 

@@ -6,6 +6,7 @@ and its end is this process's end. What happens is told on standard output (even
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -22,8 +23,12 @@ from flexgen_lite.plan.plan import PlanError
 from flexgen_lite.plan.workload import Workload
 from flexgen_lite.wire.access import KeyFileError
 
+PR_SET_CHILD_SUBREAPER = 36
+
 
 def main() -> int:
+    if sys.platform == "linux":  # a zygote whose parent is lost stays in this process's tree
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     order = json.loads(_first_line(sys.stdin.fileno()))
     run_dir = Path(order["run_dir"])
     try:

@@ -6,15 +6,15 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import zmq
 
+from flexgen_lite.engine.zygote import Launch, Process
 from flexgen_lite.wire import worker_messages
 from flexgen_lite.wire.codec import Codec, MessageError
 
@@ -42,13 +42,14 @@ class WorkerDied(Exception):
 
 
 class WorkerProcess:
-    """One worker: a fresh interpreter, its socket, its standard error and a descriptor that tells of its death.
+    """One worker: its process, its socket, what it prints and a descriptor that tells of its death.
 
     Args:
         kind: "loader", "attention" or "compute": the module in flexgen_lite.workers.
         name: for people: "attention worker 1".
         number: how many of that name there were before.
         arenas, doorbells: name -> file descriptor, inherited.
+        start: makes the process.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class WorkerProcess:
         run_dir: Path,
         arenas: Mapping[str, int],
         doorbells: Mapping[str, int],
-        environment: Mapping[str, str],
+        start: Callable[[Launch], Process],
     ) -> None:
         self.kind = kind
         self.name = name
@@ -78,25 +79,21 @@ class WorkerProcess:
         self.socket.sndhwm = self.socket.rcvhwm = 0  # what is on its way is bounded by the orders of a pass
         self.socket.bind(address)
         lifeline, self._lifeline = os.pipe()
-        self.process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "flexgen_lite.workers", kind, "--name", name, "--endpoint", address),
-                *("--parent", str(os.getpid()), "--lifeline", str(lifeline), "--run-dir", str(run_dir)),
-                *(argument for item in arenas.items() for argument in ("--arena", "{}={}".format(*item))),
-                *(argument for item in doorbells.items() for argument in ("--doorbell", "{}={}".format(*item))),
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            pass_fds=(lifeline, *arenas.values(), *doorbells.values()),
-            env={**os.environ, **environment},
-        )
-        os.close(lifeline)
-        self.pid = self.process.pid
-        assert self.process.stdout is not None
-        self.output = self.process.stdout.fileno()
+        self.output, output = os.pipe()
         os.set_blocking(self.output, False)
-        self.pidfd = os.pidfd_open(self.pid)
+        options = (
+            ("--lifeline", "", lifeline),
+            *(("--arena", f"{arena}=", descriptor) for arena, descriptor in arenas.items()),
+            *(("--doorbell", f"{end}=", descriptor) for end, descriptor in doorbells.items()),
+        )
+        arguments = ("--name", name, "--endpoint", address, "--run-dir", str(run_dir))
+        try:
+            self.process = start(Launch(kind, arguments, options, output))
+        finally:
+            os.close(lifeline)
+            os.close(output)
+        self.pid = self.process.pid
+        self.pidfd = self.process.pidfd
 
     @property
     def index(self) -> int:
@@ -160,7 +157,9 @@ class WorkerProcess:
                 return failure
         while self.read_output():
             pass
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        how = "ended" if code is None else f"ended with exit code {code}"
+        if code is not None and code < 0:
+            how = f"was killed by {signal.Signals(-code).name}"
         words = self._last_words.decode(errors="replace").strip()
         ending = f"; its last words: {words.splitlines()[-1]}" if words else ""
         return WorkerDied(f"{self.name} (process {self.pid}) {how}{ending}", words)
@@ -178,10 +177,8 @@ class WorkerProcess:
     def close(self) -> None:
         """The process must have ended."""
         self.socket.close()
-        for descriptor in (self.pidfd, self._lifeline):
+        for descriptor in (self.pidfd, self._lifeline, self.output):
             os.close(descriptor)
-        assert self.process.stdout is not None
-        self.process.stdout.close()
 
 
 def stop_all(workers: Iterable[WorkerProcess], seconds: float = STOP_SECONDS) -> None:

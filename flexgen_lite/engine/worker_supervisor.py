@@ -14,14 +14,22 @@ import zmq
 
 from flexgen_lite.engine.event_loop import EventLoop
 from flexgen_lite.engine.worker_process import WorkerDied, WorkerProcess, stop_all
+from flexgen_lite.engine.zygote import ForkedProcess, FreshProcess, Launch, Process, Zygote, ZygoteLost, shared_zygotes
 from flexgen_lite.memory.arena import Arena
-from flexgen_lite.memory.usage import MemoryUse
+from flexgen_lite.memory.usage import ZYGOTE, MemoryUse
 from flexgen_lite.wire.doorbells import doorbell_pair
+from flexgen_lite.wire.zygote_messages import zygote_pair
 
 COMPUTE, LOADER = "compute worker", "disk loader"
 ARENAS = {"compute": ("weights", "exchange"), "loader": ("weights",), "attention": ("kv", "exchange")}
 KEPT_PRODUCTS = 128  # a model has some six shapes of weights; a pass has one number of rows, or a few
-ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
+LEAVE_ZYGOTES = ("compute",)  # the others start in half a second
+ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "passive",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OPENBLAS_NUM_THREADS": "1",  # NumPy's, which starts them when it is imported, and which nothing here has a use for
+}
+OFFLINE = {"HF_HUB_OFFLINE": "1"}  # the model is there, and may be a newer one elsewhere
 COMPUTE_ENVIRONMENT = {
     # Programs for products that oneDNN keeps, and PyTorch's own list of them: by default 1,024 each.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(KEPT_PRODUCTS),
@@ -65,6 +73,7 @@ class WorkerSupervisor:
         self._on_output = on_output
         self._on_loss = on_loss
         self._workers: dict[str, WorkerProcess] = {}
+        self._zygotes: dict[str, Zygote] = {}  # by the kind of worker
         # Of each attention worker, with the compute worker.
         self._doorbells: list[tuple[socket.socket, socket.socket]] = []
         self._failed_starts: Counter[str] = Counter()  # in a row, by worker
@@ -73,6 +82,8 @@ class WorkerSupervisor:
         self.restarts = 0
 
     def start(self, num_attention: int) -> None:
+        for kind, zygote in shared_zygotes().items():
+            self._use(kind, zygote)
         self._doorbells = [doorbell_pair() for _ in range(num_attention)]
         self._start("compute", COMPUTE, 0)
         self._start("loader", LOADER, 0)
@@ -115,6 +126,8 @@ class WorkerSupervisor:
         limit = IDLE_FAILURES if error.kind else IDLE_LOSSES
         if worker.name in self.not_ready:
             losses, limit, when = self._failed_starts, FAILED_STARTS, "before it had started"
+            if isinstance(worker.process, ForkedProcess) and worker.kind in self._zygotes:
+                self._give_up(worker.kind)  # it may be what ails the worker
         losses[worker.name] += 1
         if error.user_error or error.kind in FINAL:
             raise error
@@ -136,6 +149,8 @@ class WorkerSupervisor:
             self._unwatch(worker)
         stop_all(self._workers.values())
         self._workers.clear()
+        for kind in list(self._zygotes):
+            self._give_up(kind)
         for pair in self._doorbells:
             for end in pair:
                 end.close()
@@ -145,10 +160,8 @@ class WorkerSupervisor:
         ends = {COMPUTE: {str(i): pair[0] for i, pair in enumerate(self._doorbells)}}
         ends |= {f"attention worker {i}": {"compute": pair[1]} for i, pair in enumerate(self._doorbells)}
         doorbells = {end: sock.fileno() for end, sock in ends.get(name, {}).items()}
-        environment = ENVIRONMENT | (COMPUTE_ENVIRONMENT if kind == "compute" else {})
-        if number > 0:
-            environment |= {"HF_HUB_OFFLINE": "1"}  # the model is there, and may be a newer one elsewhere
-        worker = WorkerProcess(kind, name, number, self._context, self._run_dir, arenas, doorbells, environment)
+        start = partial(self._start_process, OFFLINE if number > 0 else {})
+        worker = WorkerProcess(kind, name, number, self._context, self._run_dir, arenas, doorbells, start)
         self._workers[name] = worker
         self.not_ready.add(name)
         self._memory.watch(worker.pid, name)
@@ -156,6 +169,45 @@ class WorkerSupervisor:
         self._loop.watch(worker.output, partial(self._forward_output, worker))
         self._loop.watch(worker.pidfd, partial(self._died, worker))
         return worker
+
+    def _start_process(self, environment: Mapping[str, str], launch: Launch) -> Process:
+        """Forked, where a zygote has what the worker imports; else a fresh interpreter, which may leave a zygote."""
+        zygote = self._zygotes.get(launch.kind)
+        if zygote is not None:
+            try:
+                process = zygote.fork(launch, environment)
+                self._memory.watch(zygote.pid, ZYGOTE)
+                return process
+            except ZygoteLost:
+                self._give_up(launch.kind)
+        environment = {**ENVIRONMENT, **environment}
+        if launch.kind not in LEAVE_ZYGOTES:
+            return FreshProcess(launch, environment)
+        ours, theirs = zygote_pair()
+        with theirs:
+            fresh = FreshProcess(launch, {**COMPUTE_ENVIRONMENT, **environment}, theirs.fileno())
+        self._use(launch.kind, Zygote(ours))
+        return fresh
+
+    def _use(self, kind: str, zygote: Zygote) -> None:
+        self._zygotes[kind] = zygote
+        self._loop.watch(zygote.fileno(), partial(self._hear, kind, zygote))
+
+    def _hear(self, kind: str, zygote: Zygote) -> None:
+        try:
+            zygote.hear()
+        except ZygoteLost:
+            self._give_up(kind)
+        else:
+            self._memory.watch(zygote.pid, ZYGOTE)
+
+    def _give_up(self, kind: str) -> None:
+        """The next worker of the kind is a fresh process."""
+        zygote = self._zygotes.pop(kind)
+        self._loop.forget(zygote.fileno())
+        if zygote.pid:
+            self._memory.forget(zygote.pid)
+        zygote.close()
 
     def _forget(self, worker: WorkerProcess) -> None:
         self._unwatch(worker)

@@ -13,7 +13,8 @@ from pathlib import Path
 from flexgen_lite.memory.arena import Arena
 
 INTERVAL_SECONDS = 0.2
-COORDINATOR, COMPUTE = "coordinator", "compute worker"
+ZYGOTE_SAMPLES = 10  # it sleeps, and to look at all its pages takes milliseconds
+COORDINATOR, COMPUTE, ZYGOTE = "coordinator", "compute worker", "zygote"
 TELL_AGAIN_BEYOND = 1.25  # times what was told of a process
 
 
@@ -26,6 +27,15 @@ def resident_bytes(pid: int | str = "self") -> tuple[int, int]:
     fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
     anonymous, files = (int(fields.get(name, "0 kB").split()[0]) * 1024 for name in ("RssAnon", "RssFile"))
     return anonymous, files
+
+
+def private_bytes(pid: int) -> int:
+    """Of the memory that a process has written to, what it shares with no other; 0 where it is gone."""
+    try:
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in rollup.splitlines() if line.startswith("Private_Dirty:"))
 
 
 def give_back_memory() -> None:
@@ -58,6 +68,7 @@ class MemoryUse:
         self._names = {os.getpid(): COORDINATOR}
         self.processes = {COORDINATOR: ProcessMemory()}
         self.used = self.peak = 0
+        self._samples = 0  # of a zygote
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="flexgen-lite memory", daemon=True)
@@ -91,6 +102,9 @@ class MemoryUse:
             shared = sum(os.fstat(arena.fd).st_blocks * 512 for arena in self._arenas if arena.fd >= 0)
             most_files, total = 0, shared
             for pid, name in self._names.items():
+                if name == ZYGOTE:
+                    total += self._private_bytes_of_zygote(pid)
+                    continue
                 anonymous, files = resident_bytes(pid)
                 total, most_files = total + anonymous, max(most_files, files)
                 process = self.processes[name]
@@ -99,6 +113,17 @@ class MemoryUse:
             self.used = total + most_files
             self.peak = max(self.peak, self.used)
             return self.used
+
+    def _private_bytes_of_zygote(self, pid: int) -> int:
+        """What it shares with the compute worker is counted there; while there is none, it is what the next one has."""
+        process = self.processes[ZYGOTE]
+        self._samples += 1
+        if self._samples % ZYGOTE_SAMPLES == 0:
+            private = private_bytes(pid)
+            if any(name == COMPUTE and sum(resident_bytes(worker)) for worker, name in self._names.items()):
+                process.used = private
+                process.peak = max(process.peak, private)
+        return process.used
 
     def beyond_plan(self) -> list[tuple[str, int, int]]:
         """(process, most it took, planned) of those that took more than planned: once, and again where it has grown by

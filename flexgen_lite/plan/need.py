@@ -21,6 +21,7 @@ LOADER_BYTES = 30 * MIB
 CONVERTING_LOADER_BYTES = 90 * MIB
 NUMBA_BYTES = 95 * MIB
 SPANS_BYTES = 20 * MIB  # what an attention worker takes beyond what it has at the start: a pass's spans, partial sums
+ZYGOTE_BYTES = 40 * MIB  # what it does not share with the compute worker
 ALLOCATOR_SLACK = 1.25  # what the allocator keeps beyond what is in use
 PRODUCTS_BYTES = 80 * MIB  # on a CPU: programs that oneDNN keeps (KEPT_PRODUCTS), results on their way
 SAMPLING_BYTES = 64  # for each entry of the vocabulary, to draw from a row of logits: sorted, in double precision
@@ -119,6 +120,7 @@ def need_of(
             "loader": CONVERTING_LOADER_BYTES if converting else LOADER_BYTES,
             "attention workers": (NUMBA_BYTES if on_gpu else 0) + (processes.attention + SPANS_BYTES) * workers,
             "compute worker": processes.compute,
+            "zygote": ZYGOTE_BYTES,
         },
         workers=workers,
         page_tokens=page_tokens,

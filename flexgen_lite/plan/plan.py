@@ -74,6 +74,7 @@ class Plan:
         return {
             "coordinator": self.parts["coordinator"],
             "disk loader": self.parts["loader"],
+            "zygote": self.parts["zygote"],
             "compute worker": sum(self.parts.get(name, 0) for name in own),
             **{f"attention worker {index}": share for index in range(self.attention_workers)},
         }

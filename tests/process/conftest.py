@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from flexgen_lite.engine.zygote import SHARED
+
 
 @pytest.fixture
 def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
@@ -22,3 +24,9 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield Path(folder)
         assert os.listdir(folder) == []
     assert set(os.listdir("/dev/shm")) <= shm_before
+
+
+@pytest.fixture
+def own_zygotes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines start as they do for users: no worker is forked from a zygote of the tests."""
+    monkeypatch.delenv(SHARED)

@@ -11,8 +11,10 @@ import psutil
 import pytest
 
 from flexgen_lite import FlexGenLite, SamplingParams
+from tests.engine_processes import workers_of
 from tests.tiny_models import make_model, ragged_prompts
 
+pytestmark = pytest.mark.usefixtures("own_zygotes")
 NOTICE_SECONDS = 2.0
 
 
@@ -23,12 +25,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def processes_of(engine: FlexGenLite) -> dict[str, psutil.Process]:
     """The engine's processes by the names that it gives them."""
-    coordinator = psutil.Process(engine._engine.pid)
-    found = {"coordinator": coordinator}
-    for child in coordinator.children():
-        line = child.cmdline()
-        found[line[line.index("--name") + 1]] = child
-    return found
+    return {"coordinator": psutil.Process(engine.engine_pid), **workers_of(engine.engine_pid)}
 
 
 def test_a_worker_that_dies_at_start_leaves_its_last_words(model: Path, runtime: Path, tmp_path: Path) -> None:
@@ -67,8 +64,8 @@ def test_nothing_survives_a_killed_coordinator_or_owner(victim: str, model: Path
     )  # fmt: skip
     assert owner.stdout is not None
     coordinator = psutil.Process(int(owner.stdout.readline()))
-    workers = coordinator.children()
-    assert len(workers) == 4
+    workers = coordinator.children(recursive=True)
+    assert len(workers) == 5
     target = coordinator if victim == "coordinator" else psutil.Process(owner.pid)
     target.kill()
     patience = NOTICE_SECONDS if victim == "coordinator" else NOTICE_SECONDS + 8  # in the latter case all end in order

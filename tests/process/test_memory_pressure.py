@@ -11,6 +11,7 @@ import pytest
 
 from flexgen_lite import EngineError, FlexGenLite, SamplingParams
 from flexgen_lite.text.sizes import parse_size
+from tests.engine_processes import workers_of
 from tests.tiny_models import make_model, ragged_prompts
 
 MIB = 1 << 20
@@ -59,7 +60,7 @@ def test_thousands_of_shapes_take_no_more_memory_than_hundreds(tmp_path: Path) -
     model = make_model("llama", tmp_path, hidden_size=256, intermediate_size=1024, vocab_size=8000)
     rng = random.Random(0)
     with FlexGenLite(model, **OPTIONS) as engine:
-        processes = [psutil.Process(engine.engine_pid), *psutil.Process(engine.engine_pid).children()]
+        processes = [psutil.Process(engine.engine_pid), *workers_of(engine.engine_pid).values()]
         sizes = []
         for _ in range(7):
             prompts = [[rng.randrange(3, 8000) for _ in range(rng.randint(1, 100))] for _ in range(400)]

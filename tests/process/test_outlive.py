@@ -23,6 +23,7 @@ from flexgen_lite import EngineError, FlexGenLite, SamplingParams
 from flexgen_lite.client.completion import Completion, Delta
 from flexgen_lite.client.request import Request
 from tests.chat_model import make_chat_model
+from tests.engine_processes import workers_of
 
 pytestmark = pytest.mark.timeout(600)
 TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
@@ -53,7 +54,7 @@ def coordinators_of(pid: int) -> list[psutil.Process]:
 def kill_engine_of(pid: int) -> list[psutil.Process]:
     """Its coordinator, as the system does when memory runs out; the engine's processes."""
     (coordinator,) = coordinators_of(pid)
-    processes = [coordinator, *coordinator.children()]
+    processes = [coordinator, *workers_of(coordinator.pid).values()]
     coordinator.kill()
     return processes
 

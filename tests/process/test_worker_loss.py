@@ -15,6 +15,7 @@ import pytest
 
 from flexgen_lite import EngineError, FlexGenLite, SamplingParams
 from flexgen_lite.launcher import supervisor
+from tests.engine_processes import workers_of
 from tests.fault_injection import Fault, inject, struck
 from tests.tiny_models import make_model, ragged_prompts, some_alike
 
@@ -49,15 +50,6 @@ def tokens(engine: FlexGenLite, params: SamplingParams = SAMPLED) -> list[list[i
     return [list(completion.token_ids) for completion in engine.generate(PROMPTS, params)]
 
 
-def worker_processes(engine: FlexGenLite) -> dict[str, psutil.Process]:
-    """The engine's workers by the names that it gives them."""
-    found = {}
-    for child in psutil.Process(engine._engine.pid).children():
-        line = child.cmdline()
-        found[line[line.index("--name") + 1]] = child
-    return found
-
-
 def restarts(engine: FlexGenLite) -> int:
     return int(engine.status().totals["restarts"])
 
@@ -75,14 +67,14 @@ def test_a_killed_worker_is_started_again(
     caplog.set_level(logging.INFO, "flexgen_lite")
     with start(model, layer_slots=2) as engine:
         for number, victim in enumerate(WORKERS, start=1):
-            before = worker_processes(engine)
+            before = workers_of(engine.engine_pid)
             job = engine.submit(PROMPTS, SAMPLED)
             time.sleep(0.15)
             before[victim].send_signal(signal.SIGKILL)
             assert [list(c.token_ids) for c in job.results()] == expected
             assert tokens(engine) == expected, "and it goes on"
             assert restarts(engine) == number
-            after = worker_processes(engine)
+            after = workers_of(engine.engine_pid)
             assert {name for name in before if before[name].pid != after[name].pid} == {victim}
     lines = [record.getMessage() for record in caplog.records if "was killed by SIGKILL" in record.getMessage()]
     for line, victim in zip(lines, WORKERS, strict=True):
@@ -93,7 +85,7 @@ def test_a_worker_killed_while_idle(model: Path, expected: list[list[int]], runt
     with start(model, stage_weights=True, layer_slots=2) as engine:
         assert tokens(engine) == expected
         for number, victim in enumerate(WORKERS, start=1):
-            worker_processes(engine)[victim].kill()
+            workers_of(engine.engine_pid)[victim].kill()
             assert tokens(engine) == expected
             assert restarts(engine) == number
 
@@ -102,7 +94,7 @@ def test_all_workers_killed_at_once(model: Path, expected: list[list[int]], runt
     with start(model, layer_slots=2) as engine:
         job = engine.submit(PROMPTS, SAMPLED)
         time.sleep(0.2)
-        for process in worker_processes(engine).values():
+        for process in workers_of(engine.engine_pid).values():
             process.kill()
         assert [list(c.token_ids) for c in job.results()] == expected
         assert restarts(engine) == 4
@@ -112,7 +104,7 @@ def test_a_worker_that_hangs_is_replaced(model: Path, expected: list[list[int]],
     with start(model, worker_timeout=2) as engine:
         for victim in ("attention worker 0", "compute worker"):
             job = engine.submit(PROMPTS, SAMPLED)
-            worker_processes(engine)[victim].send_signal(signal.SIGSTOP)
+            workers_of(engine.engine_pid)[victim].send_signal(signal.SIGSTOP)
             assert [list(c.token_ids) for c in job.results()] == expected
         assert restarts(engine) == 2
 
@@ -127,12 +119,12 @@ def test_a_worker_lost_often_while_another_holds_up_the_work(
         return f"attention worker 1 (process {victim.pid}) is ready" in caplog.messages
 
     with start(model) as engine:
-        workers = worker_processes(engine)
+        workers = workers_of(engine.engine_pid)
         job = engine.submit(PROMPTS, SAMPLED)
         time.sleep(0.1)
         workers["compute worker"].suspend()
         for number in range(6):
-            victim = worker_processes(engine)["attention worker 1"]
+            victim = workers_of(engine.engine_pid)["attention worker 1"]
             wait_until(lambda number=number, victim=victim: number == 0 or is_ready(victim))
             victim.kill()
             wait_until(lambda number=number: restarts(engine) == number + 1)

@@ -1,0 +1,33 @@
+"""The processes of a running engine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import psutil
+
+from flexgen_lite.engine.zygote import SHARED
+
+
+def workers_of(coordinator: int) -> dict[str, psutil.Process]:
+    """By the names that the engine gives them; those that live."""
+    found = {}
+    for child in psutil.Process(coordinator).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            line = child.cmdline()
+            if "--name" in line and child.name() != "zygote" and child.status() != psutil.STATUS_ZOMBIE:
+                found[line[line.index("--name") + 1]] = child
+    for path in Path(os.environ.get(SHARED, "/nonexistent")).glob(f"{coordinator}-*"):  # forked by the tests' zygotes
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(int(path.name.rpartition("-")[2]))
+            if process.status() != psutil.STATUS_ZOMBIE:
+                found[path.read_text()] = process
+    return found
+
+
+def zygote_of(coordinator: int) -> psutil.Process:
+    children = psutil.Process(coordinator).children(recursive=True)
+    (found,) = [child for child in children if child.name() == "zygote" and child.status() != psutil.STATUS_ZOMBIE]
+    return found

@@ -1,0 +1,140 @@
+"""A lost compute worker is forked from a process that has its libraries, and is like a fresh one in all else."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flexgen_lite import FlexGenLite, SamplingParams
+from tests.engine_processes import workers_of, zygote_of
+from tests.tiny_models import make_model, ragged_prompts
+
+pytestmark = pytest.mark.usefixtures("own_zygotes", "runtime")
+PROMPTS = ragged_prompts(12, longest=20)
+GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+COMPUTE = "compute worker"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model("llama", tmp_path_factory.mktemp("llama"))
+
+
+def start(model: Path) -> FlexGenLite:
+    return FlexGenLite(model, dtype="float32", attention_workers=1, attention_threads=1, layer_slots=2)
+
+
+def tokens(engine: FlexGenLite) -> list[list[int]]:
+    return [list(completion.token_ids) for completion in engine.generate(PROMPTS, GREEDY)]
+
+
+def test_every_loss_is_made_good_by_a_fork(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "flexgen_lite")
+    with start(model) as engine:
+        expected, zygote = tokens(engine), zygote_of(engine.engine_pid)
+        assert zygote.ppid() == workers_of(engine.engine_pid)[COMPUTE].pid, "the first one has left it behind"
+        for ending in (signal.SIGKILL, signal.SIGSEGV, signal.SIGKILL):
+            workers_of(engine.engine_pid)[COMPUTE].send_signal(ending)
+            assert tokens(engine) == expected
+            assert workers_of(engine.engine_pid)[COMPUTE].ppid() == zygote.pid
+            assert f"was killed by {ending.name}" in caplog.text
+            time.sleep(2.5)  # it is looked at from time to time
+            caplog.clear()
+        assert zygote_of(engine.engine_pid) == zygote
+        assert zygote.ppid() == engine.engine_pid, "it stays in the engine's tree"
+        used = engine.status().processes["zygote"]
+        assert 0 < used["peak"] <= used["planned"] < psutil.Process(zygote.pid).memory_info().rss / 4
+    assert not zygote.is_running()
+
+
+def test_a_fork_has_the_descriptors_and_signals_of_a_fresh_process(model: Path) -> None:
+    def state(pid: int) -> tuple[dict[str, str], list[str]]:
+        lines = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        targets = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()]
+        kinds = sorted(re.sub(r"\d+", "", target) for target in targets)
+        return {name: lines[name] for name in ("SigBlk", "SigIgn", "SigCgt", "Threads", "NSpgid")}, kinds
+
+    with start(model) as engine:
+        tokens(engine)
+        fresh = state(workers_of(engine.engine_pid)[COMPUTE].pid)
+        workers_of(engine.engine_pid)[COMPUTE].kill()
+        tokens(engine)
+        assert state(workers_of(engine.engine_pid)[COMPUTE].pid) == fresh
+
+
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGSTOP])
+def test_without_the_zygote_a_fresh_worker_leaves_another(ending: signal.Signals, model: Path) -> None:
+    """One that is stopped does not answer, and is killed."""
+    with start(model) as engine:
+        expected, zygote = tokens(engine), zygote_of(engine.engine_pid)
+        zygote.send_signal(ending)
+        workers_of(engine.engine_pid)[COMPUTE].kill()
+        assert tokens(engine) == expected
+        fresh, another = workers_of(engine.engine_pid)[COMPUTE], zygote_of(engine.engine_pid)
+        assert another != zygote
+        assert (fresh.ppid(), another.ppid()) == (engine.engine_pid, fresh.pid)
+        fresh.kill()
+        assert tokens(engine) == expected
+        assert workers_of(engine.engine_pid)[COMPUTE].ppid() == another.pid
+
+
+def test_the_worker_goes_on_without_the_zygote_that_forked_it(model: Path) -> None:
+    with start(model) as engine:
+        expected = tokens(engine)
+        workers_of(engine.engine_pid)[COMPUTE].kill()
+        assert tokens(engine) == expected
+        worker = workers_of(engine.engine_pid)[COMPUTE]
+        zygote_of(engine.engine_pid).kill()
+        assert tokens(engine) == expected
+        assert worker.is_running()
+        worker.kill()
+        assert tokens(engine) == expected
+        assert engine.status().totals["restarts"] == 2
+
+
+def test_zygote_and_fork_end_with_the_coordinator(model: Path) -> None:
+    code = (
+        "import sys; from flexgen_lite import FlexGenLite\n"
+        "engine = FlexGenLite(sys.argv[1], attention_workers=1); print(engine.engine_pid, flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(model)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        coordinator = int(owner.stdout.readline())
+        zygote, first = zygote_of(coordinator), workers_of(coordinator)[COMPUTE]
+        first.kill()
+        psutil.wait_procs([first], timeout=30)
+        while COMPUTE not in workers_of(coordinator):
+            time.sleep(0.01)
+        fork = workers_of(coordinator)[COMPUTE]
+        fork.suspend()  # it is in no state to notice anything
+        owner.kill()
+        os.kill(coordinator, signal.SIGKILL)
+        _, alive = psutil.wait_procs([zygote, fork], timeout=2)
+        assert not alive
+    tidy = "from flexgen_lite.wire.runtime_dir import RuntimeDir; RuntimeDir().remove()"
+    subprocess.run([sys.executable, "-c", tidy], check=True, timeout=60)
+
+
+def test_a_process_with_threads_leaves_none() -> None:
+    """The fork would have one of them."""
+    code = """
+import socket, threading, time
+from flexgen_lite.wire.zygote_messages import zygote_pair
+from flexgen_lite.workers import zygote
+
+threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+ours, theirs = zygote_pair()
+assert zygote.leave_behind(theirs, ()) is None
+assert ours.recv(1) == b"", "nobody is at the other end"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
