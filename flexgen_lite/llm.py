@@ -118,7 +118,7 @@ class FlexGenLite:
         try:
             completions = _with_progress(job) if progress else job.results()
         except BaseException:
-            job.cancel()
+            job.cancel(wait=False)
             raise
         return completions[0] if is_one_prompt(prompts) else completions
 
@@ -161,7 +161,7 @@ class FlexGenLite:
         try:
             completions = job.results()
         except BaseException:
-            job.cancel()
+            job.cancel(wait=False)
             raise
         return completions[0] if is_one_chat(messages) else completions
 

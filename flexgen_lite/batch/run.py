@@ -187,7 +187,7 @@ class BatchRun:
         """
         job = self._job = self._client.submit_requests(self._requests(), priority=self._priority)
         if self._cancelled:
-            job.cancel()
+            job.cancel(wait=False)
         writing = threading.Thread(target=self._write_results, args=(job,), name="flexgen-lite results", daemon=True)
         writing.start()
         try:
@@ -204,7 +204,7 @@ class BatchRun:
             show(last)
             return last
         except Exception:
-            job.cancel()
+            job.cancel(wait=False)
             writing.join(timeout=5)  # what has come back is still written
             raise
         finally:
@@ -214,7 +214,7 @@ class BatchRun:
         """`run` ends soon, from any thread; rows of what was done by then are in the output."""
         self._cancelled = True
         if self._job is not None:
-            self._job.cancel()
+            self._job.cancel(wait=False)
 
     def _new_items(self, count: bool) -> Iterator[tuple[BatchRequest | BadLine, str]]:
         """Lines that have no row yet, with the `request_id` of the row to come; the others may be counted."""

@@ -176,7 +176,7 @@ class Client:
                 elif event.error is not None:
                     raise ValueError(event.error)
         finally:
-            job.cancel()
+            job.cancel(wait=False)
 
     def chat(
         self,
@@ -308,5 +308,5 @@ def _scores(job: Job) -> list[Score]:
     try:
         return [score_of(completion) for completion in job.results()]
     except BaseException:
-        job.cancel()
+        job.cancel(wait=False)
         raise

@@ -38,7 +38,8 @@ _LAST_WORDS_SECONDS = 2.0  # for an engine that has closed its end to be known t
 _ENDING_SECONDS = 15.0  # for an engine that said that it fails to stop its workers and end
 _NEXT_ENGINE_SECONDS = 0.2  # between two looks at whether this is to end, while another engine starts
 _COUNT_SECONDS = 1.0  # what an engine counted since is not known when it is lost
-_CLOSE_SECONDS = 5.0
+_FAREWELL_SECONDS = 5.0  # for an engine to hear the last that it is told
+_CLOSE_SECONDS = 2 * _FAREWELL_SECONDS + 1.0
 
 
 class Connection:
@@ -78,6 +79,7 @@ class Connection:
         self._jobs: dict[str, Job] = {}
         self._error: EngineError | None = None
         self._closing = False
+        self._end_by = 0.0  # with the closing
         self._welcomed: Future[Welcome] = Future()  # by the first engine
         self._sum = StatusSum()
         self._begin()
@@ -109,12 +111,16 @@ class Connection:
             self._jobs[job.id] = job
         job.start()
 
-    def cancel(self, job_id: str) -> None:
+    def cancel(self, job_id: str, wait: bool) -> None:
+        """With `wait`: returns when the engine has heard it, or is gone."""
         with self._lock:
             if self._closing or self._error is not None:
                 return
-            self._orders.cancel(job_id)
+            wait = wait and self.outage is None and threading.current_thread() is not self._thread
+            heard = self._orders.cancel(job_id, heard=wait)
         self.wake()
+        if heard is not None:
+            heard.result()
 
     def status(self, timeout: float) -> Status:
         answer: Future[Status] = Future()
@@ -134,7 +140,8 @@ class Connection:
             self._check()
 
     def close(self) -> None:
-        """End all jobs and the thread. Safe to call twice, and by the garbage collector: it takes no lock."""
+        """End all jobs and the thread, when the engine has heard what it was told, or in some seconds. Safe to call
+        twice, and by the garbage collector: it takes no lock."""
         self._closing = True
         self.wake()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
@@ -186,7 +193,7 @@ class Connection:
         self._begin()
         engine.post(Connect(PROTOCOL))
         welcome_by = time.monotonic() + self._connect_timeout
-        while not self._closing:
+        while not self._closing or self._has_to_be_sent():
             self._fill(engine)
             engine.wait(min(1.0, self._heartbeat))
             try:
@@ -307,13 +314,32 @@ class Connection:
                 self.endpoint = endpoint
                 return
 
+    def _has_to_be_sent(self) -> bool:
+        """Whether the client is to be closed, but not before the engine has more of the jobs that it is to keep."""
+        now = time.monotonic()
+        self._end_by = self._end_by or now + _FAREWELL_SECONDS
+        room = self._greeted and self.num_in_flight < self._welcomed.result().window
+        return room and now < self._end_by and any(job.keep and job.has_more for job in list(self._jobs.values()))
+
     def _say_farewell(self, engine: EngineSocket) -> None:
-        """Tell the engine what it was still to be told, and that nobody waits for what is open."""
-        for order in self._orders.take():
-            engine.post(order)
+        """Tell the engine what it was still to be told, and that nobody waits for what is open; have that confirmed."""
+        if not self._greeted:
+            return
+        heard = self._orders.ask_whether_heard()
+        *orders, last = self._orders.take()
         for job in list(self._jobs.values()):
             if not job.is_settled and not job.keep:
-                engine.post(Cancel(job.id))
+                orders.append(Cancel(job.id))
+        for order in (*orders, last):
+            engine.post(order)
+        end_by = time.monotonic() + _FAREWELL_SECONDS
+        while not heard.done() and not engine.is_closed and (left := end_by - time.monotonic()) > 0:
+            engine.wait(min(_NEXT_ENGINE_SECONDS, left))
+            for message in engine.receive():
+                if isinstance(message, Status):
+                    self._orders.answer(message)
+            if self._epitaph is not None and self._epitaph(0) is not None:
+                return
         engine.linger()
 
     def _give_up(self, error: EngineError) -> None:

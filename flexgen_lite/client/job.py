@@ -45,7 +45,7 @@ class Job:
         length: int | None,
         window: int,
         wake: Callable[[], None],
-        cancel: Callable[[str], None],
+        cancel: Callable[[str, bool], None],
         keep: bool = False,
         priority: int = 0,
         on_change: Callable[[], None] = lambda: None,
@@ -119,15 +119,17 @@ class Job:
         """Wait for all requests; the completions not yet taken by iteration, in the order of the prompts."""
         return sorted(self, key=lambda completion: completion.index)
 
-    def cancel(self) -> None:
+    def cancel(self, wait: bool = True) -> None:
         """Send no further request and ask the engine to drop those it has; they end as "cancelled". What is kept of a
-        kept job is dropped too, also when all is done."""
+        kept job is dropped too, also when all is done, and its id is free.
+
+        Returns when the engine has confirmed it, or is gone; with `wait=False` at once."""
         with self._changed:
             if not self.keep and (self._is_over() or self._cancelled):
                 return
             if not self._is_over():
                 self._drop_rest()
-        self._send_cancel(self.id)
+        self._send_cancel(self.id, wait)
 
     def __len__(self) -> int:
         """Number of requests; where the prompts come from a generator, of those taken from it so far."""
@@ -162,6 +164,12 @@ class Job:
         """Nothing is left to be sent or to come back."""
         with self._changed:
             return self._is_settled()
+
+    @property
+    def has_more(self) -> bool:
+        """More requests are ready to be sent, or will be in a moment: the source is one that does not wait."""
+        with self._changed:
+            return bool(self._outbox) or (self._length is not None and not self._exhausted and not self._cancelled)
 
     def take(self, limit: int) -> tuple[WireRequest, ...]:
         """Up to `limit` requests to be sent now, as one part."""
@@ -260,7 +268,7 @@ class Job:
                 self._drop_rest()
             self._changed.notify_all()
         if failure is not None:
-            self._send_cancel(self.id)
+            self._send_cancel(self.id, False)
         self._wake()
         self._on_change()
 

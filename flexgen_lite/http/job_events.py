@@ -50,7 +50,7 @@ async def job_events(
         raise ApiError(503, str(error)) from error
     finally:
         gone.cancel()
-        job.cancel()
+        job.cancel(wait=False)
 
 
 async def _until_gone(caller: HttpRequest) -> None:

@@ -300,7 +300,7 @@ class FlexGenLiteLM(TemplateLM):
         try:
             yield from job
         finally:
-            job.cancel()
+            job.cancel(wait=False)
 
 
 def _id_or_text(token: str | int | None) -> str | int | None:

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from flexgen_lite.queue.kept_logprobs import KeptLogprobs
 from flexgen_lite.wire.client_messages import WirePrompt
 
+NOBODY = b""
+
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a request came from; `client` is None for a kept job's."""
+    """Where a request came from; `client` is None for a kept job's, and NOBODY where the answer is for nobody."""
 
     client: bytes | None
     job_id: str

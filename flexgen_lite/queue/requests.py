@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 from flexgen_lite.queue.admission import Admission, Limits, RequestError
 from flexgen_lite.queue.batching import Batcher, MicroBatch, Result
 from flexgen_lite.queue.kept_jobs import KeptJob
-from flexgen_lite.queue.open_request import OpenRequest, Origin
+from flexgen_lite.queue.open_request import NOBODY, OpenRequest, Origin
 from flexgen_lite.queue.responses import Responses, refusal
 from flexgen_lite.queue.running_request import RunningRequest
 from flexgen_lite.queue.waiting_queue import WaitingQueue
@@ -39,7 +40,6 @@ class Requests:
         self._next_index: dict[tuple[bytes, str], int] = {}
         self._num_open: Counter[bytes] = Counter()  # requests per client, those of kept jobs left out
         self._kept: dict[str, KeptJob] = {}
-        self._close_when_empty: set[str] = set()  # kept jobs that were cancelled
         self._cancelled: set[int] = set()
         self._unread: Counter[bytes] = Counter()  # deltas, by client
         self._set_aside: dict[int, RunningRequest] = {}
@@ -84,8 +84,6 @@ class Requests:
 
     def _submit_kept(self, client: bytes, message: Submit) -> list[Answer]:
         job = self._kept.get(message.job_id)
-        if message.job_id in self._close_when_empty:
-            return _refuse_all(client, message, "a job of this id is being cancelled: try again")
         if job is None:
             if len(self._kept) >= MAX_KEPT_JOBS:
                 text = f"the engine keeps {MAX_KEPT_JOBS} jobs already: cancel one that is not needed any more"
@@ -113,7 +111,7 @@ class Requests:
 
     def cancel(self, client: bytes, job_id: str | None) -> list[Answer]:
         """Drop a client's job, or all of its jobs, or a kept one: waiting requests now, running ones at the end of the
-        pass."""
+        pass. The id of a kept one is free at once."""
         is_kept = job_id in self._kept
         wanted = {
             owner
@@ -122,13 +120,18 @@ class Requests:
         }
         for owner in wanted:
             owner.give_up_the_rest()
+        if job_id is not None and (job := self._kept.pop(job_id, None)) is not None:
+            self._disown(wanted, NOBODY if job.client is None else job.client)
+            job.close()
         dropped = self._waiting.remove(lambda sequence: sequence.owner in wanted)
         self._cancelled |= {r.id for r in self._batcher.running.values() if r.owner in wanted}
-        answers = [answer for sequence in dropped for answer in self._finish(sequence, "cancelled")]
-        if job_id in self._kept:
-            self._close_when_empty.add(job_id)
-            self._close_cancelled_jobs()
-        return answers
+        return [answer for sequence in dropped for answer in self._finish(sequence, "cancelled")]
+
+    def _disown(self, owners: set[OpenRequest], client: bytes) -> None:
+        """They are no kept job's any more: only the client is to be told."""
+        for owner in owners:
+            owner.origin = replace(owner.origin, client=client)
+            self._num_open[client] += 1
 
     def deltas_read(self, client: bytes, count: int) -> None:
         """The client has read so many more."""
@@ -175,7 +178,6 @@ class Requests:
             self._batcher.release(request)
             answers += self._finish(request, "cancelled")
         self._cancelled.clear()
-        self._close_cancelled_jobs()
         return answers
 
     def end_pass(self, micro_batches: list[MicroBatch], results: list[Result]) -> list[Answer]:
@@ -201,7 +203,7 @@ class Requests:
             if not sequence.is_streamed or sequence.id not in self._batcher.running or sequence.num_generated == 0:
                 continue
             client = owner.origin.client if owner is not None and not owner.answered else None
-            if client is not None and self._unread[client] < MAX_UNREAD_DELTAS:
+            if client not in (None, NOBODY) and self._unread[client] < MAX_UNREAD_DELTAS:
                 delta = self._responses.delta(sequence)
                 if delta is not None:
                     self._unread[client] += 1
@@ -245,16 +247,10 @@ class Requests:
     def _address(self, origin: Origin, done: RequestDone) -> list[Answer]:
         """To whom it goes, if anyone is there; what is to be kept is kept."""
         if origin.client is not None:
-            return [(origin.client, done)]
+            return [] if origin.client == NOBODY else [(origin.client, done)]
         job = self._kept[origin.job_id]
         job.add(done)
         return [] if job.client is None else [(job.client, done)]
-
-    def _close_cancelled_jobs(self) -> None:
-        busy = {owner.origin.job_id for owner in self._open if owner.origin.client is None}
-        for job_id in self._close_when_empty - busy:
-            self._close_when_empty.discard(job_id)
-            self._kept.pop(job_id).close()
 
     def _close(self, owner: OpenRequest, done: RequestDone) -> list[Answer]:
         """The request has its answer."""

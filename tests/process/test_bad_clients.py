@@ -115,9 +115,36 @@ def test_a_kept_job_outlives_its_client_and_is_not_done_twice(engine: FlexGenLit
         assert "was another one: give the job another id" in (others[0].error or "")
         job = client.submit(PROMPTS, PARAMS, job_id="kept", keep=True)
         job.cancel()
-        wait_idle(engine)
+        with Client(engine.endpoint) as another:
+            found = another.submit([[5, 6]], PARAMS, job_id="kept", keep=True).results()
+            assert found[0].error is None, "it is forgotten"
+
+
+def test_a_kept_job_that_is_cancelled_while_it_runs_is_forgotten_at_once(engine: FlexGenLite) -> None:
+    for _ in range(5):
+        with Client(engine.endpoint) as client:
+            job = client.submit(PROMPTS, LONG, job_id="running", keep=True)
+            while not engine.status().running:
+                time.sleep(0.01)
+            job.cancel()
+        with Client(engine.endpoint) as client:
+            found = client.submit([[5, 6]], PARAMS, job_id="running", keep=True)
+            assert found.results()[0].error is None
+            found.cancel()
+    wait_idle(engine)
+
+
+def test_a_kept_job_goes_on_though_its_client_is_closed_at_once(engine: FlexGenLite, expected: list[list[int]]) -> None:
+    before = generated(engine)
     with Client(engine.endpoint) as client:
-        assert client.submit([[5, 6]], PARAMS, job_id="kept", keep=True).results()[0].error is None, "it is forgotten"
+        client.submit(PROMPTS, PARAMS, job_id="closed", keep=True)
+    while generated(engine) - before < sum(map(len, expected)):
+        time.sleep(0.05)
+    with Client(engine.endpoint) as client:
+        job = client.submit(PROMPTS, PARAMS, job_id="closed", keep=True)
+        assert [list(c.token_ids) for c in job.results()] == expected
+        job.cancel()
+    assert generated(engine) - before == sum(map(len, expected)), "every request once"
 
 
 def test_a_kept_job_is_taken_over_while_it_runs(engine: FlexGenLite, expected: list[list[int]]) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from flexgen_lite import Client, EngineError, SamplingParams
 from flexgen_lite.client.sampling_params import GREEDY
-from flexgen_lite.wire.client_messages import Cancel, EngineFailed, GetStatus, RequestDone, Submit
+from flexgen_lite.wire.client_messages import Cancel, Connect, EngineFailed, GetStatus, RequestDone, Submit
 from tests.fake_engine import FakeEngine, answer
 
 pytestmark = pytest.mark.timeout(60)
@@ -128,6 +130,63 @@ def test_cancel_ends_the_job_and_frees_the_window(socket_path: Path) -> None:
         engine.next_of(Cancel)
         engine.release()
         assert len(client.submit(["x"] * 9).results()) == 9
+
+
+class SlowEngine(FakeEngine):
+    """Takes half a second for each of a client's messages, as on a machine that has other things to do."""
+
+    def _handle(self, client: bytes, message: Any) -> None:
+        if not isinstance(message, Connect | GetStatus):
+            time.sleep(0.5)
+        super()._handle(client, message)
+
+
+def heard(engine: FakeEngine) -> list[Any]:
+    return [message for message in list(engine.received.queue) if isinstance(message, Cancel | Submit)]
+
+
+def test_a_cancel_that_has_returned_holds(socket_path: Path) -> None:
+    with SlowEngine(socket_path, hold=True) as engine, Client(engine.endpoint) as client:
+        job = client.submit(["a"], keep=True, job_id="kept")
+        engine.next_of(Submit)
+        job.cancel()
+        assert heard(engine) == [Cancel("kept")]
+        job.cancel()
+        assert heard(engine) == [Cancel("kept")] * 2, "also when all is done"
+
+
+def test_what_a_client_was_told_the_engine_hears_though_it_is_closed_at_once(socket_path: Path) -> None:
+    with SlowEngine(socket_path, hold=True) as engine:
+        client = Client(engine.endpoint)
+        client.submit(["a"] * 3, job_id="cancelled", keep=True).cancel(wait=False)
+        client.submit(["b"] * 3, job_id="left")
+        client.close()
+        assert {Cancel("cancelled"), Cancel("left")} <= set(heard(engine))
+
+
+def test_a_job_to_be_kept_is_with_the_engine_when_its_client_is_closed_at_once(socket_path: Path) -> None:
+    with SlowEngine(socket_path, hold=True, window=2000) as engine:
+        with Client(engine.endpoint) as client:
+            client.submit([f"{i}" for i in range(600)], job_id="kept", keep=True)
+        found = heard(engine)
+    assert [request.prompt for message in found for request in message.requests] == [f"{i}" for i in range(600)]
+
+
+def test_nobody_waits_for_an_engine_that_is_gone(socket_path: Path) -> None:
+    with FakeEngine(socket_path, silent=True) as engine, Client(engine.endpoint) as client:
+        job = client.submit(["a"], keep=True, job_id="kept")
+        engine.next_of(Submit)
+        threading.Timer(0.5, engine.die).start()
+        job.cancel()  # returns
+
+
+def test_closing_takes_seconds_where_the_engine_does_not_answer(socket_path: Path) -> None:
+    with FakeEngine(socket_path, silent=True) as engine:
+        client = Client(engine.endpoint)
+        client.submit(iter(["a"]), keep=True, job_id="kept")
+        begun = time.monotonic()
+        client.close()
+        assert time.monotonic() - begun < 20
 
 
 def test_a_failed_request_has_an_error_and_the_others_go_on(socket_path: Path) -> None:

@@ -231,7 +231,7 @@ def test_jobs_of_the_time_between(owner: Owner) -> None:
     given_up, waiting = client.submit(["a"] * 5), client.submit(["b"] * 5)
     submitted(first, 10 - 2)
     given_up_before = client.submit(["z"] * 5)
-    given_up_before.cancel()
+    given_up_before.cancel(wait=False)
     first.die()
     owner.wait_for_loss()
     assert client.outage is not None and "closed the connection; it is being started again" in client.outage
@@ -252,7 +252,7 @@ def test_a_job_that_was_cancelled_just_before(owner: Owner) -> None:
     job = client.submit(f"{number}" for number in range(50))
     submitted(first, 8)
     first._handle = lambda *_: None  # type: ignore[method-assign]
-    job.cancel()
+    job.cancel(wait=False)
     first.die()
     assert job.results() == []
     again = client.submit(["x"], job_id=job.id)  # nothing of it is open any more

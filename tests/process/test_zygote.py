@@ -18,7 +18,8 @@ from flexgen_lite import FlexGenLite, SamplingParams
 from tests.engine_processes import workers_of, zygote_of
 from tests.tiny_models import make_model, ragged_prompts
 
-pytestmark = pytest.mark.usefixtures("own_zygotes", "runtime")
+pytestmark = pytest.mark.usefixtures("runtime")
+own_zygotes = pytest.mark.usefixtures("own_zygotes")
 PROMPTS = ragged_prompts(12, longest=20)
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
 COMPUTE = "compute worker"
@@ -37,6 +38,7 @@ def tokens(engine: FlexGenLite) -> list[list[int]]:
     return [list(completion.token_ids) for completion in engine.generate(PROMPTS, GREEDY)]
 
 
+@own_zygotes
 def test_every_loss_is_made_good_by_a_fork(model: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "flexgen_lite")
     with start(model) as engine:
@@ -56,6 +58,7 @@ def test_every_loss_is_made_good_by_a_fork(model: Path, caplog: pytest.LogCaptur
     assert not zygote.is_running()
 
 
+@own_zygotes
 def test_a_fork_has_the_descriptors_and_signals_of_a_fresh_process(model: Path) -> None:
     def state(pid: int) -> tuple[dict[str, str], list[str]]:
         lines = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
@@ -71,6 +74,7 @@ def test_a_fork_has_the_descriptors_and_signals_of_a_fresh_process(model: Path) 
         assert state(workers_of(engine.engine_pid)[COMPUTE].pid) == fresh
 
 
+@own_zygotes
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGSTOP])
 def test_without_the_zygote_a_fresh_worker_leaves_another(ending: signal.Signals, model: Path) -> None:
     """One that is stopped does not answer, and is killed."""
@@ -87,6 +91,7 @@ def test_without_the_zygote_a_fresh_worker_leaves_another(ending: signal.Signals
         assert workers_of(engine.engine_pid)[COMPUTE].ppid() == another.pid
 
 
+@own_zygotes
 def test_the_worker_goes_on_without_the_zygote_that_forked_it(model: Path) -> None:
     with start(model) as engine:
         expected = tokens(engine)
@@ -101,6 +106,7 @@ def test_the_worker_goes_on_without_the_zygote_that_forked_it(model: Path) -> No
         assert engine.status().totals["restarts"] == 2
 
 
+@own_zygotes
 def test_zygote_and_fork_end_with_the_coordinator(model: Path) -> None:
     code = (
         "import sys; from flexgen_lite import FlexGenLite\n"
@@ -138,3 +144,11 @@ assert zygote.leave_behind(theirs, ()) is None
 assert ours.recv(1) == b"", "nobody is at the other end"
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_other_tests_have_their_engines_from_shared_zygotes(model: Path) -> None:
+    """Or they take four times as long."""
+    with start(model) as engine:
+        found = {name: worker.cmdline() for name, worker in workers_of(engine.engine_pid).items()}
+    assert set(found) == {"compute worker", "disk loader", "attention worker 0"}
+    assert all("tests.zygotes" in line for line in found.values())

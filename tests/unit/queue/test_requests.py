@@ -292,15 +292,22 @@ def test_a_reader_who_stands_still_gets_the_rest_at_the_end(
     assert not requests._unread
 
 
-def test_a_kept_job_that_is_being_cancelled_takes_nothing(requests: Requests) -> None:
-    message = Submit("job", (WireRequest(0, (5, 6, 7), PARAMS),), True)
-    assert requests.submit(b"a", message) == []
+@pytest.mark.parametrize("is_gone", [False, True])
+def test_the_id_of_a_kept_job_that_is_cancelled_while_it_runs_is_free(requests: Requests, is_gone: bool) -> None:
+    assert requests.submit(b"a", Submit("job", (WireRequest(0, (5, 6, 7), PARAMS),), True)) == []
     composed = requests.next_pass()
-    requests.cancel(b"a", "job")
-    ((_, refused),) = requests.submit(b"b", message)
-    assert "being cancelled" in (refused.error or "")
-    requests.end_pass(composed, [Result((8,))])
-    assert requests.submit(b"b", message) == []
+    if is_gone:
+        requests.forget(b"a")
+    assert requests.cancel(b"b", "job") == []
+    another = Submit("job", (WireRequest(0, (8, 9), replace(PARAMS, max_tokens=1)),), True)
+    assert requests.submit(b"b", another) == []
+    answers = requests.end_pass(composed, [Result((8,))])
+    told = [(client, done.outputs[0].finish_reason) for client, done in answers]
+    assert told == ([] if is_gone else [(b"a", "cancelled")])
+    ((client, done),) = requests.end_pass(requests.next_pass(), [Result((8,))])
+    assert (client, done.outputs[0].token_ids) == (b"b", (8,))
+    assert requests.submit(b"c", another) == [(b"c", done)], "and kept"
+    assert not requests._num_open and not requests.num_running
 
 
 def test_scores_say_nothing_of_how_long_answers_are(requests: Requests) -> None:
