@@ -1,10 +1,10 @@
-"""Vectors for the attention kernels: a numba type for one register of float32, and what can be done with it.
+"""Vectors for the kernels of attention and products: a numba type for one register of float32, and what it can do.
 
 A `Vector` holds LANES float32. Memory is named by address, an int64. Functions that differ by how items are stored take
 a *kind* as their last argument, a value whose type alone counts: float32, uint16 for bfloat16, int16 for float16.
 
-Numba's disk cache watches the files of the kernels alone, prefill_kernels.py and attention/kernels.py: touch them after
-an edit here.
+Numba's disk cache watches the files of the kernels alone: touch attention/kernels.py, and prefill_kernels.py,
+product_kernels.py and workspace.py in compute/, after an edit here.
 """
 
 from __future__ import annotations

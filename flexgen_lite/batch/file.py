@@ -13,7 +13,7 @@ from flexgen_lite.batch.lines import is_blank, open_lines
 from flexgen_lite.chat.template import Chat
 from flexgen_lite.client.completion import Prompt
 from flexgen_lite.client.sampling_params import SamplingParams
-from flexgen_lite.openai.request_body import URLS, RequestError, parse_body, refuse_unknown
+from flexgen_lite.openai.request_body import URLS, BodyError, parse_body, refuse_unknown
 from flexgen_lite.text.json_text import JsonError, parse_json
 from flexgen_lite.text.shown import shown, shown_json
 
@@ -128,9 +128,9 @@ def read_requests(lines: Iterator[bytes]) -> Iterator[BatchRequest | BadLine]:
             custom_id = _custom_id(row)
             if not seen.add(custom_id):
                 is_repeat = True
-                raise RequestError(f"custom_id {shown(custom_id)} was used by an earlier line: give each its own")
+                raise BodyError(f"custom_id {shown(custom_id)} was used by an earlier line: give each its own")
             yield _request(custom_id, row)
-        except RequestError as error:
+        except BodyError as error:
             yield BadLine(custom_id, f"line {number}: {error}", digests.of(line), is_repeat)
 
 
@@ -150,27 +150,27 @@ def _parse_line(line: bytes) -> dict[str, Any]:
     try:
         row = parse_json(line)
     except JsonError as error:
-        raise RequestError(str(error)) from None
+        raise BodyError(str(error)) from None
     if not isinstance(row, dict):
-        raise RequestError("not a JSON object")
+        raise BodyError("not a JSON object")
     return row
 
 
 def _custom_id(row: dict[str, Any]) -> str:
     custom_id = row.get("custom_id")
     if not isinstance(custom_id, str) or not custom_id:
-        raise RequestError("custom_id is missing or not a string")
+        raise BodyError("custom_id is missing or not a string")
     return custom_id
 
 
 def _request(custom_id: str, row: dict[str, Any]) -> BatchRequest:
     refuse_unknown("", row, _LINE)
     if row.get("method") != "POST":
-        raise RequestError(f'method is {shown_json(row.get("method"))}: only "POST" is supported')
+        raise BodyError(f'method is {shown_json(row.get("method"))}: only "POST" is supported')
     url, body = row.get("url"), row.get("body")
     if not isinstance(url, str) or url not in URLS:
-        raise RequestError(f"url is {shown_json(url)}: supported are {', '.join(URLS)}")
+        raise BodyError(f"url is {shown_json(url)}: supported are {', '.join(URLS)}")
     if not isinstance(body, dict):
-        raise RequestError("body is missing or not an object")
+        raise BodyError("body is missing or not an object")
     found = parse_body(url, body, "body.")
     return BatchRequest(custom_id, found.prompt, found.params, found.return_token_ids, found.model, found.echo)

@@ -72,15 +72,15 @@ class ResultWriter:
             self._syncing.start()
         self._is_new = False
 
-    def write(self, request: BatchRequest, answers: str, completion: Completion) -> None:
-        """The result of a request, good or failed; `answers` is its `request_id`."""
+    def write(self, request: BatchRequest, request_id: str, completion: Completion) -> None:
+        """The result of a request, good or failed; `request_id` is that of its line."""
         body = None if completion.error is not None else response_body(request, completion, self._model)
-        row = encode_row(self._next_id(), request.custom_id, answers, body, completion.error)
+        row = encode_row(self._next_id(), request.custom_id, request_id, body, completion.error)
         self._append(row)
 
-    def write_bad_line(self, line: BadLine, answers: str) -> None:
-        """Why a line is no request; `answers` is its `request_id`."""
-        self._append(encode_row(self._next_id(), line.custom_id, answers, None, line.message))
+    def write_bad_line(self, line: BadLine, request_id: str) -> None:
+        """Why a line is no request; `request_id` is that of the line."""
+        self._append(encode_row(self._next_id(), line.custom_id, request_id, None, line.message))
 
     def close(self) -> None:
         """No further row is written; those that were are on the disk. Safe to call twice."""

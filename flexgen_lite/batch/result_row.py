@@ -23,7 +23,7 @@ _NO_JSON = object()
 _REQUEST_ID = re.compile(r"(req|line)_[0-9a-f]{16}")
 
 
-def request_id(item: BatchRequest | BadLine, engine: str) -> str:
+def request_id_of(item: BatchRequest | BadLine, engine: str) -> str:
     """What a row says of the line that it answers: the same for the same request to the same engine.
 
     Args:
@@ -47,14 +47,14 @@ def request_id(item: BatchRequest | BadLine, engine: str) -> str:
 
 
 def encode_row(
-    row_id: str, custom_id: str | None, answers: str, body: dict[str, Any] | None, error: str | None
+    row_id: str, custom_id: str | None, request_id: str, body: dict[str, Any] | None, error: str | None
 ) -> bytes:
     """One line with its end.
 
     Args:
         row_id: of this row alone.
         custom_id: of the line that is answered, or None where it had none.
-        answers: the line's `request_id`.
+        request_id: of the line (`request_id_of`).
         body: the answer, where there is one.
         error: why there is none.
     """
@@ -63,7 +63,7 @@ def encode_row(
         "custom_id": custom_id,
         "response": {
             "status_code": 200 if error is None else 400,
-            "request_id": answers,
+            "request_id": request_id,
             "body": None if body is None else {"id": f"{ID_PREFIXES[body['object']]}-{row_id}", **body},
         },
         "error": None if error is None else {"message": error, "type": "BadRequestError", "code": 400},
@@ -107,17 +107,17 @@ class RowsThere:
                 self._add(row)
                 self.num_bytes += len(line)
 
-    def has(self, item: BatchRequest | BadLine, answers: str) -> bool:
+    def has(self, item: BatchRequest | BadLine, request_id: str) -> bool:
         """Whether the row of a line of the input is there.
 
         Args:
             item: the line.
-            answers: its `request_id`.
+            request_id: of the line.
 
         Raises:
             FileExistsError: there is one of the same custom_id that answers something else.
         """
-        if _key(item.custom_id, answers) in self._rows:
+        if _key(item.custom_id, request_id) in self._rows:
             return True
         is_repeat = isinstance(item, BadLine) and item.is_repeat
         if item.custom_id is not None and item.custom_id in self._answered and not is_repeat:
@@ -127,17 +127,17 @@ class RowsThere:
             )
         return False
 
-    def is_failed(self, item: BatchRequest | BadLine, answers: str) -> bool:
+    def is_failed(self, item: BatchRequest | BadLine, request_id: str) -> bool:
         """Whether the row of a line is there and has an error."""
-        return _key(item.custom_id, answers) in self._failed
+        return _key(item.custom_id, request_id) in self._failed
 
     def _add(self, row: dict[str, Any]) -> None:
-        custom_id, answers = row["custom_id"], row["response"]["request_id"]
-        key = _key(custom_id, answers)
+        custom_id, request_id = row["custom_id"], row["response"]["request_id"]
+        key = _key(custom_id, request_id)
         self.num_rows += self._rows.add(key)
         if row["error"] is not None:
             self._failed.add(key)
-        if custom_id is not None and answers.startswith("req_"):
+        if custom_id is not None and request_id.startswith("req_"):
             self._answered.add(custom_id)
 
     def _foreign(self, number: int) -> FileExistsError:
@@ -156,8 +156,8 @@ def _is_ours(row: Any) -> bool:
     if not isinstance(row, dict) or not {"custom_id", "response", "error"} <= row.keys():
         return False
     custom_id, response = row["custom_id"], row["response"]
-    answers = response.get("request_id") if isinstance(response, dict) else None
-    is_known = isinstance(answers, str) and _REQUEST_ID.fullmatch(answers) is not None
+    request_id = response.get("request_id") if isinstance(response, dict) else None
+    is_known = isinstance(request_id, str) and _REQUEST_ID.fullmatch(request_id) is not None
     return is_known and (custom_id is None or isinstance(custom_id, str))
 
 
@@ -166,5 +166,5 @@ def _is_start(line: bytes) -> bool:
     return line.startswith(_START) or _START.startswith(line) or not line.strip(b"\0\n")
 
 
-def _key(custom_id: str | None, answers: str) -> str:
-    return f"{answers} {custom_id or ''}"
+def _key(custom_id: str | None, request_id: str) -> str:
+    return f"{request_id} {custom_id or ''}"

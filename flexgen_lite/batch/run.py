@@ -12,14 +12,14 @@ from typing import Any
 from flexgen_lite.batch.file import BadLine, BatchRequest, count_lines, read_requests
 from flexgen_lite.batch.lines import check_lines, open_lines
 from flexgen_lite.batch.result_file import ResultWriter
-from flexgen_lite.batch.result_row import request_id
+from flexgen_lite.batch.result_row import request_id_of
 from flexgen_lite.chat.template import Chat, ChatError, brings_program
 from flexgen_lite.client.client import Client
 from flexgen_lite.client.completion import Completion
 from flexgen_lite.client.job import Job
 from flexgen_lite.client.request import Request
 from flexgen_lite.errors import EngineError, NoStatus
-from flexgen_lite.openai.request_body import CHAT, COMPLETIONS, RequestError
+from flexgen_lite.openai.request_body import CHAT, COMPLETIONS, BodyError
 from flexgen_lite.text.shown import shown, shown_path
 from flexgen_lite.text.sizes import format_size
 from flexgen_lite.wire.client_messages import Status
@@ -221,19 +221,19 @@ class BatchRun:
         there, engine = self._results.there, self._client.welcome.fingerprint
         with open_lines(self._input_file) as lines:
             for item in read_requests(lines):
-                answers = request_id(item, engine)
-                if there.has(item, answers):
+                request_id = request_id_of(item, engine)
+                if there.has(item, request_id):
                     if count:
                         self.num_earlier += 1
-                        self._num_earlier_failed += there.is_failed(item, answers)
+                        self._num_earlier_failed += there.is_failed(item, request_id)
                 else:
-                    yield item, answers
+                    yield item, request_id
 
     def _requests(self) -> Iterator[Request]:
         index = 0
-        for item, answers in self._new_items(count=self.num_new is None):
+        for item, request_id in self._new_items(count=self.num_new is None):
             if isinstance(item, BadLine):
-                self._results.write_bad_line(item, answers)
+                self._results.write_bad_line(item, request_id)
                 self._num_bad += 1
                 continue
             if item.model not in (None, self._model, self._client.welcome.model) and not self._warned:
@@ -241,22 +241,22 @@ class BatchRun:
                 self._warn(f"requests name the model {shown(item.model)}; {shown(self._model)} answers them")
             try:
                 asked = self._request(item)
-            except (ChatError, RequestError) as error:
-                self._results.write(item, answers, Completion(0, "", [], 0, str(error)))
+            except (ChatError, BodyError) as error:
+                self._results.write(item, request_id, Completion(0, "", [], 0, str(error)))
                 self._num_bad += 1
                 continue
-            self._open[index] = (item, answers)
+            self._open[index] = (item, request_id)
             index += 1
             yield asked
 
     def _request(self, item: BatchRequest) -> Request:
         """
         Raises:
-            ChatError, RequestError: it cannot be one here.
+            ChatError, BodyError: it cannot be one here.
         """
         url = CHAT if isinstance(item.prompt, Chat) else COMPLETIONS
         if self._url not in (None, url):
-            raise RequestError(f"url is {url!r}: the batch is for {self._url!r}")
+            raise BodyError(f"url is {url!r}: the batch is for {self._url!r}")
         template = self._client.welcome.chat_template
         if not self._own_templates and isinstance(item.prompt, Chat) and brings_program(item.prompt, template):
             raise ChatError(
@@ -268,9 +268,9 @@ class BatchRun:
     def _write_results(self, job: Job) -> None:
         try:
             for completion in job:
-                request, answers = self._open.pop(completion.index)
+                request, request_id = self._open.pop(completion.index)
                 if all(output.finish_reason != "cancelled" for output in completion.outputs):
-                    self._results.write(request, answers, completion)
+                    self._results.write(request, request_id, completion)
         except Exception as error:
             self._failure = error
         self._finished.set()

@@ -1,4 +1,4 @@
-"""`flexgen-lite run-batch`: a batch run with its progress shown."""
+"""`flexgen-lite run-batch`: a batch run with its progress shown. Options of all commands are in main.py."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from flexgen_lite.http.errors import ApiError
 from flexgen_lite.http.job_events import job_events
 from flexgen_lite.http.json_body import read_json
 from flexgen_lite.http.json_response import JsonResponse
-from flexgen_lite.openai.request_body import CHAT, COMPLETIONS, Body, RequestError, parse_body
+from flexgen_lite.openai.request_body import CHAT, COMPLETIONS, Body, BodyError, parse_body
 from flexgen_lite.openai.response_body import ID_PREFIXES, chat_logprobs, response_body, text_logprobs
 from flexgen_lite.text.json_text import json_line
 from flexgen_lite.text.shown import shown_json
@@ -187,7 +187,7 @@ def _bodies(url: str, body: dict[str, Any]) -> list[Body]:
                 raise ApiError(400, f"{len(prompts)} prompts, {MAX_PROMPTS} allowed: use a batch", "prompt")
             return [parse_body(url, {**body, "prompt": prompt}) for prompt in prompts]
         return [parse_body(url, body)]
-    except RequestError as error:
+    except BodyError as error:
         raise ApiError(400, str(error)) from None
 
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from flexgen_lite.model.spec import ITEM_BYTES, Extent, Piece, TensorSpec, UnitSpec
+from flexgen_lite.model.spec import ITEM_BYTES, Extent, SourcePiece, TensorSpec, UnitSpec
 
 BLOCK_BYTES = 4096  # of O_DIRECT: a multiple of every usual logical block size
 MAX_GAP_BYTES = 64 * 1024  # reading this much for nothing costs less than another read
@@ -28,7 +28,7 @@ class TensorSource:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[SourcePiece, ...]
 
     @property
     def num_bytes(self) -> int:

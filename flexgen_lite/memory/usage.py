@@ -1,4 +1,7 @@
-"""How much main memory the engine's processes and arenas take, and how much of it was planned."""
+"""How much main memory the engine's processes and arenas take, and how much of it was planned.
+
+It is watched, and told: nobody is held back. `EngineStats.warn_of_memory` warns of a process beyond its part.
+"""
 
 from __future__ import annotations
 

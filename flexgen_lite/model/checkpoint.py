@@ -1,7 +1,7 @@
 """A Hugging Face model directory: which tensor lies in which safetensors file, at which bytes.
 
-Only headers are read. Offsets and shapes are checked against the files, so that what comes after can trust
-them.
+Only headers are read, by the compute worker; the weights are read by the disk loader (workers/loader/). Offsets and
+shapes are checked against the files, so that what comes after can trust them.
 """
 
 from __future__ import annotations

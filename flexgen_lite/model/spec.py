@@ -21,7 +21,7 @@ class FileStamp:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class SourcePiece:
     """One source tensor of a checkpoint, and the part of a parameter that it fills.
 
     The source is read as `source_shape`, taken through the `views` in order, and assigned to `parameter[region]`.
@@ -48,7 +48,7 @@ class TensorSpec:
     shape: tuple[int, ...]
     offset: int
     num_bytes: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[SourcePiece, ...]
 
 
 @dataclass(frozen=True, slots=True)

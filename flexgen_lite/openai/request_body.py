@@ -57,7 +57,7 @@ _KNOWN = {
 }
 
 
-class RequestError(ValueError):
+class BodyError(ValueError):
     """A body that is no request; the message says why."""
 
 
@@ -80,19 +80,19 @@ def parse_body(url: str, body: dict[str, Any], where: str = "") -> Body:
         where: what to put in front of names in messages.
 
     Raises:
-        RequestError: it cannot be served; the message names the field, its value and what would be allowed.
+        BodyError: it cannot be served; the message names the field, its value and what would be allowed.
     """
     refuse_unknown(where, body, _KNOWN[url])
     body = {key: value for key, value in body.items() if value is not None}
     for name in ("model", "user"):
         if not isinstance(body.get(name, ""), str):
-            raise RequestError(f"{where}{name} is not a string")
+            raise BodyError(f"{where}{name} is not a string")
     for name in ("return_token_ids", "echo", "add_generation_prompt"):
         if type(body.get(name, False)) is not bool:
-            raise RequestError(f"{where}{name} is {shown_json(body[name])}: give true or false")
+            raise BodyError(f"{where}{name} is {shown_json(body[name])}: give true or false")
     if not isinstance(goes_on := body.get("continue_final_message", False), bool | str):
         given = shown_json(goes_on)
-        raise RequestError(f"{where}continue_final_message is {given}: give true, false, or the key of a text")
+        raise BodyError(f"{where}continue_final_message is {given}: give true, false, or the key of a text")
     if url == CHAT:
         _from_chat_names(where, body)
     if body.get("echo") and "logprobs" in body:
@@ -102,7 +102,7 @@ def parse_body(url: str, body: dict[str, Any], where: str = "") -> Body:
     try:
         params = SamplingParams(**{key: body[key] for key in _PARAMS if key in body})
     except ValueError as error:
-        raise RequestError(f"{where}{error}") from None
+        raise BodyError(f"{where}{error}") from None
     prompt = _chat(where, body) if url == CHAT else parse_prompt(where, body.get("prompt"))
     return Body(prompt, params, body.get("return_token_ids", False), body.get("model"), body.get("echo", False))
 
@@ -111,22 +111,22 @@ def refuse_unknown(where: str, given: dict[str, Any], known: frozenset[str]) -> 
     unknown = sorted(given.keys() - known)
     if unknown:
         names = shown_names(where + name for name in unknown)
-        raise RequestError(f"{names}: not supported; supported are {', '.join(sorted(known))}")
+        raise BodyError(f"{names}: not supported; supported are {', '.join(sorted(known))}")
 
 
 def parse_prompt(where: str, prompt: object) -> Prompt:
     """A text or a list of token ids."""
     if isinstance(prompt, str | list) and len(prompt) > MAX_PROMPT_UNITS:
         unit = "characters" if isinstance(prompt, str) else "tokens"
-        raise RequestError(f"{where}prompt has {len(prompt)} {unit}, {MAX_PROMPT_UNITS} allowed")
+        raise BodyError(f"{where}prompt has {len(prompt)} {unit}, {MAX_PROMPT_UNITS} allowed")
     if isinstance(prompt, str):
         _check_text(f"{where}prompt", prompt)
         return prompt
     if not isinstance(prompt, list):
-        raise RequestError(f"{where}prompt is missing or neither a string nor a list of token ids")
+        raise BodyError(f"{where}prompt is missing or neither a string nor a list of token ids")
     for token_id in prompt:
         if type(token_id) is not int or not 0 <= token_id <= MAX_TOKEN_ID:
-            raise RequestError(
+            raise BodyError(
                 f"{where}prompt has {shown_json(token_id)} among its token ids: give whole numbers from 0 to "
                 f"{MAX_TOKEN_ID}"
             )
@@ -137,15 +137,15 @@ def _from_chat_names(where: str, body: dict[str, Any]) -> None:
     """The chat API's names for what the completions API calls otherwise."""
     if "max_completion_tokens" in body:
         if "max_tokens" in body:
-            raise RequestError(f"{where}max_tokens and {where}max_completion_tokens are the same: give one of them")
+            raise BodyError(f"{where}max_tokens and {where}max_completion_tokens are the same: give one of them")
         least, given = 0 if "prompt_logprobs" in body else 1, body.pop("max_completion_tokens")
         body["max_tokens"] = _whole(where, "max_completion_tokens", given, least, MAX_INT)
     body.setdefault("max_tokens", CHAT_MAX_TOKENS)
     wanted, top = body.pop("logprobs", False), body.pop("top_logprobs", None)
     if type(wanted) is not bool:
-        raise RequestError(f"{where}logprobs is {shown_json(wanted)}: give true or false, and top_logprobs")
+        raise BodyError(f"{where}logprobs is {shown_json(wanted)}: give true or false, and top_logprobs")
     if top is not None and not wanted:
-        raise RequestError(f"{where}top_logprobs needs {where}logprobs to be true")
+        raise BodyError(f"{where}top_logprobs needs {where}logprobs to be true")
     if wanted:
         body["logprobs"] = 0 if top is None else _whole(where, "top_logprobs", top, 0, MAX_LOGPROBS)
 
@@ -155,26 +155,26 @@ def _whole(where: str, name: str, value: object, low: int, high: int) -> int:
     try:
         return whole_number(name, value, low, high)
     except ValueError as error:
-        raise RequestError(f"{where}{error}") from None
+        raise BodyError(f"{where}{error}") from None
 
 
 def _chat(where: str, body: dict[str, Any]) -> Chat:
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise RequestError(f"{where}messages is missing or not a list of messages")
+        raise BodyError(f"{where}messages is missing or not a list of messages")
     for index, message in enumerate(messages):
         name = f"{where}messages[{index}]"
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise RequestError(f"{name} is not an object with a role")
+            raise BodyError(f"{name} is not an object with a role")
         _check_text(name, json.dumps(message, ensure_ascii=False))
         _check_parts(message.get("content"))
     tools, variables = body.get("tools"), body.get("chat_template_kwargs", {})
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise RequestError(f"{where}tools is {shown_json(tools)}: give a list of objects")
+        raise BodyError(f"{where}tools is {shown_json(tools)}: give a list of objects")
     if not isinstance(variables, dict):
-        raise RequestError(f"{where}chat_template_kwargs is {shown_json(variables)}: give an object")
+        raise BodyError(f"{where}chat_template_kwargs is {shown_json(variables)}: give an object")
     if not isinstance(body.get("chat_template", ""), str):
-        raise RequestError(f"{where}chat_template is not a string")
+        raise BodyError(f"{where}chat_template is not a string")
     return Chat(
         messages,
         tools,
@@ -192,14 +192,14 @@ def _check_parts(parts: object) -> None:
         return
     texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
     if any(not isinstance(text, str) for text in texts):
-        raise RequestError("messages have content of another type than text, which is not supported")
+        raise BodyError("messages have content of another type than text, which is not supported")
 
 
 def _check_text(name: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise RequestError(f"{name} has characters that are not Unicode text") from None
+        raise BodyError(f"{name} has characters that are not Unicode text") from None
 
 
 def _logit_bias(where: str, value: object) -> object:
@@ -209,6 +209,6 @@ def _logit_bias(where: str, value: object) -> object:
     try:
         return {int(token_id): bias for token_id, bias in value.items()}
     except ValueError:
-        raise RequestError(
+        raise BodyError(
             f"{where}logit_bias is {shown_json(value)}: its keys must be token ids, from 0 to {MAX_TOKEN_ID}"
         ) from None

@@ -8,6 +8,10 @@ A pass takes every micro-batch k through all layers j, column by column: all k o
     attend(j, k)   needs segment(j, k); runs on every attention worker that holds sequences of k.
     load(j)        needs a free host slot; upload(j) a free device slot and the layer in the host's.
 
+This grants. Which of the granted segments runs next is SegmentQueue's to say, in the compute worker (segment_queue.py),
+and which layer is read next SlotRing's (slot_ring.py). A micro-batch takes its layers in order: its forward is the
+model's own.
+
 Segments are granted as soon as their weights are at hand; the compute worker and the attention workers tell each other
 when a segment or an attention is done (doorbells.py, segment_queue.py), and the schedule afterwards. A layer's slot is
 released when the last micro-batch has left the layer. There is no barrier: each dependency is its own event, so

@@ -55,7 +55,8 @@ class Penalties:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """How to draw one sequence's next token. `seed` and `step` alone decide the random number."""
+    """How to draw one sequence's next token, made of its WireParams by `RunningRequest.next_sample`. `seed` and `step`
+    alone decide the random number."""
 
     temperature: float  # 0: greedy
     top_k: int  # 0: all
@@ -158,4 +159,6 @@ def allows(name: str, value: float) -> bool:
             return 0 < value < math.inf
         case "logit_bias":
             return abs(value) <= MAX_LOGIT_BIAS
-    return abs(value) <= MAX_PENALTY
+        case "presence_penalty" | "frequency_penalty":
+            return abs(value) <= MAX_PENALTY
+    raise KeyError(name)

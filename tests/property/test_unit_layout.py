@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexgen_lite.memory.slot_layout import BLOCK_BYTES, MAX_GAP_BYTES, TensorSource, layout_unit
-from flexgen_lite.model.spec import ITEM_BYTES, Piece, UnitSpec
+from flexgen_lite.model.spec import ITEM_BYTES, SourcePiece, UnitSpec
 
 DTYPES = st.sampled_from(["float32", "bfloat16", "float16", "int64", "bool"])
 
@@ -28,7 +28,7 @@ def sources(draw: st.DrawFn) -> list[TensorSource]:
             views: tuple[tuple[str | int, ...], ...] = ()
             if draw(st.integers(0, 5)) == 0:
                 views = (("reshape", *shape),)
-            piece = Piece(file, offset, num_bytes, f"{file}.{index}", stored, shape, views)
+            piece = SourcePiece(file, offset, num_bytes, f"{file}.{index}", stored, shape, views)
             result.append(TensorSource(f"{file}.{index}", wanted, shape, (piece,)))
             gap = st.sampled_from([0, 0, 1, 8, 4096, MAX_GAP_BYTES - 1, MAX_GAP_BYTES, 3 * MAX_GAP_BYTES])
             offset += num_bytes + draw(gap)

@@ -6,6 +6,8 @@ across lanes. Values lie `[token][word]`. A vector of words is split into one ve
 even columns and the odd ones. All sums are float32.
 
 Memory is named by address, strides are in bytes; kinds are those of simd.py.
+
+Numba's disk cache watches attention/kernels.py alone: touch that file after an edit here.
 """
 
 from __future__ import annotations

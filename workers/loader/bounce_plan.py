@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from flexgen_lite.model.spec import ITEM_BYTES, Piece, TensorSpec, UnitSpec
+from flexgen_lite.model.spec import ITEM_BYTES, SourcePiece, TensorSpec, UnitSpec
 from flexgen_lite.workers.loader.weight_cast import Bits, bits_type, copy_cast
 
 BLOCK_BYTES = 4096
@@ -95,7 +95,7 @@ def apply_views(source: Bits, views: Iterable[tuple[str | int, ...]]) -> Bits:
     return source
 
 
-def _chunks(tensor: TensorSpec, piece: Piece, limit: int) -> Iterator[Chunk]:
+def _chunks(tensor: TensorSpec, piece: SourcePiece, limit: int) -> Iterator[Chunk]:
     whole = np.lib.stride_tricks.as_strided(  # of the tensor's shape and strides, over one element
         np.empty(1, bits_type(tensor.dtype)), tensor.shape, _strides(tensor.shape, ITEM_BYTES[tensor.dtype])
     )
@@ -144,7 +144,7 @@ def _chunks(tensor: TensorSpec, piece: Piece, limit: int) -> Iterator[Chunk]:
             yield chunk(offset, (last - first, *shape[k + 1 :]), views, part)
 
 
-def _in_source_order(target: Bits, piece: Piece) -> tuple[Bits, tuple[tuple[int, int], ...]] | None:
+def _in_source_order(target: Bits, piece: SourcePiece) -> tuple[Bits, tuple[tuple[int, int], ...]] | None:
     """The target with the source's dimensions, and which part of the source it takes (per dimension)."""
     shape = piece.source_shape or (1,)
     shapes = [shape]

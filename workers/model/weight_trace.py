@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from flexgen_lite.model.checkpoint import StoredTensor
-from flexgen_lite.model.spec import ITEM_BYTES, Piece
+from flexgen_lite.model.spec import ITEM_BYTES, SourcePiece
 
 Region = tuple[tuple[int, int], ...]
 View = tuple[str | int, ...]
@@ -79,8 +79,8 @@ def trace(stored: StoredTensor, dtype: torch.dtype) -> TracedTensor:
     return TracedTensor(torch.empty(stored.shape, dtype=dtype, device="meta"), (Part(stored, (), whole),))
 
 
-def to_piece(part: Part, shape: Sequence[int]) -> Piece:
-    """The part as a Piece of a parameter of `shape`; leading reshapes and row slices become file offsets."""
+def to_piece(part: Part, shape: Sequence[int]) -> SourcePiece:
+    """The part as a SourcePiece of a parameter of `shape`; leading reshapes and row slices become file offsets."""
     stored, views = part.stored, list(part.views)
     offset, source_shape = stored.offset, stored.shape
     while views:
@@ -95,7 +95,7 @@ def to_piece(part: Part, shape: Sequence[int]) -> Piece:
             break
         views.pop(0)
     whole = part.region == tuple((0, size) for size in shape)
-    return Piece(
+    return SourcePiece(
         file=stored.file,
         offset=offset,
         num_bytes=math.prod(source_shape) * ITEM_BYTES[stored.dtype],

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from flexgen_lite.batch.file import BadLine, BatchRequest, read_requests
-from flexgen_lite.batch.result_row import RowsThere, encode_row, request_id
+from flexgen_lite.batch.result_row import RowsThere, encode_row, request_id_of
 from flexgen_lite.client.completion import Completion, CompletionOutput, Logprob
 from flexgen_lite.client.sampling_params import SamplingParams
 from flexgen_lite.openai.response_body import response_body
@@ -29,7 +29,7 @@ def row(item: BatchRequest | BadLine, *, error: str | None = None, engine: str =
     body = None
     if isinstance(item, BatchRequest) and error is None:
         body = response_body(item, Completion(0, item.prompt, [CompletionOutput("grüß 🙂\0", [5], "stop")], 2), "m")
-    return encode_row("0" * 24, item.custom_id, request_id(item, engine), body, error)
+    return encode_row("0" * 24, item.custom_id, request_id_of(item, engine), body, error)
 
 
 def there(*lines: bytes) -> RowsThere:
@@ -37,7 +37,7 @@ def there(*lines: bytes) -> RowsThere:
 
 
 def test_the_same_request_has_the_same_id_whatever_it_is_called() -> None:
-    assert request_id(request("a"), ENGINE) == request_id(request("b", temperature=1), ENGINE)
+    assert request_id_of(request("a"), ENGINE) == request_id_of(request("b", temperature=1), ENGINE)
     given = "/v1/completions"
     lines = [
         {"custom_id": "1", "method": "POST", "url": given, "body": {"prompt": [1], "temperature": 0, "model": "x"}},
@@ -45,7 +45,7 @@ def test_the_same_request_has_the_same_id_whatever_it_is_called() -> None:
     ]
     lines[1]["method"] = "POST"
     one, two = read_requests(iter(json.dumps(line).encode() for line in lines))
-    assert request_id(one, ENGINE) == request_id(two, ENGINE)
+    assert request_id_of(one, ENGINE) == request_id_of(two, ENGINE)
 
 
 def test_whatever_decides_about_the_answer_changes_the_id() -> None:
@@ -60,7 +60,7 @@ def test_whatever_decides_about_the_answer_changes_the_id() -> None:
         request(max_tokens=17),
         request(stop_token_ids=[1]),
     ]
-    found = {request_id(item, ENGINE) for item in items} | {request_id(request(), "1" * 16)}
+    found = {request_id_of(item, ENGINE) for item in items} | {request_id_of(request(), "1" * 16)}
     assert len(found) == len(items) + 1
     assert all(len(text) == 20 and text.startswith("req_") for text in found)
 
@@ -71,10 +71,10 @@ def test_rows_are_found_again() -> None:
     rows = there(row(request()), row(bad, error="x"), row(repeat, error="x"), row(late, error="too long"))
     assert rows.num_rows == 4
     for item, failed in ((request(), False), (bad, True), (repeat, True), (late, True)):
-        assert rows.has(item, request_id(item, ENGINE))
-        assert rows.is_failed(item, request_id(item, ENGINE)) == failed
+        assert rows.has(item, request_id_of(item, ENGINE))
+        assert rows.is_failed(item, request_id_of(item, ENGINE)) == failed
     for item in (request("b"), BadLine(None, "not JSON", "3" * 16), BadLine("a", "again", "4" * 16, True)):
-        assert not rows.has(item, request_id(item, ENGINE))
+        assert not rows.has(item, request_id_of(item, ENGINE))
 
 
 @pytest.mark.parametrize(
@@ -88,12 +88,12 @@ def test_rows_are_found_again() -> None:
 )
 def test_a_row_that_answers_something_else_is_no_answer(item: BatchRequest | BadLine, engine: str) -> None:
     with pytest.raises(FileExistsError, match=r"out\.jsonl has a row for 'a' that answers another .*--overwrite"):
-        there(row(request())).has(item, request_id(item, engine))
+        there(row(request())).has(item, request_id_of(item, engine))
 
 
 def test_a_line_that_was_bad_may_be_mended() -> None:
     bad = BadLine("a", "body is missing", "1" * 16)
-    assert not there(row(bad, error="x")).has(request(), request_id(request(), ENGINE))
+    assert not there(row(bad, error="x")).has(request(), request_id_of(request(), ENGINE))
 
 
 @pytest.mark.parametrize("before", [b"", row(request("before"))])
@@ -102,7 +102,7 @@ def test_a_last_row_torn_anywhere_is_passed_over(before: bytes) -> None:
     for length in range(len(last)):
         rows = there(before, last[:length])
         assert (rows.num_rows, rows.num_bytes) == (bool(before), len(before))
-        assert not rows.has(request("last"), request_id(request("last"), ENGINE))
+        assert not rows.has(request("last"), request_id_of(request("last"), ENGINE))
     assert there(before, last).num_bytes == len(before + last)
 
 
@@ -192,7 +192,7 @@ def test_nothing_in_a_row_ends_it_early() -> None:
     output = CompletionOutput(f"text{ENDS}", [5], "stop", [{5: Logprob(-1.0, 1, f"token{ENDS}")}])
     item = request(f"id{ENDS}", logprobs=0)
     body = response_body(item, Completion(0, f"prompt{ENDS}", [output], 2, token_texts={5: f"token{ENDS}"}), f"m{ENDS}")
-    good = encode_row("0" * 24, item.custom_id, request_id(item, ENGINE), body, None)
+    good = encode_row("0" * 24, item.custom_id, request_id_of(item, ENGINE), body, None)
     bad = encode_row("1" * 24, f"id{ENDS}", "line_" + "0" * 16, None, f"wrong{ENDS}")
     assert (good + bad).decode().splitlines() == [good.decode()[:-1], bad.decode()[:-1]]
     assert json.loads(good)["response"]["body"]["choices"][0]["text"] == f"text{ENDS}"
@@ -211,4 +211,4 @@ def test_rows_of_chats_that_earlier_versions_wrote_still_answer() -> None:
     line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions"}
     line["body"] = {"messages": [{"role": "user", "content": "Hello"}]}
     (item,) = read_requests(iter([json.dumps(line).encode()]))
-    assert request_id(item, "engine") == "req_e7b90dc2a0003978"
+    assert request_id_of(item, "engine") == "req_e7b90dc2a0003978"

@@ -6,14 +6,14 @@ import math
 from dataclasses import replace
 
 from flexgen_lite.memory.slot_layout import TensorSource, layout_unit
-from flexgen_lite.model.spec import ITEM_BYTES, Extent, Piece
+from flexgen_lite.model.spec import ITEM_BYTES, Extent, SourcePiece
 
 
 def source(
     name: str, offset: int, shape: tuple[int, ...] = (64,), dtype: str = "float16", file: int = 0
 ) -> TensorSource:
     num_bytes = math.prod(shape) * ITEM_BYTES[dtype]
-    return TensorSource(name, dtype, shape, (Piece(file, offset, num_bytes, name, dtype, shape),))
+    return TensorSource(name, dtype, shape, (SourcePiece(file, offset, num_bytes, name, dtype, shape),))
 
 
 def test_neighbours_are_one_extent() -> None:

@@ -20,7 +20,7 @@ import torch
 
 from flexgen_lite.memory.slot_layout import TensorSource, layout_unit
 from flexgen_lite.model.checkpoint import CheckpointError, stamp
-from flexgen_lite.model.spec import ITEM_BYTES, Piece, TensorSpec, UnitSpec
+from flexgen_lite.model.spec import ITEM_BYTES, SourcePiece, TensorSpec, UnitSpec
 from flexgen_lite.wire.worker_messages import AttachLoader, Load
 from flexgen_lite.workers.loader import bounce_plan, disk_reader
 from flexgen_lite.workers.loader import state as loader_state
@@ -34,9 +34,9 @@ def random_bytes(count: int, seed: int = 0) -> bytes:
     return np.random.default_rng(seed).bytes(count)
 
 
-def piece(offset: int, shape: tuple[int, ...], dtype: str = "float16", **options: object) -> Piece:
+def piece(offset: int, shape: tuple[int, ...], dtype: str = "float16", **options: object) -> SourcePiece:
     size = int(np.prod(shape)) * ITEM_BYTES[dtype]
-    return replace(Piece(0, offset, size, "stored", dtype, shape), **options)  # type: ignore[arg-type]
+    return replace(SourcePiece(0, offset, size, "stored", dtype, shape), **options)  # type: ignore[arg-type]
 
 
 def attach(units: tuple[UnitSpec, ...], path: Path | str, load_format: str = "auto") -> AttachLoader:
