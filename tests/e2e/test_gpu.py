@@ -10,6 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from flexgen_lite import FlexGenLite, SamplingParams
+from flexgen_lite.engine.zygote import SHARED
+from tests.engine_processes import workers_of, zygote_of
 from tests.tiny_models import FAMILIES, SMALL_PASSES, make_model, ragged_prompts, reference_tokens
 
 pytestmark = [
@@ -58,6 +60,20 @@ def test_logprobs_in_16_bits(family: str, dtype: str, tmp_path: Path) -> None:
     error_theirs = (torch.tensor(theirs) - torch.tensor(exact)).abs()
     assert error_ours.mean() <= 1.5 * error_theirs.mean() + 0.01, (error_ours.mean(), error_theirs.mean())
     assert error_ours.max() <= 2 * error_theirs.max() + 0.05, (error_ours.max(), error_theirs.max())
+
+
+def test_a_lost_worker_is_forked_and_has_a_context_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SHARED, raising=False)
+    model = make_model("llama", tmp_path / "model")
+    prompts = ragged_prompts(6, longest=30)
+    params = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0, ignore_eos=True)
+    with FlexGenLite(model, **SETTINGS) as engine:
+        expected = [completion.token_ids for completion in engine.generate(prompts, params)]
+        for _ in range(2):
+            workers_of(engine.engine_pid)["compute worker"].kill()
+            assert [completion.token_ids for completion in engine.generate(prompts, params)] == expected
+            parent = workers_of(engine.engine_pid)["compute worker"].ppid()
+            assert parent == zygote_of(engine.engine_pid).pid
 
 
 def _logprobs(model: Path, dtype: torch.dtype, tokens: list[int], first: int) -> list[float]:
