@@ -14,7 +14,7 @@ import zmq
 
 from flexgen_lite.engine.event_loop import EventLoop
 from flexgen_lite.engine.worker_process import WorkerDied, WorkerProcess, stop_all
-from flexgen_lite.engine.zygote import ForkedProcess, FreshProcess, Launch, Process, Zygote, ZygoteLost, shared_zygotes
+from flexgen_lite.engine.zygote import FreshProcess, Launch, Process, Zygote, ZygoteLost, shared_zygotes
 from flexgen_lite.memory.arena import Arena
 from flexgen_lite.memory.usage import ZYGOTE, MemoryUse
 from flexgen_lite.wire.doorbells import doorbell_pair
@@ -126,7 +126,7 @@ class WorkerSupervisor:
         limit = IDLE_FAILURES if error.kind else IDLE_LOSSES
         if worker.name in self.not_ready:
             losses, limit, when = self._failed_starts, FAILED_STARTS, "before it had started"
-            if isinstance(worker.process, ForkedProcess) and worker.kind in self._zygotes:
+            if worker.number > 0 and worker.kind in self._zygotes:
                 self._give_up(worker.kind)  # it may be what ails the worker
         losses[worker.name] += 1
         if error.user_error or error.kind in FINAL:

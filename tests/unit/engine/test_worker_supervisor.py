@@ -11,6 +11,7 @@ import pytest
 from flexgen_lite.engine import worker_supervisor as supervisor_module
 from flexgen_lite.engine.worker_process import WorkerDied
 from flexgen_lite.engine.worker_supervisor import FAILED_STARTS, IDLE_FAILURES, IDLE_LOSSES, WorkerSupervisor
+from flexgen_lite.engine.zygote import SHARED
 
 NAME = "attention worker 0"
 KILLED = WorkerDied("attention worker 0 (process 7) was killed by SIGKILL")
@@ -38,6 +39,7 @@ class Nothing:
 @pytest.fixture
 def workers(monkeypatch: pytest.MonkeyPatch) -> WorkerSupervisor:
     monkeypatch.setattr(supervisor_module, "WorkerProcess", NoProcess)
+    monkeypatch.delenv(SHARED, raising=False)
     nothing: Any = Nothing()
     arenas: Any = {name: SimpleNamespace(fd=0) for name in ("weights", "kv", "exchange")}
     workers = WorkerSupervisor(
