@@ -1,4 +1,4 @@
-"""The demo's model with a chat template."""
+"""Small models with a chat template."""
 
 from __future__ import annotations
 
@@ -8,10 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from flexgen_lite.demo.pretrained import MODEL
+from tests.tiny_models import make_model
+
+
+def make_quick_model(folder: Path, template: str) -> Path:
+    """Random weights, a twentieth of the work of the demo's model, and the tokenizer of that."""
+    model = make_model("opt", folder / "model", vocab_size=288, max_position_embeddings=256, bos_token_id=0)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MODEL / file, model)
+    (model / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return model
 
 
 def make_chat_model(folder: Path, template: str | None) -> Path:
-    """A copy of it in `folder`; None: without a template."""
+    """A copy of the demo's model in `folder`; None: without a template."""
     model = folder / "model"
     shutil.copytree(MODEL, model)
     if template is not None:

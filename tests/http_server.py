@@ -21,7 +21,7 @@ GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
 
 
 def make_served_model(directory: Path) -> Path:
-    """A small model with two chat templates."""
+    """The demo's model with two chat templates."""
     model = make_chat_model(directory, TEMPLATE)
     (model / "additional_chat_templates").mkdir()
     (model / "additional_chat_templates/tool_use.jinja").write_text("{{ tools }}" + TEMPLATE, encoding="utf-8")

@@ -22,18 +22,22 @@ import pytest
 from flexgen_lite import EngineError, FlexGenLite, SamplingParams
 from flexgen_lite.client.completion import Completion, Delta
 from flexgen_lite.client.request import Request
-from tests.chat_model import make_chat_model
+from tests.chat_model import make_quick_model
 from tests.engine_processes import workers_of
 
 pytestmark = pytest.mark.timeout(600)
 TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
-SETTINGS = {"dtype": "float32", "ram": "1GiB", "attention_workers": 2, "attention_threads": 1, "layer_slots": 2}
+SETTINGS = {
+    "dtype": "float32", "ram": "1GiB", "attention_workers": 2, "attention_threads": 1, "layer_slots": 2,
+    "max_sequences": 24,
+}  # fmt: skip
+"""Few sequences at once: there is a middle of the work, though the model is quick."""
 SAMPLED = SamplingParams(max_tokens=60, temperature=0.9, seed=3, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_chat_model(tmp_path_factory.mktemp("outlive"), TEMPLATE)
+    return make_quick_model(tmp_path_factory.mktemp("outlive"), TEMPLATE)
 
 
 def wait_until(true: Callable[[], bool], seconds: float = 120) -> None:
@@ -72,7 +76,7 @@ def requests(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("requests") / "in.jsonl"
     with path.open("w") as file:
         for number in range(200):
-            body = {"prompt": f"record {number}: ", "max_tokens": 40, "ignore_eos": True, **BODIES[number % 4]}
+            body = {"prompt": f"record {number}: ", "max_tokens": 24, "ignore_eos": True, **BODIES[number % 4]}
             line = {"custom_id": str(number), "method": "POST", "url": "/v1/completions", "body": body}
             file.write(json.dumps(line) + "\n")
         file.write("{broken\n")
@@ -124,7 +128,7 @@ def test_a_batch(model: Path, requests: Path, undisturbed: list[str], runtime: P
     assert len(told) == 2 and all("killed by SIGKILL; starting it again; " in message for message in told)
     last = events[-1]
     assert (last["event"], last["done"], last["failed"], last["engine_restarts"]) == ("done", 201, 1, 2)
-    assert last["generated_tokens"] >= 200 * 40 and last["busy_seconds"] > 0 and last["peak_bytes"] > 0
+    assert last["generated_tokens"] >= 200 * 24 and last["busy_seconds"] > 0 and last["peak_bytes"] > 0
     assert answers(output.read_text()) == undisturbed
 
 
@@ -171,7 +175,7 @@ def engine(model: Path, runtime: Path) -> Iterator[FlexGenLite]:
     with FlexGenLite(model, **SETTINGS) as engine:
         yield engine
     wait_until(lambda: psutil.Process().num_fds() <= before, 10)
-    assert not psutil.Process().children(recursive=True)
+    assert not [child for child in psutil.Process().children(recursive=True) if "tests.zygotes" not in child.cmdline()]
 
 
 def prompts(count: int) -> Iterator[str]:
@@ -220,7 +224,7 @@ def test_jobs_of_python(engine: FlexGenLite, caplog: pytest.LogCaptureFixture) -
 
 def test_a_model_that_was_written_anew(model: Path, runtime: Path, tmp_path: Path) -> None:
     """With files of the same size, while no engine had them open: answers of two models are not mixed."""
-    folder = make_chat_model(tmp_path, TEMPLATE)
+    folder = make_quick_model(tmp_path, TEMPLATE)
     with FlexGenLite(folder, **SETTINGS) as engine:
         job = engine.submit(["x"] * 300, SAMPLED)
         next(job)

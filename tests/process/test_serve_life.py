@@ -18,12 +18,13 @@ import pytest
 from starlette.applications import Starlette
 
 from flexgen_lite.cli import serve
-from tests.http_server import lines, make_served_model, server, wait_for
+from tests.chat_model import make_quick_model
+from tests.http_server import TEMPLATE, lines, server, wait_for
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_served_model(tmp_path_factory.mktemp("serve"))
+    return make_quick_model(tmp_path_factory.mktemp("serve"), TEMPLATE)
 
 
 def test_a_batch_goes_on_with_the_next_server(model: Path, tmp_path: Path) -> None:

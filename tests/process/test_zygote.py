@@ -43,44 +43,45 @@ def test_every_loss_is_made_good_by_a_fork(model: Path, caplog: pytest.LogCaptur
     caplog.set_level(logging.INFO, "flexgen_lite")
     with start(model) as engine:
         expected, zygote = tokens(engine), zygote_of(engine.engine_pid)
-        assert zygote.ppid() == workers_of(engine.engine_pid)[COMPUTE].pid, "the first one has left it behind"
+        fresh = workers_of(engine.engine_pid)[COMPUTE]
+        state_of_fresh = state(fresh.pid)
+        assert zygote.ppid() == fresh.pid, "the first one has left it behind"
         for ending in (signal.SIGKILL, signal.SIGSEGV, signal.SIGKILL):
             workers_of(engine.engine_pid)[COMPUTE].send_signal(ending)
             assert tokens(engine) == expected
-            assert workers_of(engine.engine_pid)[COMPUTE].ppid() == zygote.pid
+            fork = workers_of(engine.engine_pid)[COMPUTE]
+            assert fork.ppid() == zygote.pid
+            assert state(fork.pid) == state_of_fresh
             assert f"was killed by {ending.name}" in caplog.text
-            time.sleep(2.5)  # it is looked at from time to time
             caplog.clear()
+        time.sleep(2.5)  # it is looked at from time to time
         assert zygote_of(engine.engine_pid) == zygote
         assert zygote.ppid() == engine.engine_pid, "it stays in the engine's tree"
         used = engine.status().processes["zygote"]
         assert 0 < used["peak"] <= used["planned"] < psutil.Process(zygote.pid).memory_info().rss / 4
-    assert not zygote.is_running()
+        zygote.kill()
+        assert tokens(engine) == expected
+        assert fork.is_running(), "it needs the zygote no more"
+        fork.kill()
+        assert tokens(engine) == expected
+        assert workers_of(engine.engine_pid)[COMPUTE].ppid() == engine.engine_pid, "it is fresh"
+        another = zygote_of(engine.engine_pid)
+    assert not another.is_running()
+
+
+def state(pid: int) -> tuple[dict[str, str], list[str]]:
+    """Signals, threads and descriptors of a process."""
+    lines = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    targets = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()]
+    kinds = sorted(re.sub(r"\d+", "", target) for target in targets)
+    return {name: lines[name] for name in ("SigBlk", "SigIgn", "SigCgt", "Threads", "NSpgid")}, kinds
 
 
 @own_zygotes
-def test_a_fork_has_the_descriptors_and_signals_of_a_fresh_process(model: Path) -> None:
-    def state(pid: int) -> tuple[dict[str, str], list[str]]:
-        lines = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-        targets = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()]
-        kinds = sorted(re.sub(r"\d+", "", target) for target in targets)
-        return {name: lines[name] for name in ("SigBlk", "SigIgn", "SigCgt", "Threads", "NSpgid")}, kinds
-
-    with start(model) as engine:
-        tokens(engine)
-        fresh = state(workers_of(engine.engine_pid)[COMPUTE].pid)
-        workers_of(engine.engine_pid)[COMPUTE].kill()
-        tokens(engine)
-        assert state(workers_of(engine.engine_pid)[COMPUTE].pid) == fresh
-
-
-@own_zygotes
-@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGSTOP])
-def test_without_the_zygote_a_fresh_worker_leaves_another(ending: signal.Signals, model: Path) -> None:
-    """One that is stopped does not answer, and is killed."""
+def test_a_zygote_that_does_not_answer_is_killed(model: Path) -> None:
     with start(model) as engine:
         expected, zygote = tokens(engine), zygote_of(engine.engine_pid)
-        zygote.send_signal(ending)
+        zygote.suspend()
         workers_of(engine.engine_pid)[COMPUTE].kill()
         assert tokens(engine) == expected
         fresh, another = workers_of(engine.engine_pid)[COMPUTE], zygote_of(engine.engine_pid)
@@ -89,21 +90,6 @@ def test_without_the_zygote_a_fresh_worker_leaves_another(ending: signal.Signals
         fresh.kill()
         assert tokens(engine) == expected
         assert workers_of(engine.engine_pid)[COMPUTE].ppid() == another.pid
-
-
-@own_zygotes
-def test_the_worker_goes_on_without_the_zygote_that_forked_it(model: Path) -> None:
-    with start(model) as engine:
-        expected = tokens(engine)
-        workers_of(engine.engine_pid)[COMPUTE].kill()
-        assert tokens(engine) == expected
-        worker = workers_of(engine.engine_pid)[COMPUTE]
-        zygote_of(engine.engine_pid).kill()
-        assert tokens(engine) == expected
-        assert worker.is_running()
-        worker.kill()
-        assert tokens(engine) == expected
-        assert engine.status().totals["restarts"] == 2
 
 
 @own_zygotes
