@@ -14,7 +14,7 @@ from flexgen_lite import ConfigError, EngineConfig, SamplingParams
 from flexgen_lite.batch.file import BadLine, read_requests
 from flexgen_lite.client.sampling_params import MAX_TOKEN_ID
 from flexgen_lite.config.engine import parse_setting
-from flexgen_lite.openai.request_body import _KNOWN, CHAT, COMPLETIONS, RequestError, parse_body
+from flexgen_lite.openai.request_body import _KNOWN, CHAT, COMPLETIONS, BodyError, parse_body
 from flexgen_lite.text.json_text import JsonError, json_line, parse_json
 from flexgen_lite.text.shown import MAX_SHOWN, shown, shown_json, shown_kind, shown_names, shown_path, shown_text
 from flexgen_lite.wire.codec import Codec, MessageError
@@ -77,7 +77,7 @@ def check_body(url: str, name: str, value: Any) -> None:
     body[name] = value
     try:
         parse_body(url, body, "body.")
-    except RequestError as error:
+    except BodyError as error:
         told(str(error), name)
     row = {"custom_id": "a", "method": "POST", "url": url, "body": body}
     (item,) = read_requests(iter([json_line(row).encode()]))
@@ -114,7 +114,7 @@ def test_the_keys_of_a_batch_line(key: str) -> None:
 )  # fmt: skip
 def test_unknown_names(unknown: dict[str, int]) -> None:
     for url in (COMPLETIONS, CHAT):
-        with pytest.raises(RequestError) as caught:
+        with pytest.raises(BodyError) as caught:
             parse_body(url, {"prompt": "hi", **unknown}, "body.")
         told(str(caught.value)[-LONGEST + 1 :], "not supported; supported are")
         assert len(str(caught.value)) < LONGEST + 100  # with the list of what is supported
