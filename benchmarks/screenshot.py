@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-WIDTH, HEIGHT = 1180, 1000
+WIDTH, HEIGHT = 1180, 800
 DRAWN_MS = 1500  # for the page's own script, after it was loaded
 
 
@@ -14,7 +14,9 @@ def screenshot(page: Path, picture: Path) -> None:
     """Writes a PNG of the top of the page, as a browser draws it. Raises SystemExit where it cannot be drawn."""
     os.environ["QT_QPA_PLATFORM"] = "offscreen"
     os.environ["QTWEBENGINE_CHROMIUM_FLAGS"] = "--disable-gpu --no-sandbox --hide-scrollbars"
-    from PyQt6.QtCore import QTimer, QUrl
+    from PyQt6.QtCore import Qt, QTimer, QUrl
+    from PyQt6.QtGui import QImage
+    from PyQt6.QtWebEngineCore import QWebEngineSettings
     from PyQt6.QtWebEngineWidgets import QWebEngineView
     from PyQt6.QtWidgets import QApplication
 
@@ -22,9 +24,15 @@ def screenshot(page: Path, picture: Path) -> None:
     view = QWebEngineView()
     view.resize(WIDTH, HEIGHT)
 
+    settings = view.settings()
+    assert settings is not None
+    settings.setAttribute(QWebEngineSettings.WebAttribute.ShowScrollBars, False)
+
     def draw() -> None:
-        is_saved = view.grab().save(str(picture))
-        application.exit(0 if is_saved else 1)
+        image = (
+            view.grab().toImage().convertToFormat(QImage.Format.Format_Indexed8, Qt.ImageConversionFlag.ThresholdDither)
+        )
+        application.exit(0 if image.save(str(picture)) else 1)
 
     view.loadFinished.connect(lambda _: QTimer.singleShot(DRAWN_MS, draw))
     view.load(QUrl.fromLocalFile(str(page.resolve())))

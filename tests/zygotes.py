@@ -7,6 +7,7 @@ other environment variables, in a control group, with other limits) gets none: i
 
 from __future__ import annotations
 
+import importlib
 import os
 import select
 import shutil
@@ -18,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 
 from flexgen_lite.engine.worker_supervisor import COMPUTE_ENVIRONMENT, ENVIRONMENT
 from flexgen_lite.engine.zygote import SHARED
@@ -26,6 +28,7 @@ from flexgen_lite.workers.__main__ import imported
 from tests import fault_places
 from tests.fault_places import FAULTS
 
+QUICKER = ("opt", "llama", "gpt2")  # that most tests use
 KINDS = ("compute", "attention", "loader")
 SET_LATE = {"XDG_RUNTIME_DIR", "XDG_CACHE_HOME", "TMPDIR", "HF_HUB_OFFLINE"}  # nothing reads them while it is imported
 OF_NO_MATTER = {
@@ -74,6 +77,15 @@ def fault_folder(environment: Mapping[str, str]) -> str:
     return environment["PYTHONPATH"].split(os.pathsep)[0]
 
 
+def prepared(kind: str) -> ModuleType:
+    program = imported(f"flexgen_lite.workers.{kind}.worker")
+    if kind == "compute":
+        program.prepare()
+        for model_type in QUICKER:
+            importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    return program
+
+
 def serve(kind: str, path: str) -> None:
     """Until standard input ends."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -94,7 +106,7 @@ def serve(kind: str, path: str) -> None:
                 continue
             if not alike:
                 continue
-            program = program or imported(f"flexgen_lite.workers.{kind}.worker")
+            program = program or prepared(kind)
             if os.fork() == 0:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 listener.close()

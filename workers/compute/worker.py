@@ -24,6 +24,7 @@ from flexgen_lite.workers.compute.forward import Forward, stop_at_layers
 from flexgen_lite.workers.compute.heap import Heap
 from flexgen_lite.workers.compute.model_open import OpenedModel, fingerprint, open_model
 from flexgen_lite.workers.compute.sampling import read, read_scores
+from flexgen_lite.workers.model.weight_sources import compile_conversions
 
 if TYPE_CHECKING:
     from flexgen_lite.workers.compute.workspace import Workspace
@@ -268,5 +269,11 @@ class ComputeWorker(serve.Worker):
             self._bound[unit] = slot
 
 
+def prepare() -> None:
+    """What every model needs and none changes; a zygote has it done for the workers that it forks."""
+    compile_conversions()
+
+
 def main() -> None:
+    prepare()
     serve.run(worker_messages.ToCompute, worker_messages.FromCompute, ComputeWorker)

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
@@ -51,6 +51,11 @@ class TargetDtypes:
             if pattern.search(name):
                 return kept
         return tensor.dtype
+
+
+def compile_conversions() -> None:
+    """Transformers' patterns for checkpoints of all model types, a thousand: it keeps them once they are compiled."""
+    get_checkpoint_conversion_mapping("")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
