@@ -63,7 +63,7 @@ def test_thousands_of_shapes_take_no_more_memory_than_hundreds(tmp_path: Path) -
         processes = [psutil.Process(engine.engine_pid), *workers_of(engine.engine_pid).values()]
         sizes = []
         for _ in range(7):
-            prompts = [[rng.randrange(3, 8000) for _ in range(rng.randint(1, 100))] for _ in range(400)]
+            prompts = [[rng.randrange(3, 8000) for _ in range(rng.randint(1, 100))] for _ in range(250)]
             engine.generate(prompts, [params_of(rng) for _ in prompts])
             sizes.append([own_bytes(process) for process in processes])
         status = engine.status()

@@ -19,17 +19,8 @@ from tests.lm_eval_pair import (
     Engine,
     Make,
 )
-from tests.tiny_models import SMALL_PASSES, make_model
+from tests.tiny_models import make_model
 from tests.tiny_tokenizers import IM_END, VOCAB, make_tokenizer
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """`hf` takes many small steps: threads would wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +62,7 @@ def engine(make: Make) -> Iterator[Engine]:
 
     def get(kind: str) -> str:
         if kind not in engines:
-            engines[kind] = FlexGenLite(make(kind), **SMALL_PASSES)
+            engines[kind] = FlexGenLite(make(kind), dtype="float32", attention_threads=1)
         return engines[kind].endpoint
 
     yield get
