@@ -31,7 +31,7 @@ def test_a_batch_goes_on_with_the_next_server(model: Path, tmp_path: Path) -> No
     data = ("--data-dir", str(tmp_path / "data"))
     with server(model, *data) as (url, process):
         client = openai.OpenAI(base_url=url, api_key="any", max_retries=0, timeout=60)
-        source = client.files.create(file=("in.jsonl", lines(300, max_tokens=80, ignore_eos=True)), purpose="batch")
+        source = client.files.create(file=("in.jsonl", lines(700, max_tokens=40, ignore_eos=True)), purpose="batch")
         batch = client.batches.create(input_file_id=source.id, endpoint="/v1/completions", completion_window="24h")
         for _ in range(3000):
             if (out := next((tmp_path / "data/batches").glob("*.jsonl"), None)) and out.stat().st_size:
@@ -40,16 +40,16 @@ def test_a_batch_goes_on_with_the_next_server(model: Path, tmp_path: Path) -> No
         process.terminate()
         assert process.wait(30) == 0
     rows_before = len(next((tmp_path / "data/batches").glob("*.jsonl")).read_bytes().splitlines())
-    assert 0 < rows_before < 300
+    assert 0 < rows_before < 700
     with server(model, *data) as (url, _):
         client = openai.OpenAI(base_url=url, api_key="any", max_retries=0, timeout=60)
         command = [sys.executable, "-m", "flexgen_lite", "serve", "--port", "0", "--ram", "2GiB", *data]
         other = subprocess.run([*command, "--model", str(model)], capture_output=True, text=True, timeout=60)
         assert other.returncode == 2 and "is in use by another server" in other.stderr
         done = wait_for(client, batch.id, "completed", "failed")
-        assert done.status == "completed" and done.request_counts.completed == 300
+        assert done.status == "completed" and done.request_counts.completed == 700
         rows = client.files.content(done.output_file_id).text.splitlines()
-        assert sorted(int(json.loads(row)["custom_id"]) for row in rows) == list(range(300))
+        assert sorted(int(json.loads(row)["custom_id"]) for row in rows) == list(range(700))
 
 
 def coordinator_of(process: subprocess.Popen[str]) -> int | None:
