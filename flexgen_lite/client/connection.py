@@ -325,12 +325,11 @@ class Connection:
         """Tell the engine what it was still to be told, and that nobody waits for what is open; have that confirmed."""
         if not self._greeted:
             return
-        heard = self._orders.ask_whether_heard()
-        *orders, last = self._orders.take()
         for job in list(self._jobs.values()):
             if not job.is_settled and not job.keep:
-                orders.append(Cancel(job.id))
-        for order in (*orders, last):
+                engine.post(Cancel(job.id))
+        heard = self._orders.ask_whether_heard()
+        for order in self._orders.take():
             engine.post(order)
         end_by = time.monotonic() + _FAREWELL_SECONDS
         while not heard.done() and not engine.is_closed and (left := end_by - time.monotonic()) > 0:

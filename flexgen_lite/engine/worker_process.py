@@ -149,7 +149,7 @@ class WorkerProcess:
     def death(self) -> WorkerDied:
         """Why the process, whose pidfd has spoken, ended."""
         code = self.process.wait()
-        patience_ms = 500 if code == 1 else 0  # 1: it has reported, and the report may still be on its way
+        patience_ms = 500 if code in (1, None) else 0  # 1: it has reported, and the report may still be on its way
         while self.socket.poll(patience_ms):
             try:
                 self.receive()

@@ -88,8 +88,7 @@ class ForkedProcess:
         return self._zygote.code_of(self.pid)
 
     def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        _kill(self.pidfd)
 
 
 Process = FreshProcess | ForkedProcess
@@ -117,12 +116,25 @@ class Zygote:
         order = Fork(launch.arguments, tuple((option, name) for option, name, _ in launch.options), dict(environment))
         try:
             send(self._connection, TO_ZYGOTE, order, [launch.output, *(number for *_, number in launch.options)])
-        except OSError as error:
+            return self._next_fork()
+        except (OSError, ZygoteLost) as error:
+            self._kill()
             raise ZygoteLost from error
+
+    def _next_fork(self) -> ForkedProcess:
         while True:
             message, descriptors = self._receive()
             if isinstance(message, Forked):
                 return ForkedProcess(self, message.pid, descriptors[0])
+
+    def _kill(self) -> None:
+        """With what it may have forked, and not told in time: another process will have that one's place."""
+        if self._pidfd >= 0:
+            _kill(self._pidfd)
+            _is_readable(self._pidfd, GONE_SECONDS)
+            self._connection.setblocking(False)
+            with contextlib.suppress(ZygoteLost):
+                _kill(self._next_fork().pidfd)
 
     def hear(self) -> None:
         """Takes in one message. Raises ZygoteLost."""
@@ -140,8 +152,7 @@ class Zygote:
         self._connection.close()
         if self._pidfd >= 0:
             if not _is_readable(self._pidfd, GONE_SECONDS):
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+                _kill(self._pidfd)
             with contextlib.suppress(ChildProcessError):  # it is another's child while its first worker lives
                 os.waitpid(self.pid, os.WNOHANG)
             os.close(self._pidfd)
@@ -179,6 +190,11 @@ def shared_zygotes() -> dict[str, Zygote]:
         else:
             found[path.stem] = Zygote(connection)
     return found
+
+
+def _kill(pidfd: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
 
 def _is_readable(descriptor: int, seconds: float | None) -> bool:
