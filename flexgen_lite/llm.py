@@ -65,7 +65,7 @@ class FlexGenLite:
 
     @property
     def engine_pid(self) -> int:
-        """Of the coordinator's process, whose children are the workers."""
+        """Of the coordinator's process, whose descendants are the workers."""
         return self._engine.pid
 
     def connect(self) -> Client:

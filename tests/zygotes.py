@@ -78,11 +78,17 @@ def fault_folder(environment: Mapping[str, str]) -> str:
 
 
 def prepared(kind: str) -> ModuleType:
+    """The worker's program, with what most tests need of classes and kernels; no thread is started for it."""
     program = imported(f"flexgen_lite.workers.{kind}.worker")
-    if kind == "compute":
+    if kind == "attention":
+        importlib.import_module("flexgen_lite.workers.attention.warm_up").warm_up("float32")
+    elif kind == "compute":
         program.prepare()
+        torch = sys.modules["torch"]
+        program.prefill_attention.prepare(torch.device("cpu"), torch.float32)
         for model_type in QUICKER:
             importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    assert len(os.listdir("/proc/self/task")) == 1
     return program
 
 
@@ -110,7 +116,9 @@ def serve(kind: str, path: str) -> None:
             if os.fork() == 0:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 listener.close()
-                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+                null = os.open(os.devnull, os.O_RDONLY)
+                os.dup2(null, 0)
+                os.close(null)
                 os.chdir(working_directory)
                 os.sched_setaffinity(0, cpus)
                 zygote.adopt({name: value for name, value in environment.items() if name in {*SET_LATE, FAULTS}})

@@ -302,7 +302,8 @@ class Connection:
         Raises:
             EngineError: none follows.
         """
-        self.outage = f"{loss}; it is being started again"
+        with self._lock:  # from here on no cancel waits
+            self.outage = f"{loss}; it is being started again"
         self._sum.engine_lost()
         self._orders.engine_lost()
         with self._lock:
@@ -334,9 +335,10 @@ class Connection:
         end_by = time.monotonic() + _FAREWELL_SECONDS
         while not heard.done() and not engine.is_closed and (left := end_by - time.monotonic()) > 0:
             engine.wait(min(_NEXT_ENGINE_SECONDS, left))
-            for message in engine.receive():
-                if isinstance(message, Status):
-                    self._orders.answer(message)
+            with contextlib.suppress(MessageError):
+                for message in engine.receive():
+                    if isinstance(message, Status):
+                        self._orders.answer(message)
             if self._epitaph is not None and self._epitaph(0) is not None:
                 return
         engine.linger()
@@ -347,9 +349,9 @@ class Connection:
             jobs, self._jobs = list(self._jobs.values()), {}
             self._ear.close()
             self._bell.close()
+        self._orders.fail(error)
         for job in jobs:
             job.fail(error)
-        self._orders.fail(error)
         if not self._welcomed.done():
             self._welcomed.set_exception(error)
 

@@ -169,7 +169,8 @@ class Job:
     def has_more(self) -> bool:
         """More requests are ready to be sent, or will be in a moment: the source is one that does not wait."""
         with self._changed:
-            return bool(self._outbox) or (self._length is not None and not self._exhausted and not self._cancelled)
+            is_fed = self._length is not None and not self._exhausted and not self._cancelled
+            return bool(self._outbox) or (is_fed and self._accepted - self._taken < self._window)
 
     def take(self, limit: int) -> tuple[WireRequest, ...]:
         """Up to `limit` requests to be sent now, as one part."""

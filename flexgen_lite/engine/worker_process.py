@@ -126,6 +126,8 @@ class WorkerProcess:
             text = message.message if message.user_error else f"{self.name} failed: {message.kind}: {message.message}"
             raise WorkerDied(text, message.details, message.kind, message.user_error)
         if isinstance(message, worker_messages.Hello):
+            if message.pid != self.pid:  # a fork that came too late, and ends with this worker's pipe
+                raise WorkerDied(f"{self.name} (process {self.pid}) has its place taken by process {message.pid}")
             self.greeted = True
             while self._before_hello:
                 self._send_now(self._before_hello.popleft())

@@ -72,6 +72,7 @@ class ForkedProcess:
         self._zygote = zygote
         self.pid = pid
         self.pidfd = pidfd
+        self._code: int | None = None
 
     def poll(self) -> int | None:
         """None while it lives."""
@@ -85,7 +86,13 @@ class ForkedProcess:
         """
         if not _is_readable(self.pidfd, timeout):
             raise subprocess.TimeoutExpired("worker", timeout or 0.0)
-        return self._zygote.code_of(self.pid)
+        if self._code is None:
+            self._code = self._zygote.code_of(self.pid)
+        if self._code is None:  # without the zygote it is this process's child
+            with contextlib.suppress(ChildProcessError):
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                self._code = os.waitstatus_to_exitcode(status) if pid else None
+        return self._code
 
     def kill(self) -> None:
         _kill(self.pidfd)
@@ -134,7 +141,10 @@ class Zygote:
             _is_readable(self._pidfd, GONE_SECONDS)
             self._connection.setblocking(False)
             with contextlib.suppress(ZygoteLost):
-                _kill(self._next_fork().pidfd)
+                late = self._next_fork()
+                _kill(late.pidfd)
+                _is_readable(late.pidfd, GONE_SECONDS)
+                os.close(late.pidfd)
 
     def hear(self) -> None:
         """Takes in one message. Raises ZygoteLost."""
@@ -170,7 +180,11 @@ class Zygote:
         if received is None:
             raise ZygoteLost
         message, descriptors = received
-        if isinstance(message, Born):
+        if isinstance(message, Born | Forked) and not descriptors:  # there was no room for one here
+            raise ZygoteLost
+        if isinstance(message, Forked):
+            self._codes.pop(message.pid, None)  # of an earlier process of this number
+        elif isinstance(message, Born):
             self.pid, self._pidfd = message.pid, descriptors[0]
         elif isinstance(message, Ended):
             self._codes[message.pid] = message.code

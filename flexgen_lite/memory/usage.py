@@ -89,7 +89,8 @@ class MemoryUse:
 
     def forget(self, pid: int) -> None:
         with self._lock:
-            del self._names[pid]
+            if self._names.pop(pid, None) == ZYGOTE:
+                self.processes[ZYGOTE].used = 0
 
     def plan(self, planned: Mapping[str, int]) -> None:
         """What each process may take. Peaks count from now on: what it takes to start is over."""

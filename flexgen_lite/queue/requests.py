@@ -120,12 +120,16 @@ class Requests:
         }
         for owner in wanted:
             owner.give_up_the_rest()
+        over = self._waiting.remove(lambda sequence: sequence.owner in wanted)
+        running = [request for request in self._batcher.running.values() if request.owner in wanted]
+        self._cancelled |= {request.id for request in running}
+        if is_kept:  # answered at once; their pages are free with the end of the pass
+            over += running
+        answers = [answer for sequence in over for answer in self._finish(sequence, "cancelled")]
         if job_id is not None and (job := self._kept.pop(job_id, None)) is not None:
-            self._disown(wanted, NOBODY if job.client is None else job.client)
+            self._disown(wanted & self._open, NOBODY if job.client is None else job.client)
             job.close()
-        dropped = self._waiting.remove(lambda sequence: sequence.owner in wanted)
-        self._cancelled |= {r.id for r in self._batcher.running.values() if r.owner in wanted}
-        return [answer for sequence in dropped for answer in self._finish(sequence, "cancelled")]
+        return answers
 
     def _disown(self, owners: set[OpenRequest], client: bytes) -> None:
         """They are no kept job's any more: only the client is to be told."""

@@ -127,6 +127,9 @@ def test_a_kept_job_that_is_cancelled_while_it_runs_is_forgotten_at_once(engine:
             while not engine.status().running:
                 time.sleep(0.01)
             job.cancel()
+            found = client.submit([[7, 8]], PARAMS, job_id="running", keep=True)
+            assert found.results()[0].error is None, "for this client, too"
+            found.cancel()
         with Client(engine.endpoint) as client:
             found = client.submit([[5, 6]], PARAMS, job_id="running", keep=True)
             assert found.results()[0].error is None
