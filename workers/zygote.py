@@ -16,17 +16,7 @@ import traceback
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from flexgen_lite.wire.zygote_messages import (
-    FROM_ZYGOTE,
-    TO_ZYGOTE,
-    Born,
-    Ended,
-    Fork,
-    Forked,
-    receive,
-    send,
-    with_descriptors,
-)
+from flexgen_lite.wire import zygote_messages
 
 PR_SET_NAME = 15
 
@@ -54,7 +44,7 @@ def leave_behind(connection: socket.socket, inherited: Iterable[int]) -> list[st
 def serve(connection: socket.socket) -> list[str]:
     """Forks workers until the coordinator is gone, and ends the process then. Returns in each of the workers."""
     itself = os.pidfd_open(os.getpid())
-    _tell(connection, Born(os.getpid()), itself)
+    _tell(connection, zygote_messages.Born(os.getpid()), itself)
     os.close(itself)
     poller = select.poll()
     poller.register(connection, select.POLLIN)
@@ -66,7 +56,7 @@ def serve(connection: socket.socket) -> list[str]:
                 pid = children.pop(ready)
                 os.close(ready)
                 code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-                _tell(connection, Ended(pid, code))
+                _tell(connection, zygote_messages.Ended(pid, code))
                 continue
             order, (output, *descriptors) = _hear(connection)
             pid = os.fork()
@@ -74,18 +64,18 @@ def serve(connection: socket.socket) -> list[str]:
                 for other in (connection.detach(), *children):
                     os.close(other)
                 _become(order, output)
-                return with_descriptors(order.arguments, order.options, descriptors)
+                return zygote_messages.with_descriptors(order.arguments, order.options, descriptors)
             handle = os.pidfd_open(pid)
-            _tell(connection, Forked(pid), handle)
+            _tell(connection, zygote_messages.Forked(pid), handle)
             children[handle] = pid
             poller.register(handle, select.POLLIN)
             for descriptor in (output, *descriptors):
                 os.close(descriptor)
 
 
-def _hear(connection: socket.socket) -> tuple[Fork, list[int]]:
+def _hear(connection: socket.socket) -> tuple[zygote_messages.Fork, list[int]]:
     try:
-        received = receive(connection, TO_ZYGOTE)
+        received = zygote_messages.receive(connection, zygote_messages.TO_ZYGOTE)
     except OSError:
         received = None
     if received is None:  # the coordinator is gone
@@ -95,12 +85,12 @@ def _hear(connection: socket.socket) -> tuple[Fork, list[int]]:
 
 def _tell(connection: socket.socket, message: Any, *descriptors: int) -> None:
     try:
-        send(connection, FROM_ZYGOTE, message, descriptors)
+        zygote_messages.send(connection, zygote_messages.FROM_ZYGOTE, message, descriptors)
     except OSError:
         os._exit(0)
 
 
-def _become(order: Fork, output: int) -> None:
+def _become(order: zygote_messages.Fork, output: int) -> None:
     for standard in (1, 2):
         os.dup2(output, standard)
     os.close(output)

@@ -14,7 +14,8 @@ from typing import Any
 
 import zmq
 
-from flexgen_lite.engine.zygote import Launch, Process
+from flexgen_lite.engine.launch import FreshProcess, Launch
+from flexgen_lite.engine.zygote import ForkedProcess
 from flexgen_lite.wire import worker_messages
 from flexgen_lite.wire.codec import Codec, MessageError
 
@@ -61,7 +62,7 @@ class WorkerProcess:
         run_dir: Path,
         arenas: Mapping[str, int],
         doorbells: Mapping[str, int],
-        start: Callable[[Launch], Process],
+        start: Callable[[Launch], FreshProcess | ForkedProcess],
     ) -> None:
         self.kind = kind
         self.name = name

@@ -13,10 +13,12 @@ from typing import Any
 import zmq
 
 from flexgen_lite.engine.event_loop import EventLoop
+from flexgen_lite.engine.launch import FreshProcess, Launch
 from flexgen_lite.engine.worker_process import WorkerDied, WorkerProcess, stop_all
-from flexgen_lite.engine.zygote import FreshProcess, Launch, Process, Zygote, ZygoteLost, shared_zygotes
+from flexgen_lite.engine.zygote import ForkedProcess, Zygote, ZygoteLost, shared_zygotes
 from flexgen_lite.memory.arena import Arena
 from flexgen_lite.memory.usage import ZYGOTE, MemoryUse
+from flexgen_lite.model.files import OFFLINE
 from flexgen_lite.wire.doorbells import doorbell_pair
 from flexgen_lite.wire.zygote_messages import zygote_pair
 
@@ -29,7 +31,6 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "OPENBLAS_NUM_THREADS": "1",  # NumPy's, which starts them when it is imported, and which nothing here has a use for
 }
-OFFLINE = {"HF_HUB_OFFLINE": "1"}  # the model is there, and may be a newer one elsewhere
 COMPUTE_ENVIRONMENT = {
     # Programs for products that oneDNN keeps, and PyTorch's own list of them: by default 1,024 each.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(KEPT_PRODUCTS),
@@ -170,7 +171,7 @@ class WorkerSupervisor:
         self._loop.watch(worker.pidfd, partial(self._died, worker))
         return worker
 
-    def _start_process(self, environment: Mapping[str, str], launch: Launch) -> Process:
+    def _start_process(self, environment: Mapping[str, str], launch: Launch) -> FreshProcess | ForkedProcess:
         """Forked, where a zygote has what the worker imports; else a fresh interpreter, which may leave a zygote."""
         zygote = self._zygotes.get(launch.kind)
         if zygote is not None:

@@ -1,4 +1,4 @@
-"""Processes of workers: fresh interpreters, and forks of a zygote, which has all libraries imported."""
+"""The coordinator's side of a zygote, the process that has a worker's libraries imported and forks the worker."""
 
 from __future__ import annotations
 
@@ -8,61 +8,18 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flexgen_lite.engine.launch import Launch
+from flexgen_lite.wire import zygote_messages
 from flexgen_lite.wire.codec import MessageError
-from flexgen_lite.wire.zygote_messages import (
-    FROM_ZYGOTE,
-    TO_ZYGOTE,
-    Born,
-    Ended,
-    Fork,
-    Forked,
-    receive,
-    send,
-    with_descriptors,
-)
 
 SHARED = "FLEXGEN_LITE_ZYGOTES"
 FORK_SECONDS = 10.0  # forking takes some milliseconds
 REAP_SECONDS = 1.0
 GONE_SECONDS = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """`options` with their descriptors, which the process inherits: (option, what stands before the number, number).
-    `output` becomes its standard output and error."""
-
-    kind: str
-    arguments: tuple[str, ...]
-    options: tuple[tuple[str, str, int], ...]
-    output: int
-
-
-class FreshProcess(subprocess.Popen[bytes]):
-    """`zygote`: where one that the process leaves behind takes orders."""
-
-    def __init__(self, launch: Launch, environment: Mapping[str, str], zygote: int | None = None) -> None:
-        options = launch.options if zygote is None else (*launch.options, ("--zygote", "", zygote))
-        descriptors = [descriptor for *_, descriptor in options]
-        names = [(option, name) for option, name, _ in options]
-        super().__init__(
-            [
-                *(sys.executable, "-m", "flexgen_lite.workers", launch.kind),
-                *with_descriptors(launch.arguments, names, descriptors),
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=launch.output,
-            stderr=launch.output,
-            pass_fds=descriptors,
-            env={**os.environ, **environment},
-        )
-        self.pidfd = os.pidfd_open(self.pid)
 
 
 class ForkedProcess:
@@ -98,9 +55,6 @@ class ForkedProcess:
         _kill(self.pidfd)
 
 
-Process = FreshProcess | ForkedProcess
-
-
 class ZygoteLost(Exception):
     """It is gone, or does not answer."""
 
@@ -120,9 +74,16 @@ class Zygote:
 
     def fork(self, launch: Launch, environment: Mapping[str, str]) -> ForkedProcess:
         """Raises ZygoteLost."""
-        order = Fork(launch.arguments, tuple((option, name) for option, name, _ in launch.options), dict(environment))
+        order = zygote_messages.Fork(
+            launch.arguments, tuple((option, name) for option, name, _ in launch.options), dict(environment)
+        )
         try:
-            send(self._connection, TO_ZYGOTE, order, [launch.output, *(number for *_, number in launch.options)])
+            zygote_messages.send(
+                self._connection,
+                zygote_messages.TO_ZYGOTE,
+                order,
+                [launch.output, *(number for *_, number in launch.options)],
+            )
             return self._next_fork()
         except (OSError, ZygoteLost) as error:
             self._kill()
@@ -131,7 +92,7 @@ class Zygote:
     def _next_fork(self) -> ForkedProcess:
         while True:
             message, descriptors = self._receive()
-            if isinstance(message, Forked):
+            if isinstance(message, zygote_messages.Forked):
                 return ForkedProcess(self, message.pid, descriptors[0])
 
     def _kill(self) -> None:
@@ -174,19 +135,21 @@ class Zygote:
 
     def _receive(self) -> tuple[Any, list[int]]:
         try:
-            received = receive(self._connection, FROM_ZYGOTE)
+            received = zygote_messages.receive(self._connection, zygote_messages.FROM_ZYGOTE)
         except (OSError, MessageError) as error:
             raise ZygoteLost from error
         if received is None:
             raise ZygoteLost
         message, descriptors = received
-        if isinstance(message, Born | Forked) and not descriptors:  # there was no room for one here
+        if (
+            isinstance(message, zygote_messages.Born | zygote_messages.Forked) and not descriptors
+        ):  # there was no room for one here
             raise ZygoteLost
-        if isinstance(message, Forked):
+        if isinstance(message, zygote_messages.Forked):
             self._codes.pop(message.pid, None)  # of an earlier process of this number
-        elif isinstance(message, Born):
+        elif isinstance(message, zygote_messages.Born):
             self.pid, self._pidfd = message.pid, descriptors[0]
-        elif isinstance(message, Ended):
+        elif isinstance(message, zygote_messages.Ended):
             self._codes[message.pid] = message.code
         return message, descriptors
 

@@ -15,13 +15,13 @@ from flexgen_lite.client.engine_owner import EngineLost
 from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.errors import EngineError, fresh
 from flexgen_lite.launcher.process import EngineProcess
+from flexgen_lite.model.files import OFFLINE
 from flexgen_lite.plan.workload import Workload
 
 MOST_LOSSES = 3  # in a row, with no request finished in between
 BUSY_SECONDS = 300.0  # that an engine may take to answer a new client, as it may for one it has
 PAUSE_SECONDS = (1.0, 2.0)  # before another start, by the losses in a row
 JOIN_SECONDS = 15.0  # for a start that is broken off
-OFFLINE = {"HF_HUB_OFFLINE": "1"}  # the model is there, and may be a newer one elsewhere
 
 
 class EngineSupervisor:

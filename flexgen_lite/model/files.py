@@ -13,6 +13,8 @@ from typing import Any, BinaryIO
 from flexgen_lite.text.shown import shown_path
 
 MAX_JSON_BYTES = 500_000_000
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
+"""Environment of a process that opens a model again: it is there, and may be a newer one elsewhere."""
 _AGAIN = "download it again"
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
