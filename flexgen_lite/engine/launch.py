@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flexgen_lite.wire.zygote_messages import with_descriptors
 
@@ -21,23 +21,30 @@ class Launch:
     options: tuple[tuple[str, str, int], ...]
     output: int
 
+    @property
+    def names(self) -> tuple[tuple[str, str], ...]:
+        return tuple((option, name) for option, name, _ in self.options)
+
+    @property
+    def descriptors(self) -> list[int]:
+        return [number for *_, number in self.options]
+
 
 class FreshProcess(subprocess.Popen[bytes]):
     """`zygote`: where one that the process leaves behind takes orders."""
 
     def __init__(self, launch: Launch, environment: Mapping[str, str], zygote: int | None = None) -> None:
-        options = launch.options if zygote is None else (*launch.options, ("--zygote", "", zygote))
-        descriptors = [descriptor for *_, descriptor in options]
-        names = [(option, name) for option, name, _ in options]
+        if zygote is not None:
+            launch = replace(launch, options=(*launch.options, ("--zygote", "", zygote)))
         super().__init__(
             [
                 *(sys.executable, "-m", "flexgen_lite.workers", launch.kind),
-                *with_descriptors(launch.arguments, names, descriptors),
+                *with_descriptors(launch.arguments, launch.names, launch.descriptors),
             ],
             stdin=subprocess.DEVNULL,
             stdout=launch.output,
             stderr=launch.output,
-            pass_fds=descriptors,
+            pass_fds=launch.descriptors,
             env={**os.environ, **environment},
         )
         self.pidfd = os.pidfd_open(self.pid)

@@ -74,16 +74,10 @@ class Zygote:
 
     def fork(self, launch: Launch, environment: Mapping[str, str]) -> ForkedProcess:
         """Raises ZygoteLost."""
-        order = zygote_messages.Fork(
-            launch.arguments, tuple((option, name) for option, name, _ in launch.options), dict(environment)
-        )
+        order = zygote_messages.Fork(launch.arguments, launch.names, dict(environment))
+        descriptors = [launch.output, *launch.descriptors]
         try:
-            zygote_messages.send(
-                self._connection,
-                zygote_messages.TO_ZYGOTE,
-                order,
-                [launch.output, *(number for *_, number in launch.options)],
-            )
+            zygote_messages.send(self._connection, zygote_messages.TO_ZYGOTE, order, descriptors)
             return self._next_fork()
         except (OSError, ZygoteLost) as error:
             self._kill()
