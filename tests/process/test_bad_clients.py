@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -31,14 +32,15 @@ from flexgen_lite.wire.codec import Codec
 from tests.tiny_models import make_model, ragged_prompts
 
 PROMPTS = ragged_prompts(60, longest=20)
-LONG = SamplingParams(max_tokens=110, temperature=0.8, seed=1, ignore_eos=True)
-PARAMS = SamplingParams(max_tokens=40, temperature=0.8, seed=1, ignore_eos=True)
+SEEDED: dict[str, Any] = {"temperature": 0.8, "seed": 1, "ignore_eos": True}
+LONG = SamplingParams(max_tokens=110, **SEEDED)
+PARAMS = SamplingParams(max_tokens=40, **SEEDED)
 ENCODE, DECODE = Codec(ToEngine).encode, Codec(ToClient).decode
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FlexGenLite]:
-    with FlexGenLite(make_model("opt", tmp_path_factory.mktemp("opt")), dtype="float32") as engine:
+    with FlexGenLite(make_model("opt", tmp_path_factory.mktemp("opt"), num_hidden_layers=1), dtype="float32") as engine:
         yield engine
 
 
@@ -69,24 +71,23 @@ def coordinator_bytes(engine: FlexGenLite) -> int:
     return int(psutil.Process(engine._engine.pid).memory_info().rss)
 
 
-VANISHING = """
+VANISHING = f"""
 import os, sys
 from flexgen_lite import Client, SamplingParams
-from tests.process.test_bad_clients import PARAMS, PROMPTS
 client = Client(sys.argv[1])
-job = client.submit(PROMPTS, PARAMS, job_id=sys.argv[2], keep=sys.argv[3] == "keep")
+job = client.submit({PROMPTS}, SamplingParams(max_tokens=40, **{SEEDED}), job_id=sys.argv[2], keep=sys.argv[3] == "keep")
 next(iter(job))
 os._exit(9)
 """
 
 
-STREAMING = """
+STREAMING = f"""
 import sys
-from flexgen_lite import Client
+from flexgen_lite import Client, SamplingParams
 from flexgen_lite.client.request import Request
-from tests.process.test_bad_clients import LONG
 client = Client(sys.argv[1], heartbeat=1)
-job = client.submit_requests((Request([5, 6, 7], LONG, stream=True) for _ in range(200)), 200)
+long = SamplingParams(max_tokens=110, **{SEEDED})
+job = client.submit_requests((Request([5, 6, 7], long, stream=True) for _ in range(200)), 200)
 print(sum(len(completion.token_ids) for completion in job), flush=True)
 """
 
@@ -263,9 +264,9 @@ def test_a_client_that_does_not_read_is_dropped(
 
 def test_many_clients_at_once(engine: FlexGenLite, expected: list[list[int]]) -> None:
     clients = [Client(engine.endpoint) for _ in range(20)]
-    jobs = [client.submit(PROMPTS, PARAMS) for client in clients]
-    for job in jobs:
-        assert [list(c.token_ids) for c in job.results()] == expected
+    jobs = [client.submit(PROMPTS[number : number + 12], PARAMS) for number, client in enumerate(clients)]
+    for number, job in enumerate(jobs):
+        assert [list(c.token_ids) for c in job.results()] == expected[number : number + 12]
     for client in clients:
         client.close()
 

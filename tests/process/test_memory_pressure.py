@@ -21,7 +21,7 @@ OPTIONS = {"dtype": "float32", "attention_workers": 2, "attention_threads": 1, "
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model("opt", tmp_path_factory.mktemp("opt"))
+    return make_model("opt", tmp_path_factory.mktemp("opt"), num_hidden_layers=2)
 
 
 def least_ram(model: Path) -> int:
@@ -38,9 +38,9 @@ def test_more_sequences_than_pages(model: Path) -> None:
         expected = [list(c.token_ids) for c in roomy.generate(prompts, LONG)]
         assert roomy.status().totals["sent_back"] == 0
         stops = sorted({token for tokens in expected for token in tokens[:2]})
-    with FlexGenLite(model, ram=least_ram(model) + 6 * MIB, **OPTIONS) as tight:
+    with FlexGenLite(model, ram=least_ram(model) + 3 * MIB, **OPTIONS) as tight:
         short = SamplingParams(max_tokens=100, temperature=0.8, seed=3, ignore_eos=True, stop_token_ids=stops)
-        for completion in tight.generate(prompts * 3, short):  # from now on short answers are expected
+        for completion in tight.generate(prompts * 2, short):  # from now on short answers are expected
             assert len(completion.token_ids) <= 2
         found = tight.generate(prompts, LONG)
         assert tight.status().totals["sent_back"] > 0
@@ -57,21 +57,21 @@ def test_a_budget_that_is_said_to_be_enough_serves_a_long_row(tmp_path: Path) ->
 
 def test_thousands_of_shapes_take_no_more_memory_than_hundreds(tmp_path: Path) -> None:
     """Rows whose lengths differ make passes of nearly every number of rows, scored and sampled ones among them."""
-    model = make_model("llama", tmp_path, hidden_size=256, intermediate_size=1024, vocab_size=8000)
+    model = make_model("llama", tmp_path, num_hidden_layers=1, hidden_size=256, intermediate_size=1024, vocab_size=2000)
     rng = random.Random(0)
     with FlexGenLite(model, **OPTIONS) as engine:
         processes = [psutil.Process(engine.engine_pid), *workers_of(engine.engine_pid).values()]
         sizes = []
-        for _ in range(7):
-            prompts = [[rng.randrange(3, 8000) for _ in range(rng.randint(1, 100))] for _ in range(250)]
+        for _ in range(6):
+            prompts = [[rng.randrange(3, 2000) for _ in range(rng.randint(1, 100))] for _ in range(200)]
             engine.generate(prompts, [params_of(rng) for _ in prompts])
             sizes.append([own_bytes(process) for process in processes])
         status = engine.status()
     beyond = {name: found for name, found in status.processes.items() if found["peak"] > found["planned"]}
     assert not beyond
-    assert status.totals["passes"] > 300, "so many numbers of rows, times the shapes of weights"
+    assert status.totals["passes"] > 220, "so many numbers of rows, times the shapes of weights"
     grown = [last - first for first, last in zip(sizes[2], sizes[-1], strict=True)]
-    # A rare pass may be the first to touch some of the workspace, which is planned; caches by shape took 157 MiB here.
+    # A rare pass may be the first to touch some of the workspace, which is planned; caches by shape took 160 MiB here.
     assert max(grown) < 32 * MIB, [[size // MIB for size in one] for one in sizes]
 
 

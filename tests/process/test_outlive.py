@@ -26,13 +26,14 @@ from tests.chat_model import make_quick_model
 from tests.engine_processes import workers_of
 
 pytestmark = pytest.mark.timeout(600)
+NUM_LINES = 100
 TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
 SETTINGS = {
     "dtype": "float32", "ram": "1GiB", "attention_workers": 2, "attention_threads": 1, "layer_slots": 2,
     "max_sequences": 24,
 }  # fmt: skip
 """Few sequences at once: there is a middle of the work, though the model is quick."""
-SAMPLED = SamplingParams(max_tokens=60, temperature=0.9, seed=3, ignore_eos=True)
+SAMPLED = SamplingParams(max_tokens=40, temperature=0.9, seed=3, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ BODIES: list[dict[str, Any]] = [
 def requests(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("requests") / "in.jsonl"
     with path.open("w") as file:
-        for number in range(200):
+        for number in range(NUM_LINES):
             body = {"prompt": f"record {number}: ", "max_tokens": 24, "ignore_eos": True, **BODIES[number % 4]}
             line = {"custom_id": str(number), "method": "POST", "url": "/v1/completions", "body": body}
             file.write(json.dumps(line) + "\n")
@@ -109,14 +110,14 @@ def rows_in(output: Path) -> int:
 def undisturbed(model: Path, requests: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     output = tmp_path_factory.mktemp("undisturbed") / "out"
     _, errors = run_batch(model, requests, output).communicate(timeout=300)
-    assert rows_in(output) == 201, errors
+    assert rows_in(output) == NUM_LINES + 1, errors
     return answers(output.read_text())
 
 
 def test_a_batch(model: Path, requests: Path, undisturbed: list[str], runtime: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     run = run_batch(model, requests, output)
-    for num_rows in (5, 60):
+    for num_rows in (5, 40):
         wait_until(lambda num_rows=num_rows: rows_in(output) >= num_rows)  # type: ignore[misc]
         left = kill_engine_of(run.pid)
         wait_until(lambda left=left: bool(set(coordinators_of(run.pid)) - set(left)))  # type: ignore[misc]
@@ -127,8 +128,8 @@ def test_a_batch(model: Path, requests: Path, undisturbed: list[str], runtime: P
     told = [event["message"] for event in events if event["event"] == "warning"]
     assert len(told) == 2 and all("killed by SIGKILL; starting it again; " in message for message in told)
     last = events[-1]
-    assert (last["event"], last["done"], last["failed"], last["engine_restarts"]) == ("done", 201, 1, 2)
-    assert last["generated_tokens"] >= 200 * 24 and last["busy_seconds"] > 0 and last["peak_bytes"] > 0
+    assert (last["event"], last["done"], last["failed"], last["engine_restarts"]) == ("done", NUM_LINES + 1, 1, 2)
+    assert last["generated_tokens"] >= NUM_LINES * 24 and last["busy_seconds"] > 0 and last["peak_bytes"] > 0
     assert answers(output.read_text()) == undisturbed
 
 
@@ -185,8 +186,8 @@ def prompts(count: int) -> Iterator[str]:
 
 def test_jobs_of_python(engine: FlexGenLite, caplog: pytest.LogCaptureFixture) -> None:
     """A generator that is not at its end, streams in their middle, and threads that wait."""
-    unseeded = SamplingParams(max_tokens=60, temperature=1.0, n=2, logprobs=1, ignore_eos=True)
-    expected = [completion.token_ids for completion in engine.generate(list(prompts(120)), SAMPLED)]
+    unseeded = SamplingParams(max_tokens=80, temperature=1.0, n=2, logprobs=1, ignore_eos=True)
+    expected = [completion.token_ids for completion in engine.generate(list(prompts(60)), SAMPLED)]
     alone = engine.generate("x", SAMPLED)
     told: list[Delta | Completion] = []
     whole: list[Any] = []
@@ -197,7 +198,7 @@ def test_jobs_of_python(engine: FlexGenLite, caplog: pytest.LogCaptureFixture) -
     def wait() -> None:
         whole.append(engine.generate("x", SAMPLED))
 
-    job = engine.submit(prompts(120), SAMPLED)
+    job = engine.submit(prompts(60), SAMPLED)
     found = [next(job) for _ in range(10)]
     others = [threading.Thread(target=other) for other in (stream, wait)]
     for other in others:

@@ -21,7 +21,7 @@ from tests import fake_coordinator
 from tests.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.timeout(120)
-NUM_LINES = 3000
+NUM_LINES = 1200
 
 KILLED_WITHIN_A_ROW = """
 import os, signal, sys
@@ -114,7 +114,7 @@ def test_killed_again_and_again(tmp_path: Path) -> None:
         assert run(requests, tmp_path / "undisturbed", engine)[0] == 0
         submitted(engine)
         for _ in range(4):
-            before, more = num_lines(output), draw.randrange(10, 300)
+            before, more = num_lines(output), draw.randrange(10, 200)
             program = start(requests, output, engine)
             while num_lines(output) < before + more and program.poll() is None:
                 time.sleep(0.001)

@@ -148,13 +148,13 @@ def test_run_batch_while_a_file_changes(harm: str, tmp_path: Path) -> None:
     """One sentence and exit code 1, for the job is not over; or all rows."""
     model = make_model("opt", tmp_path / "opt")
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    body = {"prompt": [5, 6, 7], "max_tokens": 100, "temperature": 0, "ignore_eos": True}
+    body = {"prompt": [5, 6, 7], "max_tokens": 40, "temperature": 0, "ignore_eos": True}
     with source.open("w") as file:
-        for number in range(60):
+        for number in range(12):
             row = {"custom_id": str(number), "method": "POST", "url": "/v1/completions", "body": body}
             file.write(json.dumps(row) + "\n")
     command = [sys.executable, "-m", "flexgen_lite", "run-batch", "-i", str(source), "-o", str(out)]
-    options = ["--model", str(model), "--dtype", "float32", "--set", "layer_slots=2", "--set", "max_sequences=4"]
+    options = ["--model", str(model), "--dtype", "float32", "--set", "layer_slots=2", "--set", "max_sequences=2"]
     program = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 100
     while not (out.exists() and out.stat().st_size):  # some rows are there: layers stream
@@ -163,7 +163,7 @@ def test_run_batch_while_a_file_changes(harm: str, tmp_path: Path) -> None:
     HARMS[harm](a_shard(model))
     _, errors = program.communicate(timeout=100)
     if harm == "replaced":
-        assert program.returncode == 0 and len(out.read_bytes().splitlines()) == 60
+        assert program.returncode == 0 and len(out.read_bytes().splitlines()) == 12
         return
     told = errors.splitlines()
     assert program.returncode == 1 and "Traceback" not in errors

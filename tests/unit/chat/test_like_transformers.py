@@ -9,7 +9,8 @@ import enum
 import itertools
 import shutil
 from collections import UserDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -195,40 +196,49 @@ def num_alike(tokenizer: Any, template: Any, options: list[dict[str, Any]]) -> i
     return num_prompts
 
 
+Opened = Callable[..., tuple[Any, Any]]
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Opened:
+    """Transformers' tokenizer and our template, of a real model or of one with a template of TEMPLATES; once each."""
+
+    @cache
+    def opened(name: str, more: str = "") -> tuple[Any, Any]:
+        folder = tmp_path_factory.mktemp("opened")
+        model = make_chat_model(folder, TEMPLATES[name] + more) if name in TEMPLATES else real_tokenizer(name)
+        return AutoTokenizer.from_pretrained(model), open_tokenizer(model, str(folder)).chat_template
+
+    return opened
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_messages_and_options(name: str, tmp_path: Path) -> None:
-    model = make_chat_model(tmp_path, TEMPLATES[name])
-    template = open_tokenizer(model, str(tmp_path)).chat_template
-    assert (num_alike(AutoTokenizer.from_pretrained(model), template, OPTIONS) == 0) == (name in NEVER)
+def test_messages_and_options(name: str, opened: Opened) -> None:
+    assert (num_alike(*opened(name), OPTIONS) == 0) == (name in NEVER)
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "gemma3", "gptoss", "llama2", "llama3", "llama3_1", "qwen3"])
-def test_real_templates(name: str, tmp_path: Path) -> None:
+def test_real_templates(name: str, opened: Opened) -> None:
     """Some come without one: a template that callers bring has the special tokens all the same."""
-    model = real_tokenizer(name)
-    template = open_tokenizer(model, str(tmp_path)).chat_template
+    tokenizer, template = opened(name)
     assert template is not None
     options = OPTIONS if template.text else [{**each, "chat_template": TEMPLATES["trimmed"]} for each in OPTIONS]
-    assert num_alike(AutoTokenizer.from_pretrained(model), template, options) > 100
+    assert num_alike(tokenizer, template, options) > 100
 
 
 @pytest.mark.parametrize(
     ("name", "reads_parts"), [("gemma3", True), ("llama3", False), ("llama3_1", False), ("qwen3", False)]
 )
-def test_content_in_parts_of_a_real_model(name: str, reads_parts: bool, tmp_path: Path) -> None:
-    model = real_tokenizer(name)
-    template, tokenizer = open_tokenizer(model, str(tmp_path)).chat_template, AutoTokenizer.from_pretrained(model)
-    assert_parts_are_read(template, tokenizer, reads_parts)
+def test_content_in_parts_of_a_real_model(name: str, reads_parts: bool, opened: Opened) -> None:
+    assert_parts_are_read(*opened(name), reads_parts)
 
 
 @pytest.mark.parametrize("name", sorted(TEMPLATES.keys() - NEVER - {"scalars"}))
-def test_content_in_parts(name: str, tmp_path: Path) -> None:
-    model = make_chat_model(tmp_path, TEMPLATES[name])
-    template, tokenizer = open_tokenizer(model, str(tmp_path)).chat_template, AutoTokenizer.from_pretrained(model)
-    assert_parts_are_read(template, tokenizer, name == "parts")
+def test_content_in_parts(name: str, opened: Opened) -> None:
+    assert_parts_are_read(*opened(name), name == "parts")
 
 
-def assert_parts_are_read(template: Any, tokenizer: Any, reads_parts: bool) -> None:
+def assert_parts_are_read(tokenizer: Any, template: Any, reads_parts: bool) -> None:
     """Callers of the chat API give a text in parts to any model. A template that reads parts gets them, another one
     text."""
     parts = [{"type": "text", "text": "One. "}, {"type": "text", "text": "Two, "}]
@@ -325,10 +335,9 @@ OBJECTS = [
 
 @pytest.mark.parametrize("value", OBJECTS, ids=lambda value: type(value).__name__)
 @pytest.mark.parametrize("name", ["keys", "parts", "json"])
-def test_objects_of_callers(name: str, value: Any, tmp_path: Path) -> None:
+def test_objects_of_callers(name: str, value: Any, opened: Opened) -> None:
     """A template sees plain data alone."""
-    model = make_chat_model(tmp_path, TEMPLATES[name] + "{{ x }}{{ x is mapping }}{{ x is sequence }}{{ x.name }}")
-    tokenizer, template = AutoTokenizer.from_pretrained(model), open_tokenizer(model, str(tmp_path)).chat_template
+    tokenizer, template = opened(name, "{{ x }}{{ x is mapping }}{{ x is sequence }}{{ x.name }}")
     chats = [[{"role": "user", "content": value}], [{"role": value, "content": [value]}], [value]]
     for messages in chats:
         for options in ({}, {"x": value}, {"documents": [{"text": value}], "tools": [{"x": value}]}):

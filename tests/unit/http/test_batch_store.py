@@ -88,7 +88,7 @@ def test_no_change_is_lost_among_others(tmp_path: Path, files: FileStore, engine
     try:
         for thread in telling:
             thread.start()
-        for number in range(200):
+        for number in range(50):
             store._change(batch_id, metadata={"number": str(number)})
             for _ in range(5):
                 assert store.get(batch_id).metadata == {"number": str(number)}
