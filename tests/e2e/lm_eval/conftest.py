@@ -27,7 +27,7 @@ from tests.tiny_tokenizers import IM_END, VOCAB, make_tokenizer
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Special tokens come often: the model has a taste for them."""
     directory = tmp_path_factory.mktemp("weights")
-    make_model("llama", directory, vocab_size=VOCAB, max_position_embeddings=MAX_LENGTH)
+    make_model("llama", directory, num_hidden_layers=2, vocab_size=VOCAB, max_position_embeddings=MAX_LENGTH)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     with torch.no_grad():
         model.lm_head.weight[IM_END] *= 2
