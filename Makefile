@@ -9,7 +9,7 @@ demo: $(VENV)/installed
 	$(BIN)/flexgen-lite demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=10
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
@@ -25,6 +27,21 @@ def workers_of(coordinator: int) -> dict[str, psutil.Process]:
             if process.status() != psutil.STATUS_ZOMBIE:
                 found[path.read_text()] = process
     return found
+
+
+def survivors(processes: Iterable[psutil.Process], seconds: float) -> list[psutil.Process]:
+    """Those that have not ended within that time. What has ended and waits for whoever adopted it to ask, has ended."""
+    alive, deadline = list(processes), time.monotonic() + seconds
+    while (alive := [process for process in alive if _is_running(process)]) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return alive
+
+
+def _is_running(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def zygote_of(coordinator: int) -> psutil.Process:

@@ -1,5 +1,5 @@
-"""What users get wrong: a bad line is a row with an error and the job goes on; a bad launch is one clear message and exit
-code 2. No traceback reaches anybody. Some go through a process of the command's own, most call what it calls."""
+"""What users get wrong: a bad line is a row with an error and the job goes on; a bad launch is one clear message and
+exit code 2. No traceback reaches anybody. Some go through a process of the command's own, most call what it calls."""
 
 from __future__ import annotations
 

@@ -75,7 +75,8 @@ VANISHING = f"""
 import os, sys
 from flexgen_lite import Client, SamplingParams
 client = Client(sys.argv[1])
-job = client.submit({PROMPTS}, SamplingParams(max_tokens=40, **{SEEDED}), job_id=sys.argv[2], keep=sys.argv[3] == "keep")
+params = SamplingParams(max_tokens=40, **{SEEDED})
+job = client.submit({PROMPTS}, params, job_id=sys.argv[2], keep=sys.argv[3] == "keep")
 next(iter(job))
 os._exit(9)
 """

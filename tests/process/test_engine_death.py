@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from flexgen_lite import FlexGenLite, SamplingParams
-from tests.engine_processes import workers_of
+from tests.engine_processes import survivors, workers_of
 from tests.tiny_models import make_model, ragged_prompts
 
 pytestmark = pytest.mark.usefixtures("own_zygotes")
@@ -69,8 +69,7 @@ def test_nothing_survives_a_killed_coordinator_or_owner(victim: str, model: Path
     target = coordinator if victim == "coordinator" else psutil.Process(owner.pid)
     target.kill()
     patience = NOTICE_SECONDS if victim == "coordinator" else NOTICE_SECONDS + 8  # in the latter case all end in order
-    _, alive = psutil.wait_procs([*workers, coordinator], timeout=patience)
-    assert not alive
+    assert not survivors([*workers, coordinator], patience)
     owner.kill()
     owner.communicate(timeout=20)
     # A killed owner cannot tidy up: the next start does.

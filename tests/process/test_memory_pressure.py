@@ -15,7 +15,7 @@ from tests.engine_processes import workers_of
 from tests.tiny_models import make_model, ragged_prompts
 
 MIB = 1 << 20
-LONG = SamplingParams(max_tokens=100, temperature=0.8, seed=3, ignore_eos=True)
+LONG = SamplingParams(max_tokens=70, temperature=0.8, seed=3, ignore_eos=True)
 OPTIONS = {"dtype": "float32", "attention_workers": 2, "attention_threads": 1, "max_sequences": 64}
 
 
@@ -33,14 +33,14 @@ def least_ram(model: Path) -> int:
 
 
 def test_more_sequences_than_pages(model: Path) -> None:
-    prompts = ragged_prompts(120, longest=20)
+    prompts = ragged_prompts(90, longest=20)
     with FlexGenLite(model, **OPTIONS) as roomy:
         expected = [list(c.token_ids) for c in roomy.generate(prompts, LONG)]
         assert roomy.status().totals["sent_back"] == 0
         stops = sorted({token for tokens in expected for token in tokens[:2]})
-    with FlexGenLite(model, ram=least_ram(model) + 3 * MIB, **OPTIONS) as tight:
-        short = SamplingParams(max_tokens=100, temperature=0.8, seed=3, ignore_eos=True, stop_token_ids=stops)
-        for completion in tight.generate(prompts * 2, short):  # from now on short answers are expected
+    with FlexGenLite(model, ram=least_ram(model) + 2 * MIB, **OPTIONS) as tight:
+        short = SamplingParams(max_tokens=70, temperature=0.8, seed=3, ignore_eos=True, stop_token_ids=stops)
+        for completion in tight.generate(prompts * 3, short):  # from now on short answers are expected
             assert len(completion.token_ids) <= 2
         found = tight.generate(prompts, LONG)
         assert tight.status().totals["sent_back"] > 0

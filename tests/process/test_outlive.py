@@ -23,7 +23,7 @@ from flexgen_lite import EngineError, FlexGenLite, SamplingParams
 from flexgen_lite.client.completion import Completion, Delta
 from flexgen_lite.client.request import Request
 from tests.chat_model import make_quick_model
-from tests.engine_processes import workers_of
+from tests.engine_processes import survivors, workers_of
 
 pytestmark = pytest.mark.timeout(600)
 NUM_LINES = 100
@@ -121,7 +121,7 @@ def test_a_batch(model: Path, requests: Path, undisturbed: list[str], runtime: P
         wait_until(lambda num_rows=num_rows: rows_in(output) >= num_rows)  # type: ignore[misc]
         left = kill_engine_of(run.pid)
         wait_until(lambda left=left: bool(set(coordinators_of(run.pid)) - set(left)))  # type: ignore[misc]
-        assert not psutil.wait_procs(left, timeout=2)[1]
+        assert not survivors(left, 2)
     text, errors = run.communicate(timeout=300)
     assert run.returncode == 0, errors
     events = [json.loads(line) for line in text.splitlines()]
@@ -162,7 +162,7 @@ def test_a_batch_that_is_interrupted_while_its_engine_starts_again(
     run.send_signal(signal.SIGTERM)
     run.communicate(timeout=30)
     assert run.returncode == 143
-    assert not psutil.wait_procs(left, timeout=5)[1]
+    assert not survivors(left, 5)
     kept = rows_in(output)
     run = run_batch(model, requests, output)
     text, _ = run.communicate(timeout=300)

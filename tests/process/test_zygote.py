@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from flexgen_lite import FlexGenLite, SamplingParams
-from tests.engine_processes import workers_of, zygote_of
+from tests.engine_processes import survivors, workers_of, zygote_of
 from tests.tiny_models import make_model, ragged_prompts
 
 pytestmark = pytest.mark.usefixtures("runtime")
@@ -104,15 +104,14 @@ def test_zygote_and_fork_end_with_the_coordinator(model: Path) -> None:
         coordinator = int(owner.stdout.readline())
         zygote, first = zygote_of(coordinator), workers_of(coordinator)[COMPUTE]
         first.kill()
-        psutil.wait_procs([first], timeout=30)
+        assert not survivors([first], 30)
         while COMPUTE not in workers_of(coordinator):
             time.sleep(0.01)
         fork = workers_of(coordinator)[COMPUTE]
         fork.suspend()  # it is in no state to notice anything
         owner.kill()
         os.kill(coordinator, signal.SIGKILL)
-        _, alive = psutil.wait_procs([zygote, fork], timeout=2)
-        assert not alive
+        assert not survivors([zygote, fork], 2)
     tidy = "from flexgen_lite.wire.runtime_dir import RuntimeDir; RuntimeDir().remove()"
     subprocess.run([sys.executable, "-c", tidy], check=True, timeout=60)
 
