@@ -10,6 +10,8 @@ import tempfile
 import pytest
 from hypothesis import settings
 
+from flexgen_lite.launcher import process
+from tests.coordinators import Coordinators
 from tests.zygotes import Zygotes
 
 settings.register_profile("default", deadline=None)  # no assertion on wall time: the machine may be busy
@@ -24,6 +26,7 @@ SLOWEST = (
 THREADS = len(os.sched_getaffinity(0))
 _cache = tempfile.mkdtemp(prefix="flexgen-lite-cache-")
 os.environ["XDG_CACHE_HOME"] = _cache  # of checksums; the user's own is left alone
+process._spawn = Coordinators().spawn
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -8,6 +8,7 @@ other environment variables, in a control group, with other limits) gets none: i
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import select
 import shutil
@@ -26,6 +27,7 @@ from flexgen_lite.engine.zygote import SHARED
 from flexgen_lite.workers import zygote
 from flexgen_lite.workers.__main__ import imported
 from tests import fault_places
+from tests.coordinators import environment_file
 from tests.fault_places import FAULTS
 
 QUICKER = ("opt", "llama", "gpt2")  # that most tests use
@@ -47,7 +49,12 @@ class Zygotes:
         os.environ[SHARED] = str(self._directory)
 
     def _start(self, kind: str) -> subprocess.Popen[bytes]:
-        environment = {**os.environ, **ENVIRONMENT, **(COMPUTE_ENVIRONMENT if kind == "compute" else {})}
+        environment = {
+            **os.environ,
+            SHARED: str(self._directory),
+            **ENVIRONMENT,
+            **(COMPUTE_ENVIRONMENT if kind == "compute" else {}),
+        }
         command = [sys.executable, "-m", "tests.zygotes", kind, str(self._directory / f"{kind}.sock")]
         return subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, cwd=Path(__file__).parents[1])
 
@@ -60,6 +67,9 @@ class Zygotes:
 
 def environment_of(pid: int) -> dict[str, str]:
     """As the process was started."""
+    forked = environment_file(pid)
+    if forked.exists():
+        return dict(json.loads(forked.read_text()))
     text = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="surrogateescape")
     return dict(item.split("=", 1) for item in text.split("\0") if "=" in item)
 

@@ -37,7 +37,7 @@ def start(model: Path, **options: Any) -> FlexGenLite:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model("opt", tmp_path_factory.mktemp("opt"))
+    return make_model("opt", tmp_path_factory.mktemp("opt"), num_hidden_layers=4)
 
 
 @pytest.fixture(scope="module")
