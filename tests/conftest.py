@@ -26,12 +26,13 @@ SLOWEST = (
 THREADS = len(os.sched_getaffinity(0))
 _cache = tempfile.mkdtemp(prefix="flexgen-lite-cache-")
 os.environ["XDG_CACHE_HOME"] = _cache  # of checksums; the user's own is left alone
-process._spawn = Coordinators().spawn
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # one set for all processes of pytest-xdist
         config.add_cleanup(Zygotes().close)
+    if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None):
+        process._spawn = Coordinators().spawn
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

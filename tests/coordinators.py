@@ -32,19 +32,14 @@ class Coordinators:
     """`spawn` stands for `flexgen_lite.launcher.process._spawn`."""
 
     def __init__(self) -> None:
-        self._connection: socket.socket | None = None
-        self._circumstances: object = None
+        self._connection = _start()
+        self._circumstances = _circumstances()
         self._lock = threading.Lock()
 
     def spawn(self, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-        if command != FRESH or SHARED not in os.environ:
+        if command != FRESH or SHARED not in os.environ or _circumstances() != self._circumstances:
             return spawn_fresh(command, environment)
         with self._lock:
-            if self._connection is None:
-                self._circumstances = _circumstances()
-                self._connection = _start()
-            if _circumstances() != self._circumstances:
-                return spawn_fresh(command, environment)
             (theirs_in, ours_in), (ours_out, theirs_out) = os.pipe(), os.pipe()
             order = {
                 "environment": {**os.environ, **environment},
@@ -90,7 +85,7 @@ def _start() -> socket.socket:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         command = [sys.executable, "-m", "tests.coordinators", str(theirs.fileno())]
-        subprocess.Popen(command, pass_fds=[theirs.fileno()], cwd=Path(__file__).parents[1])
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], cwd=Path(__file__).parents[1])
     return ours
 
 

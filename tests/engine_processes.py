@@ -29,6 +29,12 @@ def workers_of(coordinator: int) -> dict[str, psutil.Process]:
     return found
 
 
+def own_children() -> list[psutil.Process]:
+    """Of this process, with theirs; but for those that fork engines for all tests."""
+    shared = {"tests.zygotes", "tests.coordinators"}
+    return [child for child in psutil.Process().children(recursive=True) if not shared & {*child.cmdline()}]
+
+
 def survivors(processes: Iterable[psutil.Process], seconds: float) -> list[psutil.Process]:
     """Those that have not ended within that time. What has ended and waits for whoever adopted it to ask, has ended."""
     alive, deadline = list(processes), time.monotonic() + seconds

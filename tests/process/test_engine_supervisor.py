@@ -24,6 +24,7 @@ from flexgen_lite.errors import EngineError
 from flexgen_lite.launcher import process, supervisor
 from flexgen_lite.launcher.supervisor import EngineSupervisor
 from tests import fake_coordinator
+from tests.engine_processes import own_children
 
 pytestmark = pytest.mark.timeout(60)
 CONFIG = EngineConfig(model="m")
@@ -206,10 +207,6 @@ def test_a_trace_is_not_overwritten(start: Callable[..., EngineSupervisor], logs
     assert supervisor._next_trace(tmp_path / "pipe") == tmp_path / "pipe"
 
 
-def children() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
-
-
 def refused(engine: EngineSupervisor) -> None:
     with pytest.raises(EngineError, match="the engine was stopped"):
         engine.connect()
@@ -230,7 +227,7 @@ def test_stopped_while_it_is_started_again(
     with pytest.raises(EngineError, match="the engine was stopped"):
         job.results()
     waiting.join(10)
-    assert not waiting.is_alive() and not children()
+    assert not waiting.is_alive() and not own_children()
 
 
 def test_clients_that_come_meanwhile_wait(start: Callable[..., EngineSupervisor], logs: list[str]) -> None:

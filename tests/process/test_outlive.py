@@ -23,7 +23,7 @@ from flexgen_lite import EngineError, FlexGenLite, SamplingParams
 from flexgen_lite.client.completion import Completion, Delta
 from flexgen_lite.client.request import Request
 from tests.chat_model import make_quick_model
-from tests.engine_processes import survivors, workers_of
+from tests.engine_processes import own_children, survivors, workers_of
 
 pytestmark = pytest.mark.timeout(600)
 NUM_LINES = 100
@@ -176,7 +176,7 @@ def engine(model: Path, runtime: Path) -> Iterator[FlexGenLite]:
     with FlexGenLite(model, **SETTINGS) as engine:
         yield engine
     wait_until(lambda: psutil.Process().num_fds() <= before, 10)
-    assert not [child for child in psutil.Process().children(recursive=True) if "tests.zygotes" not in child.cmdline()]
+    assert not own_children()
 
 
 def prompts(count: int) -> Iterator[str]:
