@@ -30,6 +30,7 @@ from flexgen_lite.workers.compute.prefill_packing import OPTIONS, kernel
 LEAST_BYTES = 64 << 10  # smaller tensors stay with the C library
 UNIT = 16 << 10  # places are multiples of it
 TABLE_WORDS = 8  # of the table of functions that are copied; allocators have six functions
+LOOKS = 100  # at whose turn it is, some microseconds; nobody has it for longer while it runs
 ALLOCATE = 2  # its place in the table, behind two destructors
 RAW_DELETERS = (3, 4)  # where raw_deleter may be
 
@@ -39,13 +40,27 @@ FIELDS = (
     "release",  # what takes a place back
     "device",  # as PyTorch's own allocator names it
     "base", "units", "tags",  # region, its size, and for the first unit of each place its units, negative if it is free
-    "next_ticket", "now_serving",
+    "next_ticket", "now_serving", "yield",
     "used", "peak", "misses",  # units, units, tensors that found no place
 )  # fmt: skip
 _at = {name: 8 * index for index, name in enumerate(FIELDS)}
-TABLE, OTHER, OTHER_ALLOCATE, OTHER_RELEASE, RELEASE, DEVICE, BASE, UNITS, TAGS, NEXT, NOW, USED, PEAK, MISSES = (
-    _at.values()
-)
+(
+    TABLE,
+    OTHER,
+    OTHER_ALLOCATE,
+    OTHER_RELEASE,
+    RELEASE,
+    DEVICE,
+    BASE,
+    UNITS,
+    TAGS,
+    NEXT,
+    NOW,
+    YIELD,
+    USED,
+    PEAK,
+    MISSES,
+) = _at.values()
 
 _address = types.int64
 _load: Any = simd.load_int
@@ -63,10 +78,13 @@ _call: Any = simd.operation(
 
 @kernel
 def _lock(this):  # type: ignore[no-untyped-def]
-    """PyTorch's threads may take memory too, though hardly ever at the same time."""
-    ticket = _take_ticket(this + NEXT, 1)
+    """PyTorch's threads may take memory too, though hardly ever at the same time. Whoever waits for long leaves the
+    processor to the one whose turn it is, which may have none."""
+    ticket, looks = _take_ticket(this + NEXT, 1), 0
     while _take_ticket(this + NOW, 0) != ticket:
-        pass
+        looks += 1
+        if looks > LOOKS:
+            _call(_load(this + YIELD), 0, 0, 0)
 
 
 @kernel
@@ -226,6 +244,7 @@ class Workspace:
             "base": _address_of(self._region),
             "units": self._units,
             "tags": self._tags.ctypes.data,
+            "yield": ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0,
         }
         for index, name in enumerate(FIELDS):
             self._state[index] = values.get(name, 0)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import platform
-import subprocess
-import sys
 
 import pytest
 
@@ -29,9 +28,15 @@ def used():
 """
 
 
+forks = multiprocessing.get_context("forkserver")
+forks.set_forkserver_preload(["torch"])
+
+
 def run(body: str) -> None:
-    done = subprocess.run([sys.executable, "-c", CHECK + body], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    process = forks.Process(target=exec, args=(CHECK + body, {}))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0, "its standard error says why"
 
 
 def test_places_are_given_taken_back_and_given_again() -> None:
