@@ -10,6 +10,7 @@ import tempfile
 import pytest
 from hypothesis import settings
 
+from flexgen_lite.engine.zygote import SHARED
 from flexgen_lite.launcher import process
 from tests.coordinators import Coordinators
 from tests.zygotes import Zygotes
@@ -29,7 +30,7 @@ os.environ["XDG_CACHE_HOME"] = _cache  # of checksums; the user's own is left al
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput"):  # one set for all processes of pytest-xdist
+    if not hasattr(config, "workerinput") and SHARED not in os.environ:  # one set for all processes of pytest-xdist
         config.add_cleanup(Zygotes().close)
     if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None):
         process._spawn = Coordinators().spawn
