@@ -12,8 +12,8 @@ from tests.tiny_models import make_model
 
 
 def make_quick_model(folder: Path, template: str) -> Path:
-    """Random weights, a fortieth of the work of the demo's model, and the tokenizer of that."""
-    sizes = {"num_hidden_layers": 2, "vocab_size": 288, "max_position_embeddings": 256}
+    """Random weights, less than a twentieth of the work of the demo's model, and the tokenizer of that."""
+    sizes = {"num_hidden_layers": 3, "vocab_size": 288, "max_position_embeddings": 256}
     model = make_model("opt", folder / "model", **sizes, bos_token_id=0)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(MODEL / file, model)

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from typing import Any
 from flexgen_lite.engine.zygote import SHARED
 from flexgen_lite.launcher import process
 
-PR_SET_CHILD_SUBREAPER = 36
-MAX_ORDER = 1 << 20
+PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 15, 36
+MAX_ORDER = 64 << 10  # bytes; a socket takes more
+COORDINATOR = "coordinator"  # the name of what is forked
 FRESH, spawn_fresh = process.COMMAND, process._spawn
 
 
@@ -32,33 +34,47 @@ class Coordinators:
     """`spawn` stands for `flexgen_lite.launcher.process._spawn`."""
 
     def __init__(self) -> None:
-        self._connection = _start()
+        self._connection: socket.socket | None = _start()
         self._circumstances = _circumstances()
         self._lock = threading.Lock()
 
     def spawn(self, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         if command != FRESH or SHARED not in os.environ or _circumstances() != self._circumstances:
             return spawn_fresh(command, environment)
+        order = {
+            "environment": {**os.environ, **environment},
+            "directory": os.getcwd(),
+            "cpus": sorted(os.sched_getaffinity(0)),
+        }
         with self._lock:
-            (theirs_in, ours_in), (ours_out, theirs_out) = os.pipe(), os.pipe()
-            order = {
-                "environment": {**os.environ, **environment},
-                "directory": os.getcwd(),
-                "cpus": sorted(os.sched_getaffinity(0)),
-            }
-            adopt_orphans(True)
-            try:
-                socket.send_fds(self._connection, [json.dumps(order).encode()], [theirs_in, theirs_out, 2])
-                pid = int(self._connection.recv(32))
-            finally:
-                adopt_orphans(False)
+            pid, pipes = self._fork(json.dumps(order).encode())
+        return Forked(pid, *pipes) if pid else spawn_fresh(command, environment)
+
+    def _fork(self, order: bytes) -> tuple[int, tuple[int, int]]:
+        """The process, and what leads to its standard input and comes from its standard output; 0 where there is none,
+        and then from now on."""
+        if self._connection is None or len(order) > MAX_ORDER:
+            return 0, (-1, -1)
+        (theirs_in, ours_in), (ours_out, theirs_out) = os.pipe(), os.pipe()
+        pid = 0
+        adopt_orphans(True)
+        try:
+            socket.send_fds(self._connection, [order], [theirs_in, theirs_out, 2])
+            pid = int(self._connection.recv(32) or b"0")
+        finally:
+            adopt_orphans(False)
             os.close(theirs_in)
             os.close(theirs_out)
-        return Forked(pid, ours_in, ours_out)
+            if not pid:
+                self._connection.close()
+                self._connection = None
+                os.close(ours_in)
+                os.close(ours_out)
+        return pid, (ours_in, ours_out)
 
 
 class Forked(subprocess.Popen[bytes]):
-    """A child that was not started by this class, whose other methods serve it all the same."""
+    """A child that was not started by this class; those of its methods that an EngineProcess calls serve it."""
 
     def __init__(self, pid: int, stdin: int, stdout: int) -> None:
         more: dict[str, Any] = {"_waitpid_lock": threading.Lock(), "_child_created": True, "_sigint_wait_secs": 0.25}
@@ -102,24 +118,31 @@ def serve(connection: socket.socket) -> None:
         read, write = os.pipe()
         between = os.fork()
         if between == 0:
-            pid = os.fork()
-            if pid > 0:
-                os.write(write, str(pid).encode())
-                os._exit(0)
-            for descriptor in (read, write, connection.detach()):
-                os.close(descriptor)
-            _become(json.loads(order), descriptors)
-            code = coordinator.main()
-            sys.stdout.flush()
+            code = 1
+            try:
+                if os.fork() > 0:
+                    os._exit(0)
+                os.close(connection.detach())
+                _become(json.loads(order), descriptors)
+                os.write(write, str(os.getpid()).encode())  # all is as it would be for a fresh process
+                os.close(read)
+                os.close(write)
+                code = coordinator.main()
+                sys.stdout.flush()
+            except BaseException:
+                traceback.print_exc()
             os._exit(code)
-        os.waitpid(between, 0)  # whose child has another parent now
-        connection.send(os.read(read, 32))
-        for descriptor in (read, write, *descriptors):
+        os.close(write)
+        for descriptor in descriptors:
             os.close(descriptor)
+        os.waitpid(between, 0)  # whose child has another parent now
+        connection.send(os.read(read, 32) or b"0")
+        os.close(read)
 
 
 def _become(order: dict[str, Any], descriptors: Sequence[int]) -> None:
     os.setsid()
+    ctypes.CDLL(None).prctl(PR_SET_NAME, COORDINATOR.encode(), 0, 0, 0)
     for number, descriptor in enumerate(descriptors):
         os.dup2(descriptor, number)
         os.close(descriptor)

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from flexgen_lite.engine.zygote import SHARED
+from tests.coordinators import COORDINATOR
 
 
 def workers_of(coordinator: int) -> dict[str, psutil.Process]:
@@ -30,9 +31,15 @@ def workers_of(coordinator: int) -> dict[str, psutil.Process]:
 
 
 def own_children() -> list[psutil.Process]:
-    """Of this process, with theirs; but for those that fork engines for all tests."""
-    shared = {"tests.zygotes", "tests.coordinators"}
-    return [child for child in psutil.Process().children(recursive=True) if not shared & {*child.cmdline()}]
+    """Of this process, with theirs, that live; but for those that fork processes for all tests."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            line = " ".join(child.cmdline())
+            forks = "tests.zygotes" in line or "multiprocessing" in line
+            forks |= "tests.coordinators" in line and child.name() != COORDINATOR
+            found += [child] * (not forks and child.status() != psutil.STATUS_ZOMBIE)
+    return found
 
 
 def survivors(processes: Iterable[psutil.Process], seconds: float) -> list[psutil.Process]:

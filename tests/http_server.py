@@ -59,7 +59,7 @@ def wait_for(client: openai.OpenAI, batch_id: str, *states: str) -> Any:
     raise AssertionError(f"the batch stays {batch.status}")
 
 
-def lines(count: int, **body: Any) -> bytes:
+def lines(count: int, first: int = 0, **body: Any) -> bytes:
     rows = [
         {
             "custom_id": str(n),
@@ -67,6 +67,6 @@ def lines(count: int, **body: Any) -> bytes:
             "url": "/v1/completions",
             "body": {"prompt": f"{n}: ", **GREEDY, **body},
         }
-        for n in range(count)
+        for n in range(first, first + count)
     ]
     return "".join(json.dumps(row) + "\n" for row in rows).encode()

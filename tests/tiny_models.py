@@ -11,13 +11,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 VOCAB = 160
 SHAPE: dict[str, Any] = {
-    "num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": VOCAB,
+    "num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": VOCAB,
     "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
 GQA: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 16}
 MOE: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 OPT: dict[str, Any] = {"ffn_dim": 96, "word_embed_proj_dim": 64}
-GPT2: dict[str, Any] = {"n_layer": 3, "n_embd": 64, "n_head": 4, "n_positions": 128}
+GPT2: dict[str, Any] = {"n_layer": 4, "n_embd": 64, "n_head": 4, "n_positions": 128}
 MLA: dict[str, Any] = {
     "q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12,
     "head_dim": 8, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,

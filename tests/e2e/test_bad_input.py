@@ -154,17 +154,38 @@ def void(_: object) -> None: ...
 
 
 @pytest.mark.parametrize("name", BAD_MODELS)
-def test_a_model_that_cannot_be_opened(name: str, tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_opened(name: str, refused: Refused, tmp_path: Path) -> None:
     change, words = BAD_MODELS[name]
-    _refused(words, "launch", "--model", _model(tmp_path, change), "--ram", "2GiB")
+    refused(words, "launch", "--model", _model(tmp_path, change), "--ram", "2GiB")
 
 
-def _refused(words: str, *arguments: str | Path) -> None:
-    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    last = done.stderr.strip().splitlines()[-1]
-    assert done.exit_code == 2 and last.startswith("error: ") and words in last, done.stderr
-    assert len(last) < 1000 and "Traceback" not in done.output
-    assert sum(part.startswith("error: ") for part in done.stderr.splitlines()) == 1
+@pytest.mark.parametrize("name", ["no config", "half the weights", "heads that do not divide"])
+def test_a_refusal_by_a_process(name: str, tmp_path: Path) -> None:
+    change, words = BAD_MODELS[name]
+    done = flexgen("launch", "--model", _model(tmp_path, change), "--ram", "2GiB")
+    _check_refusal(words, done.returncode, done.stderr)
+
+
+Refused = Callable[..., None]
+
+
+@pytest.fixture
+def refused(capfd: pytest.CaptureFixture[str]) -> Refused:
+    """Checks that a command is refused in one sentence with these words; nor does a process of the engine say more."""
+
+    def refused(words: str, *arguments: str | Path) -> None:
+        done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert "Traceback" not in done.output
+        _check_refusal(words, done.exit_code, capfd.readouterr().err + done.stderr)
+
+    return refused
+
+
+def _check_refusal(words: str, code: int, told: str) -> None:
+    last = told.strip().splitlines()[-1]
+    assert code == 2 and last.startswith("error: ") and words in last, told
+    assert len(last) < 1000 and "Traceback" not in told
+    assert sum(part.startswith("error: ") for part in told.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -184,19 +205,19 @@ def _refused(words: str, *arguments: str | Path) -> None:
         (["--model", MODEL, "--ram", "2GiB", "--trace", "/no/such/dir/t.json"], "cannot be written"),
     ],
 )
-def test_a_launch_that_cannot_be(arguments: list[str], words: str) -> None:
+def test_a_launch_that_cannot_be(arguments: list[str], words: str, refused: Refused) -> None:
     if "cuda" in arguments:
         torch = pytest.importorskip("torch")
         if torch.cuda.is_available():
             pytest.skip("there is a GPU")
-    _refused(words, "launch", *arguments)
+    refused(words, "launch", *arguments)
 
 
 @pytest.mark.parametrize("content", ["- a\n- b\n", "ram: 1GiB\nram: 2GiB\n", "ram: [\n", "42\n", "\x00\x01"])
-def test_a_config_file_that_is_none(content: str, tmp_path: Path) -> None:
+def test_a_config_file_that_is_none(content: str, refused: Refused, tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(content)
-    _refused(str(path), "launch", "--model", "m", "--config", path)
+    refused(str(path), "launch", "--model", "m", "--config", path)
 
 
 def test_a_budget_that_is_too_small_says_how_much_is_needed_and_what_would_lower_it() -> None:
@@ -205,7 +226,7 @@ def test_a_budget_that_is_too_small_says_how_much_is_needed_and_what_would_lower
     assert "needs at least" in done.stderr and "300.0 MiB allowed: raise ram" in done.stderr
 
 
-def test_files_that_cannot_be(tmp_path: Path) -> None:
+def test_files_that_cannot_be(refused: Refused, tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     source.write_bytes(GOOD)
     model = ("--model", MODEL, "--ram", "2GiB")
@@ -217,14 +238,14 @@ def test_files_that_cannot_be(tmp_path: Path) -> None:
         (("-i", source, "-o", source), "is the input file"),
         (("-i", source, "-o", "/proc/nothing"), "/proc/nothing"),
     ):
-        _refused(words, "run-batch", *arguments, *model)
+        refused(words, "run-batch", *arguments, *model)
     assert source.read_bytes() == GOOD
 
 
-def test_a_second_engine_on_the_same_endpoint(tmp_path: Path) -> None:
+def test_a_second_engine_on_the_same_endpoint(refused: Refused, tmp_path: Path) -> None:
     endpoint = f"ipc://{tmp_path}/engine.sock"
     with FlexGenLite(MODEL, ram="2GiB", dtype="float32", endpoint=endpoint) as engine:
-        _refused(
+        refused(
             "is in use by another engine", "launch", "--model", MODEL, "--ram", "2GiB", "--set", f"endpoint={endpoint}"
         )
         assert engine.generate([5, 6]).error is None

@@ -145,7 +145,7 @@ def test_staged_weights_take_the_devices_path(model: Path) -> None:
     assert answers == reference_tokens(model, prompts, 8)
     assert totals["host-to-device_seconds"] > 0
     decoded = [len(prompt) + 1 + step for prompt in prompts for step in range(7)]
-    assert totals["kv_read_bytes"] == sum(decoded) * 3 * 2 * 32 * 4, "3 layers, K and V of 2 heads of 16 float32"
+    assert totals["kv_read_bytes"] == sum(decoded) * 4 * 2 * 32 * 4, "4 layers, K and V of 2 heads of 16 float32"
     layers = totals["uploaded_bytes"] / totals["passes"]
     assert layers == pytest.approx(totals["disk_read_bytes"] / totals["passes"], rel=0.5)
 

@@ -31,7 +31,7 @@ def memory_of(tmp_path: Path, count: int) -> int:
     source, out = tmp_path / f"{count}.jsonl", tmp_path / f"{count}.out"
     with source.open("w") as file:
         for number in range(count):
-            body = {"prompt": f"number {number} " + "x" * 200, "max_tokens": 4}
+            body = {"prompt": f"number {number} " + "x" * 400, "max_tokens": 4}
             row = {"custom_id": f"request-{number}", "method": "POST", "url": "/v1/completions", "body": body}
             file.write(json.dumps(row) + "\n")
     with FakeEngine(tmp_path / f"{count}.sock", window=4096) as engine:

@@ -21,3 +21,4 @@ def test_a_few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
         for number in range(2):
             under_fire.round(number)
         assert under_fire.counts["rows compared"] == 3 * 150
+        assert under_fire.counts["faults inside workers"] >= 3

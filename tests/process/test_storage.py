@@ -150,7 +150,7 @@ def test_run_batch_while_a_file_changes(harm: str, tmp_path: Path) -> None:
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     body = {"prompt": [5, 6, 7], "max_tokens": 40, "temperature": 0, "ignore_eos": True}
     with source.open("w") as file:
-        for number in range(12):
+        for number in range(20):
             row = {"custom_id": str(number), "method": "POST", "url": "/v1/completions", "body": body}
             file.write(json.dumps(row) + "\n")
     command = [sys.executable, "-m", "flexgen_lite", "run-batch", "-i", str(source), "-o", str(out)]
@@ -163,7 +163,7 @@ def test_run_batch_while_a_file_changes(harm: str, tmp_path: Path) -> None:
     HARMS[harm](a_shard(model))
     _, errors = program.communicate(timeout=100)
     if harm == "replaced":
-        assert program.returncode == 0 and len(out.read_bytes().splitlines()) == 12
+        assert program.returncode == 0 and len(out.read_bytes().splitlines()) == 20
         return
     told = errors.splitlines()
     assert program.returncode == 1 and "Traceback" not in errors

@@ -37,7 +37,7 @@ def start(model: Path, **options: Any) -> FlexGenLite:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model("opt", tmp_path_factory.mktemp("opt"), num_hidden_layers=4)
+    return make_model("opt", tmp_path_factory.mktemp("opt"))
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +124,7 @@ def test_a_worker_lost_often_while_another_holds_up_the_work(
         time.sleep(0.1)
         workers["compute worker"].suspend()
         for number in range(6):
+            wait_until(lambda: "attention worker 1" in workers_of(engine.engine_pid))
             victim = workers_of(engine.engine_pid)["attention worker 1"]
             wait_until(lambda number=number, victim=victim: number == 0 or is_ready(victim))
             victim.kill()

@@ -30,7 +30,7 @@ from flexgen_lite.workers.compute.prefill_packing import OPTIONS, kernel
 LEAST_BYTES = 64 << 10  # smaller tensors stay with the C library
 UNIT = 16 << 10  # places are multiples of it
 TABLE_WORDS = 8  # of the table of functions that are copied; allocators have six functions
-LOOKS = 100  # at whose turn it is, some microseconds; nobody has it for longer while it runs
+LOOKS = 100  # at whose turn it is, some microseconds; a turn hardly takes longer
 ALLOCATE = 2  # its place in the table, behind two destructors
 RAW_DELETERS = (3, 4)  # where raw_deleter may be
 
@@ -195,6 +195,7 @@ class Workspace:
         try:
             protection = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
             self._code = mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_PRIVATE, protection)
+            self._yield = ctypes.CDLL(None).sched_yield
             library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
             current, replace = library._ZN3c1015GetCPUAllocatorEv, library._ZN3c1015SetCPUAllocatorEPNS_9AllocatorEh
         except (OSError, AttributeError):
@@ -244,7 +245,7 @@ class Workspace:
             "base": _address_of(self._region),
             "units": self._units,
             "tags": self._tags.ctypes.data,
-            "yield": ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0,
+            "yield": ctypes.cast(self._yield, ctypes.c_void_p).value or 0,
         }
         for index, name in enumerate(FIELDS):
             self._state[index] = values.get(name, 0)

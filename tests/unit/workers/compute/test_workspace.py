@@ -33,10 +33,14 @@ forks.set_forkserver_preload(["torch"])
 
 
 def run(body: str) -> None:
-    process = forks.Process(target=exec, args=(CHECK + body, {}))
+    process = forks.Process(target=exec, args=(CHECK + body, {}), daemon=True)
     process.start()
-    process.join(120)
-    assert process.exitcode == 0, "its standard error says why"
+    try:
+        process.join(120)
+        assert process.exitcode == 0, "its standard error says why"
+    finally:
+        process.kill()
+        process.join()
 
 
 def test_places_are_given_taken_back_and_given_again() -> None:
@@ -86,6 +90,25 @@ assert is_inside(grown)
 grown.untyped_storage().resize_(0)
 del product, packed, x, weight
 assert used() == 0
+"""
+    )
+
+
+def test_whoever_waits_for_a_turn_yields() -> None:
+    run(
+        """
+import ctypes, time
+from flexgen_lite.workers.compute.workspace import NEXT, NOW, YIELD
+yields = []
+count = ctypes.CFUNCTYPE(ctypes.c_int64)(lambda: yields.append(1) or 0)
+workspace._state[YIELD // 8] = ctypes.cast(count, ctypes.c_void_p).value
+workspace._state[NEXT // 8] += 1  # a turn of somebody who has no processor
+thread = threading.Thread(target=torch.zeros, args=(LEAST_BYTES,))
+thread.start()
+while len(yields) < 3: time.sleep(0.01)
+workspace._state[NOW // 8] += 1
+thread.join(60)
+assert not thread.is_alive()
 """
     )
 
