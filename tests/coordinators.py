@@ -23,6 +23,7 @@ from typing import Any
 
 from flexgen_lite.engine.zygote import SHARED
 from flexgen_lite.launcher import process
+from tests.zygotes import environment_file
 
 PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 15, 36
 MAX_ORDER = 64 << 10  # bytes; a socket takes more
@@ -51,8 +52,8 @@ class Coordinators:
         return Forked(pid, *pipes) if pid else spawn_fresh(command, environment)
 
     def _fork(self, order: bytes) -> tuple[int, tuple[int, int]]:
-        """The process, and what leads to its standard input and comes from its standard output; 0 where there is none,
-        and then from now on."""
+        """The process, and what leads to its standard input and comes from its standard output; 0 where there is none:
+        once the helper has failed, it is not asked again."""
         if self._connection is None or len(order) > MAX_ORDER:
             return 0, (-1, -1)
         (theirs_in, ours_in), (ours_out, theirs_out) = os.pipe(), os.pipe()
@@ -85,12 +86,6 @@ class Forked(subprocess.Popen[bytes]):
 def adopt_orphans(wanted: bool) -> None:
     """Whether those of this process's descendants become its children."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, int(wanted), 0, 0, 0)
-
-
-def environment_file(pid: int) -> Path:
-    """Where the environment of a forked coordinator is told; what the system knows is that of an earlier process."""
-    started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    return Path(os.environ[SHARED], f"environment-{pid}-{started}")
 
 
 def _circumstances() -> object:

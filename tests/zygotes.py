@@ -27,7 +27,6 @@ from flexgen_lite.engine.zygote import SHARED
 from flexgen_lite.workers import zygote
 from flexgen_lite.workers.__main__ import imported
 from tests import fault_places
-from tests.coordinators import environment_file
 from tests.fault_places import FAULTS
 
 QUICKER = ("opt", "llama", "gpt2")  # that most tests use
@@ -63,6 +62,12 @@ class Zygotes:
         for process in self._processes:
             process.communicate()
         shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def environment_file(pid: int) -> Path:
+    """Where the environment of a forked coordinator is told; what the system knows is that of an earlier process."""
+    started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return Path(os.environ[SHARED], f"environment-{pid}-{started}")
 
 
 def environment_of(pid: int) -> dict[str, str]:

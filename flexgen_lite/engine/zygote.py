@@ -135,9 +135,8 @@ class Zygote:
         if received is None:
             raise ZygoteLost
         message, descriptors = received
-        if (
-            isinstance(message, zygote_messages.Born | zygote_messages.Forked) and not descriptors
-        ):  # there was no room for one here
+        tells_of_a_process = isinstance(message, zygote_messages.Born | zygote_messages.Forked)
+        if tells_of_a_process and not descriptors:  # there was no room for one here
             raise ZygoteLost
         if isinstance(message, zygote_messages.Forked):
             self._codes.pop(message.pid, None)  # of an earlier process of this number

@@ -67,15 +67,14 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 RUN = """
-import functools, json, sys
+import functools, json, runpy, sys
 import torch
 from lm_eval.tasks import TaskManager
-from flexgen_lite.lm_eval.__main__ import main
 torch.set_num_threads(1)  # the harness' own model takes many small steps
 TaskManager.__init__ = functools.partialmethod(TaskManager.__init__, include_defaults=False)
 for arguments in json.loads(sys.argv[1]):
     sys.argv[1:] = arguments
-    main()
+    runpy.run_module("flexgen_lite.lm_eval", run_name="__main__")
 """
 """Several runs in one process, which know no tasks but ours: the harness takes longer to import, and to read all of its
 own tasks, than to run these."""

@@ -45,22 +45,9 @@ FIELDS = (
 )  # fmt: skip
 _at = {name: 8 * index for index, name in enumerate(FIELDS)}
 (
-    TABLE,
-    OTHER,
-    OTHER_ALLOCATE,
-    OTHER_RELEASE,
-    RELEASE,
-    DEVICE,
-    BASE,
-    UNITS,
-    TAGS,
-    NEXT,
-    NOW,
-    YIELD,
-    USED,
-    PEAK,
+    TABLE, OTHER, OTHER_ALLOCATE, OTHER_RELEASE, RELEASE, DEVICE, BASE, UNITS, TAGS, NEXT, NOW, YIELD, USED, PEAK,
     MISSES,
-) = _at.values()
+) = _at.values()  # fmt: skip
 
 _address = types.int64
 _load: Any = simd.load_int
