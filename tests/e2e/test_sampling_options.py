@@ -89,7 +89,7 @@ def test_options_of_one_request_leave_the_others_alone(engine: FlexGenLite) -> N
 
 def test_stop_strings_cut_the_text() -> None:
     prompt = "Record: "
-    with FlexGenLite(MODEL, ram="1GiB") as engine:
+    with FlexGenLite(MODEL, ram="2GiB") as engine:
         free = engine.generate(prompt, SamplingParams(max_tokens=40, temperature=0, ignore_eos=True))
         stop = free.text[len(free.text) // 2 :][:3]
         for include in (False, True):
