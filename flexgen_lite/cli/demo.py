@@ -20,7 +20,7 @@ from flexgen_lite.demo.records import Record, generate, is_correct, prompt
 from flexgen_lite.launcher.supervisor import EngineSupervisor
 from flexgen_lite.text.sizes import format_size
 
-RAM = "1GiB"
+RAM = "1280MiB"  # of which 128 MiB are for a first start, which compiles the kernels
 SEED = 2024
 MAX_TOKENS = 96
 

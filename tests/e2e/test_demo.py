@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 
-def test_the_demo_labels_records_rightly_within_its_budget() -> None:
+def test_the_demo_labels_records_rightly_within_its_budget(tmp_path: Path) -> None:
+    """As the first thing that is ever started here: it compiles the kernels, which takes memory, too."""
     command = [sys.executable, "-m", "flexgen_lite", "demo", "--records", "120"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=280)
-    assert run.returncode == 0, run.stderr
+    env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
+    assert run.returncode == 0 and "warning" not in run.stderr, run.stderr
     match = re.search(r"exact match\s*│\s*([\d.]+)%", run.stdout)
     assert match and float(match[1]) > 95, run.stdout
     assert re.search(r"records\s*│\s*120, 0 failed", run.stdout)
