@@ -202,9 +202,10 @@ class Connection:
                     self._handle(engine, message)
             except MessageError as error:
                 raise EngineLost(f"what answers at {self.endpoint} does not speak this protocol: {error}", 0) from None
-            if engine.is_refused:
+            if engine.is_refused and self._owner is None:  # who starts the engine gives it the keys
                 raise EngineError(
-                    f"the engine at {self.endpoint} does not take this key: give the key_file it was started with",
+                    f"the engine at {self.endpoint} does not take this key, or has just ended: give the key_file that "
+                    "it was started with",
                     user_error=True,
                 )
             if engine.is_closed:

@@ -21,7 +21,8 @@ from flexgen_lite.wire.codec import Codec
 
 _HIGH_WATER = 1000  # messages
 _FAREWELL_MS = 500  # for the last messages to go out
-_REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+_REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+_CUT_OFF = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL  # it ended in the middle, or could not read what our key had closed
 _ENCODE, _DECODE = Codec(ToEngine).encode, Codec(ToClient).decode
 
 
@@ -36,7 +37,7 @@ class EngineSocket:
 
     Attributes:
         is_closed: the engine has closed its end.
-        is_refused: it has refused the keys.
+        is_refused: and that because of the keys, as far as can be told.
 
     Raises:
         ZMQError: the endpoint is none.
@@ -48,11 +49,12 @@ class EngineSocket:
         self.is_closed = self.is_refused = False
         self._backlog: deque[bytes] = deque()
         self._bell = doorbell
+        self._has_keys = keys is not None
         self._dealer = context.socket(zmq.DEALER)
         self._dealer.set(zmq.LINGER, 0)
         self._dealer.set(zmq.SNDHWM, _HIGH_WATER)
         self._dealer.set(zmq.RCVHWM, _HIGH_WATER)
-        self._monitor = self._dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED | _REFUSED)
+        self._monitor = self._dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED | _REFUSED | _CUT_OFF)
         self._poller = zmq.Poller()
         self._poller.register(self._monitor, zmq.POLLIN)
         self._poller.register(doorbell, zmq.POLLIN)
@@ -82,7 +84,8 @@ class EngineSocket:
                 self._bell.recv(4096)
         if self._monitor in ready:
             event = recv_monitor_message(self._monitor)["event"]
-            self.is_closed, self.is_refused = True, bool(event & _REFUSED)
+            self.is_closed = True
+            self.is_refused = bool(event & (_REFUSED | _CUT_OFF if self._has_keys else _REFUSED))
 
     def receive(self) -> Iterator[ToClient]:
         """What has come, also of an engine that has closed its end.

@@ -6,6 +6,7 @@ Everything the engine takes of main memory is in `Plan.parts`; what does not fit
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil, floor
 
 from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.model.spec import ModelSpec
@@ -196,8 +197,8 @@ def _choose_block(need: Need, ram: int) -> tuple[int, int, int]:
         tokens, count, slots = min(candidates, key=lambda candidate: need.least(*candidate))
         enough = need.least(tokens, count, slots, need.longest_pages) + MIB
         raise PlanError(
-            f"{need.spec.class_name} needs at least {format_size(enough)} of RAM, "
-            f"{format_size(ram)} allowed: raise ram"
+            f"{need.spec.class_name} needs at least {format_size(enough, ceil)} of RAM, "
+            f"{format_size(ram, floor)} allowed: raise ram"
             + (f", or lower attention_workers ({need.workers})" if need.workers > 1 else "")
             + (f", micro_batch_tokens ({tokens})" if config.micro_batch_tokens else "")
             + (f", micro_batches ({count})" if config.micro_batches else "")
@@ -242,7 +243,7 @@ def _device_slots(need: Need, staged: bool, gpu: int, work: int) -> int:
     if fitting < least:
         needed = outside + work + CUDA_CONTEXT_BYTES + least * need.layer_slot
         raise PlanError(
-            f"{need.spec.class_name} needs at least {format_size(needed)} of GPU memory, {format_size(gpu)} allowed: "
-            "raise gpu, or lower micro_batch_tokens"
+            f"{need.spec.class_name} needs at least {format_size(needed, ceil)} of GPU memory, "
+            f"{format_size(gpu, floor)} allowed: raise gpu, or lower micro_batch_tokens"
         )
     return min(need.config.device_slots or fitting, fitting, layers)

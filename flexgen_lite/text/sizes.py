@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from flexgen_lite.text.shown import shown
 
@@ -39,8 +40,12 @@ def parse_size(value: int | str) -> int:
     return num_bytes
 
 
-def format_size(num_bytes: int) -> str:
-    """Write a byte count with one decimal in the largest binary unit that fits it: "1.5 GiB"."""
+def format_size(num_bytes: int, rounded: Callable[[float], float] = round) -> str:
+    """Write a byte count with one decimal in the largest binary unit that fits it: "1.5 GiB".
+
+    Args:
+        rounded: `math.ceil` for what is needed, so that the size told is enough; `math.floor` for what there is.
+    """
     sign, size = ("-", -num_bytes) if num_bytes < 0 else ("", num_bytes)
     if size < 1024:
         return f"{sign}{size} B"
@@ -49,4 +54,4 @@ def format_size(num_bytes: int) -> str:
         amount /= 1024
         if amount < 1023.95 or unit == "TiB":
             break
-    return f"{sign}{amount:.1f} {unit}"
+    return f"{sign}{rounded(amount * 10) / 10:.1f} {unit}"

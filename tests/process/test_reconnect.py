@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from flexgen_lite.client.completion import Completion, Delta
 from flexgen_lite.client.engine_owner import EngineLost
 from flexgen_lite.client.request import Request
 from flexgen_lite.errors import NoStatus
+from flexgen_lite.wire.access import make_key_file
 from flexgen_lite.wire.client_messages import GetStatus, RequestDelta, RequestDone, Submit, WireOutput
 from tests.fake_engine import FakeEngine, answer
 
@@ -41,10 +43,13 @@ class Owner:
     def start(self, **options: Any) -> FakeEngine:
         self._num_engines += 1
         engine = self._stack.enter_context(FakeEngine(self._folder / f"e{self._num_engines}", **options))
-        with self._changed:
-            self._endpoint = engine.endpoint
-            self._changed.notify_all()
+        self.follow_with(engine.endpoint)
         return engine
+
+    def follow_with(self, endpoint: str) -> None:
+        with self._changed:
+            self._endpoint = endpoint
+            self._changed.notify_all()
 
     def connect(self, **options: Any) -> Client:
         first = self.endpoint(None)
@@ -122,6 +127,56 @@ def test_what_was_not_answered_is_submitted_again(owner: Owner) -> None:
     assert owner.losses == [f"the engine at {first.endpoint} closed the connection"]
     assert owner.num_in_flight == [32 - 11] and owner.num_finished == 200
     assert first.most_outstanding <= 32 and second.most_outstanding <= 32
+
+
+@contextlib.contextmanager
+def dying_engine(path: Path) -> Iterator[str]:
+    """The endpoint of an engine that ends in the middle of ZeroMQ's greeting."""
+
+    def end(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        connection.recv(1)
+        connection.close()
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        thread = threading.Thread(target=end, args=(listener,))
+        thread.start()
+        yield f"ipc://{path}"
+        thread.join()
+
+
+def test_an_engine_that_ends_while_the_client_connects(owner: Owner, tmp_path: Path) -> None:
+    """It is lost as any other."""
+    first = owner.start()
+    client = owner.connect()
+    first.die()
+    owner.wait_for_loss()
+    with dying_engine(tmp_path / "e") as endpoint:
+        owner.follow_with(endpoint)
+        owner.wait_for_loss(2)
+    owner.start()
+    assert [str(completion) for completion in client.submit(["one"]).results()] == ["ONE"]
+    assert owner.losses == [f"the engine at {at} closed the connection" for at in (first.endpoint, endpoint)]
+
+
+def test_nor_does_it_make_who_starts_engines_doubt_the_keys(owner: Owner, tmp_path: Path) -> None:
+    def give_up_then() -> None:
+        owner.wait_for_loss()
+        owner.give_up(EngineError("no other"))
+
+    make_key_file(tmp_path / "key")
+    with dying_engine(tmp_path / "e") as endpoint:
+        owner.follow_with(endpoint)
+        opening = threading.Thread(target=give_up_then)
+        opening.start()
+        with pytest.raises(EngineError, match="no other"):
+            owner.connect(key_file=tmp_path / "key")
+        opening.join()
+    assert owner.losses == [f"the engine at {endpoint} closed the connection"]
+    with dying_engine(tmp_path / "e2") as endpoint, pytest.raises(EngineError, match="this key, or has just ended"):
+        Client(endpoint, key_file=tmp_path / "key")
 
 
 def test_engine_after_engine(owner: Owner) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 from flexgen_lite.model.spec import ITEM_BYTES
 from flexgen_lite.workers.attention import kernels, layout
 from flexgen_lite.workers.attention.state import KINDS, STORAGE
+from flexgen_lite.workers.kernel_cache import from_cache
 
 _SHAPE = layout.Shape(
     num_heads=1, num_kv_heads=1, head_dim=8, value_dim=8, page_shift=4, window=0, has_sinks=True,
@@ -15,10 +16,14 @@ _SHAPE = layout.Shape(
 
 
 def warm_up(dtype: str) -> None:
-    """Runs each kernel once, on a token in memory of its own. Where they are not in the cache they are compiled, which
-    takes some seconds, and 65 MiB for as long as the process lives."""
+    """Runs each kernel once. Where they are not in the cache they are compiled, which takes some seconds."""
     if dtype not in STORAGE:
         raise ValueError(f"KV of {dtype}: one of {', '.join(STORAGE)} expected")
+    from_cache(lambda: _run(dtype))
+
+
+def _run(dtype: str) -> None:
+    """On a token, in memory of its own."""
     per_word, kind = 4 // ITEM_BYTES[dtype], KINDS[dtype]
     region, kv = np.zeros(320, np.uint8), np.zeros(2048, np.uint8)
     pages, counter = np.zeros(1, np.int64), np.zeros(1, np.int64)

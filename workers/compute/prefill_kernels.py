@@ -26,6 +26,7 @@ from flexgen_lite.workers.compute import prefill_tiles as tiles
 from flexgen_lite.workers.compute.prefill_packing import CALL as CALL
 from flexgen_lite.workers.compute.prefill_packing import OPTIONS, PAD, Item, kernel, padded, position
 from flexgen_lite.workers.compute.prefill_tiles import ROW, ROWS
+from flexgen_lite.workers.kernel_cache import from_cache
 from flexgen_lite.workers.simd import LANES
 
 TRIO = 3
@@ -294,4 +295,4 @@ def attend_widened(address: int) -> None:
 @cache
 def compiled(function: Any) -> Any:
     """One of the three above as a C function: its `address` is that of `void f(CALL *)`, to be run by every thread."""
-    return cfunc(types.void(types.int64), cache=True, **OPTIONS)(function)
+    return from_cache(lambda: cfunc(types.void(types.int64), cache=True, **OPTIONS)(function))

@@ -31,6 +31,7 @@ from flexgen_lite.workers.compute import prefill_cpu
 from flexgen_lite.workers.compute import product_tiles as tiles
 from flexgen_lite.workers.compute.prefill_packing import OPTIONS, kernel
 from flexgen_lite.workers.compute.product_tiles import COLUMNS, LINE, ROW
+from flexgen_lite.workers.kernel_cache import from_cache
 from flexgen_lite.workers.simd import LANES
 
 MAX_ROWS = 64
@@ -220,7 +221,7 @@ def multiply(address: int) -> None:
 @cache
 def compiled() -> Any:
     """`multiply` as a C function, `void f(CALL *)`, to be run by every thread."""
-    return cfunc(types.void(types.int64), cache=True, **OPTIONS)(multiply)
+    return from_cache(lambda: cfunc(types.void(types.int64), cache=True, **OPTIONS)(multiply))
 
 
 class PackedWeight(NamedTuple):

@@ -26,6 +26,7 @@ from numba import cfunc, types
 
 from flexgen_lite.workers import simd
 from flexgen_lite.workers.compute.prefill_packing import OPTIONS, kernel
+from flexgen_lite.workers.kernel_cache import from_cache
 
 LEAST_BYTES = 64 << 10  # smaller tensors stay with the C library
 UNIT = 16 << 10  # places are multiples of it
@@ -138,9 +139,11 @@ def release(data: int, this: int) -> None:
 def prepare() -> tuple[Any, Any]:
     """Both functions as C functions, compiled or from numba's cache; they stay as long as the process."""
     number = types.int64
-    return (
-        cfunc(number(number, number, number), cache=True, **OPTIONS)(allocate),
-        cfunc(types.void(number, number), cache=True, **OPTIONS)(release),
+    return from_cache(
+        lambda: (
+            cfunc(number(number, number, number), cache=True, **OPTIONS)(allocate),
+            cfunc(types.void(number, number), cache=True, **OPTIONS)(release),
+        )
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import ceil, floor
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -53,3 +55,8 @@ def test_format(num_bytes: int, text: str) -> None:
 @given(st.integers(0, 1 << 60))
 def test_what_is_written_can_be_read(num_bytes: int) -> None:
     assert abs(parse_size(format_size(num_bytes)) - num_bytes) <= num_bytes * 0.051
+
+
+@given(st.integers(0, 1 << 50))
+def test_a_need_that_is_written_is_enough(num_bytes: int) -> None:
+    assert parse_size(format_size(num_bytes, floor)) <= num_bytes <= parse_size(format_size(num_bytes, ceil))

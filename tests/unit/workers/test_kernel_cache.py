@@ -1,0 +1,48 @@
+"""Kernels that are not in numba's cache are compiled by a child, or here if that dies."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import os
+from numba import cfunc, njit, types
+from numba.core import event
+from flexgen_lite.workers.kernel_cache import from_cache
+
+@njit(cache=True)
+def twice(x):
+    return 2 * x
+
+def add(x):
+    return twice(x) + 1
+
+def load():
+    if CHILD_DIES and os.getpid() != parent:
+        os.kill(os.getpid(), 9)
+    return twice(20), cfunc(types.int64(types.int64), cache=True)(add).ctypes(20)
+
+parent = os.getpid()
+with event.install_recorder("numba:run_pass") as recorder:
+    result = from_cache(load)
+print(result, {record.data["qualname"] for _, record in recorder.buffer if "lowering" in record.data["name"]})
+"""
+
+
+@pytest.mark.parametrize("child_dies", [False, True])
+def test_who_compiles(tmp_path: Path, child_dies: bool) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM.replace("CHILD_DIES", str(child_dies)), encoding="utf-8")
+    env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    outputs = [
+        subprocess.run(
+            [sys.executable, tmp_path / "program.py"], env=env, capture_output=True, text=True, check=True, timeout=60
+        ).stdout
+        for _ in range(2)
+    ]
+    assert outputs[1] == "(40, 41) set()\n", "from the cache"
+    assert outputs[0] == ("(40, 41) {'add', 'twice'}\n" if child_dies else outputs[1])
