@@ -24,7 +24,7 @@ FLOORS = (
     ("text",),
 )
 """Of flexgen_lite/, from the roof down: a folder imports from itself and from the floors below."""
-WORKER_FLOORS = (("loader", "attention", "compute"), ("model",), ("serve", "team", "simd"), ("zygote",))
+WORKER_FLOORS = (("loader", "attention", "compute"), ("model",), ("serve", "team", "simd", "kernel_cache"), ("zygote",))
 OF_USE_TO_WORKERS = ("memory", "wire", "model", "text", "chat.environment", "schedule.segment_queue")
 NOT_PURE = ("plan.machine", "queue.kept_jobs")  # reads what the machine has; keeps what it is told in a file
 PURE_ELSEWHERE = (
