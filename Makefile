@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 demo: $(VENV)/installed
 	$(BIN)/flexgen-lite demo
 
+# The tests start hundreds of processes that import the same modules: bytecode is kept, whatever the shell says.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=10
 
