@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import subprocess
 import sys
 from pathlib import Path
 
-import numba
 import pytest
+
+from tests.compiled_kernels import ROOT, kernels_folder
 
 AVX2 = (
     "+64bit,+aes,+avx,+avx2,+bmi,+bmi2,+cmov,+cx16,+cx8,+f16c,+fma,+fsgsbase,+fxsr,+invpcid,+lzcnt,+mmx,+movbe,"
     "+pclmul,+popcnt,+rdrnd,+sahf,+sse,+sse2,+sse3,+sse4.1,+sse4.2,+ssse3,+xsave,+xsaveopt"
 )
 AVX512 = f"{AVX2},+avx512f,+avx512bw,+avx512cd,+avx512dq,+avx512vl"
-ROOT = Path(__file__).parents[3]
 PROCESSORS = {"haswell": AVX2, "skylake-avx512": AVX512}
 KERNEL_TESTS = ("tests/unit/workers/attention/test_kernels.py", "tests/property/test_prefill_attention.py")
 # Where vectors are as wide as here, only products of bfloat16 are done in another way.
@@ -35,7 +34,7 @@ def test_kernels(name: str) -> None:
         **os.environ,
         "NUMBA_CPU_NAME": name,
         "NUMBA_CPU_FEATURES": features,
-        "NUMBA_CACHE_DIR": str(ROOT / ".pytest_cache" / f"kernels-{name}-{_digest()}"),
+        "NUMBA_CACHE_DIR": str(kernels_folder(name)),
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }
     run = subprocess.run(
@@ -43,13 +42,6 @@ def test_kernels(name: str) -> None:
         env=environment, cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
-
-
-def _digest() -> str:
-    """Of all that is compiled: what was compiled before is used as long as nothing of it changes, which numba itself
-    would not see."""
-    content = b"".join(path.read_bytes() for path in sorted((ROOT / "workers").rglob("*.py")))
-    return hashlib.blake2b(content + numba.__version__.encode(), digest_size=8).hexdigest()
 
 
 def _cpu_flags() -> list[str]:
