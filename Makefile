@@ -27,7 +27,7 @@ soak: $(VENV)/installed
 	$(BIN)/python -m tests.soak
 
 conformance: $(VENV)/installed
-	$(BIN)/python -m pytest tests/conformance/text.py
+	$(BIN)/python -m pytest tests/conformance/text.py tests/conformance/models.py
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

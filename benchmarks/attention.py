@@ -59,15 +59,17 @@ def kernel_contestant(
     """One decode step of `batch` sequences of `tokens` tokens; the rounds go through the layers."""
     spec = AttentionSpec(heads, kv_heads, dim, dim, dim**-0.5, None, None, False)
     pages = -(-tokens // PAGE_TOKENS)
-    one = kv_layout.kv_spec([spec], batch * pages, PAGE_TOKENS, dtype).arena_bytes
+    one = kv_layout.kv_spec([spec], (0,), batch * pages, PAGE_TOKENS, dtype).arena_bytes
     layers = [spec] * max(1, -(-BUFFER_BYTES // one))
-    kv = kv_layout.kv_spec(layers, batch * pages, PAGE_TOKENS, dtype)
+    kv = kv_layout.kv_spec(layers, range(len(layers)), batch * pages, PAGE_TOKENS, dtype)
     region = exchange.region_bytes(layers, batch, ITEM_BYTES[dtype])
     arena = Arena("kv")
     arena.resize(kv.arena_bytes)
     memory = map_arena(arena.fd, kv.arena_bytes)
     np.frombuffer(memory, np.uint16)[:] = 0x3C3C
-    attach = AttachAttention(tuple(layers), ExchangeSpec(1, region, batch, dtype), kv, threads, ())
+    attach = AttachAttention(
+        tuple(layers), tuple(range(len(layers))), ExchangeSpec(1, region, batch, dtype), kv, threads, ()
+    )
     state = AttentionState(attach, memory, memoryview(bytearray(region)))
     order = np.random.default_rng(0).permutation(batch * pages).reshape(batch, pages)
     spans = tuple(KvSpan(b, 1, tokens - 1, True, tuple(int(p) for p in order[b])) for b in range(batch))

@@ -82,12 +82,12 @@ class Case:
         num_pages = sum(counts) + 3
         order = self.random.permutation(num_pages)
         self.pages = [tuple(int(p) for p in part) for part in np.split(order, np.cumsum(counts))]
-        self.kv_spec = kv_layout.kv_spec([spec], num_pages, page_tokens, dtype)
+        self.kv_spec = kv_layout.kv_spec([spec], (0,), num_pages, page_tokens, dtype)
         region_bytes = exchange.region_bytes([spec], self.num_rows, itemsize)
         self.kv = bytearray(b"\xff" * self.kv_spec.arena_bytes)  # NaN in every dtype: unwritten tokens must not be read
         self.exchange = bytearray(b"\xff" * (2 * region_bytes))
         self.attach = AttachAttention(
-            (spec,), ExchangeSpec(2, region_bytes, self.num_rows, dtype), self.kv_spec, threads, ()
+            (spec,), (0,), ExchangeSpec(2, region_bytes, self.num_rows, dtype), self.kv_spec, threads, ()
         )
         self.state = AttentionState(self.attach, memoryview(self.kv), memoryview(self.exchange))
         self._region = np.frombuffer(self.exchange, np.uint8)[region_bytes:]

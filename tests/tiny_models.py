@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 VOCAB = 160
 SHAPE: dict[str, Any] = {
@@ -22,6 +22,36 @@ MLA: dict[str, Any] = {
     "q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12,
     "head_dim": 8, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
     "n_shared_experts": 1, "num_key_value_heads": 4,
+}  # fmt: skip
+LONGCAT: dict[str, Any] = {
+    "num_layers": 2, "num_hidden_layers": 4, "ffn_hidden_size": 96, "expert_ffn_hidden_size": 32, "moe_topk": 2,
+    "zero_expert_num": 2,
+}  # fmt: skip
+TEXT: dict[str, Any] = SHAPE | GQA
+GEMMA4: dict[str, Any] = {
+    "num_hidden_layers": 6, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    "sliding_window": 7, "global_head_dim": 32, "attention_k_eq_v": True, "num_global_key_value_heads": 1,
+    "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32,
+    "hidden_size_per_layer_input": 0,
+}  # fmt: skip
+SHARED_KV: dict[str, Any] = {
+    "num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3, "num_kv_shared_layers": 3,
+    "sliding_window": 7, "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 16,
+}  # fmt: skip
+GEMMA3N: dict[str, Any] = {"laurel_rank": 16, "activation_sparsity_pattern": [0.5] * 2 + [0.0] * 4}
+MLLAMA: dict[str, Any] = {"num_hidden_layers": 6, "cross_attention_layers": [1, 4]}
+VISION: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "head_dim": 8, "image_size": 32, "patch_size": 8,
+}  # fmt: skip
+QWEN_VISION: dict[str, Any] = {
+    "depth": 4, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 64, "patch_size": 8,
+    "deepstack_visual_indexes": [0, 1, 2],
+}  # fmt: skip
+MLLAMA_VISION: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_global_layers": 2, "attention_heads": 4,
+    "image_size": 32, "patch_size": 8, "vision_output_dim": 64, "intermediate_layers_indices": [0, 1],
+    "supported_aspect_ratios": [[1, 1]],
 }  # fmt: skip
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("opt", OPT),
@@ -47,7 +77,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("cohere", {"num_key_value_heads": 2}),
     "granite": ("granite", {"num_key_value_heads": 2, "attention_multiplier": 0.3, "residual_multiplier": 0.8}),
     "deepseek-v3": ("deepseek_v3", MLA | MOE),
+    "diffllama-two-calls": ("diffllama", GQA),
+    "longcat-two-calls": ("longcat_flash", MLA | LONGCAT),
+    "gemma3-wrapper": ("gemma3", {"text_config": TEXT | {"sliding_window": 7}, "vision_config": VISION}),
+    "gemma4-wrapper": ("gemma4", {"text_config": TEXT | GEMMA4, "vision_config": VISION, "audio_config": None}),
+    "gemma4-shared-kv": ("gemma4_text", GQA | SHARED_KV | {"global_head_dim": 32}),
+    "gemma3n-shared-kv": ("gemma3n_text", GQA | SHARED_KV | GEMMA3N),
+    "qwen3-vl-wrapper": ("qwen3_vl", {"text_config": TEXT, "vision_config": QWEN_VISION}),
+    "mllama-wrapper": ("mllama", {"text_config": TEXT | MLLAMA, "vision_config": MLLAMA_VISION}),
 }
+"""By name: model type, and what its config has beside SHAPE."""
 
 
 SMALL_PASSES: dict[str, Any] = {
@@ -60,14 +99,19 @@ SMALL_PASSES: dict[str, Any] = {
 def make_model(family: str, directory: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """Saves a model of the family, as Transformers saves it; repeatable."""
     kind, overrides = FAMILIES[family]
-    config = AutoConfig.for_model(kind, **SHAPE | overrides | changes)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    common = {} if "text_config" in overrides else SHAPE
+    config = AutoConfig.for_model(kind, **common | overrides | changes)
+    model = _auto_class(config).from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         parameter.data = 1 + 0.1 * noise if parameter.dim() == 1 else 1.5 * noise * parameter.shape[-1] ** -0.5
     model.to(dtype).save_pretrained(directory, max_shard_size="100KB")
     return directory
+
+
+def _auto_class(config: Any) -> Any:
+    return AutoModelForCausalLM if config.get_text_config() is config else AutoModelForImageTextToText
 
 
 def make_reciter(directory: Path, answer: list[int], vocab_size: int) -> Path:
@@ -101,7 +145,8 @@ def some_alike(prompts: list[list[int]]) -> list[list[int]]:
 
 def reference_tokens(directory: Path, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
     """Greedy tokens of Transformers' generate in float32, each prompt alone; end of sequence is a token like others."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+    cls = _auto_class(AutoConfig.from_pretrained(directory))
+    model = cls.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
     model.generation_config.eos_token_id = None
     answers = []
     for prompt in prompts:

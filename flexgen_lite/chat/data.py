@@ -11,6 +11,9 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 """What APIs call a message's reasoning; templates read the first, gpt-oss's the second."""
 
 
+_MEDIA = ("image", "audio", "video")
+
+
 def plain(value: Any) -> Any:
     """A copy of `value` in which there is no object of ours, for a template could call its methods.
 
@@ -40,14 +43,20 @@ def plain(value: Any) -> Any:
     return f"<{type(value).__name__}>"
 
 
-def plain_message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message without what is null in it: templates ask whether there is a key, and write a null as "None". What is
-    null further inside stays. Its reasoning has every name that templates know."""
-    known = plain({key: value for key, value in message.items() if value is not None})
+def is_record(value: object) -> bool:
+    """Whether `plain` makes a dict of it."""
+    is_object = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    return isinstance(value, Mapping) or is_object or hasattr(type(value), "model_dump")
+
+
+def plain_message(message: object) -> dict[str, Any]:
+    """A message, which is a record, without what is null in it: templates ask whether there is a key, and write a null
+    as "None". What is null further inside stays. Its reasoning has every name that templates know."""
+    known = {key: value for key, value in plain(message).items() if value is not None}
     for name in REASONING:
         if known.get(name) is not None:
             return {"thinking": known[name], **known, "reasoning_content": known[name]}
-    return known  # type: ignore[no-any-return]
+    return known
 
 
 def in_one_text(message: dict[str, Any]) -> dict[str, Any]:
@@ -56,6 +65,19 @@ def in_one_text(message: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(parts, list) or not all(isinstance(part, dict) and "text" in part for part in parts):
         return message
     return {**message, "content": "\n".join(str(part["text"]) for part in parts)}
+
+
+def in_parts(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose content, where it is a text, is a list of one part."""
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
+def medium_of(content: object) -> str | None:
+    """What content in parts has beside texts that only a model with eyes or ears could take, as its type calls it."""
+    parts = content if isinstance(content, list | tuple) else ()
+    kinds = (str(part.get("type") or next(iter(part), "")) for part in parts if isinstance(part, Mapping))
+    return next((kind for kind in kinds if any(medium in kind for medium in _MEDIA)), None)
 
 
 def _is_numpy_scalar(value: object) -> bool:

@@ -56,12 +56,22 @@ def fault_of(source: str) -> str | None:
 def reads_parts(source: str, special_tokens: tuple[tuple[str, str], ...]) -> bool:
     """Whether a template writes the texts of content that comes in parts, found out by trying. Others fail on it, or
     write the list as Python or JSON has it, with all that is in it."""
-    message = {"role": "user", "content": [{"type": "text", "text": _PROBE, _NOBODY_READS: ""}]}
-    try:
-        text = compiled(source).render({**dict(special_tokens), "messages": [message], "tools": None})
-    except Exception:  # it is a program, and may fail in any way
-        return False
+    text = _written(source, special_tokens, [{"type": "text", "text": _PROBE, _NOBODY_READS: ""}])
     return _PROBE in text and _NOBODY_READS not in text
+
+
+@functools.lru_cache(maxsize=8)
+def reads_texts(source: str, special_tokens: tuple[tuple[str, str], ...]) -> bool:
+    """Whether a template writes content that is a text; those of multimodal models may look for parts alone."""
+    return _PROBE in _written(source, special_tokens, _PROBE)
+
+
+def _written(source: str, special_tokens: tuple[tuple[str, str], ...], content: object) -> str:
+    messages = [{"role": "user", "content": content}]
+    try:
+        return compiled(source).render({**dict(special_tokens), "messages": messages, "tools": None})
+    except Exception:  # it is a program, and may fail in any way
+        return ""
 
 
 @functools.cache

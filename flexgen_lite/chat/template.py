@@ -8,11 +8,11 @@ would bring PyTorch into the client.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from flexgen_lite.chat.data import REASONING, in_one_text, plain, plain_message
+from flexgen_lite.chat.data import REASONING, in_one_text, in_parts, is_record, medium_of, plain, plain_message
 from flexgen_lite.text.shown import shown
 from flexgen_lite.wire.worker_messages import WireChatTemplate
 
@@ -53,8 +53,8 @@ class Chat:
     """A conversation that is to go on.
 
     Attributes:
-        messages: each with a "role" and its "content", and what else the template reads. Keys whose value is None are
-            left out.
+        messages: dicts, dataclasses or Pydantic's models, each with a "role" and its "content", and what else the
+            template reads. Keys whose value is None are left out.
         tools: JSON schemas of functions, for templates that read them.
         template_kwargs: further variables of the template, such as enable_thinking or documents.
         chat_template: instead of the model's own; or the name of one of the model's own, where it has several.
@@ -62,7 +62,7 @@ class Chat:
         continue_final_message: end with the last message as it is, so that it goes on; a string is the key of what goes
             on, such as "reasoning_content", instead of "content".
         join_parts: content that comes in several texts becomes one where the template reads no parts, for callers of
-            the chat API cannot know.
+            the chat API cannot know. (A text becomes a part where the template reads parts alone, for any caller.)
     """
 
     messages: Messages
@@ -86,7 +86,7 @@ def render(chat: Chat, template: WireChatTemplate | None) -> str:
     Raises:
         ChatError: there is no template, or it is broken, fails, or refuses the messages.
     """
-    from flexgen_lite.chat.environment import BrokenTemplate, Refusal, compiled, reads_parts
+    from flexgen_lite.chat.environment import BrokenTemplate, Refusal, compiled, reads_parts, reads_texts
 
     chat = _with_parameters(chat)
     source = template_text(chat, template)
@@ -94,8 +94,12 @@ def render(chat: Chat, template: WireChatTemplate | None) -> str:
         raise ChatError("add_generation_prompt and continue_final_message exclude each other: give one of them")
     special_tokens = template.special_tokens if template is not None else {}
     variables = _variables(chat)
-    if chat.join_parts and not reads_parts(source, tuple(special_tokens.items())):
-        variables["messages"] = [in_one_text(message) for message in variables["messages"]]
+    tokens = tuple(special_tokens.items())
+    if not reads_parts(source, tokens):
+        if chat.join_parts:
+            variables["messages"] = [in_one_text(message) for message in variables["messages"]]
+    elif not reads_texts(source, tokens):
+        variables["messages"] = [in_parts(message) for message in variables["messages"]]
     try:
         final = _mark_last(variables["messages"], chat.continue_final_message, source)
         text = compiled(source).render({**special_tokens, **variables})
@@ -198,8 +202,9 @@ def _variables(chat: Chat) -> dict[str, Any]:
     if not isinstance(chat.messages, Sequence):
         raise ChatError(f"messages is of the type {type(chat.messages).__name__}: give a list of dicts")
     documents = chat.template_kwargs.get("documents")
-    for what, values in (("messages", chat.messages), ("tools", chat.tools), ("documents", documents)):
-        _check_dicts(what, values)
+    _check_dicts("messages", chat.messages, is_record)
+    for what, values in (("tools", chat.tools), ("documents", documents)):
+        _check_dicts(what, values, lambda value: isinstance(value, Mapping))
     if not chat.messages:
         raise ChatError("the conversation is empty: give at least one message")
     given = {
@@ -209,19 +214,24 @@ def _variables(chat: Chat) -> dict[str, Any]:
         "add_generation_prompt": chat.add_generation_prompt,
     }
     try:
-        return {**plain(given), "messages": [plain_message(message) for message in chat.messages]}
+        messages = [plain_message(message) for message in chat.messages]
+        variables: dict[str, Any] = {**plain(given), "messages": messages}
     except Exception as error:  # nested too deeply, or an object that cannot be read
         said = f"{type(error).__name__}: {_shown(error)}"
         raise ChatError(f"messages, tools or variables cannot be given to a template: {said}") from None
+    for index, message in enumerate(messages):
+        if (medium := medium_of(message.get("content"))) is not None:
+            raise ChatError(f"messages[{index}] has content of the type {_shown(medium)!r}: only text can be given")
+    return variables
 
 
-def _check_dicts(what: str, values: object) -> None:
+def _check_dicts(what: str, values: object, is_one: Callable[[object], bool]) -> None:
     if values is None:
         return
     if not isinstance(values, Iterable):
         raise ChatError(f"{what} is of the type {type(values).__name__}: give a list of dicts")
     for index, value in enumerate(values):
-        if not isinstance(value, Mapping):
+        if not is_one(value):
             kind, remedy = type(value).__name__, _REMEDY.get(what, "")
             raise ChatError(f"{what}[{index}] is of the type {kind}: give a dict{remedy}")
 

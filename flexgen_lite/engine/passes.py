@@ -48,6 +48,7 @@ class Passes:
         self._requests = requests
         self._workers = workers
         self._stats = stats
+        self._columns = setup.spec.column_names
         self._answer = answer
         self.schedule: Schedule = setup.make_schedule()
         self.weights = WeightFlow(
@@ -124,29 +125,29 @@ class Passes:
 
     def _compute_columns(self, order: RunColumns) -> None:
         self._progress = time.monotonic()
-        self._workers.compute.send(worker_messages.Segments(self._id, order.layer, order.slots), expects_answer=False)
+        self._workers.compute.send(worker_messages.Segments(self._id, order.column, order.slots), expects_answer=False)
 
     def computed(self, report: worker_messages.ComputeReport) -> None:
         if report.pass_id != self._id or self.suspended:
             return
         self._progress = time.monotonic()
-        self._stats.computed(report)
+        self._stats.computed(report, self._columns)
         for done in report.done:
             if done.left_only:
-                self.weights.carry_out(self.schedule.layer_left(done.layer, done.micro_batch))
+                self.weights.carry_out(self.schedule.column_left(done.column, done.micro_batch))
                 continue
-            if done.layer == self.schedule.num_layers:
+            if done.column == self.schedule.num_columns:
                 self._results[done.micro_batch] = Result(done.token_ids, done.logprobs, done.prompt_logprobs)
-            self.weights.carry_out(self.schedule.segment_done(done.layer, done.micro_batch))
+            self.weights.carry_out(self.schedule.segment_done(done.column, done.micro_batch))
         if self.schedule.pass_done:
             self._end()
 
     def attended(self, worker: WorkerProcess, report: worker_messages.AttentionReport) -> None:
         self._progress = time.monotonic()
-        self._stats.attended(worker.name, report)
+        self._stats.attended(worker.name, report, self._columns)
         if report.pass_id == self._id and self.running and not self.suspended:
             for done in report.done:
-                self.schedule.attended(done.layer, done.micro_batch, worker.index)
+                self.schedule.attended(done.column, done.micro_batch, worker.index)
 
     # ------------------------------------------------------------------------------------------------ end
 

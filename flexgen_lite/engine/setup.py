@@ -92,7 +92,12 @@ class Setup:
     def for_attention(self, index: int) -> worker_messages.AttachAttention:
         made = self.plan
         return worker_messages.AttachAttention(
-            self.spec.attention, self.exchange, self.kv, made.attention_threads, made.attention_cpus[index]
+            self.spec.attention,
+            self.spec.kv_columns,
+            self.exchange,
+            self.kv,
+            made.attention_threads,
+            made.attention_cpus[index],
         )
 
     def for_compute(self) -> worker_messages.AttachCompute:
@@ -121,11 +126,11 @@ class Setup:
         ring = range(len(made.resident_layers), last)
         host = SlotRing(pinned, made.ring_layers(layers), tuple(ring), made.device_alone)
         if not made.staged:
-            return Schedule(layers, host)
+            return Schedule(self.spec.columns, host)
         stay = dict(zip(made.device_layers, range(made.device_slots), strict=False))
         streamed = [layer for layer in range(layers) if layer not in stay]
         device = SlotRing({layers: made.device_slots} | stay, streamed, range(len(stay), made.device_slots))
-        return Schedule(layers, host, device)
+        return Schedule(self.spec.columns, host, device)
 
     def make_requests(self, share_prefixes: bool, tokenizer: TextTokenizer | None) -> Requests:
         made, spec = self.plan, self.spec
@@ -167,6 +172,6 @@ def set_up(
     """Raises PlanError where the budget does not hold even the smallest plan."""
     spec, device_bytes = opened.spec, opened.device_total_bytes
     made = plan.make_plan(config, spec, machine, processes, device_bytes > 0, device_bytes, expected)
-    kv = kv_spec(spec.attention, made.num_pages, made.page_tokens, spec.dtype)
+    kv = kv_spec(spec.attention, spec.kv_columns, made.num_pages, made.page_tokens, spec.dtype)
     exchange = worker_messages.ExchangeSpec(made.micro_batches, made.region_bytes, made.micro_batch_tokens, spec.dtype)
     return Setup(opened, made, kv, exchange, token_bytes_by_window(spec.attention, spec.dtype))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from flexgen_lite import __version__
 from flexgen_lite.config.engine import EngineConfig
@@ -68,19 +68,20 @@ class EngineStats:
         name = f"upload {message.unit}"
         self.lanes.add("host-to-device", "host-to-device", name, message.start_ns, message.end_ns)
 
-    def computed(self, report: worker_messages.ComputeReport) -> None:
+    def computed(self, report: worker_messages.ComputeReport, columns: Sequence[str]) -> None:
+        """`columns`: their names."""
         if report.device_peak_bytes:
             self.device_peak_bytes = CUDA_CONTEXT_BYTES + report.device_peak_bytes
         for done in report.done:
-            name = f"{'before ' * done.left_only}layer {done.layer} micro-batch {done.micro_batch}"
+            name = f"{'before ' * done.left_only}{columns[done.column]} micro-batch {done.micro_batch}"
             self.lanes.add("compute", "compute", name, done.start_ns, done.end_ns)
             if done.to_host_ns:
                 self.lanes.add("device-to-host", "device-to-host", name, done.end_ns - done.to_host_ns, done.end_ns)
             self.copy_ns += done.copy_ns
 
-    def attended(self, worker: str, report: worker_messages.AttentionReport) -> None:
+    def attended(self, worker: str, report: worker_messages.AttentionReport, columns: Sequence[str]) -> None:
         for done in report.done:
-            name = f"layer {done.layer} micro-batch {done.micro_batch}"
+            name = f"{columns[done.column]} micro-batch {done.micro_batch}"
             self.lanes.add("attention", worker, name, done.start_ns, done.end_ns)
 
     # ------------------------------------------------------------------------------------------------ trace

@@ -78,7 +78,7 @@ class UnitSpec:
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """The attention call of one decoder layer, as Transformers makes it."""
+    """An attention call of a decoder layer, as Transformers makes it."""
 
     num_heads: int
     num_kv_heads: int
@@ -102,7 +102,10 @@ class AttentionSpec:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """`units[:num_layers]` are the decoder layers in order, `units[num_layers]` is everything else."""
+    """`units[:num_layers]` are the decoder layers in order, `units[num_layers]` is everything else.
+
+    A *column* is an attention call with what leads to it in its layer; every layer has one at least.
+    """
 
     model_type: str
     class_name: str
@@ -118,9 +121,26 @@ class ModelSpec:
     files: tuple[str, ...]
     stamps: tuple[FileStamp, ...]  # of the files
     units: tuple[UnitSpec, ...]
-    attention: tuple[AttentionSpec, ...]
+    columns: tuple[int, ...]  # the layer of each
+    attention: tuple[AttentionSpec, ...]  # the call of each
+    kv_columns: tuple[int, ...]  # the column whose K and V each reads: itself, or one before it
     head_copy_bytes: int = 0  # of a copy of the tied head that suits the processor's products better; 0: no use
     warnings: tuple[str, ...] = ()
+
+    @property
+    def own_kv(self) -> tuple[AttentionSpec, ...]:
+        """The attention of the columns that have K and V of their own."""
+        return tuple(spec for c, spec in enumerate(self.attention) if self.kv_columns[c] == c)
+
+    @property
+    def column_names(self) -> tuple[str, ...]:
+        """Of the columns, and of the end behind them."""
+        alone = {layer for layer in self.columns if self.columns.count(layer) == 1}
+        names = [
+            f"layer {layer}" if layer in alone else f"layer {layer}, call {column - self.columns.index(layer)}"
+            for column, layer in enumerate(self.columns)
+        ]
+        return *names, f"layer {self.num_layers}"
 
     @property
     def weight_bytes(self) -> int:

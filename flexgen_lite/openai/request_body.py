@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from flexgen_lite.chat.data import medium_of
 from flexgen_lite.chat.template import Chat
 from flexgen_lite.client.completion import Prompt
 from flexgen_lite.client.request import MAX_PROMPT_UNITS
@@ -167,7 +168,7 @@ def _chat(where: str, body: dict[str, Any]) -> Chat:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise BodyError(f"{name} is not an object with a role")
         _check_text(name, json.dumps(message, ensure_ascii=False))
-        _check_parts(message.get("content"))
+        _check_parts(name, message.get("content"))
     tools, variables = body.get("tools"), body.get("chat_template_kwargs", {})
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise BodyError(f"{where}tools is {shown_json(tools)}: give a list of objects")
@@ -186,13 +187,15 @@ def _chat(where: str, body: dict[str, Any]) -> Chat:
     )
 
 
-def _check_parts(parts: object) -> None:
+def _check_parts(name: str, parts: object) -> None:
     """Of content that comes in parts."""
     if not isinstance(parts, list):
         return
     texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
     if any(not isinstance(text, str) for text in texts):
-        raise BodyError("messages have content of another type than text, which is not supported")
+        kind = medium_of(parts)
+        what = "another type than text" if kind is None else f"the type {kind!r}"
+        raise BodyError(f"{name} has content of {what}: only text can be given")
 
 
 def _check_text(name: str, text: str) -> None:

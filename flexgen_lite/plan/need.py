@@ -27,7 +27,7 @@ PRODUCTS_BYTES = 80 * MIB  # on a CPU: programs that oneDNN keeps (KEPT_PRODUCTS
 SAMPLING_BYTES = 64  # for each entry of the vocabulary, to draw from a row of logits: sorted, in double precision
 PAGE_TOKENS = 16
 DEVICE_RING = 3  # slots of a GPU through which layers come: one in use, one being copied, one ready
-KV_ALIGNMENT_BYTES = 8192  # per layer
+KV_ALIGNMENT_BYTES = 8192  # per column
 MAX_SEQUENCES = 256
 LEAST_LENGTH = 256  # tokens of a sequence that each attention worker must be able to hold
 MODEST_LENGTH = 4096  # tokens of a sequence that any budget has room for which is said to be enough
@@ -82,7 +82,7 @@ class Need:
 
     def least(self, tokens: int, count: int, slots: int, pages: int | None = None) -> int:
         """RAM below which the engine cannot run with this block, so many layer slots, and KV pages."""
-        kv = (pages or self.least_pages) * self.page + self.spec.num_layers * KV_ALIGNMENT_BYTES
+        kv = (pages or self.least_pages) * self.page + len(self.spec.columns) * KV_ALIGNMENT_BYTES
         return sum(self.fixed(tokens, count).values()) + slots * self.layer_slot + kv
 
 
@@ -124,7 +124,7 @@ def need_of(
         },
         workers=workers,
         page_tokens=page_tokens,
-        page=page_bytes(spec.attention, page_tokens, spec.dtype),
+        page=page_bytes(spec.own_kv, page_tokens, spec.dtype),
         least_pages=least_pages,
         longest_pages=max(least_pages, workers * -(-longest // page_tokens)),
         layer_slot=layer_slot,

@@ -221,7 +221,8 @@ def _place(need: Need, available: int, slots: int, device_slots: int) -> Placeme
         layers, need.layer_slot, need.page, need.least_pages, need.longest_pages, need.wanted_pages, need.most_pages
     )
     staying = layers if device_slots >= layers else max(0, device_slots - DEVICE_RING)
-    return place(sizes, available - layers * KV_ALIGNMENT_BYTES, slots, forced is not None and forced < layers, staying)
+    available -= len(need.spec.columns) * KV_ALIGNMENT_BYTES
+    return place(sizes, available, slots, forced is not None and forced < layers, staying)
 
 
 def _attention_threads(config: EngineConfig, machine: Machine, workers: int, on_gpu: bool) -> int:

@@ -1,12 +1,12 @@
 """Which of the segments that the coordinator has granted the compute worker runs next: pure logic.
 
-    granted, and attention (layer - 1, micro-batch) done on every worker  ->  ready
-    not granted yet, but that attention done                              ->  may leave layer - 1
-    ready ones run in the order (layer, micro-batch), at most `credit` at a time; if none is ready, one leaves
+    granted, and attention (column - 1, micro-batch) done on every worker  ->  ready
+    not granted yet, but that attention done                               ->  may leave column - 1
+    ready ones run in the order (column, micro-batch), at most `credit` at a time; if none is ready, one leaves
 
 The coordinator grants a segment when its layer's weights are at hand; that the attention before it is done, the compute
-worker hears from the attention workers themselves. To leave a layer is to run the part of the segment that needs only
-the layer before, whose slot is free for other weights afterwards.
+worker hears from the attention workers themselves. To leave a column is to run the part of the segment that needs only
+the layer before, whose slot is free for other weights afterwards: all columns of a layer are granted at once.
 """
 
 from __future__ import annotations
@@ -26,44 +26,44 @@ class SegmentQueue:
     def __init__(self, num_workers: Sequence[int], credit: int) -> None:
         self._num_workers = tuple(num_workers)
         self._credit = credit
-        self._granted: dict[int, dict[int, int]] = {k: {} for k in range(len(num_workers))}  # k -> layer -> slot
+        self._granted: dict[int, dict[int, int]] = {k: {} for k in range(len(num_workers))}  # k -> column -> slot
         self._next = [0] * len(num_workers)
         self._missing = [0] * len(num_workers)  # attention workers that the next segment waits for
-        self._left = [False] * len(num_workers)  # whether the layer behind the attention has been left
+        self._left = [False] * len(num_workers)  # whether the column behind the attention has been left
         self._ready: list[tuple[int, int]] = []
         self._leaving: list[tuple[int, int]] = []
         self._running = 0
 
-    def grant(self, layer: int, micro_batch: int, slot: int) -> None:
-        self._granted[micro_batch][layer] = slot
+    def grant(self, column: int, micro_batch: int, slot: int) -> None:
+        self._granted[micro_batch][column] = slot
         self._check(micro_batch)
 
-    def attended(self, layer: int, micro_batch: int) -> None:
-        """One attention worker has done its part of the micro-batch's attention in `layer`."""
-        assert layer == self._next[micro_batch] - 1 and self._missing[micro_batch] > 0, "attended out of turn"
+    def attended(self, column: int, micro_batch: int) -> None:
+        """One attention worker has done its part of the micro-batch's attention in `column`."""
+        assert column == self._next[micro_batch] - 1 and self._missing[micro_batch] > 0, "attended out of turn"
         self._missing[micro_batch] -= 1
         self._check(micro_batch)
 
     def take(self) -> tuple[int, int, int | None] | None:
-        """(layer, micro-batch, slot) of the segment to run now, slot None: only to leave the layer before.
+        """(column, micro-batch, slot) of the segment to run now, slot None: only to leave the column before.
 
         None if there is none.
         """
         if self._running == self._credit:
             return None
         if self._ready:
-            layer, micro_batch = heapq.heappop(self._ready)
-            self._next[micro_batch] = layer + 1
+            column, micro_batch = heapq.heappop(self._ready)
+            self._next[micro_batch] = column + 1
             self._missing[micro_batch] = self._num_workers[micro_batch]
             self._left[micro_batch] = False
             self._running += 1
-            return layer, micro_batch, self._granted[micro_batch].pop(layer)
+            return column, micro_batch, self._granted[micro_batch].pop(column)
         while self._leaving:
-            layer, micro_batch = heapq.heappop(self._leaving)
-            if layer == self._next[micro_batch]:  # it was not granted meanwhile
+            column, micro_batch = heapq.heappop(self._leaving)
+            if column == self._next[micro_batch]:  # it was not granted meanwhile
                 self._left[micro_batch] = True
                 self._running += 1
-                return layer, micro_batch, None
+                return column, micro_batch, None
         return None
 
     def done(self) -> None:
@@ -71,11 +71,11 @@ class SegmentQueue:
         self._running -= 1
 
     def _check(self, micro_batch: int) -> None:
-        layer = self._next[micro_batch]
+        column = self._next[micro_batch]
         if self._missing[micro_batch] > 0:
             return
-        if layer not in self._granted[micro_batch]:
-            if layer > 0 and not self._left[micro_batch] and (layer, micro_batch) not in self._leaving:
-                heapq.heappush(self._leaving, (layer, micro_batch))
-        elif (layer, micro_batch) not in self._ready:
-            heapq.heappush(self._ready, (layer, micro_batch))
+        if column not in self._granted[micro_batch]:
+            if column > 0 and not self._left[micro_batch] and (column, micro_batch) not in self._leaving:
+                heapq.heappush(self._leaving, (column, micro_batch))
+        elif (column, micro_batch) not in self._ready:
+            heapq.heappush(self._ready, (column, micro_batch))

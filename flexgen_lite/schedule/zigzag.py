@@ -1,15 +1,16 @@
 """The zig-zag order as a state machine: told what is finished, it answers with the next orders. No I/O, no clock.
 
-A pass takes every micro-batch k through all layers j, column by column: all k of layer j, then layer j + 1.
+A pass takes every micro-batch k through all layers, column by column: all k of column j, then column j + 1. A column is
+an attention call with what leads to it: of a layer that makes one call, as most do, the only one.
 
-    segment(j, k)  needs layer j at hand and attention(j - 1, k); finishes layer j - 1 and runs layer j up to its
-                   attention call. segment(L, k) finishes the forward and samples. While layer j is not at hand, the
-                   first of the two parts may run alone.
+    segment(j, k)  needs the layer of column j at hand and attention(j - 1, k); finishes column j - 1 and runs on up to
+                   the attention call of column j. segment(C, k) finishes the forward and samples. While the layer of
+                   column j is not at hand, the part up to its entry may run alone.
     attend(j, k)   needs segment(j, k); runs on every attention worker that holds sequences of k.
-    load(j)        needs a free host slot; upload(j) a free device slot and the layer in the host's.
+    load(l)        needs a free host slot; upload(l) a free device slot and layer l in the host's.
 
 This grants. Which of the granted segments runs next is SegmentQueue's to say, in the compute worker (segment_queue.py),
-and which layer is read next SlotRing's (slot_ring.py). A micro-batch takes its layers in order: its forward is the
+and which layer is read next SlotRing's (slot_ring.py). A micro-batch takes its columns in order: its forward is the
 model's own.
 
 Segments are granted as soon as their weights are at hand; the compute worker and the attention workers tell each other
@@ -41,9 +42,9 @@ class UploadUnit:
 
 @dataclass(frozen=True, slots=True)
 class RunColumns:
-    """Segments of every micro-batch in layers `layer`, `layer` + 1, ...; `slots` hold the layers' weights."""
+    """Segments of every micro-batch in columns `column`, `column` + 1, ...; `slots` hold their layers' weights."""
 
-    layer: int
+    column: int
     slots: tuple[int, ...]  # -1 for the last segment, which needs none
 
 
@@ -54,21 +55,24 @@ class Schedule:
     """Orders for one compute worker, one loader and several attention workers.
 
     Args:
-        num_layers: L; unit L is everything outside the layers, needed from the first segment to the last.
+        layers: the layer of each column, from 0 on without a gap. The last of them plus one is the unit of everything
+            outside the layers, which is needed from the first segment to the last.
         host: slots that the loader fills; holds units 0 .. L.
         device: slots that uploads fill, or None where layers are used where the loader put them.
     """
 
-    def __init__(self, num_layers: int, host: SlotRing, device: SlotRing | None = None) -> None:
-        self.num_layers = num_layers
+    def __init__(self, layers: Sequence[int], host: SlotRing, device: SlotRing | None = None) -> None:
+        self.num_columns = len(layers)
+        self._layers = tuple(layers)
+        self._outside = layers[-1] + 1
         self._host = host
         self._device = device
         self._to_upload: dict[int, int] = {}  # unit -> device slot that waits for it
         self._parts: list[tuple[int, ...]] = []
         self._granted = 0  # columns of segments that were granted in this pass
-        self._next_layer: list[int] = []  # first segment of each micro-batch that is not reported as done
-        self._attended: list[dict[int, int]] = []  # per micro-batch and attention worker: layers reported as done
-        self._left: list[int] = []  # layers that each micro-batch has left
+        self._next: list[int] = []  # first segment of each micro-batch that is not reported as done
+        self._attended: list[dict[int, int]] = []  # per micro-batch and attention worker: columns reported as done
+        self._left: list[int] = []  # columns that each micro-batch has left
         self._leavers: list[int] = []  # per layer: micro-batches that have left it
         self._suspended = False
 
@@ -83,10 +87,10 @@ class Schedule:
         assert self.pass_done, "the last pass is not over"
         self._parts = list(parts)
         self._granted = 0
-        self._next_layer = [0] * len(parts)
+        self._next = [0] * len(parts)
         self._attended = [dict.fromkeys(workers, 0) for workers in parts]
         self._left = [0] * len(parts)
-        self._leavers = [0] * self.num_layers
+        self._leavers = [0] * self._outside
         return self._advance()
 
     def suspend(self) -> None:
@@ -97,7 +101,7 @@ class Schedule:
         """Ends a suspended pass without a result, and the suspension. No load may be on its way; device slots, and
         uploads on their way, are lost."""
         self._suspended = False
-        self._next_layer = []
+        self._next = []
         self._to_upload.clear()
         self._host.rewind()
         if self._device is not None:
@@ -114,50 +118,54 @@ class Schedule:
         self._host.release(unit)
         return self._advance()
 
-    def segment_done(self, layer: int, micro_batch: int) -> list[Order]:
-        assert self._next_layer[micro_batch] == layer < self._granted
-        self._next_layer[micro_batch] = layer + 1
-        self._leave(layer, micro_batch)
+    def segment_done(self, column: int, micro_batch: int) -> list[Order]:
+        assert self._next[micro_batch] == column < self._granted
+        self._next[micro_batch] = column + 1
+        self._leave(column, micro_batch)
         return self._advance()
 
-    def layer_left(self, layer: int, micro_batch: int) -> list[Order]:
-        """The first part of segment(layer, micro_batch) is done: layer - 1 is finished."""
-        assert self._next_layer[micro_batch] == layer > self._left[micro_batch]
-        self._leave(layer, micro_batch)
+    def column_left(self, column: int, micro_batch: int) -> list[Order]:
+        """The first part of segment(column, micro_batch) is done: column - 1 is finished."""
+        assert self._next[micro_batch] == column > self._left[micro_batch]
+        self._leave(column, micro_batch)
         return self._advance()
 
-    def attended(self, layer: int, micro_batch: int, worker: int) -> None:
-        """An attention worker's part of attention(layer, micro_batch) is done; only `waits_for` depends on it."""
-        assert self._attended[micro_batch][worker] == layer
-        self._attended[micro_batch][worker] = layer + 1
+    def attended(self, column: int, micro_batch: int, worker: int) -> None:
+        """An attention worker's part of attention(column, micro_batch) is done; only `waits_for` depends on it."""
+        assert self._attended[micro_batch][worker] == column
+        self._attended[micro_batch][worker] = column + 1
 
     # ------------------------------------------------------------------------------------------------ state
 
     @property
     def pass_done(self) -> bool:
-        return all(layer == self.num_layers + 1 for layer in self._next_layer)
+        return all(column == self.num_columns + 1 for column in self._next)
 
     def waits_for(self) -> tuple[bool, frozenset[int]]:
         """Whether the compute worker has a segment to run, and which attention workers have attention to compute."""
         compute, workers = False, set()
-        for k, layer in enumerate(self._next_layer):
-            missing = {worker for worker, done in self._attended[k].items() if done < layer}
-            workers |= missing if layer <= self.num_layers else set()
-            compute |= not missing and (layer < self._granted or self._left[k] < layer)
+        for k, column in enumerate(self._next):
+            missing = {worker for worker, done in self._attended[k].items() if done < column}
+            workers |= missing if column <= self.num_columns else set()
+            compute |= not missing and (column < self._granted or self._left[k] < column)
         return compute, frozenset(workers)
 
     def standing(self) -> str:
         """For error messages: what the pass stands at."""
-        states = [f"micro-batch {k} before layer {layer}" for k, layer in enumerate(self._next_layer)]
+        layers = (*self._layers, self._outside, self._outside)
+        states = [f"micro-batch {k} before layer {layers[column]}" for k, column in enumerate(self._next)]
         return ", ".join(states) or "no pass"
 
-    def _leave(self, layer: int, micro_batch: int) -> None:
-        if self._left[micro_batch] == layer:
+    def _leave(self, column: int, micro_batch: int) -> None:
+        if self._left[micro_batch] == column:
             return
-        self._left[micro_batch] = layer
-        self._leavers[layer - 1] += 1
-        if self._leavers[layer - 1] == len(self._parts):
-            (self._device or self._host).release(layer - 1)
+        self._left[micro_batch] = column
+        layer = self._layers[column - 1]
+        if column < self.num_columns and self._layers[column] == layer:
+            return
+        self._leavers[layer] += 1
+        if self._leavers[layer] == len(self._parts):
+            (self._device or self._host).release(layer)
 
     def _advance(self) -> list[Order]:
         orders: list[Order] = []
@@ -172,10 +180,10 @@ class Schedule:
         return orders
 
     def _columns(self, weights: SlotRing) -> tuple[int, ...]:
-        """Slots of the layers whose segments can be granted now."""
+        """Slots of the columns whose segments can be granted now."""
         slots: list[int] = []
-        while self._granted <= self.num_layers and weights.slot_of(self.num_layers) is not None:
-            slot = weights.slot_of(self._granted) if self._granted < self.num_layers else -1
+        while self._granted <= self.num_columns and weights.slot_of(self._outside) is not None:
+            slot = weights.slot_of(self._layers[self._granted]) if self._granted < self.num_columns else -1
             if slot is None:
                 break
             slots.append(slot)

@@ -15,11 +15,11 @@ _NOTE = struct.Struct("<qii")
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """From the compute worker: the rows of `micro_batch` in `layer` are in the exchange region. Back: their K and V
+    """From the compute worker: the rows of `micro_batch` in `column` are in the exchange region. Back: their K and V
     are stored and their attention output is there."""
 
     pass_id: int
-    layer: int
+    column: int
     micro_batch: int
 
 
@@ -29,7 +29,7 @@ def doorbell_pair() -> tuple[socket.socket, socket.socket]:
 
 
 def ring(doorbell: socket.socket, note: Note) -> None:
-    doorbell.send(_NOTE.pack(note.pass_id, note.layer, note.micro_batch))
+    doorbell.send(_NOTE.pack(note.pass_id, note.column, note.micro_batch))
 
 
 def heard(doorbell: socket.socket) -> list[Note]:

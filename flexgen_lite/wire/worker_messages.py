@@ -108,10 +108,10 @@ class ExchangeSpec:
 
 @dataclass(frozen=True, slots=True)
 class KvSpec:
-    """The KV arena: `num_pages` pages of `page_tokens` tokens in every layer.
+    """The KV arena: `num_pages` pages of `page_tokens` tokens in every column.
 
-    Layer l's keys are `[num_pages, num_kv_heads, page_tokens, head_dim]` at byte `key_offsets[l]`, its values
-    `[num_pages, num_kv_heads, page_tokens, value_dim]` at byte `value_offsets[l]`.
+    Column c's keys are `[num_pages, num_kv_heads, page_tokens, head_dim]` at byte `key_offsets[c]`, its values
+    `[num_pages, num_kv_heads, page_tokens, value_dim]` at byte `value_offsets[c]`.
     """
 
     num_pages: int
@@ -138,7 +138,8 @@ class WarmedUp:
 
 @dataclass(frozen=True, slots=True)
 class AttachAttention:
-    layers: tuple[AttentionSpec, ...]
+    columns: tuple[AttentionSpec, ...]
+    kv_columns: tuple[int, ...]  # whose K and V each reads; what is not its own it does not store
     exchange: ExchangeSpec
     kv: KvSpec
     threads: int
@@ -180,13 +181,13 @@ class Attend:
     """What a note of the compute worker asks for (doorbells.py)."""
 
     pass_id: int
-    layer: int
+    column: int
     micro_batch: int
 
 
 @dataclass(frozen=True, slots=True)
 class Attended:
-    layer: int
+    column: int
     micro_batch: int
     start_ns: int
     end_ns: int
@@ -335,16 +336,16 @@ class Packed:
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Segments of every micro-batch in the layers `layer`, `layer` + 1, ..., one layer for each of `slots`.
+    """Segments of every micro-batch in the columns `column`, `column` + 1, ..., one column for each of `slots`.
 
-    A segment finishes layer j - 1 of a micro-batch behind its attention and runs layer j up to its attention call. It
-    may run when the attention workers have done layer j - 1; those that may, run in the order (layer, micro-batch).
-    Segment `num_layers` finishes the forward and samples. The slots hold the layers' weights (device slots where there
-    are any, else host slots); -1 for the last segment.
+    A segment finishes column j - 1 of a micro-batch behind its attention and runs on up to the attention call of column
+    j. It may run when the attention workers have done column j - 1; those that may, run in the order (column,
+    micro-batch). The last one finishes the forward and samples. The slots hold the weights of the columns' layers
+    (device slots where there are any, else host slots); -1 for the last segment.
     """
 
     pass_id: int
-    layer: int
+    column: int
     slots: tuple[int, ...]
 
 
@@ -353,9 +354,9 @@ class SegmentDone:
     """`copy_ns` of its time went into the exchange arena and back; with a GPU, its results were copied to the host for
     `to_host_ns`, up to `end_ns`. `token_ids`: the sampled tokens in the order of the spans that asked for one, after
     the last segment; `logprobs`: of those of them that asked for it; `prompt_logprobs`: of the scored rows, in the
-    order of the spans. `left_only`: only layer `layer` - 1 was finished."""
+    order of the spans. `left_only`: only column `column` - 1 was finished."""
 
-    layer: int
+    column: int
     micro_batch: int
     left_only: bool
     start_ns: int

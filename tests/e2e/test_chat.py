@@ -91,7 +91,7 @@ def test_chat_lines_of_a_batch(engine: FlexGenLite, tmp_path: Path) -> None:
     assert len(content) == 5 and all(len(entry["top_logprobs"]) == 2 for entry in content)
     errors = {key: row["error"]["message"] for key, row in rows.items() if row["error"] is not None}
     assert "no robots" in errors["2"]
-    assert "another type than text" in errors["3"]
+    assert "has content of the type" in errors["3"] and "only text can be given" in errors["3"]
     assert "body.messages[0] is not an object with a role" in errors["4"]
     assert "body.prompt: not supported" in errors["5"]
 

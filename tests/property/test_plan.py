@@ -30,7 +30,9 @@ def model(layers: int, layer_bytes: int, outside: int, hidden: int, max_length: 
         model_type="opt", class_name="OPTForCausalLM", dtype="float32", num_layers=layers, vocab_size=50000,
         hidden_size=hidden, intermediate_size=4 * hidden, max_length=max_length, eos_token_ids=(2,), bos_token_id=1,
         num_parameters=1, files=(), stamps=(), units=(*units, UnitSpec("outside", (), (), (), outside)),
+        columns=tuple(range(layers)),
         attention=(attention,) * layers,
+        kv_columns=tuple(range(layers)),
     )  # fmt: skip
 
 

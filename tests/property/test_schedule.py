@@ -19,11 +19,14 @@ class Machine:
     """Carries out orders in a random order and checks, at each, that what it reads is there and stays there.
 
     The compute worker's queue decides which segment runs; reports reach the schedule late, in order per worker.
+
+    Args:
+        calls: of attention, of each layer.
     """
 
     def __init__(
         self,
-        num_layers: int,
+        calls: list[int],
         resident: int,
         slots: int,
         device_slots: int | None,
@@ -31,7 +34,8 @@ class Machine:
         seed: int,
         device_alone: bool = False,
     ) -> None:
-        self.num_layers = num_layers
+        self.num_layers = num_layers = len(calls)
+        self.layers = [layer for layer, count in enumerate(calls) for _ in range(count)]  # of the columns
         self.credit = credit
         self.random = random.Random(seed)
         layers = spread_evenly(resident, num_layers)
@@ -48,17 +52,17 @@ class Machine:
             device = SlotRing({num_layers: device_slots} | stay, rest, range(len(stay), device_slots))
         host = SlotRing(pinned, streamed, range(first_ring, last), once)
         self.staged = device is not None
-        self.schedule = Schedule(num_layers, host, device)
+        self.schedule = Schedule(self.layers, host, device)
         self.host: dict[int, int] = {}  # slot -> unit
         self.device: dict[int, int] = {}
         self.loads: Counter[int] = Counter()
         self.loading: list[LoadUnit] = []  # in order: one loader
         self.uploading: list[UploadUnit] = []
         self.queue = SegmentQueue((), credit)
-        self.segments: list[tuple[int, int, int | None]] = []  # running: layer, micro-batch, slot
-        self.left: set[tuple[int, int]] = set()  # layers that micro-batches have left before the next was at hand
+        self.segments: list[tuple[int, int, int | None]] = []  # running: column, micro-batch, slot
+        self.left: set[tuple[int, int]] = set()  # columns that micro-batches came to without their layer
         self.ended: list[tuple[int, int, bool]] = []  # not reported yet; whether it only left
-        self.attending: list[tuple[int, int, int]] = []  # layer, micro-batch, worker
+        self.attending: list[tuple[int, int, int]] = []  # column, micro-batch, worker
         self.attended: list[tuple[int, int, int]] = []  # not reported yet
         self.take(self.schedule.start())
 
@@ -78,18 +82,19 @@ class Machine:
                     self.device.pop(order.device_slot, None)
                     self.uploading.append(order)
                 case RunColumns():
-                    for layer, slot in enumerate(order.slots, start=order.layer):
+                    for column, slot in enumerate(order.slots, start=order.column):
                         for k in range(self.width):
-                            self.queue.grant(layer, k, slot)
+                            self.queue.grant(column, k, slot)
 
-    def check_segment(self, layer: int, k: int, slot: int | None) -> None:
-        """The layer and the one before it, whose end the segment computes, are at hand, as far as they are needed."""
+    def check_segment(self, column: int, k: int, slot: int | None) -> None:
+        """The layers of the column and of the one before, whose end the segment computes, are at hand, as far as they
+        are needed."""
         units = set((self.device if self.staged else self.host).values())
         assert self.num_layers in units
-        if layer < self.num_layers and slot is not None:
-            assert (self.device if self.staged else self.host)[slot] == layer
-        if layer > 0 and (layer, k) not in self.left:
-            assert layer - 1 in units, "the layer behind the attention is gone"
+        if column < len(self.layers) and slot is not None:
+            assert (self.device if self.staged else self.host)[slot] == self.layers[column]
+        if column > 0 and (column, k) not in self.left:
+            assert self.layers[column - 1] in units, "the layer behind the attention is gone"
 
     def abandon(self, compute_lost: bool) -> None:
         """A worker is lost in the middle of a pass: what is on its way comes to its end, and the pass to none."""
@@ -137,47 +142,49 @@ class Machine:
                     self.device[upload.device_slot] = upload.unit
                     self.take(self.schedule.uploaded(upload.unit))
                 case "segments":
-                    layer, k, slot = self.segments.pop(0)
-                    self.check_segment(layer, k, slot)
-                    if layer > 0:
-                        assert all(attended[layer - 1, k, worker] == 1 for worker in parts[k])
+                    column, k, slot = self.segments.pop(0)
+                    self.check_segment(column, k, slot)
+                    if column > 0:
+                        assert all(attended[column - 1, k, worker] == 1 for worker in parts[k])
                     self.queue.done()
-                    self.ended.append((layer, k, slot is None))
+                    self.ended.append((column, k, slot is None))
                     if slot is None:
-                        assert (layer, k) not in self.left and ran[layer, k] == 0
-                        self.left.add((layer, k))
+                        assert (column, k) not in self.left and ran[column, k] == 0
+                        assert column in map(self.layers.index, self.layers), "no entry of a layer to stop at"
+                        self.left.add((column, k))
                         continue
-                    ran[layer, k] += 1
-                    if layer < self.num_layers:
-                        self.attending.extend((layer, k, worker) for worker in parts[k])
+                    ran[column, k] += 1
+                    if column < len(self.layers):
+                        self.attending.extend((column, k, worker) for worker in parts[k])
                 case "attending":
-                    layer, k, worker = self.attending.pop(self.random.randrange(len(self.attending)))
-                    assert ran[layer, k] == 1
-                    attended[layer, k, worker] += 1
-                    self.queue.attended(layer, k)
-                    self.attended.append((layer, k, worker))
+                    column, k, worker = self.attending.pop(self.random.randrange(len(self.attending)))
+                    assert ran[column, k] == 1
+                    attended[column, k, worker] += 1
+                    self.queue.attended(column, k)
+                    self.attended.append((column, k, worker))
                 case "ended":
-                    layer, k, left_only = self.ended.pop(0)
-                    report = self.schedule.layer_left if left_only else self.schedule.segment_done
-                    self.take(report(layer, k))
+                    column, k, left_only = self.ended.pop(0)
+                    report = self.schedule.column_left if left_only else self.schedule.segment_done
+                    self.take(report(column, k))
                 case "attended":
                     self.schedule.attended(*self.attended.pop(0))
         self.attended.clear()  # reports of a pass that is over
-        expected = {(layer, k): 1 for layer in range(self.num_layers + 1) for k in range(len(parts))}
-        assert ran == expected, "every (layer, micro-batch) exactly once"
+        expected = {(column, k): 1 for column in range(len(self.layers) + 1) for k in range(len(parts))}
+        assert ran == expected, "every (column, micro-batch) exactly once"
         return True
 
 
 @st.composite
 def machines(draw: st.DrawFn) -> Machine:
-    num_layers = draw(st.integers(1, 9))
+    calls = draw(st.lists(st.sampled_from((1, 1, 1, 2, 3)), min_size=1, max_size=9))
+    num_layers = len(calls)
     resident = draw(st.integers(0, num_layers))
     streamed = num_layers - resident
     slots = draw(st.integers(min(2, streamed), max(2, streamed))) if streamed else 0
     slots = min(slots, streamed)
     device_slots = draw(st.none() | st.integers(min(2, num_layers), num_layers))
     credit, seed, device_alone = draw(st.integers(1, 2)), draw(st.integers(0, 2**32)), draw(st.booleans())
-    return Machine(num_layers, resident, slots, device_slots, credit, seed, device_alone)
+    return Machine(calls, resident, slots, device_slots, credit, seed, device_alone)
 
 
 PASSES = st.lists(
@@ -207,7 +214,7 @@ def test_a_pass_that_is_given_up_can_be_begun_again(
 
 
 def test_layers_that_stay_on_the_device_are_loaded_once() -> None:
-    machine = Machine(8, 2, 2, 5, 1, 0, device_alone=True)
+    machine = Machine([1] * 8, 2, 2, 5, 1, 0, device_alone=True)
     machine.run_pass([(0,), (0,)])
     machine.loads.clear()
     for _ in range(3):
@@ -233,17 +240,17 @@ def test_the_loader_runs_ahead_into_the_next_pass(machine: Machine) -> None:
 
 
 def test_columns_come_before_rows() -> None:
-    """All micro-batches of a layer before any of the next, when nothing is late."""
+    """All micro-batches of a column before any of the next, when nothing is late."""
     queue, seen = SegmentQueue([1, 1, 1], 1), []
-    for layer in range(3):
+    for column in range(3):
         for k in (2, 0, 1):
-            queue.grant(layer, k, layer)
+            queue.grant(column, k, column)
     while (segment := queue.take()) and segment[2] is not None:
-        layer, k, _ = segment
-        seen.append((layer, k))
+        column, k, _ = segment
+        seen.append((column, k))
         queue.done()
-        queue.attended(layer, k)
-    assert seen == [(layer, k) for layer in range(3) for k in range(3)]
+        queue.attended(column, k)
+    assert seen == [(column, k) for column in range(3) for k in range(3)]
 
 
 @given(machines(), PASSES)
@@ -264,13 +271,13 @@ def test_who_is_waited_for_is_named(machine: Machine, passes: list[list[tuple[in
     queue = machine.queue
     machine.take(schedule.begin_pass(parts))
     assert schedule.waits_for() == (True, frozenset())
-    layer, k, slot = queue.take() or (-1, -1, None)
+    column, k, slot = queue.take() or (-1, -1, None)
     assert slot is not None
     queue.done()
-    machine.take(schedule.segment_done(layer, k))
+    machine.take(schedule.segment_done(column, k))
     assert schedule.waits_for() == (len(parts) > 1, frozenset(parts[k]))
     for worker in parts[k]:
-        schedule.attended(layer, k, worker)
+        schedule.attended(column, k, worker)
     assert not schedule.waits_for()[1]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import threading
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,14 +24,22 @@ Ints = npt.NDArray[np.int64]
 STORAGE: dict[str, npt.DTypeLike] = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.uint16}
 KINDS = {"float32": np.float32(0), "bfloat16": np.uint16(0), "float16": np.int16(0)}  # see simd.py
 PREFAULT_BYTES, PREFAULT_SHARE = 2 << 30, 0.125
-PREFAULT_PAGES = 64  # of a layer, at a time
+PREFAULT_PAGES = 64  # of a column, at a time
 MADV_POPULATE_WRITE = 23
 UNITS_PER_THREAD = 8  # sequences longer than this share of a micro-batch are split into their chunks
 
 
+class _Key(NamedTuple):
+    """What the units of a column depend on: query heads of a key/value head, window, whether it stores K and V."""
+
+    group: int
+    window: int
+    stores: bool
+
+
 @dataclass(slots=True)
 class _Units:
-    """`units` and `joins` as the kernel takes them, for layers with one group size and window."""
+    """`units` and `joins` as the kernel takes them, for columns with the same _Key."""
 
     units: Ints
     joins: Ints
@@ -42,7 +51,7 @@ class _Batch:
     region: int  # its address
     pages: Ints
     pieces: Ints
-    units: dict[tuple[int, int], _Units]  # by group size and window
+    units: dict[_Key, _Units]
 
 
 class AttentionState:
@@ -67,7 +76,11 @@ class AttentionState:
         self._exchange = _bytes(exchange, attach.exchange.num_regions * attach.exchange.region_bytes, "exchange")
         self._kind = KINDS[attach.kv.dtype]
         self._per_word = 4 // ITEM_BYTES[attach.kv.dtype]
-        self._shapes = [self._shape(layer) for layer in range(len(attach.layers))]
+        self._shapes = [self._shape(column) for column in range(len(attach.columns))]
+        self._keys = [
+            _Key(shape.num_heads // shape.num_kv_heads, shape.window, attach.kv_columns[column] == column)
+            for column, shape in enumerate(self._shapes)
+        ]
         self._counter = np.zeros(1, np.int64)
         self._partials = np.zeros(0, np.uint8)
         self._pass_id: int | None = None
@@ -83,14 +96,14 @@ class AttentionState:
         self._pass_id = message.pass_id
 
     def attend(self, message: Attend) -> None:
-        """Stores a micro-batch's K and V in one layer, then writes the output of the rows that attend."""
+        """Stores a micro-batch's K and V in one column, then writes the output of the rows that attend."""
         if message.pass_id != self._pass_id:
             raise ValueError(f"attend in pass {message.pass_id}, but the pass that began is {self._pass_id}")
         if message.micro_batch not in self._batches:
             raise ValueError(f"micro-batch {message.micro_batch} is not in pass {message.pass_id}")
-        if not 0 <= message.layer < len(self._shapes):
-            raise ValueError(f"layer {message.layer}: the model has {len(self._shapes)} layers")
-        self._run(self._batches[message.micro_batch], self._shapes[message.layer])
+        if not 0 <= message.column < len(self._shapes):
+            raise ValueError(f"column {message.column}: the model has {len(self._shapes)}")
+        self._run(self._batches[message.micro_batch], self._shapes[message.column], self._keys[message.column])
 
     def prefault(self, stop: threading.Event) -> None:
         """Takes memory for the pages that are used first, until `stop`: a first touch costs several times what a copy
@@ -101,10 +114,12 @@ class AttentionState:
         if not isinstance(self._memory_of_kv, mmap.mmap) or pages == 0:
             return
         for begin in range(0, pages, PREFAULT_PAGES):
-            for layer, spec in enumerate(self._attach.layers):
+            for column, spec in enumerate(self._attach.columns):
+                if not self._keys[column].stores:
+                    continue
                 for offset, width in (
-                    (kv.key_offsets[layer], spec.head_dim),
-                    (kv.value_offsets[layer], spec.value_dim),
+                    (kv.key_offsets[column], spec.head_dim),
+                    (kv.value_offsets[column], spec.value_dim),
                 ):
                     page = kv_layout.row_bytes(width, kv.dtype) * spec.num_kv_heads * kv.page_tokens
                     start = (offset + begin * page) // mmap.PAGESIZE * mmap.PAGESIZE
@@ -115,12 +130,12 @@ class AttentionState:
                     except OSError:  # an older kernel: they come when they are touched
                         return
 
-    def _run(self, batch: _Batch, shape: layout.Shape) -> None:
+    def _run(self, batch: _Batch, shape: layout.Shape, key: _Key) -> None:
         kv, region, pages, scratch, kind = self._kv.ctypes.data, batch.region, batch.pages, self._scratch, self._kind
         partials, counter = self._partials.ctypes.data, self._counter.ctypes.data
-        plan = batch.units[_unit_key(shape)]
+        plan = batch.units[key]
         self._share(
-            len(batch.pieces),
+            len(batch.pieces) if key.stores else 0,
             lambda member: kernels.store(kv, region, pages, batch.pieces, shape, counter, kind),
         )
         self._share(
@@ -141,13 +156,13 @@ class AttentionState:
             self._counter[0] = 0
             self._team.run(job)
 
-    def _shape(self, layer: int) -> layout.Shape:
-        spec, kv = self._attach.layers[layer], self._attach.kv
+    def _shape(self, column: int) -> layout.Shape:
+        spec, kv = self._attach.columns[column], self._attach.kv
         size = ITEM_BYTES[kv.dtype]
         at = exchange_layout.layout(spec, self._attach.exchange.max_tokens, size)
         if at.num_bytes > self._attach.exchange.region_bytes:
             raise ValueError(
-                f"layer {layer} needs exchange regions of {at.num_bytes} bytes, "
+                f"column {column} needs exchange regions of {at.num_bytes} bytes, "
                 f"they have {self._attach.exchange.region_bytes}"
             )
         return layout.Shape(
@@ -160,8 +175,8 @@ class AttentionState:
             has_sinks=spec.sinks,
             scaling=np.float32(spec.scaling),
             softcap=np.float32(spec.softcap or 0.0),
-            keys=kv.key_offsets[layer],
-            values=kv.value_offsets[layer],
+            keys=kv.key_offsets[column],
+            values=kv.value_offsets[column],
             q=at.q,
             k=at.k,
             v=at.v,
@@ -200,10 +215,10 @@ class AttentionState:
             pieces=_pieces(spans),
             units={},
         )
-        for shape in self._shapes:
-            if _unit_key(shape) not in result.units:
-                result.units[_unit_key(shape)] = _units(spans, *_unit_key(shape), len(self._scratch))
-            self._reserve(result.units[_unit_key(shape)].num_partials, shape)
+        for shape, key in zip(self._shapes, self._keys, strict=True):
+            if key not in result.units:
+                result.units[key] = _units(spans, key, len(self._scratch))
+            self._reserve(result.units[key].num_partials, shape)
         return result
 
     def _check(self, micro_batch: int, span: KvSpan) -> None:
@@ -226,10 +241,6 @@ class AttentionState:
             self._partials = np.zeros(size, np.uint8)
 
 
-def _unit_key(shape: layout.Shape) -> tuple[int, int]:
-    return shape.num_heads // shape.num_kv_heads, shape.window
-
-
 def _pieces(spans: list[tuple[KvSpan, int]]) -> Ints:
     """Spans cut into runs of rows that one thread stores; a single row that attends is stored by its unit."""
     pieces = [
@@ -245,8 +256,9 @@ def _is_stored_by_unit(span: KvSpan) -> bool:
     return span.attend and span.num_rows == 1
 
 
-def _units(spans: list[tuple[KvSpan, int]], group: int, window: int, threads: int) -> _Units:
+def _units(spans: list[tuple[KvSpan, int]], key: _Key, threads: int) -> _Units:
     """The spans that attend, cut into units; a long one with few queries into a unit per chunk."""
+    group, window = key.group, key.window
     attending = [(span, pages) for span, pages in spans if span.attend]
     tokens = [(span.num_rows * _visible(span, window), span, pages) for span, pages in attending]
     share = sum(count for count, _, _ in tokens) / (UNITS_PER_THREAD * threads)
@@ -260,7 +272,7 @@ def _units(spans: list[tuple[KvSpan, int]], group: int, window: int, threads: in
             begin, end = _token_range(span, first // group, (last - 1) // group, window)
             chunk, chunk_stop = begin // layout.CHUNK, -(-end // layout.CHUNK)
             where = (span.row, span.position, pages, first, last)
-            stores = _is_stored_by_unit(span)
+            stores = key.stores and _is_stored_by_unit(span)
             if count <= share or queries > layout.QUERIES or chunk_stop - chunk == 1:
                 units.append((*where, chunk, chunk_stop, -1, stores))
                 continue

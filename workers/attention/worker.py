@@ -22,7 +22,7 @@ class AttentionWorker(serve.Worker):
         self._prefaulted = threading.Event()  # enough, or no more time for it
         self._pass_id = -1
         self._abandoned = -1  # the last pass that was dropped: its notes are void
-        self._num_layers = 0
+        self._num_columns = 0
         self._left = 0  # attentions of the pass that are still to come
         self._notes: deque[Note] = deque()  # what the compute worker asked for, in order
 
@@ -51,7 +51,7 @@ class AttentionWorker(serve.Worker):
             )
             warm_up(message.kv.dtype)
             self._state = AttentionState(message, kv, exchange)
-            self._num_layers = len(message.layers)
+            self._num_columns = len(message.columns)
             threading.Thread(target=self._state.prefault, args=(self._prefaulted,), daemon=True).start()
             self._context.post(worker_messages.Ready(sum(resident_bytes())))
             return
@@ -59,7 +59,7 @@ class AttentionWorker(serve.Worker):
         self._prefaulted.set()
         self._state.begin(message)
         self._pass_id = message.pass_id
-        self._left = self._num_layers * len(message.batches)
+        self._left = self._num_columns * len(message.batches)
 
     def heard(self, doorbell: str, note: Note) -> None:
         self._notes.append(note)
@@ -73,10 +73,10 @@ class AttentionWorker(serve.Worker):
         assert self._state is not None
         note = self._notes.popleft()
         start_ns = time.monotonic_ns()
-        self._state.attend(worker_messages.Attend(note.pass_id, note.layer, note.micro_batch))
+        self._state.attend(worker_messages.Attend(note.pass_id, note.column, note.micro_batch))
         ring(self._context.doorbells["compute"], note)
         self._left -= 1
-        done = worker_messages.Attended(note.layer, note.micro_batch, start_ns, time.monotonic_ns())
+        done = worker_messages.Attended(note.column, note.micro_batch, start_ns, time.monotonic_ns())
         self._context.tell(done, at_once=self._left == 0)
         return True
 

@@ -13,13 +13,14 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 
 import greenlet
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from flexgen_lite.model.spec import AttentionSpec
+from flexgen_lite.model.spec import ModelSpec
 from flexgen_lite.wire.sampling import Sample
 from flexgen_lite.wire.worker_messages import TokenBatch
 from flexgen_lite.workers.compute.attention_call import AttentionCall, ModelGreenlet
@@ -29,6 +30,7 @@ from flexgen_lite.workers.compute.head import Head
 from flexgen_lite.workers.compute.prefill_attention import prompt_attention
 from flexgen_lite.workers.compute.products import Products
 from flexgen_lite.workers.compute.sampling import Drawn, Scores, sample, score
+from flexgen_lite.workers.model.builder import text_config
 
 
 class Forward(ModelGreenlet):
@@ -38,7 +40,7 @@ class Forward(ModelGreenlet):
         self,
         model: PreTrainedModel,
         device: Device,
-        layers: tuple[AttentionSpec, ...],
+        spec: ModelSpec,
         batch: TokenBatch,
         region: ExchangeRegion,
         products: Products,
@@ -47,31 +49,32 @@ class Forward(ModelGreenlet):
         super().__init__(self._forward)
         self._model = model
         self._device = device
-        self._layers = layers
+        self._columns, self._kv_columns = spec.attention, spec.kv_columns
+        self._followed = {column for column, pair in enumerate(pairwise(spec.columns)) if pair[0] == pair[1]}
         self._batch = batch
         self._region = region
         self._products = products
         self._head = head
         self._behind_last_attention = contextlib.ExitStack()
         self._stops_at_entry = False
-        self._reached = -1  # layer whose attention call the forward stands at
+        self._reached = -1  # column whose attention call the forward stands at
         self._num_attended = sum(span.num_rows for span in batch.spans if not span.prefill)
         self.copy_ns = 0  # spent on the way into the exchange region and back
         self.samples = [span.sample for span in batch.spans if span.sample is not None]
         self.drawn: list[tuple[Drawn, list[Sample]]] = []  # of `samples`; on the host once the device is done
         self.scores: list[Scores] = []  # of the scored rows, in the order of the spans; likewise
 
-    def advance(self, layer: int) -> None:
-        """Run up to the attention call of `layer`, or to the end if there is no such layer."""
-        assert self._reached == layer - 1, f"layer {layer} asked for, the forward stands at {self._reached}"
+    def advance(self, column: int) -> None:
+        """Run up to the attention call of `column`, or to the end if there is no such column."""
+        assert self._reached == column - 1, f"column {column} asked for, the forward stands at {self._reached}"
         with self._device.compute():
             self.switch()
-        reached = layer if layer < len(self._layers) else layer - 1
-        assert self._reached == reached and self.dead == (layer == len(self._layers)), "attention calls out of order"
+        reached = column if column < len(self._columns) else column - 1
+        assert self._reached == reached and self.dead == (column == len(self._columns)), "attention calls out of order"
 
-    def leave(self, layer: int) -> None:
-        """Run behind the attention call of `layer` to the next layer's entry, which must exist."""
-        assert self._reached == layer, f"layer {layer} is to be left, the forward stands at {self._reached}"
+    def leave(self, column: int) -> None:
+        """Run behind the attention call of `column`, its layer's last, to the next layer's entry, which must exist."""
+        assert self._reached == column, f"column {column} is to be left, the forward stands at {self._reached}"
         self._stops_at_entry = True
         with self._device.compute():
             self.switch()
@@ -100,7 +103,7 @@ class Forward(ModelGreenlet):
             if span.scored is not None
             for i, target in enumerate(span.scored.targets)
         ]
-        size = self._head.rows_per_chunk(self._model.config.vocab_size)
+        size = self._head.rows_per_chunk(text_config(self._model.config).vocab_size)
         samples = [self.samples[i : i + size] for i in range(0, len(last), size)] or [[]]
         sampled = [last[i : i + size] for i in range(0, len(last), size)] or [[]]
         chunks = [scored[i : i + size] for i in range(0, len(scored), size)]
@@ -146,7 +149,7 @@ class Forward(ModelGreenlet):
     def attend(self, call: AttentionCall) -> torch.Tensor:
         """See ModelGreenlet.attend: called by the model, inside the greenlet."""
         self._reached += 1
-        assert call.spec == self._layers[self._reached], f"layer {self._reached}: {call.spec} is not as described"
+        assert call.spec == self._columns[self._reached], f"column {self._reached}: {call.spec} is not as described"
         start_ns = time.monotonic_ns()
         self._send(call)
         self.copy_ns += time.monotonic_ns() - start_ns
@@ -154,7 +157,9 @@ class Forward(ModelGreenlet):
         assert isinstance(parent, greenlet.greenlet)
         parent.switch()
         output = self._output(call)[None]
-        if self._reached == len(self._layers) - 1:
+        if self._reached in self._followed:  # by another call of the layer, which may come before this is read
+            output = output.clone()
+        if self._reached == len(self._columns) - 1:
             only = self._products.only(self._asked_rows_N, len(self._batch.token_ids))
             self._behind_last_attention.enter_context(only)
         return output
@@ -163,8 +168,9 @@ class Forward(ModelGreenlet):
         views = self._region.views(call.spec)
         tokens, attended = len(self._batch.token_ids), self._num_attended
         send = self._device.to_host
-        send(views.key_TGD[:tokens], call.key_BGTD[0].transpose(0, 1))
-        send(views.value_TGE[:tokens], call.value_BGTE[0].transpose(0, 1))
+        if self._kv_columns[self._reached] == self._reached:
+            send(views.key_TGD[:tokens], call.key_BGTD[0].transpose(0, 1))
+            send(views.value_TGE[:tokens], call.value_BGTE[0].transpose(0, 1))
         if attended:
             send(views.query_THD[:attended], call.query_BHTD[0, :, :attended].transpose(0, 1))
         if call.sinks_H is not None:
@@ -186,7 +192,7 @@ class Forward(ModelGreenlet):
         return out_THE
 
 
-def stop_at_layers(layers: nn.ModuleList) -> None:
+def stop_at_layers(layers: Sequence[nn.Module]) -> None:
     """Has a forward that runs through `layers` come by `Forward.enter` before each."""
 
     def hook(module: nn.Module, inputs: object) -> None:

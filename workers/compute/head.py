@@ -10,7 +10,7 @@ Shapes: N rows, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,12 +26,12 @@ class Head:
     layers: its decoder layers.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: nn.ModuleList) -> None:
+    def __init__(self, model: PreTrainedModel, layers: Sequence[nn.Module]) -> None:
         self._model = model
         self._keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._caught: tuple[nn.Module, Any] | None = None  # of the forward that ended last
         for module in model.modules():
-            if module is not model and module is not layers and any(part is layers for part in module.modules()):
+            if module is not model and module is not layers[0] and any(part is layers[0] for part in module.modules()):
                 module.register_forward_hook(self._catch)
 
     def _catch(self, module: nn.Module, inputs: object, output: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from flexgen_lite.workers.compute import attention_call, probe
 from flexgen_lite.workers.compute.device import Device
 from flexgen_lite.workers.compute.head import Head
 from flexgen_lite.workers.compute.products import Products
+from flexgen_lite.workers.compute.trial import find_text_path, outside
 from flexgen_lite.workers.model import builder as model_builder
 from flexgen_lite.workers.model.tokenizer import TOKENIZER_FILES, ModelTokenizer, open_tokenizer
 from flexgen_lite.workers.model.weight_map import Binding, map_weights
@@ -31,7 +33,7 @@ MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 @dataclass
 class OpenedModel:
     model: PreTrainedModel
-    layers: nn.ModuleList
+    layers: tuple[nn.Module, ...]
     binding: Binding
     products: Products
     head: Head
@@ -42,7 +44,7 @@ class OpenedModel:
         """The modules whose weights `unit` holds: those of a layer, or all outside the layers."""
         if unit < len(self.layers):
             return list(self.layers[unit].modules())
-        return _modules_outside(self.model, self.layers)
+        return outside(self.model, self.layers)
 
 
 def open_model(order: OpenModel, device: Device, run_dir: str) -> OpenedModel:
@@ -64,16 +66,16 @@ def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> Op
     config = model_builder.load_config(directory)
     dtype = _dtype(order.dtype, config, device)
     attention_call.register()
-    model_builder.causal_lm_class(config)
+    model_builder.language_model_class(config)
     model_builder.check_sizes(directory, config)
     if order.always_probe or config.model_type not in probe.TESTED_TYPES:
         probe.prove(config)
     model = model_builder.build(config, dtype)
-    layers = model_builder.decoder_layers(model)
-    attention = attention_call.describe(model, layers)
+    path = find_text_path(model)
+    layers, text = path.layers, model_builder.text_config(config)
     checkpoint = None if order.load_format == "dummy" else open_checkpoint(directory)
-    units, warnings = map_weights(model, layers, checkpoint, dtype)
-    limit, warning = model_builder.max_length(config)
+    units, warnings = map_weights(model, layers, checkpoint, dtype, path.unused)
+    limit, warning = model_builder.max_length(text)
     tokenizer = open_tokenizer(directory, run_dir)
     if order.max_model_len is not None and order.max_model_len > limit:
         raise UserError(f"max_model_len {order.max_model_len} is over the model's limit of {limit}: lower it")
@@ -83,9 +85,9 @@ def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> Op
         class_name=type(model).__name__,
         dtype=str(dtype).removeprefix("torch."),
         num_layers=len(layers),
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=_widest(layers, getattr(config, "num_experts_per_tok", None) or 1),
+        vocab_size=text.vocab_size,
+        hidden_size=text.hidden_size,
+        intermediate_size=_widest(layers, getattr(text, "num_experts_per_tok", None) or 1),
         max_length=order.max_model_len or limit,
         eos_token_ids=model_builder.eos_token_ids(directory, config),
         bos_token_id=model_builder.bos_token_id(directory, config),
@@ -93,8 +95,10 @@ def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> Op
         files=tuple(str(file) for file in checkpoint.files) if checkpoint else (),
         stamps=checkpoint.stamps if checkpoint else (),
         units=units,
-        attention=attention,
-        head_copy_bytes=products.copied_bytes(_modules_outside(model, layers)),
+        columns=path.columns,
+        attention=path.attention,
+        kv_columns=path.kv_columns,
+        head_copy_bytes=products.copied_bytes(outside(model, layers)),
         warnings=(*warnings, *([warning] if warning else []), *tokenizer.warnings),
     )
     binding, head = Binding(model, layers, units), Head(model, layers)
@@ -115,15 +119,10 @@ def fingerprint(opened: OpenedModel) -> str:
     return digest.hexdigest()
 
 
-def _modules_outside(model: nn.Module, layers: nn.ModuleList) -> list[nn.Module]:
-    inside = {module for layer in layers for module in layer.modules()}
-    return [module for module in model.modules() if module not in inside]
-
-
-def _widest(layers: nn.ModuleList, experts: int) -> int:
+def _widest(layers: Sequence[nn.Module], experts: int) -> int:
     """Most outputs that a token has from one product: of a matrix, or of the experts that it goes through."""
-    widths = [max(p.shape[-2:]) * experts if p.dim() == 3 else p.shape[0] for p in layers.parameters() if p.dim() >= 2]
-    return max(widths)
+    parameters = [p for layer in layers for p in layer.parameters() if p.dim() >= 2]
+    return max(max(p.shape[-2:]) * experts if p.dim() == 3 else p.shape[0] for p in parameters)
 
 
 def _directory(model: str) -> Path:

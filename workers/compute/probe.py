@@ -12,92 +12,81 @@ from typing import Any
 
 import greenlet
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexgen_lite.workers.compute.attention_call import AttentionCall, ModelGreenlet
 from flexgen_lite.workers.compute.prefill_attention import causal_attention
+from flexgen_lite.workers.compute.tiny_config import tiny_config
+from flexgen_lite.workers.compute.trial import find_text_path
 from flexgen_lite.workers.model import builder as model_builder
-from flexgen_lite.workers.serve import UserError
+from flexgen_lite.workers.serve import UserError, first_line
 
 TESTED_TYPES: frozenset[str] = frozenset(
     {
         "opt", "gpt2", "gpt_neox", "gpt_bigcode", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral",
         "gemma2", "gemma3_text", "phi", "phi3", "gpt_oss", "olmo2", "starcoder2", "cohere", "granite", "deepseek_v3",
+        "diffllama", "longcat_flash", "gemma3", "gemma4", "gemma4_text", "gemma3n_text", "qwen3_vl", "mllama",
     }
 )  # fmt: skip
 TOLERANCE = 2e-3  # of the largest logit; a wrong mask or position is off by far more
 LENGTHS = ((11, 3), (5, 17))  # prompt lengths of two micro-batches
 STEPS = 4
-TINY = {
-    "vocab_size": 128, "hidden_size": 64, "n_embd": 64, "word_embed_proj_dim": 64, "head_dim": 16,
-    "intermediate_size": 96, "ffn_dim": 96, "n_inner": 96, "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32, "mlp_hidden_size": 96, "num_attention_heads": 4, "n_head": 4,
-    "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2,
-    "moe_k": 2, "moe_topk": 2,
-    "n_group": 1, "topk_group": 1, "q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 16, "qk_head_dim": 24, "v_head_dim": 16, "sliding_window": 8, "first_k_dense_replace": 1,
-    "max_position_embeddings": 256, "n_positions": 256, "query_pre_attn_scalar": 16, "attention_dropout": 0.0,
-}  # fmt: skip
 
 
 def prove(config: PreTrainedConfig) -> None:
     """Raises UserError where the class's answers differ, or no tiny model of it can be made."""
-    kind = config.model_type
+    kind = f"{config.model_type} is not among the tested model types, and"
     try:
         tiny = tiny_config(config)
-        theirs = _random_model(tiny, "eager")
-        ours = _random_model(tiny, model_builder.ATTENTION_NAME)
-        ours.load_state_dict(theirs.state_dict())
+        ours = model_builder.build(copy.deepcopy(tiny), torch.float32)  # each keeps its own, and changes it
+    except UserError:
+        raise
+    except Exception as reason:  # of many kinds: a config class checks what it is given
+        raise UserError(
+            f"{kind} the tiny model that was to prove it cannot be made from its config "
+            f"({type(reason).__name__}: {first_line(reason)}): it cannot be served"
+        ) from reason
+    try:
+        find_text_path(ours)
+        theirs = model_builder.build(tiny, torch.float32, "eager")
+        _fill(ours, theirs)
         error = largest_error(theirs, ours)
     except UserError:
         raise
     except Exception as reason:  # whatever a class unknown to us may raise: it is not proven, so it is refused
         raise UserError(
-            f"{kind} is not among the tested model types, and the tiny model that was to prove it failed: "
-            f"{type(reason).__name__}: {reason}"
+            f"{kind} a tiny model of it fails here ({type(reason).__name__}: {first_line(reason)}): it cannot be served"
         ) from reason
     if error > TOLERANCE:
         raise UserError(
-            f"{kind} is not among the tested model types, and a tiny model of it gives other logits here than in "
+            f"{kind} a tiny model of it gives other logits here than in "
             f"Transformers (relative error {error:.1g}, {TOLERANCE:.1g} allowed): it cannot be served"
         )
 
 
-def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config with its sizes shrunk and its character kept: norms, activations, kinds of layers, ratio of heads."""
-    values = copy.deepcopy(config.to_dict())
-    layer_types = list(values.get("layer_types") or [])
-    layers = max(2, max((layer_types.index(kind) + 1 for kind in set(layer_types)), default=2))
-    heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
-    for key, value in TINY.items():
-        if isinstance(values.get(key), int | float) and not isinstance(values[key], bool):
-            values[key] = value
-    for key in ("num_hidden_layers", "n_layer", "num_layers"):
-        if key in values:
-            values[key] = layers
-    for key, value in values.items():
-        if isinstance(value, list) and len(value) == config.num_hidden_layers:
-            values[key] = value[:layers]
-    if "num_key_value_heads" in values:
-        values["num_key_value_heads"] = 4 if kv_heads in (None, heads) else 1 if kv_heads == 1 else 2
-    if "head_dim" in values:
-        values["head_dim"] = TINY["qk_rope_head_dim" if "qk_rope_head_dim" in values else "head_dim"]
-    for number, key in enumerate(("pad_token_id", "bos_token_id", "eos_token_id")):
-        values[key] = number
-    values["dtype"] = "float32"
-    return type(config).from_dict(values)
-
-
-def _random_model(config: PreTrainedConfig, attention: str) -> PreTrainedModel:
-    cls = model_builder.causal_lm_class(config)
+def _fill(ours: PreTrainedModel, theirs: PreTrainedModel) -> None:
+    """The same random weights in both, where ours has any. What a text does not need stays on the meta device in
+    theirs, which fails if it does need it."""
     generator = torch.Generator().manual_seed(0)
-    model: PreTrainedModel = cls._from_config(
-        copy.deepcopy(config), dtype=torch.float32, attn_implementation=attention
-    ).eval()
-    for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        parameter.data = 1 + 0.1 * noise if parameter.dim() == 1 else noise * parameter.shape[-1] ** -0.5
-    return model
+    for name, tensor in ours.state_dict(keep_vars=True).items():
+        value = torch.randn(tensor.shape, generator=generator) * 0.1 + 1
+        if tensor.dim() > 1:
+            value = torch.randn(tensor.shape, generator=generator) * tensor.shape[-1] ** -0.5
+        if tensor.is_floating_point():
+            for model in (ours, theirs):
+                _set(model, name, value, isinstance(tensor, nn.Parameter))
+    for model in (ours, theirs):
+        model.tie_weights()
+
+
+def _set(model: PreTrainedModel, name: str, value: torch.Tensor, is_parameter: bool) -> None:
+    path, _, attribute = name.rpartition(".")
+    module = model.get_submodule(path)
+    if is_parameter:
+        module._parameters[attribute] = nn.Parameter(value, requires_grad=False)
+    else:
+        module._buffers[attribute] = value
 
 
 class _PackedForward(ModelGreenlet):
@@ -138,7 +127,7 @@ class _PackedForward(ModelGreenlet):
 def largest_error(theirs: PreTrainedModel, ours: PreTrainedModel) -> float:
     """Largest difference of the logits of all tokens, relative to the largest logit."""
     generator = torch.Generator().manual_seed(1)
-    vocab = theirs.config.vocab_size
+    vocab = model_builder.text_config(theirs.config).vocab_size
     batches = [[torch.randint(vocab, (length + STEPS,), generator=generator) for length in group] for group in LENGTHS]
     found: dict[tuple[int, int], list[torch.Tensor]] = defaultdict(list)
     kept: list[list[dict[int, Any]]] = [[{} for _ in group] for group in LENGTHS]

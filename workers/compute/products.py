@@ -102,7 +102,7 @@ class Products:
         return sum(-(-w.shape[0] // PADDED_TO) * PADDED_TO * w.shape[1] * w.element_size() for w in shared)
 
     def _is_ours(self, module: nn.Module) -> bool:
-        return type(module) in (nn.Linear, Conv1D) and module.weight.dtype == self._dtype
+        return type(module) in (nn.Linear, Conv1D) and getattr(module.weight, "dtype", None) == self._dtype
 
 
 @dataclasses.dataclass(slots=True)

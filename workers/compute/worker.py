@@ -140,7 +140,7 @@ class ComputeWorker(serve.Worker):
             batch.micro_batch: Forward(
                 self._opened.model,
                 self._device,
-                self._opened.spec.attention,
+                self._opened.spec,
                 batch,
                 self._regions[batch.region],
                 self._opened.products,
@@ -199,11 +199,11 @@ class ComputeWorker(serve.Worker):
         assert order.pass_id == self._pass_id, f"segments of pass {order.pass_id} during pass {self._pass_id}"
         for index, slot in enumerate(order.slots):
             for micro_batch in self._batches:
-                self._queue.grant(order.layer + index, micro_batch, slot)
+                self._queue.grant(order.column + index, micro_batch, slot)
 
     def heard(self, doorbell: str, note: Note) -> None:
         if note.pass_id == self._pass_id:
-            self._queue.attended(note.layer, note.micro_batch)
+            self._queue.attended(note.column, note.micro_batch)
 
     def work(self) -> bool:
         """Tells of the segments that have ended, and starts the next one that may run."""
@@ -212,7 +212,7 @@ class ComputeWorker(serve.Worker):
             if pass_id != self._pass_id:
                 continue
             self._queue.done()
-            self._context.tell(done, at_once=self._streaming or self._is_last(done.layer))
+            self._context.tell(done, at_once=self._streaming or self._is_last(done.column))
         segment = self._queue.take()
         if segment is not None:
             self._run(*segment)
@@ -222,32 +222,32 @@ class ComputeWorker(serve.Worker):
         assert self._device is not None
         return worker_messages.ComputeReport(self._pass_id, items, self._device.peak_bytes())
 
-    def _run(self, layer: int, micro_batch: int, slot: int | None) -> None:
-        """A segment; without a slot only the part of it that ends before `layer`."""
+    def _run(self, column: int, micro_batch: int, slot: int | None) -> None:
+        """A segment; without a slot only the part of it that ends before the layer of `column`."""
         assert self._device is not None and self._opened is not None
         start_ns = time.monotonic_ns()
         self._bind(self._opened.spec.num_layers, len(self._device_slots or self._slots) - 1)  # outside the layers
-        if slot is not None and not self._is_last(layer):
-            self._bind(layer, slot)
+        if slot is not None and not self._is_last(column):
+            self._bind(self._opened.spec.columns[column], slot)
         forward, batch, pass_id = self._forwards[micro_batch], self._batches[micro_batch], self._pass_id
         copied_ns = forward.copy_ns
         if slot is None:
-            forward.leave(layer - 1)
+            forward.leave(column - 1)
         else:
-            forward.advance(layer)
+            forward.advance(column)
         copy_ns = forward.copy_ns - copied_ns
 
         def done(to_host_ns: int) -> None:
-            if slot is not None and not self._is_last(layer):
+            if slot is not None and not self._is_last(column):
                 for worker in batch.workers:
-                    ring(self._context.doorbells[str(worker)], Note(pass_id, layer, micro_batch))
+                    ring(self._context.doorbells[str(worker)], Note(pass_id, column, micro_batch))
             read_back = [read(drawn, samples) for drawn, samples in forward.drawn]
             tokens = tuple(token for part, _ in read_back for token in part)
             logprobs = tuple(entry for _, part in read_back for entry in part)
             scores = tuple(entry for scored in forward.scores for entry in read_scores(scored))
             end_ns = time.monotonic_ns()
             report = worker_messages.SegmentDone(
-                layer, micro_batch, slot is None, start_ns, end_ns, copy_ns, to_host_ns, tokens, logprobs, scores
+                column, micro_batch, slot is None, start_ns, end_ns, copy_ns, to_host_ns, tokens, logprobs, scores
             )
             self._ended.append((pass_id, report))
             self._context.wake()
@@ -257,9 +257,9 @@ class ComputeWorker(serve.Worker):
         self._heap.tidy()
         self._warn_of_misses()
 
-    def _is_last(self, layer: int) -> bool:
+    def _is_last(self, column: int) -> bool:
         assert self._opened is not None
-        return layer == self._opened.spec.num_layers
+        return column == len(self._opened.spec.columns)
 
     def _bind(self, unit: int, slot: int) -> None:
         """Points the unit's parameters at the slot that holds them."""

@@ -1,4 +1,4 @@
-"""Builds a Transformers causal LM without its weights, or refuses it in one sentence.
+"""Builds a Transformers language model without its weights, or refuses it in one sentence.
 
 Parameters are on the meta device; buffers that Transformers computes in the constructor (rotary frequencies and the
 like) are real. Nothing here reads a weight.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,19 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from flexgen_lite.model.files import is_there, read_json
 from flexgen_lite.text.shown import shown
 from flexgen_lite.workers.serve import UserError, first_line
 
 ATTENTION_NAME = "flexgen_lite"
-ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
 _MAX_TOKEN_ID = (1 << 31) - 1
 _SIZES = {  # in config.json, and the most that any model has, by far
     "num_hidden_layers": 10_000,
@@ -53,43 +57,60 @@ def load_config(directory: Path) -> PreTrainedConfig:
 def check_sizes(directory: Path, config: PreTrainedConfig) -> None:
     """Raises UserError for a size that no model has, before memory is taken for it."""
     path = directory / "config.json"
-    for name, most in _SIZES.items():
+    for part, (name, most) in itertools.product((config, text_config(config)), _SIZES.items()):
         size = None
         with contextlib.suppress(Exception):  # classes whose layers differ refuse to tell of one for all
-            size = getattr(config, name, None)
+            size = getattr(part, name, None)
         if not isinstance(size, list | None) and not (type(size) is int and 1 <= size <= most):
             raise UserError(f"{path}: {name}={shown(size)} is not allowed: a whole number from 1 to {most} is expected")
 
 
-def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The Transformers class for `config`. Raises UserError where our attention cannot stand in for the class's own."""
-    kind = config.model_type
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """What a config says of the language model: a part of a multimodal model's, else all of it."""
+    text: PreTrainedConfig = config.get_text_config(decoder=True)
+    return text
+
+
+def language_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The Transformers class whose checkpoint `config` is of: a causal LM, or a multimodal model that has one.
+
+    Raises UserError where our attention cannot stand in for the class's own.
+    """
+    kind, text = config.model_type, text_config(config)
     if config.is_encoder_decoder:
         raise UserError(f"{kind} is an encoder-decoder model; only decoder-only models can be served")
-    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
-    if name is None:
-        raise UserError(f"Transformers {transformers.__version__} has no causal language model for {kind!r}")
-    cls: type[PreTrainedModel] = getattr(transformers, name[0] if isinstance(name, tuple) else name)
+    cls = _class_of(config)
     if not getattr(config, "is_decoder", True) and _may_be_bidirectional(cls):
         raise UserError(f"{cls.__name__} is bidirectional: every token sees those behind it")
-    if getattr(cls, "_is_stateful", False):
+    kinds = set(getattr(text, "layer_types", None) or ())
+    if getattr(cls, "_is_stateful", False) and not (kinds and kinds <= ATTENTION_LAYERS):
         raise UserError(f"{cls.__name__} keeps other state than a KV cache, which is not supported")
-    if not getattr(cls, "_supports_attention_backend", False):
-        raise UserError(
-            f"{cls.__name__} does not call attention through Transformers' attention interface, "
-            "so its attention cannot be computed outside the model"
-        )
-    other = sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS)
-    if other:
+    if other := sorted(kinds - ATTENTION_LAYERS):
         raise UserError(f"{cls.__name__} has layers of type {', '.join(other)}, which are not supported")
-    senses = [
-        key for key in config.sub_configs if any(sense in key for sense in ("vision", "audio", "image", "speech"))
-    ]
-    if config.get_text_config() is not config or senses:
-        raise UserError(f"{cls.__name__} is multimodal; give the text model's own checkpoint")
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"{kind} checkpoint is quantised, which is not supported: give one in bfloat16 or float16")
     return cls
+
+
+def _class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that the checkpoint names, if it is one for its type; else the type's own."""
+    mappings = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)
+    if config.get_text_config() is not config:
+        mappings = mappings[::-1]
+    found = (mapping.get(config.model_type) for mapping in mappings)
+    names = [one for name in found if name for one in (name if isinstance(name, tuple) else (name,))]
+    if not names:
+        raise UserError(f"Transformers {transformers.__version__} has no language model for {config.model_type!r}")
+    named = next((name for name in config.architectures or () if name in names), names[0])
+    cls: type[PreTrainedModel] = getattr(transformers, named)
+    return cls
+
+
+def no_interface(cls: type[PreTrainedModel]) -> str:
+    return (
+        f"{cls.__name__} does not call attention through Transformers' attention interface, "
+        "so its attention cannot be computed outside the model"
+    )
 
 
 def _may_be_bidirectional(cls: type[PreTrainedModel]) -> bool:
@@ -99,9 +120,14 @@ def _may_be_bidirectional(cls: type[PreTrainedModel]) -> bool:
 
 def build(config: PreTrainedConfig, dtype: torch.dtype, attention: str = ATTENTION_NAME) -> PreTrainedModel:
     """The model of `config` in evaluation mode: parameters on meta, buffers real, weights tied as the config says."""
-    cls = causal_lm_class(config)
-    with _parameters_on_meta(), no_init_weights():
-        model: PreTrainedModel = cls._from_config(config, dtype=dtype, attn_implementation=attention)
+    cls = language_model_class(config)
+    try:
+        with _parameters_on_meta(), no_init_weights(), _without_what_needs_other_packages():
+            model: PreTrainedModel = cls._from_config(config, dtype=dtype, attn_implementation=attention)
+    except KeyError as error:
+        if error.args != (ATTENTION_NAME,):
+            raise
+        raise UserError(no_interface(cls)) from None
     model.tie_weights()
     return model.eval().requires_grad_(False)
 
@@ -121,22 +147,47 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
+@contextlib.contextmanager
+def _without_what_needs_other_packages() -> Iterator[None]:
+    """A tower that cannot be made without a package that is not there (timm) is left empty: no text goes through it."""
+    make = AutoModel.from_config
+
+    def make_if_possible(*args: Any, **kwargs: Any) -> nn.Module:
+        try:
+            made: nn.Module = make(*args, **kwargs)
+        except ImportError:
+            made = nn.Module()
+        return made
+
+    AutoModel.from_config = make_if_possible
+    try:
+        yield
+    finally:
+        AutoModel.from_config = make
+
+
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The list of decoder layers. Raises UserError where there is not exactly one."""
-    count = model.config.num_hidden_layers
-    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count}
+    decoder = model.get_decoder()
+    if not any(isinstance(module, nn.ModuleList) for module in decoder.modules()):
+        decoder = model  # what it names so is something else
+    lists = {name: m for name, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     outer = [m for name, m in lists.items() if not any(name.startswith(other + ".") for other in lists)]
+    if len(outer) > 1:
+        count = text_config(model.config).num_hidden_layers
+        outer = [m for m in outer if len(m) == count]
     if len(outer) > 1:
         outer = [m for m in outer if any("attn" in n or "attention" in n for n, _ in m.named_modules())]
     if len(outer) != 1:
-        raise UserError(
-            f"{type(model).__name__} has {len(outer)} lists of {count} modules; cannot tell which holds its layers"
-        )
+        raise UserError(f"{type(decoder).__name__} has {len(outer)} lists of modules that may be its layers")
     return outer[0]
 
 
 def max_length(config: PreTrainedConfig) -> tuple[int, str | None]:
     """Most positions of a sequence, and a warning where that is less than the model's own limit.
+
+    Args:
+        config: of the language model.
 
     With "longrope" and "dynamic" rotary embeddings Transformers changes the frequencies of the whole batch once one
     sequence is longer than the original context; up to there, every sequence is independent of its neighbours.
@@ -156,13 +207,13 @@ def max_length(config: PreTrainedConfig) -> tuple[int, str | None]:
 
 
 def eos_token_ids(directory: Path, config: PreTrainedConfig) -> tuple[int, ...]:
-    """End-of-sequence ids from generation_config.json where there is one, else from the config.
+    """End-of-sequence ids from generation_config.json where there is one, else from the config or its part for text.
 
     Raises:
         CheckpointError: generation_config.json has no JSON object.
         UserError: they are no token ids.
     """
-    path, eos = directory / "config.json", config.eos_token_id
+    path, eos = directory / "config.json", _token_id(config, "eos_token_id")
     if is_there(other := directory / "generation_config.json"):
         given = read_json(other).get("eos_token_id")
         path, eos = (path, eos) if given is None else (other, given)
@@ -174,9 +225,14 @@ def eos_token_ids(directory: Path, config: PreTrainedConfig) -> tuple[int, ...]:
 
 def bos_token_id(directory: Path, config: PreTrainedConfig) -> int | None:
     """Raises UserError where it is none."""
-    bos = config.bos_token_id
+    bos = _token_id(config, "bos_token_id")
     if bos is not None and not (type(bos) is int and abs(bos) <= _MAX_TOKEN_ID):
         raise UserError(
             f"{directory / 'config.json'}: bos_token_id={shown(bos)} is not allowed: a token id is expected"
         )
     return bos
+
+
+def _token_id(config: PreTrainedConfig, name: str) -> Any:
+    found = getattr(config, name, None)
+    return getattr(text_config(config), name, None) if found is None else found

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from flexgen_lite.chat.environment import fault_of
-from flexgen_lite.model.files import CheckpointError, check_contents, is_there, open_file
+from flexgen_lite.model.files import CheckpointError, check_contents, is_there, open_file, read_json
 from flexgen_lite.wire.worker_messages import WireChatTemplate
 from flexgen_lite.workers.serve import first_line
 
@@ -28,6 +28,7 @@ FILES = (
 )
 _CONFIG = "tokenizer_config.json"
 _TEMPLATE_FILES = ("chat_template.jinja", "additional_chat_templates")  # where Transformers looks beside _CONFIG
+_PROCESSOR_TEMPLATE = "chat_template.json"
 _UNNAMED = ""
 _SMALL = (
     "tokenizer_config.json",
@@ -69,7 +70,7 @@ def open_tokenizer(directory: Path, run_dir: str) -> ModelTokenizer:
             return ModelTokenizer(str(directory / "tokenizer.json"))
         what = f"the tokenizer in {directory} cannot be used ({type(error).__name__}: {first_line(error)})"
         return ModelTokenizer(None, None, (f"{what}: give prompts as token ids",))
-    template = _chat_template(tokenizer, fault)
+    template = _chat_template(directory, tokenizer, fault)
     return ModelTokenizer(str(path), template, tuple(_template_warnings(template)))
 
 
@@ -118,12 +119,15 @@ def _link_without_templates(directory: Path, bare: Path) -> list[str]:
     return left_out
 
 
-def _chat_template(tokenizer: Any, fault: str | None) -> WireChatTemplate:
-    """What the tokenizer has. A model without a template has special tokens for templates that callers bring."""
+def _chat_template(directory: Path, tokenizer: Any, fault: str | None) -> WireChatTemplate:
+    """What the tokenizer has, or a multimodal model's processor. A model without a template has special tokens for
+    templates that callers bring."""
     special_tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    found = tokenizer.chat_template
+    if found is None and fault is None and is_there(directory / _PROCESSOR_TEMPLATE):
+        found, fault = _of_processor(directory / _PROCESSOR_TEMPLATE)
     if fault is not None:
         return WireChatTemplate(None, special_tokens, unreadable={_UNNAMED: _printable(fault)})
-    found = tokenizer.chat_template
     if found is None:
         return WireChatTemplate(None, special_tokens)
     templates = found if isinstance(found, dict) else {_UNNAMED: found}
@@ -138,6 +142,14 @@ def _chat_template(tokenizer: Any, fault: str | None) -> WireChatTemplate:
     if isinstance(found, dict):
         return WireChatTemplate(None, special_tokens, texts, unreadable)
     return WireChatTemplate(texts.get(_UNNAMED), special_tokens, unreadable=unreadable)
+
+
+def _of_processor(path: Path) -> tuple[Any, str | None]:
+    """The template in an older processor's file; or why there is none that can be read."""
+    try:
+        return read_json(path).get("chat_template"), None
+    except CheckpointError as error:
+        return None, str(error)
 
 
 def _template_warnings(template: WireChatTemplate) -> Iterator[str]:

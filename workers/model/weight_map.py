@@ -39,20 +39,25 @@ class _SharedTensor:
 
 
 def map_weights(
-    model: PreTrainedModel, layers: nn.ModuleList, checkpoint: Checkpoint | None, dtype: torch.dtype
+    model: PreTrainedModel,
+    layers: Sequence[nn.Module],
+    checkpoint: Checkpoint | None,
+    dtype: torch.dtype,
+    unused: frozenset[str] = frozenset(),
 ) -> tuple[tuple[UnitSpec, ...], tuple[str, ...]]:
     """The units of `model`, whose parameters are on the meta device, and warnings for the user.
 
     `model` must have been built with `dtype` as the default dtype, and its weights tied: a tensor that its
     class makes in another dtype, or keeps in float32, stays so. Units `0 .. len(layers) - 1` are the layers,
-    the last one is the rest. Without a checkpoint the tensors have no pieces. Raises CheckpointError.
+    the last one is the rest. Without a checkpoint the tensors have no pieces. `unused` names tensors that the model has
+    no more: the checkpoint may have them. Raises CheckpointError.
     """
     floats = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     if floats and dtype not in floats:
         raise ValueError(f"the model was built in {floats}, not in {dtype}")
     dtypes = TargetDtypes(model, dtype)
     units: list[list[TensorSource]] = [[] for _ in range(len(layers) + 1)]
-    found = None if checkpoint is None else find_weights(model, checkpoint, dtypes)
+    found = None if checkpoint is None else find_weights(model, checkpoint, dtypes, unused)
     missing: list[str] = []
     for shared in _shared_tensors(model, layers):
         shape = tuple(shared.tensor.shape)
@@ -70,13 +75,13 @@ def map_weights(
             units[shared.unit].append(TensorSource(name, dtype_name(traced.dtype), shape, pieces))
     if missing and checkpoint is not None:
         raise CheckpointError(_missing_message(missing, checkpoint))
-    prefix = next(name for name, module in model.named_modules() if module is layers)
-    unit_names = [*(f"{prefix}.{index}" for index in range(len(layers))), "outside the layers"]
+    paths = {module: path for path, module in model.named_modules()}
+    unit_names = [*(paths[layer] for layer in layers), "outside the layers"]
     specs = tuple(layout_unit(name, sources) for name, sources in zip(unit_names, units, strict=True))
     return specs, _warnings(found)
 
 
-def _shared_tensors(model: PreTrainedModel, layers: nn.ModuleList) -> list[_SharedTensor]:
+def _shared_tensors(model: PreTrainedModel, layers: Sequence[nn.Module]) -> list[_SharedTensor]:
     owners = {id(module): index for index, layer in enumerate(layers) for module in layer.modules()}
     names: dict[int, list[str]] = {}
     tensors: dict[int, torch.Tensor] = {}
@@ -174,7 +179,7 @@ class Binding:
     Make it before the first `bind`, while tied parameters are still one object.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: nn.ModuleList, units: Sequence[UnitSpec]) -> None:
+    def __init__(self, model: PreTrainedModel, layers: Sequence[nn.Module], units: Sequence[UnitSpec]) -> None:
         in_units = {tensor.name for unit in units for tensor in unit.tensors}
         self.places: dict[str, tuple[Place, ...]] = {}
         for shared in _shared_tensors(model, layers):

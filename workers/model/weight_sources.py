@@ -62,9 +62,13 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def find_weights(model: PreTrainedModel, checkpoint: Checkpoint, dtypes: TargetDtypes) -> FoundWeights:
-    """Rename and convert every tensor of `checkpoint`, as `from_pretrained` would."""
+def find_weights(
+    model: PreTrainedModel, checkpoint: Checkpoint, dtypes: TargetDtypes, unused: frozenset[str] = frozenset()
+) -> FoundWeights:
+    """Rename and convert every tensor of `checkpoint`, as `from_pretrained` would, but those for the tensors `unused`,
+    which the class has and `model` has not."""
     state = model.state_dict()
+    known = {**dict.fromkeys(unused, torch.empty(0)), **state}
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
@@ -76,11 +80,12 @@ def find_weights(model: PreTrainedModel, checkpoint: Checkpoint, dtypes: TargetD
     unexpected: list[str] = []
     # The order is Transformers': experts are joined in it, and some renamings depend on it.
     for key in sorted(checkpoint.tensors, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
-        if name not in state and key in state:
-            name, pattern = rename_source_key(key, [], [], prefix, state)
+        name, pattern = rename_source_key(key, renamings, converters, prefix, known)
+        if name not in known and key in known:
+            name, pattern = rename_source_key(key, [], [], prefix, known)
         if name not in state:
-            unexpected.append(name)
+            if name not in unused:
+                unexpected.append(name)
             continue
         stand_in = trace(checkpoint.tensors[key], dtypes.of(name, state[name]))
         if pattern is None:
@@ -93,7 +98,7 @@ def find_weights(model: PreTrainedModel, checkpoint: Checkpoint, dtypes: TargetD
         for target, converted in _convert(model, name, conversion).items():
             if target in state:
                 traced[target] = converted
-            else:
+            elif target not in unused:
                 unexpected.append(target)
     for name, found in traced.items():
         _check(checkpoint, name, found, state[name])

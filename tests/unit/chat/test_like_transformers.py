@@ -27,7 +27,7 @@ from tests.chat_model import make_chat_model, set_in_config
 from tests.real_tokenizers import real_tokenizer
 
 FAILED = object()
-ANSWER_IN_PARTS = [{"type": "text", "text": "One. "}, {"type": "image"}, {"type": "text", "text": " Two, "}]
+ANSWER_IN_PARTS = [{"type": "text", "text": "One. "}, {"type": "note"}, {"type": "text", "text": " Two, "}]
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"a": [1, None], "b": "ü <x>"}}}
 CALL_AS_TEXT = {"type": "function", "function": {"name": "f", "arguments": '{"a": 1, "b": null}'}}
 HI: dict[str, Any] = {"role": "user", "content": " Hi & <hello> "}
@@ -41,7 +41,7 @@ CHATS: dict[str, list[Any]] = {
     "answer of nothing": [HI, {"role": "assistant", "content": ""}],
     "answer in parts": [HI, {"role": "assistant", "content": ANSWER_IN_PARTS}],
     "answer of no parts": [HI, {"role": "assistant", "content": []}],
-    "answer of odd parts": [HI, {"role": "assistant", "content": [{"text": "x"}, "y", {"type": "image"}]}],
+    "answer of odd parts": [HI, {"role": "assistant", "content": [{"text": "x"}, "y", {"type": "note"}]}],
     "answer of a text as part": [HI, {"role": "assistant", "content": [{"text": "x"}, "text"]}],
     "answer of a number": [HI, {"role": "assistant", "content": 5}],
     "answer of null as part": [HI, {"role": "assistant", "content": [{"type": "text", "text": None}]}],

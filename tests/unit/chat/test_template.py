@@ -70,6 +70,30 @@ def test_a_last_message_of_several_parts_goes_on() -> None:
         render(Chat([{"role": "user", "content": []}], None, {}, template, False, True), None)
 
 
+def test_a_template_that_reads_parts_alone_gets_parts() -> None:
+    """As multimodal models have them; a text would be gone through letter by letter."""
+    template = (
+        "{% for m in messages %}{{ m.role }}: {% for p in m.content if p.type == 'text' %}{{ p.text }}{% endfor %}|"
+        "{% endfor %}"
+    )
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    for join_parts in (False, True):
+        chat = Chat(
+            [{"role": "user", "content": "How?"}, {"role": "assistant", "content": parts}], join_parts=join_parts
+        )
+        assert render(chat, WireChatTemplate(template, TOKENS)) == "user: How?|assistant: ab|"
+    goes_on = Chat([{"role": "user", "content": "How"}], add_generation_prompt=False, continue_final_message=True)
+    assert render(goes_on, WireChatTemplate(template, TOKENS)) == "user: How"
+
+
+@pytest.mark.parametrize("part", [{"type": "image"}, {"type": "image_url", "image_url": {"url": "x"}}, {"audio": "x"}])
+@pytest.mark.parametrize("template", [CHATML, "{{ messages }}"])
+def test_pictures_and_sounds_are_refused(part: dict[str, Any], template: str) -> None:
+    chat = Chat([TALK[0], {"role": "user", "content": [{"type": "text", "text": "What is this?"}, part]}])
+    with pytest.raises(ChatError, match=r"messages\[1\] has content of the type '(image|image_url|audio)': only text"):
+        render(chat, WireChatTemplate(template, TOKENS))
+
+
 def test_a_message_cannot_both_go_on_and_be_answered() -> None:
     with pytest.raises(ChatError, match="exclude each other"):
         render(Chat(TALK, continue_final_message=True), WireChatTemplate(CHATML, TOKENS))

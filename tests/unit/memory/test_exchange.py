@@ -45,7 +45,7 @@ def test_no_tokens_is_an_error() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_kv_layers_are_aligned_and_do_not_overlap(dtype: str) -> None:
-    kv = kv_layout.kv_spec(SPECS, 3, 5, dtype)
+    kv = kv_layout.kv_spec(SPECS, range(len(SPECS)), 3, 5, dtype)
     end = 0
     for spec, keys, values in zip(SPECS, kv.key_offsets, kv.value_offsets, strict=True):
         slots = 3 * 5 * spec.num_kv_heads * ITEM_BYTES[dtype]
@@ -56,6 +56,14 @@ def test_kv_layers_are_aligned_and_do_not_overlap(dtype: str) -> None:
     assert kv.arena_bytes >= end
     exact = 3 * kv_layout.page_bytes(SPECS, 5, dtype)
     assert exact <= kv.arena_bytes <= exact + 2 * 4096 * len(SPECS)
+
+
+def test_columns_that_read_anothers_keys_and_values_take_no_room() -> None:
+    own = kv_layout.kv_spec(SPECS[:2], (0, 1), 3, 16, "float32")
+    kv = kv_layout.kv_spec([*SPECS[:2], SPECS[1], SPECS[0], SPECS[1]], (0, 1, 1, 0, 1), 3, 16, "float32")
+    assert kv.arena_bytes == own.arena_bytes
+    for offsets, of_own in ((kv.key_offsets, own.key_offsets), (kv.value_offsets, own.value_offsets)):
+        assert offsets == (*of_own, of_own[1], of_own[0], of_own[1])
 
 
 def test_kv_of_an_unknown_dtype_is_an_error() -> None:

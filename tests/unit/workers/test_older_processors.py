@@ -23,7 +23,7 @@ KERNEL_TESTS = ("tests/unit/workers/attention/test_kernels.py", "tests/property/
 CHOSEN = {"skylake-avx512": ["-k", "bfloat16 or prefill"]}
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_kernels(name: str) -> None:
     features = PROCESSORS[name]

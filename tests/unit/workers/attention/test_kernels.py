@@ -116,7 +116,7 @@ def test_what_does_not_fit_is_named() -> None:
     for message, name in [
         (Attend(7, 0, 3), "pass 7"),
         (Attend(1, 0, 8), "micro-batch 8"),
-        (Attend(1, 5, 3), "layer 5"),
+        (Attend(1, 5, 3), "column 5"),
     ]:
         with pytest.raises(ValueError, match=name):
             case.state.attend(message)

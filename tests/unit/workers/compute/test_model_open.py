@@ -16,9 +16,9 @@ from flexgen_lite.demo.pretrained import MODEL
 from flexgen_lite.model.files import CheckpointError
 from flexgen_lite.wire.codec import Codec
 from flexgen_lite.wire.worker_messages import FromCompute, ModelOpened, OpenModel
+from flexgen_lite.workers.compute import trial
 from flexgen_lite.workers.compute.device import open_device
 from flexgen_lite.workers.compute.model_open import OpenedModel, fingerprint, open_model
-from flexgen_lite.workers.model import builder as model_builder
 from flexgen_lite.workers.serve import UserError, _failure, first_line
 
 pytestmark = pytest.mark.timeout(60)
@@ -172,7 +172,7 @@ def test_an_exception_that_nobody_foresaw(model: Path, monkeypatch: pytest.Monke
     def fail(*_: object) -> None:
         raise ZeroDivisionError("one\ntwo")
 
-    monkeypatch.setattr(model_builder, "decoder_layers", fail)
+    monkeypatch.setattr(trial, "decoder_layers", fail)
     refused(model, f"{model} cannot be opened as a model (ZeroDivisionError: one): check its config.json, or download")
 
 

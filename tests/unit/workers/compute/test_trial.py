@@ -1,0 +1,108 @@
+"""What a text needs of a model, and what of it stays unread."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from flexgen_lite.wire.worker_messages import OpenModel
+from flexgen_lite.workers.compute import attention_call
+from flexgen_lite.workers.compute.device import open_device
+from flexgen_lite.workers.compute.model_open import OpenedModel, open_model
+from flexgen_lite.workers.compute.trial import TextPath, find_text_path
+from flexgen_lite.workers.model import builder
+from flexgen_lite.workers.serve import UserError
+from tests.tiny_models import FAMILIES, SHAPE, make_model
+
+
+def path_of(kind: str, **sizes: object) -> tuple[TextPath, set[str]]:
+    """And the names of the tensors that the model has left."""
+    attention_call.register()
+    model = builder.build(AutoConfig.for_model(kind, **sizes), torch.float32)
+    return find_text_path(model), set(model.state_dict())
+
+
+def family(name: str) -> tuple[TextPath, set[str]]:
+    kind, sizes = FAMILIES[name]
+    return path_of(kind, **({} if "text_config" in sizes else SHAPE) | sizes)
+
+
+def test_one_call_in_each_layer() -> None:
+    path, _ = family("llama")
+    assert path.columns == (0, 1, 2, 3) and len(path.layers) == len(path.attention) == 4 and not path.unused
+
+
+@pytest.mark.parametrize(("name", "layers"), [("diffllama-two-calls", 4), ("longcat-two-calls", 2)])
+def test_two_calls_in_each_layer(name: str, layers: int) -> None:
+    path, _ = family(name)
+    assert path.columns == tuple(layer for layer in range(layers) for _ in range(2))
+    assert len(path.layers) == layers and len(path.attention) == 2 * layers
+
+
+@pytest.mark.parametrize("name", ["gemma3-wrapper", "gemma4-wrapper", "qwen3-vl-wrapper"])
+def test_towers_are_not_needed(name: str) -> None:
+    path, left = family(name)
+    assert path.unused and left and path.unused.isdisjoint(left)
+    words = ("vision_tower.", "multi_modal_projector.", "visual.", "embed_vision.")
+    assert all(any(word in tensor for word in words) for tensor in path.unused)
+    assert all("language_model." in tensor or tensor.startswith("lm_head.") for tensor in left)
+
+
+def test_layers_that_look_at_images_are_not_entered() -> None:
+    path, left = family("mllama-wrapper")
+    assert len(path.layers) == 4 and path.columns == (0, 1, 2, 3)
+    assert {name.split(".")[3] for name in left if ".layers." in name} == {"0", "2", "3", "5"}
+
+
+def test_layers_of_several_shapes_have_calls_of_several_shapes() -> None:
+    path, _ = family("gemma4-wrapper")
+    assert [(spec.head_dim, spec.num_kv_heads, spec.sliding_window) for spec in path.attention] == [
+        (16, 2, 7), (16, 2, 7), (32, 1, None)
+    ] * 2  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["gemma4-shared-kv", "gemma3n-shared-kv"])
+def test_layers_that_read_anothers_keys_and_values(name: str) -> None:
+    path, _ = family(name)
+    assert path.kv_columns == (0, 1, 2, 1, 2, 1)
+
+
+def test_two_calls_with_keys_alike_and_values_that_differ() -> None:
+    path, _ = family("diffllama-two-calls")
+    assert path.kv_columns == tuple(range(8))
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("bloom", "BloomForCausalLM does not call attention through Transformers' attention interface"),
+        ("falcon", "FalconForCausalLM does not call attention through Transformers' attention interface"),
+        ("blip-2", "Blip2ForConditionalGeneration cannot be run on text alone .*pixel_values"),
+        ("mamba2", "Mamba2ForCausalLM keeps other state than a KV cache"),
+        ("qwen3_5", "Qwen3_5ForConditionalGeneration keeps other state than a KV cache"),
+        ("bert", "BertLMHeadModel is bidirectional"),
+        ("t5", "t5 is an encoder-decoder model"),
+        ("siglip", "has no language model for 'siglip'"),
+    ],
+)
+def test_what_cannot_be_served(kind: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        path_of(kind)
+
+
+def opened(directory: Path) -> OpenedModel:
+    return open_model(OpenModel(str(directory), "auto", "float32", "cpu", False, None), open_device("cpu"), "/nowhere")
+
+
+@pytest.mark.parametrize("name", ["gemma3-wrapper", "mllama-wrapper"])
+def test_nothing_of_the_rest_is_read_and_nothing_is_said_of_it(name: str, tmp_path: Path) -> None:
+    found = opened(make_model(name, tmp_path))
+    assert found.spec.warnings == ()
+    names = [tensor.name for unit in found.spec.units for tensor in unit.tensors]
+    assert len(names) == len(set(names)) and not any("vision" in name or "cross_attn" in name for name in names)
+    assert found.spec.num_parameters == sum(tensor.num_bytes // 4 for u in found.spec.units for tensor in u.tensors)
+    assert (found.spec.vocab_size, found.spec.hidden_size, found.spec.max_length) == (160, 64, 128)
+    assert found.spec.eos_token_ids == (2,) and found.spec.bos_token_id == 1

@@ -1,0 +1,125 @@
+"""A model's config with its sizes shrunk and its character kept: norms, activations, ratio of heads, and a layer of
+each kind that the model has."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+HEADS = 4
+SIZES = {
+    "vocab_size": 128, "hidden_size": 64, "n_embd": 64, "d_model": 64, "word_embed_proj_dim": 64,
+    "num_attention_heads": HEADS, "n_head": HEADS, "n_heads": HEADS, "num_heads": HEADS,
+    "intermediate_size": 96, "ffn_dim": 96, "n_inner": 96, "moe_intermediate_size": 32, "intermediate_size_mlp": 96,
+    "shared_expert_intermediate_size": 32, "mlp_hidden_size": 96,
+    "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2,
+    "moe_k": 2, "moe_topk": 2, "top_k_experts": 2, "zero_expert_num": 2, "n_group": 1, "topk_group": 1,
+    "q_lora_rank": 32, "kv_lora_rank": 16, "sliding_window": 8, "max_position_embeddings": 256, "n_positions": 256,
+    "attention_dropout": 0.0, "vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 16, "laurel_rank": 16,
+    "floor_scale": 4, "max_seq_len": 256,
+}  # fmt: skip
+"""The sizes of heads stay: other numbers of a config have to fit them."""
+_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+_WIDTHS = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim")
+_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_FIRST_LAYERS = ("first_k_dense_replace",)  # so many at the beginning are different
+_LAST_LAYERS = ("num_kv_shared_layers",)  # and at the end
+_LEAST_LAYERS = 2
+
+
+def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    values = copy.deepcopy(config.to_dict())
+    text = config.get_text_config(decoder=True)
+    if text is config:
+        _shrink(values)
+    else:
+        name = next(name for name in values if getattr(config, name, None) is text)
+        _shrink(values[name])
+        values[name]["dtype"] = "float32"
+    values["dtype"] = "float32"
+    return type(config).from_dict(values)
+
+
+def _shrink(values: dict[str, Any]) -> None:
+    count = next(values[name] for name in _COUNTS if isinstance(values.get(name), int))
+    layers = _one_of_each_kind(values, count)
+    for key, value in values.items():
+        if _is_per_layer(value, count):
+            values[key] = [_small(SIZES, key, value[layer]) for layer in layers]
+        elif _is_of_layers(key, value, count):
+            values[key] = [new for new, layer in enumerate(layers) if layer in value]
+    for key in _FIRST_LAYERS:
+        if isinstance(values.get(key), int):
+            values[key] = sum(layer < values[key] for layer in layers)
+    for key in _LAST_LAYERS:
+        if isinstance(values.get(key), int):
+            values[key] = sum(layer >= count - values[key] for layer in layers)
+    overrides = _overrides(values)
+    if overrides:
+        values["per_layer_config"] = {
+            str(new): {
+                key: 1 if key == "num_key_value_heads" else _small(SIZES, key, value)
+                for key, value in overrides[layer].items()
+            }
+            for new, layer in enumerate(layers)
+            if layer in overrides
+        }
+    for key in _COUNTS:
+        if isinstance(values.get(key), int):
+            values[key] = values[key] * len(layers) // count
+    heads, width = (
+        next(values[name] for name in names if isinstance(values.get(name), int)) for names in (_HEADS, _WIDTHS)
+    )
+    kv_heads, head_dim = values.get("num_key_value_heads"), values.get("head_dim") or width // heads
+    for key, value in values.items():
+        values[key] = _small(SIZES, key, value)
+    if "head_dim" in values:
+        values["head_dim"] = head_dim
+    if width == heads * head_dim and "qk_rope_head_dim" not in values:
+        values.update((key, HEADS * head_dim) for key in _WIDTHS if key in values)
+    if kv_heads is not None:
+        values["num_key_value_heads"] = HEADS if kv_heads == heads else 1 if kv_heads == 1 else 2
+    for number, key in enumerate(("pad_token_id", "bos_token_id", "eos_token_id")):
+        values[key] = number
+
+
+def _one_of_each_kind(values: Mapping[str, Any], count: int) -> list[int]:
+    """The first layer of each kind, two layers at least."""
+    per_layer = [value for value in values.values() if _is_per_layer(value, count)]
+    of_layers = [value for key, value in values.items() if _is_of_layers(key, value, count)]
+    first = [values[key] for key in _FIRST_LAYERS if isinstance(values.get(key), int)]
+    last = [values[key] for key in _LAST_LAYERS if isinstance(values.get(key), int)]
+    overrides = _overrides(values)
+
+    def kind(layer: int) -> str:
+        listed = [value[layer] for value in per_layer] + [layer in value for value in of_layers]
+        placed = [layer < number for number in first] + [layer >= count - number for number in last]
+        return repr((listed, placed, overrides.get(layer)))
+
+    kinds: dict[str, int] = {}
+    for layer in range(count):
+        kinds.setdefault(kind(layer), layer)
+    rest = [layer for layer in range(count) if layer not in kinds.values()]
+    return sorted([*kinds.values(), *rest[: max(0, _LEAST_LAYERS - len(kinds))]])
+
+
+def _is_per_layer(value: object, count: int) -> bool:
+    return isinstance(value, list) and len(value) == count
+
+
+def _is_of_layers(key: str, value: object, count: int) -> bool:
+    """Whether it lists some layers by their numbers."""
+    named = key.endswith(("layers", "indices", "idxs", "idx"))
+    return named and isinstance(value, list) and all(type(item) is int and 0 <= item < count for item in value)
+
+
+def _overrides(values: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    return {int(layer): found for layer, found in (values.get("per_layer_config") or {}).items()}
+
+
+def _small(sizes: Mapping[str, float], key: str, value: Any) -> Any:
+    known = key in sizes and isinstance(value, int | float) and not isinstance(value, bool)
+    return sizes[key] if known else value

@@ -1,0 +1,201 @@
+"""Learns a model by running three tokens through it: which layers a text goes through, how each calls attention, and
+which tensors no text ever needs: those of a wrapper's towers for images and sounds, and of layers that look at them.
+
+The weights are zeros in memory that is never written and so takes no RAM.
+
+Shapes as in attention_call.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from flexgen_lite.model.spec import AttentionSpec
+from flexgen_lite.workers.compute.attention_call import AttentionCall, ModelGreenlet
+from flexgen_lite.workers.model.builder import decoder_layers, no_interface, text_config
+from flexgen_lite.workers.serve import UserError, first_line
+
+NUM_TOKENS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class TextPath:
+    """What a text goes through.
+
+    Attributes:
+        layers: the decoder layers that it enters, in order.
+        columns: the layer of each attention call.
+        attention: each of these calls.
+        kv_columns: the call whose keys and values each reads: itself, or one before it.
+        unused: names of the tensors that it does not need; the model has them no more.
+    """
+
+    layers: tuple[nn.Module, ...]
+    columns: tuple[int, ...]
+    attention: tuple[AttentionSpec, ...]
+    kv_columns: tuple[int, ...]
+    unused: frozenset[str]
+
+
+class _LayerLeft(BaseException):
+    """Leaves a decoder layer at its last attention call: there is nothing to learn behind it."""
+
+
+class _Trial(ModelGreenlet):
+    """Runs the first layer of each structure to its end, to see how often it calls attention, others up to their last
+    call."""
+
+    def __init__(self, model: PreTrainedModel, layers: nn.ModuleList) -> None:
+        super().__init__(self._run)
+        self._model, self._all_layers = model, layers
+        self.layers: list[nn.Module] = []
+        self.columns: list[int] = []
+        self.calls: list[AttentionSpec] = []
+        self.kv_columns: list[int] = []
+        self._kv: dict[tuple[int, int], int] = {}  # addresses -> the first call with these keys and values
+        self._kept: list[AttentionCall] = []  # so that an address has one meaning
+        self.entered: set[nn.Module] = set()  # of the modules outside the layers
+        self._num_calls: dict[object, int] = {}  # by structure
+        self._leave_after: int | None = None
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        layer = len(self.layers) - 1
+        self.columns.append(layer)
+        kv = call.key_BGTD.data_ptr(), call.value_BGTE.data_ptr()
+        self.kv_columns.append(self._kv.setdefault(kv, len(self.calls)))
+        self._kept.append(call)
+        self.calls.append(call.spec)
+        if self.columns.count(layer) == self._leave_after:
+            raise _LayerLeft
+        query, value = call.query_BHTD, call.value_BGTE
+        return query.new_zeros((1, query.shape[2], query.shape[1], value.shape[3]))
+
+    def _run(self) -> None:
+        with contextlib.ExitStack() as undo:
+            for module in outside(self._model, self._all_layers):
+                hook = module.register_forward_pre_hook(lambda module, _: self.entered.add(module))
+                undo.callback(hook.remove)
+            for index, layer in enumerate(self._all_layers):
+                undo.callback(setattr, layer, "forward", layer.forward)
+                layer.forward = self._of_layer(index, layer)
+            undo.callback(setattr, nn.Linear, "forward", nn.Linear.forward)
+            nn.Linear.forward = _zero_product  # type: ignore[assignment]
+            self._model(
+                input_ids=torch.zeros((1, NUM_TOKENS), dtype=torch.long),
+                position_ids=torch.arange(NUM_TOKENS)[None],
+                use_cache=False,
+            )
+
+    def _of_layer(self, index: int, layer: nn.Module) -> Callable[..., torch.Tensor]:
+        forward = layer.forward
+        structure = type(layer), tuple((name, tuple(value.shape)) for name, value in layer.named_parameters())
+
+        def run(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if layer in self.layers:
+                raise UserError(f"{type(self._model).__name__} goes through a layer twice, which is not supported")
+            self.layers.append(layer)
+            before, self._leave_after = len(self.calls), self._num_calls.get(structure)
+            try:
+                output = forward(hidden_states, *args, **kwargs)
+            except _LayerLeft:
+                return hidden_states
+            if len(self.calls) == before or structure in self._num_calls:
+                raise UserError(_no_call(self._model, index, layer))
+            self._num_calls[structure] = len(self.calls) - before
+            return output
+
+        return run
+
+
+def _zero_product(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """What the weights, which are zeros, would give: oneDNN would take memory for a copy of them."""
+    return x.new_zeros((*x.shape[:-1], module.out_features))
+
+
+def find_text_path(model: PreTrainedModel) -> TextPath:
+    """
+    Args:
+        model: with its parameters on the meta device. It loses the tensors that a text does not need.
+
+    Raises:
+        UserError: it cannot be served, with the reason.
+    """
+    layers = decoder_layers(model)
+    trial = _Trial(model, layers)
+    with _zero_weights(model):
+        try:
+            trial.switch()
+        except UserError:
+            raise
+        except Exception as error:  # of many kinds: it is the model's own code that asks for an image
+            if text_config(model.config) is model.config:
+                raise
+            raise UserError(
+                f"{type(model).__name__} cannot be run on text alone ({type(error).__name__}: {first_line(error)}), "
+                "which is all that can be served"
+            ) from error
+    unused = _strip(model, layers, trial)
+    return TextPath(tuple(trial.layers), tuple(trial.columns), tuple(trial.calls), tuple(trial.kv_columns), unused)
+
+
+def outside(model: nn.Module, layers: nn.ModuleList | tuple[nn.Module, ...]) -> list[nn.Module]:
+    """The modules of `model` that are not in one of its layers."""
+    inside = {module for layer in layers for module in layer.modules()}
+    return [module for module in model.modules() if module not in inside]
+
+
+def _no_call(model: PreTrainedModel, index: int, layer: nn.Module) -> str:
+    if not getattr(model, "_supports_attention_backend", False):
+        return no_interface(type(model))
+    return (
+        f"layer {index} ({type(layer).__name__}) has no attention call: "
+        "it keeps other state than a KV cache, which is not supported"
+    )
+
+
+def _strip(model: PreTrainedModel, layers: nn.ModuleList, trial: _Trial) -> frozenset[str]:
+    """Takes their tensors from the layers that were not entered, and from the parts of the model beside its decoder of
+    which nothing was; their names. What is within the decoder, or gives the logits, is kept: a module's weight may be
+    used without a call of the module."""
+    kept = {*model.get_decoder().modules(), *(head.modules() if (head := model.get_output_embeddings()) else ())}
+    unused = set(_branches(model, trial.entered | kept))
+    unused |= {layer for layer in layers if layer not in trial.layers}
+    prefixes = [name for name, module in model.named_modules() if module in unused]
+    before = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
+    for module in {part for branch in unused for part in branch.modules()}:
+        for tensors in (module._parameters, module._buffers):
+            tensors.update(dict.fromkeys(tensors))
+    return frozenset(name for name in before if any(name.startswith(f"{prefix}.") for prefix in prefixes))
+
+
+def _branches(module: nn.Module, used: set[nn.Module]) -> Iterator[nn.Module]:
+    """The largest parts below `module` of which nothing is used."""
+    for child in module.children():
+        if used.isdisjoint(child.modules()):
+            yield child
+        else:
+            yield from _branches(child, used)
+
+
+@contextlib.contextmanager
+def _zero_weights(model: PreTrainedModel) -> Iterator[None]:
+    """Binds every parameter to the same untouched zero pages for a while."""
+    places = [(m, name, p) for m in model.modules() for name, p in m._parameters.items() if p is not None]
+    size = max(p.numel() * p.element_size() for _, _, p in places)
+    zeros = torch.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
+    try:
+        for module, name, p in places:
+            view = zeros[: p.numel() * p.element_size()].view(p.dtype).view(p.shape)
+            module._parameters[name] = nn.Parameter(view, requires_grad=False)
+        yield
+    finally:
+        for module, name, p in places:
+            module._parameters[name] = p
