@@ -9,7 +9,7 @@ demo: $(VENV)/installed
 	$(BIN)/flexgen-lite demo
 
 # The tests start hundreds of processes that import the same modules: bytecode is kept, whatever the shell says.
-test: export PYTHONDONTWRITEBYTECODE :=
+test conformance: export PYTHONDONTWRITEBYTECODE :=
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=10
 
@@ -27,7 +27,8 @@ soak: $(VENV)/installed
 	$(BIN)/python -m tests.soak
 
 conformance: $(VENV)/installed
-	$(BIN)/python -m pytest tests/conformance/text.py tests/conformance/models.py
+	$(BIN)/python -m pytest -n 3 tests/conformance/text.py tests/conformance/models.py
+	$(BIN)/python -m tests.conformance.models
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

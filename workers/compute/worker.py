@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flexgen_lite.memory.arena import map_arena
-from flexgen_lite.memory.usage import resident_bytes
+from flexgen_lite.memory.usage import give_back_memory, resident_bytes
 from flexgen_lite.schedule.segment_queue import SegmentQueue
 from flexgen_lite.text.sizes import format_size
 from flexgen_lite.wire import worker_messages
@@ -69,6 +69,7 @@ class ComputeWorker(serve.Worker):
         self._opened = open_model(order, self._device, self._context.run_dir)
         stop_at_layers(self._opened.layers)
         prefill_attention.prepare(self._device.torch_device, getattr(torch, self._opened.spec.dtype))
+        give_back_memory()  # of the trial and the probe: what is there now is in the plan
         self._context.post(
             worker_messages.ModelOpened(
                 spec=self._opened.spec,

@@ -95,7 +95,7 @@ def language_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 def _class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class that the checkpoint names, if it is one for its type; else the type's own."""
     mappings = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)
-    if config.get_text_config() is not config:
+    if text_config(config) is not config:
         mappings = mappings[::-1]
     found = (mapping.get(config.model_type) for mapping in mappings)
     names = [one for name in found if name for one in (name if isinstance(name, tuple) else (name,))]
