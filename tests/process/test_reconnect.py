@@ -14,89 +14,20 @@ import pytest
 
 from flexgen_lite import Client, EngineError, SamplingParams
 from flexgen_lite.client.completion import Completion, Delta
-from flexgen_lite.client.engine_owner import EngineLost
 from flexgen_lite.client.request import Request
 from flexgen_lite.errors import NoStatus
 from flexgen_lite.wire.access import make_key_file
 from flexgen_lite.wire.client_messages import GetStatus, RequestDelta, RequestDone, Submit, WireOutput
 from tests.fake_engine import FakeEngine, answer
+from tests.fake_owner import FakeOwner
 
 pytestmark = pytest.mark.timeout(60)
 SAMPLED = SamplingParams(max_tokens=8, temperature=0.7)
 
 
-class Owner:
-    """Stands for the one who starts engines: `start` makes the next one, when the test wants it to."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._changed = threading.Condition()
-        self._endpoint: str | None = None
-        self._end: EngineError | None = None
-        self._stack = contextlib.ExitStack()
-        self._num_engines = 0
-        self.losses: list[str] = []
-        self.num_in_flight: list[int] = []
-        self.num_finished = 0
-        self.client: Client | None = None
-
-    def start(self, **options: Any) -> FakeEngine:
-        self._num_engines += 1
-        engine = self._stack.enter_context(FakeEngine(self._folder / f"e{self._num_engines}", **options))
-        self.follow_with(engine.endpoint)
-        return engine
-
-    def follow_with(self, endpoint: str) -> None:
-        with self._changed:
-            self._endpoint = endpoint
-            self._changed.notify_all()
-
-    def connect(self, **options: Any) -> Client:
-        first = self.endpoint(None)
-        assert first is not None
-        self.client = self._stack.enter_context(Client(first, owner=self, **options))
-        return self.client
-
-    def give_up(self, error: EngineError) -> None:
-        with self._changed:
-            self._end = error
-            self._changed.notify_all()
-
-    def wait_for_loss(self, number: int = 1) -> None:
-        with self._changed:
-            assert self._changed.wait_for(lambda: len(self.losses) >= number, 20)
-
-    def close(self) -> None:
-        self._stack.close()
-
-    def last_words(self, patience: float) -> str | None:
-        return None
-
-    def lost(self, error: EngineLost) -> None:
-        with self._changed:
-            self.losses.append(str(error))
-            self.num_in_flight.append(self.client.num_in_flight if self.client else 0)
-            self._changed.notify_all()
-
-    def endpoint(self, patience: float | None) -> str | None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._endpoint is not None or self._end is not None, patience)
-            if self._end is not None:
-                raise self._end
-            endpoint, self._endpoint = self._endpoint, None
-            return endpoint
-
-    @property
-    def restarts(self) -> int:
-        return self._num_engines - 1
-
-    def has_finished_one(self) -> None:
-        self.num_finished += 1
-
-
 @pytest.fixture
-def owner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Owner]:
-    owner = Owner(tmp_path_factory.mktemp("s"))
+def owner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeOwner]:
+    owner = FakeOwner(tmp_path_factory.mktemp("s"))
     yield owner
     owner.close()
 
@@ -109,7 +40,7 @@ def submitted(engine: FakeEngine, least: int) -> list[Submit]:
     return found
 
 
-def test_what_was_not_answered_is_submitted_again(owner: Owner) -> None:
+def test_what_was_not_answered_is_submitted_again(owner: FakeOwner) -> None:
     def answer_some(submit: Submit) -> list[Any]:
         return [answer(submit.job_id, request) for request in submit.requests if request.index % 3 == 0]
 
@@ -147,7 +78,7 @@ def dying_engine(path: Path) -> Iterator[str]:
         thread.join()
 
 
-def test_an_engine_that_ends_while_the_client_connects(owner: Owner, tmp_path: Path) -> None:
+def test_an_engine_that_ends_while_the_client_connects(owner: FakeOwner, tmp_path: Path) -> None:
     """It is lost as any other."""
     first = owner.start()
     client = owner.connect()
@@ -161,7 +92,7 @@ def test_an_engine_that_ends_while_the_client_connects(owner: Owner, tmp_path: P
     assert owner.losses == [f"the engine at {at} closed the connection" for at in (first.endpoint, endpoint)]
 
 
-def test_nor_does_it_make_who_starts_engines_doubt_the_keys(owner: Owner, tmp_path: Path) -> None:
+def test_nor_does_it_make_who_starts_engines_doubt_the_keys(owner: FakeOwner, tmp_path: Path) -> None:
     def give_up_then() -> None:
         owner.wait_for_loss()
         owner.give_up(EngineError("no other"))
@@ -179,7 +110,7 @@ def test_nor_does_it_make_who_starts_engines_doubt_the_keys(owner: Owner, tmp_pa
         Client(endpoint, key_file=tmp_path / "key")
 
 
-def test_engine_after_engine(owner: Owner) -> None:
+def test_engine_after_engine(owner: FakeOwner) -> None:
     """Each answers a part and dies; several jobs, by several threads."""
     found: dict[int, list[str]] = {}
 
@@ -212,7 +143,7 @@ def test_engine_after_engine(owner: Owner) -> None:
     assert found == {number: [f"{number} {index}" for index in range(60)] for number in range(3)}
 
 
-def test_requests_draw_the_same_wherever_they_are_computed(owner: Owner) -> None:
+def test_requests_draw_the_same_wherever_they_are_computed(owner: FakeOwner) -> None:
     """What has no seed gets one before it is sent for the first time."""
     first = owner.start(silent=True)
     client = owner.connect()
@@ -240,7 +171,7 @@ def done(submit: Submit, *outputs: tuple[str, tuple[int, ...]]) -> RequestDone:
     return RequestDone(submit.job_id, submit.requests[0].index, 1, whole)
 
 
-def test_a_stream_goes_on_where_it_was(owner: Owner) -> None:
+def test_a_stream_goes_on_where_it_was(owner: FakeOwner) -> None:
     """Both answers of it: one has told more than the next engine has at first, the other nothing."""
     first = owner.start(on_submit=lambda submit: [delta(submit, "ab", (1, 2, 3)), delta(submit, "c", (4,))])
     client = owner.connect()
@@ -267,7 +198,7 @@ def test_a_stream_goes_on_where_it_was(owner: Owner) -> None:
     assert isinstance(rest[-1], Completion) and rest[-1].text == "abcdef"
 
 
-def test_a_stream_is_not_made_of_two_answers(owner: Owner) -> None:
+def test_a_stream_is_not_made_of_two_answers(owner: FakeOwner) -> None:
     first = owner.start(on_submit=lambda submit: [delta(submit, "ab", (1, 2))])
     client = owner.connect()
     events = client.submit_requests([Request("x", SAMPLED, stream=True)], 1).events()
@@ -279,7 +210,7 @@ def test_a_stream_is_not_made_of_two_answers(owner: Owner) -> None:
     assert isinstance(last, Completion) and last.error is not None and "came to a different answer" in last.error
 
 
-def test_jobs_of_the_time_between(owner: Owner) -> None:
+def test_jobs_of_the_time_between(owner: FakeOwner) -> None:
     """Submitted and cancelled while no engine is there."""
     first = owner.start(silent=True)
     client = owner.connect()
@@ -300,7 +231,7 @@ def test_jobs_of_the_time_between(owner: Owner) -> None:
     assert {r.prompt for submit in submitted(second, 10) for r in submit.requests} == {"b", "c"}
 
 
-def test_a_job_that_was_cancelled_just_before(owner: Owner) -> None:
+def test_a_job_that_was_cancelled_just_before(owner: FakeOwner) -> None:
     """The engine did not come to tell that it has dropped it."""
     first = owner.start(on_submit=lambda _: [])
     client = owner.connect()
@@ -315,7 +246,7 @@ def test_a_job_that_was_cancelled_just_before(owner: Owner) -> None:
     assert [str(completion) for completion in again.results()] == ["X"]
 
 
-def test_a_status_asked_for_meanwhile(owner: Owner) -> None:
+def test_a_status_asked_for_meanwhile(owner: FakeOwner) -> None:
     first = owner.start(silent=True)
     client = owner.connect()
     found: list[Any] = []
@@ -332,7 +263,7 @@ def test_a_status_asked_for_meanwhile(owner: Owner) -> None:
     assert second.next_of(GetStatus)
 
 
-def test_counters_go_on(owner: Owner) -> None:
+def test_counters_go_on(owner: FakeOwner) -> None:
     first = owner.start()
     client = owner.connect()
     client.submit(["a"] * 10).results()
@@ -346,7 +277,7 @@ def test_counters_go_on(owner: Owner) -> None:
     assert after.done == 15 and after.totals["busy_seconds"] == 1.5 * before.totals["busy_seconds"]
 
 
-def test_counters_are_known_though_nobody_asks(owner: Owner) -> None:
+def test_counters_are_known_though_nobody_asks(owner: FakeOwner) -> None:
     """An engine is asked from time to time, or what it did since would be lost with it."""
     first = owner.start(silent=True)
     client = owner.connect()
@@ -354,7 +285,7 @@ def test_counters_are_known_though_nobody_asks(owner: Owner) -> None:
     first.next_of(GetStatus)
 
 
-def test_a_kept_job_goes_on_without_being_kept(owner: Owner) -> None:
+def test_a_kept_job_goes_on_without_being_kept(owner: FakeOwner) -> None:
     """The next engine knows nothing of its beginning, so it cannot keep it under its name."""
     first = owner.start(on_submit=lambda s: [answer(s.job_id, r) for r in s.requests if r.index < 2])
     client = owner.connect()
@@ -369,7 +300,7 @@ def test_a_kept_job_goes_on_without_being_kept(owner: Owner) -> None:
     assert not after.keep and [request.index for request in after.requests] == [2, 3]
 
 
-def test_another_model_is_refused(owner: Owner) -> None:
+def test_another_model_is_refused(owner: FakeOwner) -> None:
     first = owner.start(silent=True)
     client = owner.connect()
     job = client.submit("a")
@@ -383,7 +314,7 @@ def test_another_model_is_refused(owner: Owner) -> None:
         assert caught.value.user_error
 
 
-def test_no_other_engine(owner: Owner) -> None:
+def test_no_other_engine(owner: FakeOwner) -> None:
     first = owner.start(silent=True)
     client = owner.connect()
     job = client.submit(["a"] * 5)
@@ -398,7 +329,7 @@ def test_no_other_engine(owner: Owner) -> None:
         client.wait_for_end(20)
 
 
-def test_closed_meanwhile(owner: Owner) -> None:
+def test_closed_meanwhile(owner: FakeOwner) -> None:
     first = owner.start(silent=True)
     client = owner.connect()
     job = client.submit(["a"] * 5)
@@ -412,7 +343,7 @@ def test_closed_meanwhile(owner: Owner) -> None:
         job.results()
 
 
-def test_an_engine_that_hangs_or_babbles_is_lost(owner: Owner) -> None:
+def test_an_engine_that_hangs_or_babbles_is_lost(owner: FakeOwner) -> None:
     first = owner.start(silent=True)
     client = owner.connect(heartbeat=0.05, answer_timeout=0.1)
     job = client.submit("a")
@@ -425,7 +356,7 @@ def test_an_engine_that_hangs_or_babbles_is_lost(owner: Owner) -> None:
     assert first.endpoint in owner.losses[0] and second.endpoint in owner.losses[1]
 
 
-def test_failed_and_cancelled_requests_are_no_progress(owner: Owner) -> None:
+def test_failed_and_cancelled_requests_are_no_progress(owner: FakeOwner) -> None:
     def reply(submit: Submit) -> list[Any]:
         cancelled = (WireOutput("x", (1,), "stop"), WireOutput("", (), "cancelled"))
         return [
