@@ -28,7 +28,16 @@ from numba import njit, prange
 from flexgen_lite.memory import exchange, kv_layout
 from flexgen_lite.memory.arena import Arena, map_arena
 from flexgen_lite.model.spec import ITEM_BYTES, AttentionSpec
-from flexgen_lite.wire.worker_messages import AttachAttention, Attend, BeginAttention, ExchangeSpec, KvBatch, KvSpan
+from flexgen_lite.wire.worker_messages import (
+    AttachAttention,
+    Attend,
+    BeginAttention,
+    ExchangeSpec,
+    KvBatch,
+    KvGroup,
+    KvSpan,
+    PageRun,
+)
 from flexgen_lite.workers.attention.state import AttentionState
 
 Contestants = dict[str, tuple[Callable[[int], object], int]]  # what to call with a round's number, and bytes it reads
@@ -59,9 +68,10 @@ def kernel_contestant(
     """One decode step of `batch` sequences of `tokens` tokens; the rounds go through the layers."""
     spec = AttentionSpec(heads, kv_heads, dim, dim, dim**-0.5, None, None, False)
     pages = -(-tokens // PAGE_TOKENS)
-    one = kv_layout.kv_spec([spec], (0,), batch * pages, PAGE_TOKENS, dtype).arena_bytes
+    one = batch * pages * kv_layout.page_bytes([spec], PAGE_TOKENS, dtype)
     layers = [spec] * max(1, -(-BUFFER_BYTES // one))
-    kv = kv_layout.kv_spec(layers, range(len(layers)), batch * pages, PAGE_TOKENS, dtype)
+    group = KvGroup(tuple(range(len(layers))), PAGE_TOKENS)
+    kv = kv_layout.kv_spec(layers, range(len(layers)), [group], batch * pages, dtype)
     region = exchange.region_bytes(layers, batch, ITEM_BYTES[dtype])
     arena = Arena("kv")
     arena.resize(kv.arena_bytes)
@@ -72,7 +82,7 @@ def kernel_contestant(
     )
     state = AttentionState(attach, memory, memoryview(bytearray(region)))
     order = np.random.default_rng(0).permutation(batch * pages).reshape(batch, pages)
-    spans = tuple(KvSpan(b, 1, tokens - 1, True, tuple(int(p) for p in order[b])) for b in range(batch))
+    spans = tuple(KvSpan(b, 1, tokens - 1, True, (PageRun(0, tuple(map(int, order[b]))),)) for b in range(batch))
     state.begin(BeginAttention(0, threads, (KvBatch(0, 0, spans),)))
     return lambda i: state.attend(Attend(0, i % len(layers), 0)), batch * tokens * spec.kv_width * ITEM_BYTES[dtype]
 

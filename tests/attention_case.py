@@ -13,7 +13,16 @@ import numpy.typing as npt
 
 from flexgen_lite.memory import exchange, kv_layout
 from flexgen_lite.model.spec import ITEM_BYTES, AttentionSpec
-from flexgen_lite.wire.worker_messages import AttachAttention, Attend, BeginAttention, ExchangeSpec, KvBatch, KvSpan
+from flexgen_lite.wire.worker_messages import (
+    AttachAttention,
+    Attend,
+    BeginAttention,
+    ExchangeSpec,
+    KvBatch,
+    KvGroup,
+    KvSpan,
+    PageRun,
+)
 from flexgen_lite.workers.attention.state import STORAGE, AttentionState
 from flexgen_lite.workers.simd import LANES
 
@@ -40,6 +49,8 @@ def encode(values: Floats, dtype: str) -> npt.NDArray[np.generic]:
 def reference(spec: AttentionSpec, q_HD: Floats, k_TGD: Floats, v_TGE: Floats, sinks_H: Floats) -> Floats:
     """The attention `[H, E]` of the last token of T."""
     begin = max(0, len(k_TGD) - spec.sliding_window) if spec.sliding_window else 0
+    if spec.attention_chunk:
+        begin = (len(k_TGD) - 1) // spec.attention_chunk * spec.attention_chunk
     k_TGD, v_TGE = k_TGD[begin:], v_TGE[begin:]
     group = spec.num_heads // spec.num_kv_heads
     scores_HT = np.einsum("hd,thd->ht", q_HD, np.repeat(k_TGD, group, axis=1)) * spec.scaling
@@ -63,7 +74,7 @@ class Sequence:
 
 
 class Case:
-    """One layer's worker with a cache of random sequences; `pages` of unused ones hold a pattern."""
+    """One layer's worker with a cache of random sequences, which have no page behind what their next tokens see."""
 
     def __init__(
         self,
@@ -82,7 +93,8 @@ class Case:
         num_pages = sum(counts) + 3
         order = self.random.permutation(num_pages)
         self.pages = [tuple(int(p) for p in part) for part in np.split(order, np.cumsum(counts))]
-        self.kv_spec = kv_layout.kv_spec([spec], (0,), num_pages, page_tokens, dtype)
+        self.group = KvGroup((0,), page_tokens, spec.sliding_window or 0, spec.attention_chunk or 0)
+        self.kv_spec = kv_layout.kv_spec([spec], (0,), [self.group], num_pages, dtype)
         region_bytes = exchange.region_bytes([spec], self.num_rows, itemsize)
         self.kv = bytearray(b"\xff" * self.kv_spec.arena_bytes)  # NaN in every dtype: unwritten tokens must not be read
         self.exchange = bytearray(b"\xff" * (2 * region_bytes))
@@ -105,7 +117,7 @@ class Case:
         at = exchange.layout(spec, rows, ITEM_BYTES[self.dtype])
         self.q = self._part(at.q, rows, spec.num_heads, spec.head_dim)
         self.k = self._part(at.k, rows, spec.num_kv_heads, spec.head_dim)
-        self.v = self._part(at.v, rows, spec.num_kv_heads, spec.value_dim)
+        self.v = self._part(at.v, rows, spec.num_kv_heads, spec.stored_value_dim)
         self.out = self._part(at.out, rows, spec.num_heads, spec.value_dim)
         self.sinks_H = self.random.standard_normal(spec.num_heads).astype(np.float32)
         self._region[at.sinks : at.sinks + 4 * spec.num_heads].view(np.float32)[:] = self.sinks_H
@@ -113,14 +125,21 @@ class Case:
         self.q[:] = encode(self.q_RHD, self.dtype)
         self.keys = [self._rounded(s.past + s.rows, *self.k.shape[1:]) for s in self.sequences]
         self.values = [self._rounded(s.past + s.rows, *self.v.shape[1:]) for s in self.sequences]
+        if spec.values_in_keys:
+            self.values = [keys_TGD[..., : spec.value_dim] for keys_TGD in self.keys]
         row, self.spans = 1, []
         for sequence, pages, k_TGD, v_TGE in zip(self.sequences, self.pages[:-1], self.keys, self.values, strict=True):
-            for t in range(sequence.past):
+            first = self.group.first_seen(sequence.past) if sequence.attend else sequence.past
+            first //= self.group.page_tokens
+            for t in range(first * self.group.page_tokens, sequence.past):
                 self.write("key", pages, t, encode(k_TGD[t], self.dtype))
-                self.write("value", pages, t, encode(v_TGE[t], self.dtype))
+                if not spec.values_in_keys:
+                    self.write("value", pages, t, encode(v_TGE[t], self.dtype))
             self.k[row : row + sequence.rows] = encode(k_TGD[sequence.past :], self.dtype)
-            self.v[row : row + sequence.rows] = encode(v_TGE[sequence.past :], self.dtype)
-            self.spans.append(KvSpan(row, sequence.rows, sequence.past, sequence.attend, pages))
+            if not spec.values_in_keys:
+                self.v[row : row + sequence.rows] = encode(v_TGE[sequence.past :], self.dtype)
+            run = PageRun(first, pages[first:])
+            self.spans.append(KvSpan(row, sequence.rows, sequence.past, sequence.attend, (run,)))
             row += sequence.rows
 
     def cache(self, part: str) -> npt.NDArray[np.generic]:
@@ -128,15 +147,16 @@ class Case:
         kv, spec, per_word = self.kv_spec, self.spec, 4 // ITEM_BYTES[self.dtype]
         words = -(-(spec.head_dim if part == "key" else spec.value_dim) // per_word)
         offset = kv.key_offsets[0] if part == "key" else kv.value_offsets[0]
-        shape: tuple[int, ...] = (kv.num_pages, spec.num_kv_heads, kv.page_tokens, words * per_word)
-        items = np.frombuffer(self.kv, np.uint8)[offset : offset + int(np.prod(shape)) * ITEM_BYTES[self.dtype]]
+        shape: tuple[int, ...] = (spec.num_kv_heads, self.group.page_tokens, words * per_word)
         if part == "key":
-            shape = (kv.num_pages, spec.num_kv_heads, kv.page_tokens // LANES, words, LANES, per_word)
-        return items.view(STORAGE[self.dtype]).reshape(shape)
+            shape = (spec.num_kv_heads, self.group.page_tokens // LANES, words, LANES, per_word)
+        dtype = np.dtype(STORAGE[self.dtype])
+        strides = tuple(dtype.itemsize * int(np.prod(shape[i + 1 :])) for i in range(len(shape)))
+        return np.ndarray((kv.num_pages, *shape), dtype, self.kv, offset, (kv.page_bytes, *strides))
 
     def rows(self, part: str, pages: tuple[int, ...], token: int) -> npt.NDArray[np.generic]:
         """Where a token's keys or values lie: `[G, words, items of a word]` or `[G, items]`."""
-        page, within = divmod(token, self.kv_spec.page_tokens)
+        page, within = divmod(token, self.group.page_tokens)
         if part == "key":
             return self.cache(part)[pages[page], :, within // LANES, :, within % LANES]
         return self.cache(part)[pages[page], :, within]
@@ -164,11 +184,14 @@ class Case:
 
     def check(self) -> None:
         """Asserts the output of every row that attends, and that K and V of every row are in their pages."""
-        for sequence, span, k_TGD, v_TGE in zip(self.sequences, self.spans, self.keys, self.values, strict=True):
+        for sequence, span, pages, k_TGD, v_TGE in zip(
+            self.sequences, self.spans, self.pages[:-1], self.keys, self.values, strict=True
+        ):
             for i in range(sequence.rows):
                 stop = sequence.past + i + 1
-                assert (decode(self.read("key", span.pages, stop - 1), self.dtype) == k_TGD[stop - 1]).all()
-                assert (decode(self.read("value", span.pages, stop - 1), self.dtype) == v_TGE[stop - 1]).all()
+                assert (decode(self.read("key", pages, stop - 1), self.dtype) == k_TGD[stop - 1]).all()
+                if not self.spec.values_in_keys:
+                    assert (decode(self.read("value", pages, stop - 1), self.dtype) == v_TGE[stop - 1]).all()
                 if not sequence.attend:
                     continue
                 q_HD = self.q_RHD[span.row + i]

@@ -157,6 +157,21 @@ def _any_above(builder: Any, x: Any, y: Any) -> Any:
     return builder.icmp_unsigned("!=", bits, bits.type(0))
 
 
+def turned(builder: Any, rows: list[Any]) -> list[Any]:
+    """LANES vectors as a matrix, its rows for its columns."""
+    rows, width = list(rows), 1
+    while width < LANES:
+        low = [lane if not lane & width else LANES + lane - width for lane in range(LANES)]
+        high = [lane + width if not lane & width else LANES + lane for lane in range(LANES)]
+        for i in (i for i in range(LANES) if not i & width):
+            a, b = rows[i], rows[i + width]
+            rows[i], rows[i + width] = (
+                builder.shuffle_vector(a, b, ir.Constant(WORDS, lanes)) for lanes in (low, high)
+            )
+        width *= 2
+    return rows
+
+
 def _hide(builder: Any, x: Any, first: Any, last: Any, value: Any) -> Any:
     lanes = ir.Constant(WORDS, list(range(LANES)))
     low, high = (spread(builder, builder.trunc(bound, I32)) for bound in (first, last))

@@ -12,6 +12,18 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 _MEDIA = ("image", "audio", "video")
+_MEDIA_KEYS = {
+    "image",
+    "image_url",
+    "image_embeds",
+    "input_image",
+    "audio",
+    "audio_url",
+    "input_audio",
+    "video",
+    "video_url",
+}
+"""Of content parts that do not tell their type."""
 
 
 def plain(value: Any) -> Any:
@@ -76,8 +88,13 @@ def in_parts(message: dict[str, Any]) -> dict[str, Any]:
 def medium_of(content: object) -> str | None:
     """What content in parts has beside texts that only a model with eyes or ears could take, as its type calls it."""
     parts = content if isinstance(content, list | tuple) else ()
-    kinds = (str(part.get("type") or next(iter(part), "")) for part in parts if isinstance(part, Mapping))
-    return next((kind for kind in kinds if any(medium in kind for medium in _MEDIA)), None)
+    for part in parts:
+        if not isinstance(part, Mapping):
+            continue
+        kind = part.get("type") or next((key for key in part if key in _MEDIA_KEYS), "")
+        if isinstance(kind, str) and any(medium in kind for medium in _MEDIA):
+            return kind
+    return None
 
 
 def _is_numpy_scalar(value: object) -> bool:

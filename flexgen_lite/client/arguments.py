@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any
 
+from flexgen_lite.chat.data import is_record, plain
 from flexgen_lite.chat.template import Messages
 from flexgen_lite.client.completion import Prompt
 from flexgen_lite.client.request import Request, is_one_prompt, wire_prompt
@@ -123,16 +124,17 @@ def check_chat(index: int, chat: object) -> None:
         raise ValueError(f"conversation {index} has no messages: give at least one")
     for number, message in enumerate(chat):
         name = f"message {number} of conversation {index}"
-        if not isinstance(message, Mapping):
+        if not is_record(message):
             raise TypeError(f"{name} is {shown_kind(message)}: give a dict with a role and content")
-        if not isinstance(message.get("role"), str):
-            found = shown_names(message) or "nothing"
+        fields = message if isinstance(message, Mapping) else plain(message)
+        if not isinstance(fields.get("role"), str):
+            found = shown_names(fields) or "nothing"
             raise ValueError(f'{name} has no role, but {found}: give it one, such as "user"')
 
 
 def is_one_chat(messages: object) -> bool:
     """Whether this is one conversation, rather than several of them."""
-    return isinstance(messages, list | tuple) and len(messages) > 0 and isinstance(messages[0], Mapping)
+    return isinstance(messages, list | tuple) and len(messages) > 0 and is_record(messages[0])
 
 
 def check_job(job_id: object, keep: object, priority: object) -> int:

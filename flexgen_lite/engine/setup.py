@@ -134,7 +134,7 @@ class Setup:
 
     def make_requests(self, share_prefixes: bool, tokenizer: TextTokenizer | None) -> Requests:
         made, spec = self.plan, self.spec
-        pages = PageTable(made.num_pages, made.page_tokens, made.attention_workers)
+        pages = PageTable(made.num_pages, made.kv_groups, made.attention_workers)
         where = "device" if made.staged else "disk" if made.ring_layers(spec.num_layers) else "memory"
         batcher = Batcher(
             pages,
@@ -147,7 +147,8 @@ class Setup:
         )
         eos = tuple(token for token in spec.eos_token_ids if 0 <= token < spec.vocab_size)
         prefix = spec.bos_token_id if spec.bos_token_id is not None else next(iter(eos), None)
-        limits = Limits(spec.max_length, pages.max_tokens, spec.vocab_size, eos, prefix)
+        kv_tokens = pages.max_tokens(made.micro_batch_tokens)
+        limits = Limits(spec.max_length, kv_tokens, spec.vocab_size, eos, prefix)
         return Requests(batcher, limits, tokenizer)
 
 
@@ -172,6 +173,6 @@ def set_up(
     """Raises PlanError where the budget does not hold even the smallest plan."""
     spec, device_bytes = opened.spec, opened.device_total_bytes
     made = plan.make_plan(config, spec, machine, processes, device_bytes > 0, device_bytes, expected)
-    kv = kv_spec(spec.attention, spec.kv_columns, made.num_pages, made.page_tokens, spec.dtype)
+    kv = kv_spec(spec.attention, spec.kv_columns, made.kv_groups, made.num_pages, spec.dtype)
     exchange = worker_messages.ExchangeSpec(made.micro_batches, made.region_bytes, made.micro_batch_tokens, spec.dtype)
     return Setup(opened, made, kv, exchange, token_bytes_by_window(spec.attention, spec.dtype))

@@ -1,7 +1,7 @@
 """Where q, k, v, the attention output and the sinks lie in one exchange region: pure arithmetic.
 
-A region carries one micro-batch through one layer at a time. Row r of every part is the micro-batch's token
-r, so a micro-batch of T tokens uses the first T rows of each part and nothing else.
+A region carries one micro-batch through one attention call at a time. Row r of every part is the micro-batch's token r,
+so a micro-batch of T tokens uses the first T rows of each part and nothing else.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class ExchangeLayout:
     """Byte offsets from the start of a region, each a multiple of 64.
 
     q `[max_tokens, num_heads * head_dim]`, k `[max_tokens, num_kv_heads * head_dim]`,
-    v `[max_tokens, num_kv_heads * value_dim]`, out `[max_tokens, num_heads * value_dim]`, all of the
+    v `[max_tokens, num_kv_heads * stored_value_dim]`, out `[max_tokens, num_heads * value_dim]`, all of the
     exchange's dtype; sinks `[num_heads]`, float32.
     """
 
@@ -40,7 +40,7 @@ def layout(spec: AttentionSpec, max_tokens: int, itemsize: int) -> ExchangeLayou
     q = 0
     k = _round_up(q + max_tokens * spec.num_heads * spec.head_dim * itemsize, ALIGNMENT)
     v = _round_up(k + max_tokens * spec.num_kv_heads * spec.head_dim * itemsize, ALIGNMENT)
-    out = _round_up(v + max_tokens * spec.num_kv_heads * spec.value_dim * itemsize, ALIGNMENT)
+    out = _round_up(v + max_tokens * spec.num_kv_heads * spec.stored_value_dim * itemsize, ALIGNMENT)
     sinks = _round_up(out + max_tokens * spec.num_heads * spec.value_dim * itemsize, ALIGNMENT)
     num_bytes = _round_up(sinks + spec.num_heads * SINK_BYTES, ALIGNMENT)
     return ExchangeLayout(q, k, v, out, sinks, num_bytes)

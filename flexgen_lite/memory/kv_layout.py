@@ -1,4 +1,4 @@
-"""Where each column's keys and values lie in the KV arena: pure arithmetic."""
+"""Where each column's keys and values lie in the pages of the KV arena: pure arithmetic."""
 
 from __future__ import annotations
 
@@ -6,41 +6,57 @@ from collections import Counter
 from collections.abc import Sequence
 
 from flexgen_lite.model.spec import ITEM_BYTES, AttentionSpec
-from flexgen_lite.wire.worker_messages import KvSpec
+from flexgen_lite.wire.worker_messages import KvGroup, KvSpec
 
-ALIGNMENT = 4096  # bytes
+ALIGNMENT = 64  # bytes, of a page; its parts have whole groups of tokens, and these have as many bytes
 
 
 def kv_spec(
-    columns: Sequence[AttentionSpec], kv_columns: Sequence[int], num_pages: int, page_tokens: int, dtype: str
+    columns: Sequence[AttentionSpec],
+    kv_columns: Sequence[int],
+    groups: Sequence[KvGroup],
+    num_pages: int,
+    dtype: str,
 ) -> KvSpec:
-    """The arena for `num_pages` pages of `page_tokens` tokens in every column; offsets 4096-aligned.
+    """The arena with `num_pages` pages, as large as the largest group needs.
 
     Args:
         kv_columns: whose keys and values each column reads: its own, or those of one before it.
     """
-    if num_pages < 1 or page_tokens < 1:
-        raise ValueError(f"{num_pages} KV pages of {page_tokens} tokens: both must be positive")
-    slots = num_pages * page_tokens
-    key_offsets: list[int] = []
-    value_offsets: list[int] = []
-    end = 0
-    for column, spec in enumerate(columns):
-        if (source := kv_columns[column]) != column:
-            key_offsets.append(key_offsets[source])
-            value_offsets.append(value_offsets[source])
-            continue
-        key_offsets.append(end)
-        end = _round_up(end + slots * spec.num_kv_heads * row_bytes(spec.head_dim, dtype))
-        value_offsets.append(end)
-        end = _round_up(end + slots * spec.num_kv_heads * row_bytes(spec.value_dim, dtype))
-    return KvSpec(num_pages, page_tokens, dtype, tuple(key_offsets), tuple(value_offsets), end)
+    if num_pages < 1 or min(group.page_tokens for group in groups) < 1:
+        raise ValueError(f"{num_pages} KV pages of {groups[0].page_tokens} tokens: both must be positive")
+    group_of = {column: index for index, group in enumerate(groups) for column in group.columns}
+    keys: dict[int, int] = {}
+    values: dict[int, int] = {}
+    for group in groups:
+        end = 0
+        for column in group.columns:
+            spec = columns[column]
+            keys[column] = end
+            values[column] = end + group.page_tokens * spec.num_kv_heads * row_bytes(spec.head_dim, dtype)
+            end = values[column] + group.page_tokens * spec.num_kv_heads * row_bytes(spec.stored_value_dim, dtype)
+    return KvSpec(
+        num_pages,
+        largest_page(columns, groups, dtype),
+        dtype,
+        tuple(groups),
+        tuple(group_of[source] for source in kv_columns),
+        tuple(keys[source] for source in kv_columns),
+        tuple(values[source] for source in kv_columns),
+    )
+
+
+def largest_page(columns: Sequence[AttentionSpec], groups: Sequence[KvGroup], dtype: str) -> int:
+    """Bytes of a page that serves every group."""
+    sizes = (page_bytes([columns[c] for c in group.columns], group.page_tokens, dtype) for group in groups)
+    return -(-max(sizes) // ALIGNMENT) * ALIGNMENT
 
 
 def page_bytes(columns: Sequence[AttentionSpec], page_tokens: int, dtype: str) -> int:
-    """Bytes that one page takes in all these columns; the arena adds less than 8 KiB for each, for alignment."""
+    """Bytes that so many tokens take in all these columns."""
     token = sum(
-        spec.num_kv_heads * (row_bytes(spec.head_dim, dtype) + row_bytes(spec.value_dim, dtype)) for spec in columns
+        spec.num_kv_heads * (row_bytes(spec.head_dim, dtype) + row_bytes(spec.stored_value_dim, dtype))
+        for spec in columns
     )
     return page_tokens * token
 
@@ -49,7 +65,7 @@ def token_bytes_by_window(columns: Sequence[AttentionSpec], dtype: str) -> dict[
     """Bytes of a token's K and V in all columns that have the same window; 0: none."""
     found: Counter[int] = Counter()
     for spec in columns:
-        found[spec.sliding_window or 0] += page_bytes([spec], 1, dtype)
+        found[spec.sliding_window or spec.attention_chunk or 0] += page_bytes([spec], 1, dtype)
     return dict(found)
 
 
@@ -58,7 +74,3 @@ def row_bytes(dim: int, dtype: str) -> int:
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"KV cache of dtype {dtype!r}: float32, bfloat16 or float16 expected")
     return -(-dim * ITEM_BYTES[dtype] // 4) * 4
-
-
-def _round_up(value: int) -> int:
-    return -(-value // ALIGNMENT) * ALIGNMENT

@@ -88,16 +88,31 @@ class AttentionSpec:
     sliding_window: int | None
     softcap: float | None
     sinks: bool
+    attention_chunk: int | None = None  # tokens see those of their own chunk alone, of so many
+    values_in_keys: bool = False  # a value is the beginning of its key, and not kept beside it
+
+    @property
+    def stored_value_dim(self) -> int:
+        """Elements of a value that are kept beside its key."""
+        return 0 if self.values_in_keys else self.value_dim
 
     @property
     def exchange_width(self) -> int:
         """Elements that one token takes in an exchange region: q, k, v and the output."""
-        return (self.num_heads + self.num_kv_heads) * (self.head_dim + self.value_dim)
+        return self.num_heads * (self.head_dim + self.value_dim) + self.kv_width
 
     @property
     def kv_width(self) -> int:
         """Elements that one token takes in the KV cache."""
-        return self.num_kv_heads * (self.head_dim + self.value_dim)
+        return self.num_kv_heads * (self.head_dim + self.stored_value_dim)
+
+
+def first_seen(position: int, window: int, attention_chunk: int) -> int:
+    """The first token that the one at `position` sees, 0: there is no window, or are no chunks; a later one sees none
+    before it."""
+    if attention_chunk:
+        return position // attention_chunk * attention_chunk
+    return max(0, position + 1 - window) if window else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +139,8 @@ class ModelSpec:
     columns: tuple[int, ...]  # the layer of each
     attention: tuple[AttentionSpec, ...]  # the call of each
     kv_columns: tuple[int, ...]  # the column whose K and V each reads: itself, or one before it
+    held_bytes: int = 0  # that a token takes in the compute worker, at most, while its attention is computed elsewhere
+    pass_bytes: int = 0  # and on its way through a layer; both measured, without what libraries take
     head_copy_bytes: int = 0  # of a copy of the tied head that suits the processor's products better; 0: no use
     warnings: tuple[str, ...] = ()
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.memory.exchange import region_bytes
-from flexgen_lite.memory.kv_layout import page_bytes
+from flexgen_lite.memory.kv_groups import kv_groups, pages_for
+from flexgen_lite.memory.kv_layout import largest_page
 from flexgen_lite.model.spec import ITEM_BYTES, ModelSpec
 from flexgen_lite.plan.machine import Machine
 from flexgen_lite.plan.workload import Workload
 from flexgen_lite.wire.sampling import LOGITS_BYTES
+from flexgen_lite.wire.worker_messages import KvGroup
 
 MIB = 1 << 20
 # Measured, resident, with some room: anonymous memory. Mapped files count once, for the compute worker: it maps every
@@ -27,8 +30,8 @@ PRODUCTS_BYTES = 80 * MIB  # on a CPU: programs that oneDNN keeps (KEPT_PRODUCTS
 SAMPLING_BYTES = 64  # for each entry of the vocabulary, to draw from a row of logits: sorted, in double precision
 PAGE_TOKENS = 16
 DEVICE_RING = 3  # slots of a GPU through which layers come: one in use, one being copied, one ready
-KV_ALIGNMENT_BYTES = 8192  # per column
 MAX_SEQUENCES = 256
+MOST_ROWS = 2048  # of a prompt in one pass
 LEAST_LENGTH = 256  # tokens of a sequence that each attention worker must be able to hold
 MODEST_LENGTH = 4096  # tokens of a sequence that any budget has room for which is said to be enough
 TYPICAL_LENGTH = 1024  # tokens of a sequence that auto makes room for
@@ -57,10 +60,10 @@ class Need:
     spec: ModelSpec
     processes: dict[str, int]
     workers: int
-    page_tokens: int
+    kv_groups: tuple[KvGroup, ...]
     page: int  # bytes
     least_pages: int
-    longest_pages: int  # for the longest sequence that should be served
+    longest: int  # tokens of the longest sequence that should be served
     layer_slot: int  # bytes
     max_sequences: int
     wanted_pages: int  # that weights should leave room for
@@ -80,9 +83,13 @@ class Need:
             **({"device slots": self.device_bytes} if self.device_bytes else {}),
         }
 
+    def longest_pages(self, tokens: int) -> int:
+        """KV pages with which each worker can hold the longest sequence, in micro-batches of so many tokens."""
+        return max(self.least_pages, self.workers * pages_for(self.kv_groups, self.longest, tokens))
+
     def least(self, tokens: int, count: int, slots: int, pages: int | None = None) -> int:
         """RAM below which the engine cannot run with this block, so many layer slots, and KV pages."""
-        kv = (pages or self.least_pages) * self.page + len(self.spec.columns) * KV_ALIGNMENT_BYTES
+        kv = (pages or self.least_pages) * self.page
         return sum(self.fixed(tokens, count).values()) + slots * self.layer_slot + kv
 
 
@@ -105,12 +112,13 @@ def need_of(
     layer_slot = max(unit.num_bytes for unit in spec.units[:-1])
     on_cpu_slots = config.stage_weights is True and not on_gpu
     converting = any(unit.converted for unit in spec.units) and config.load_format != "dummy"
-    page_tokens = config.page_tokens or PAGE_TOKENS
+    groups = kv_groups(spec.attention, spec.kv_columns, config.page_tokens or PAGE_TOKENS, spec.dtype, spec.max_length)
     max_sequences = config.max_sequences or min(MAX_SEQUENCES, expected.sequences if expected else MAX_SEQUENCES)
-    least_pages = workers * -(-min(spec.max_length, LEAST_LENGTH) // page_tokens)
+    shortest = min(spec.max_length, LEAST_LENGTH)
+    least_pages = workers * pages_for(groups, shortest, shortest)
     longest = spec.max_length if config.max_model_len else MODEST_LENGTH
     longest = min(spec.max_length, expected.longest_likely if expected else longest)
-    wanted_pages, most_pages = _pages_of_use(spec, workers, page_tokens, max_sequences, expected)
+    wanted_pages, most_pages = _pages_of_use(spec, workers, groups, max_sequences, expected)
     return Need(
         config=config,
         spec=spec,
@@ -123,10 +131,10 @@ def need_of(
             "zygote": ZYGOTE_BYTES,
         },
         workers=workers,
-        page_tokens=page_tokens,
-        page=page_bytes(spec.own_kv, page_tokens, spec.dtype),
+        kv_groups=groups,
+        page=largest_page(spec.attention, groups, spec.dtype),
         least_pages=least_pages,
-        longest_pages=max(least_pages, workers * -(-longest // page_tokens)),
+        longest=longest,
         layer_slot=layer_slot,
         max_sequences=max_sequences,
         wanted_pages=max(least_pages, wanted_pages),
@@ -141,15 +149,15 @@ def need_of(
 
 
 def _pages_of_use(
-    spec: ModelSpec, workers: int, page_tokens: int, max_sequences: int, expected: Workload | None
+    spec: ModelSpec, workers: int, groups: Sequence[KvGroup], max_sequences: int, expected: Workload | None
 ) -> tuple[int, int]:
     """(KV pages that weights should leave room for, pages that can ever be of use). Each worker's share is in whole
     sequences, and holds the longest of those expected."""
 
-    def pages(sequences: int, tokens: int) -> int:
-        return workers * -(-sequences // workers) * -(-min(spec.max_length, tokens) // page_tokens)
+    def pages(sequences: int, tokens: int, rows: int = 1) -> int:
+        return workers * -(-sequences // workers) * pages_for(groups, min(spec.max_length, tokens), rows)
 
-    most = pages(max_sequences, expected.longest_tokens if expected else spec.max_length)
+    most = pages(max_sequences, expected.longest_tokens if expected else spec.max_length, MOST_ROWS)
     typical = pages(max_sequences, expected.typical_tokens if expected else TYPICAL_LENGTH)
     longest = pages(workers, expected.longest_tokens) if expected else 0
     return min(most, max(typical, longest)), most
@@ -160,8 +168,8 @@ def _workspace_bytes(spec: ModelSpec, tokens: int, count: int) -> int:
     item = ITEM_BYTES[spec.dtype]
     width = max(layer.exchange_width for layer in spec.attention)
     heads = max(layer.num_heads for layer in spec.attention)
-    running = tokens * item * (3 * spec.intermediate_size + 6 * spec.hidden_size + width)
-    suspended = (count - 1) * tokens * item * (3 * spec.hidden_size + width)
+    running = tokens * max(item * (3 * spec.intermediate_size + 6 * spec.hidden_size + width), spec.pass_bytes)
+    suspended = (count - 1) * tokens * max(item * (3 * spec.hidden_size + width), spec.held_bytes)
     rows = min(tokens, max(1, LOGITS_BYTES // (4 * spec.vocab_size)))
     # As the model gives them and once more, in float32, which of them are larger than another, one row to draw from.
     logits = spec.vocab_size * (rows * (2 * item + 4 + 1) + SAMPLING_BYTES)

@@ -11,10 +11,11 @@ from math import ceil, floor
 from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.model.spec import ModelSpec
 from flexgen_lite.plan.machine import Machine
-from flexgen_lite.plan.need import DEVICE_RING, KV_ALIGNMENT_BYTES, Measured, Need, need_of
+from flexgen_lite.plan.need import DEVICE_RING, Measured, Need, need_of
 from flexgen_lite.plan.placement import Placement, Sizes, place
 from flexgen_lite.plan.workload import Workload
 from flexgen_lite.text.sizes import format_size
+from flexgen_lite.wire.worker_messages import KvGroup
 
 MIB = 1 << 20
 CUDA_CONTEXT_BYTES = 600 * MIB  # context and libraries on the device: 588 MiB on an H100 with CUDA 13.0
@@ -47,7 +48,7 @@ class Plan:
     device_alone: tuple[int, ...]  # of those, the ones that have no place in RAM: they come through its ring once
     copy_head: bool  # the products use a copy of the tied head in an order that suits them
     num_pages: int
-    page_tokens: int
+    kv_groups: tuple[KvGroup, ...]
     max_sequences: int
     micro_batches: int
     micro_batch_tokens: int
@@ -79,10 +80,6 @@ class Plan:
             "compute worker": sum(self.parts.get(name, 0) for name in own),
             **{f"attention worker {index}": share for index in range(self.attention_workers)},
         }
-
-    @property
-    def kv_tokens(self) -> int:
-        return self.num_pages * self.page_tokens
 
     def ring_layers(self, num_layers: int) -> tuple[int, ...]:
         """Those that come through the ring, in every pass or once."""
@@ -122,10 +119,10 @@ def make_plan(
     copy_head = 0 < spec.head_copy_bytes <= ram * HEAD_COPY_SHARE and config.stage_weights is not True
     if copy_head:
         with_copy = fixed | {"head copy": spec.head_copy_bytes}
-        placed = _place(need, ram - sum(with_copy.values()), slots, device_slots)
+        placed = _place(need, ram - sum(with_copy.values()), tokens, slots, device_slots)
         copy_head = placed.ring == 0 and placed.num_pages >= need.least_pages
         fixed = with_copy if copy_head else fixed
-    placed = _place(need, ram - sum(fixed.values()), slots, device_slots)
+    placed = _place(need, ram - sum(fixed.values()), tokens, slots, device_slots)
     layer_bytes = (len(placed.resident) + placed.ring) * need.layer_slot
     threads = _attention_threads(config, machine, need.workers, on_gpu)
     return Plan(
@@ -142,7 +139,7 @@ def make_plan(
         device_alone=tuple(layer for layer in placed.on_device if layer not in placed.resident),
         copy_head=copy_head,
         num_pages=placed.num_pages,
-        page_tokens=need.page_tokens,
+        kv_groups=need.kv_groups,
         max_sequences=min(need.max_sequences, tokens * count),
         micro_batches=count,
         micro_batch_tokens=tokens,
@@ -195,7 +192,7 @@ def _choose_block(need: Need, ram: int) -> tuple[int, int, int]:
     fitting = [candidate for candidate in candidates if need.least(*candidate) <= ram]
     if not fitting:
         tokens, count, slots = min(candidates, key=lambda candidate: need.least(*candidate))
-        enough = need.least(tokens, count, slots, need.longest_pages) + MIB
+        enough = need.least(tokens, count, slots, need.longest_pages(tokens)) + MIB
         raise PlanError(
             f"{need.spec.class_name} needs at least {format_size(enough, ceil)} of RAM, "
             f"{format_size(ram, floor)} allowed: raise ram"
@@ -205,7 +202,7 @@ def _choose_block(need: Need, ram: int) -> tuple[int, int, int]:
             + (f", layer_slots ({slots})" if config.layer_slots else "")
             + (", or use dtype bfloat16" if need.spec.dtype == "float32" else "")
         )
-    holding = [candidate for candidate in fitting if need.least(*candidate, need.longest_pages) <= ram]
+    holding = [candidate for candidate in fitting if need.least(*candidate, need.longest_pages(candidate[0])) <= ram]
     for tokens, count, slots in holding or fitting:
         fixed = need.fixed(tokens, count)
         share = BLOCK_SHARE if need.least(tokens, count, layers) <= ram else STREAMING_BLOCK_SHARE
@@ -214,14 +211,13 @@ def _choose_block(need: Need, ram: int) -> tuple[int, int, int]:
     return fitting[-1]
 
 
-def _place(need: Need, available: int, slots: int, device_slots: int) -> Placement:
+def _place(need: Need, available: int, tokens: int, slots: int, device_slots: int) -> Placement:
     """What the budget leaves to weights and KV cache, shared out."""
     layers, forced = need.spec.num_layers, need.config.layer_slots
-    sizes = Sizes(
-        layers, need.layer_slot, need.page, need.least_pages, need.longest_pages, need.wanted_pages, need.most_pages
-    )
+    longest_pages = need.longest_pages(tokens)
+    most_pages = max(need.most_pages, longest_pages)  # a prompt's rows have pages before its window passes them
+    sizes = Sizes(layers, need.layer_slot, need.page, need.least_pages, longest_pages, need.wanted_pages, most_pages)
     staying = layers if device_slots >= layers else max(0, device_slots - DEVICE_RING)
-    available -= len(need.spec.columns) * KV_ALIGNMENT_BYTES
     return place(sizes, available, slots, forced is not None and forced < layers, staying)
 
 

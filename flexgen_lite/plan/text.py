@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from flexgen_lite.memory.kv_groups import pages_for
 from flexgen_lite.model.spec import ModelSpec
 from flexgen_lite.plan.plan import Plan
 from flexgen_lite.text.sizes import format_size
+
+LENGTHS = (1024, 8192, 65536)  # tokens of sequences that are told of
 
 
 def describe(plan: Plan, spec: ModelSpec) -> str:
@@ -23,7 +26,7 @@ def describe(plan: Plan, spec: ModelSpec) -> str:
         f"model     {spec.class_name}, {spec.num_parameters / 1e6:,.1f} M parameters, {spec.dtype}, "
         f"{spec.num_layers} layers, sequences up to {spec.max_length} tokens",
         f"weights   {layers}",
-        f"KV cache  {plan.kv_tokens:,} tokens in {plan.num_pages:,} pages of {plan.page_tokens}",
+        f"KV cache  {_kv_cache(plan, spec)}",
         f"block     up to {plan.micro_batches} micro-batches of {plan.micro_batch_tokens} tokens, "
         f"{plan.max_sequences} sequences",
         f"workers   1 loader ({plan.loader_threads} reads), {plan.attention_workers} attention "
@@ -32,3 +35,15 @@ def describe(plan: Plan, spec: ModelSpec) -> str:
         + ", ".join(f"{name} {format_size(size)}" for name, size in plan.parts.items()),
     ]
     return "\n".join(lines)
+
+
+def _kv_cache(plan: Plan, spec: ModelSpec) -> str:
+    """Tokens that it holds; where they depend on the length of a sequence, what sequences take."""
+    first, *others = plan.kv_groups
+    if not others and not (first.window or first.attention_chunk):
+        tokens = plan.num_pages * first.page_tokens
+        return f"{tokens:,} tokens in {plan.num_pages:,} pages of {first.page_tokens}"
+    size = plan.parts["KV cache"] // plan.num_pages
+    lengths = [length for length in LENGTHS if length < spec.max_length] or [spec.max_length]
+    sequences = (f"{format_size(pages_for(plan.kv_groups, n) * size)} with {n:,} tokens" for n in lengths)
+    return f"{plan.num_pages:,} pages of {format_size(size)}; a sequence takes {', '.join(sequences)}"

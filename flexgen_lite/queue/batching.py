@@ -11,10 +11,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from flexgen_lite.queue.page_table import PageTable, page_keys
+from flexgen_lite.queue.page_table import PageTable, block_keys
 from flexgen_lite.queue.running_request import RunningRequest
 from flexgen_lite.wire.sampling import NO_TOKEN, Scored, TokenLogprobs
-from flexgen_lite.wire.worker_messages import KvBatch, KvSpan, TokenBatch, TokenSpan
+from flexgen_lite.wire.worker_messages import KvBatch, KvSpan, PageRun, TokenBatch, TokenSpan
 
 EXPECTED_MARGIN = 1.25  # over the average life
 EXPECTED_WEIGHT = 0.02  # of the last request that ended, in the average
@@ -198,7 +198,7 @@ class Batcher:
     def _has_pages(self, request: RunningRequest, rows: int, placed: set[int], waiting: Waiting) -> bool:
         """Sees to it that the next rows have pages, at the cost of younger sequences if need be."""
         while True:
-            pages = self._pages.grow(request.id, request.stored + rows)
+            pages = self._pages.grow(request.id, request.stored, request.stored + rows)
             if pages is not None:
                 request.pages = pages
                 return True
@@ -233,7 +233,7 @@ class Batcher:
         table = self._pages
         load = _Load([table.num_used(w) for w in range(table.num_workers)], [set() for _ in range(table.num_workers)])
         for running in self.running.values():
-            load.pages[running.worker] += max(0, self._expected_pages(running) - len(running.pages))
+            load.pages[running.worker] += max(0, self._expected_pages(running) - _num_pages(running.pages))
             if running.stored < running.num_prompt_tokens:
                 load.keys[running.worker].update(self._keys(running))
         held: list[RunningRequest] = []
@@ -241,25 +241,26 @@ class Batcher:
         while len(self.running) + len(held) < self._max_sequences and (request := waiting.first()) is not None:
             needed = self._expected_pages(request)
             worker, num_coming = self._choose(request, needed, load)
-            shared = table.find(worker, self._sharable(request))
-            stored, room = len(shared) * table.page_tokens, self._most_room(bins)
+            keys = self._sharable(request)
+            shared = keys[: table.find(worker, keys)]
+            stored, room = len(shared) * table.block_tokens, self._most_room(bins)
             rows = request.num_left - stored
             assert rows > 0, "a request without a row never ends"
-            saved = (num_coming - len(shared)) * table.page_tokens
+            saved = (num_coming - len(shared)) * table.block_tokens
             if hold and 2 * saved >= rows:
                 held.append(waiting.take())
                 gain += saved
                 continue
             if rows > room and (rows <= self._micro_batch_tokens or room == 0):
                 break
-            more = needed - len(shared) + table.num_idle(shared)
+            more = needed - table.num_shared(worker, shared)
             if load.pages[worker] and load.pages[worker] + more > table.size(worker):
                 break
             used = table.num_used(worker)
-            pages = table.allocate(request.id, request.num_left, worker, shared)
+            pages = table.allocate(request.id, worker, request.num_left, min(rows, room), shared)
             if pages is None:
                 break
-            load.pages[worker] += table.num_used(worker) - used + max(0, needed - len(pages))
+            load.pages[worker] += table.num_used(worker) - used + max(0, needed - _num_pages(pages))
             load.keys[worker].update(self._keys(request))
             request.worker, request.pages, request.stored = worker, pages, stored
             self.num_shared += stored
@@ -268,14 +269,14 @@ class Batcher:
         return held, gain
 
     def _choose(self, request: RunningRequest, needed: int, load: _Load) -> tuple[int, int]:
-        """(worker, pages that it has or will have of what the request can share): the worker with the least to do, or
+        """(worker, blocks that it has or will have of what the request can share): the worker with the least to do, or
         one that has more of it, if that has not much more to do."""
         table, keys = self._pages, self._sharable(request)
         least = min(range(table.num_workers), key=lambda w: load.pages[w] / table.size(w))
         best, most = least, 0
         for worker in (least, *range(table.num_workers)):
             coming = load.keys[worker]
-            count = len(table.find(worker, keys))
+            count = table.find(worker, keys)
             while count < len(keys) and keys[count] in coming:
                 count += 1
             if count > most and load.pages[worker] - load.pages[least] <= MOST_UNEVEN * needed:
@@ -283,20 +284,20 @@ class Batcher:
         return best, most
 
     def _sharable(self, request: RunningRequest) -> tuple[bytes, ...]:
-        """Keys of the pages that it may have from others."""
-        return self._keys(request)[: request.most_shared // self._pages.page_tokens]
+        """Keys of the blocks that it may have from others."""
+        return self._keys(request)[: request.most_shared // self._pages.block_tokens]
 
     def _keys(self, request: RunningRequest) -> tuple[bytes, ...]:
-        """Of the prompt's full pages."""
-        if request.page_keys is None:
-            page_tokens = self._pages.page_tokens
-            count = request.num_prompt_tokens // page_tokens if self._share else 0
-            request.page_keys = page_keys(request.tokens, page_tokens, count)
-        return request.page_keys
+        """Of the prompt's full blocks."""
+        if request.block_keys is None:
+            size = self._pages.block_tokens
+            count = request.num_prompt_tokens // size if self._share else 0
+            request.block_keys = block_keys(request.tokens, size, count)
+        return request.block_keys
 
     def _expected_pages(self, request: RunningRequest) -> int:
         share = min(1.0, EXPECTED_MARGIN * self._expected_share)
-        generated = max(request.num_generated + self._pages.page_tokens, int(share * request.params.max_tokens))
+        generated = max(request.num_generated + self._pages.block_tokens, int(share * request.params.max_tokens))
         return self._pages.pages_for(min(request.num_prompt_tokens + generated, request.most_stored))
 
     def commit(self, micro_batches: list[MicroBatch], results: list[Result]) -> list[RunningRequest]:
@@ -322,7 +323,7 @@ class Batcher:
                         request.add(token)
                 if request.stored < request.num_prompt_tokens:
                     stored = min(request.stored + piece.num_rows, request.num_prompt_tokens)
-                    self._pages.publish(request.id, self._keys(request)[: stored // self._pages.page_tokens])
+                    self._pages.publish(request.id, self._keys(request)[: stored // self._pages.block_tokens])
                 request.stored += piece.num_rows
                 if request.finish_reason is not None or request.overflowed:
                     finished.append(request)
@@ -349,3 +350,7 @@ class Batcher:
         fitting = [b for b in bins if b.num_rows + rows <= self._micro_batch_tokens]
         target = min(fitting, key=lambda b: b.num_rows) if self._spread else fitting[0]
         target.add(Piece(request, rows))
+
+
+def _num_pages(runs: tuple[PageRun, ...]) -> int:
+    return sum(len(run.pages) for run in runs)

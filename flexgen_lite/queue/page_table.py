@@ -4,46 +4,84 @@ from __future__ import annotations
 
 import itertools
 from array import array
+from bisect import bisect_right
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from hashlib import blake2b
+
+from flexgen_lite.memory.kv_groups import block_tokens, pages_for
+from flexgen_lite.wire.worker_messages import KvGroup, PageRun
+
+Block = tuple[int, ...]  # pages of one group that hold `block_tokens` tokens of a sequence; known by the first
+Pages = tuple[PageRun, ...]  # of a sequence, by group
+_LONGEST = 1 << 40  # tokens
+
+
+@dataclass(slots=True)
+class _Held:
+    """What a sequence has.
+
+    Attributes:
+        firsts: by group, the number of its first block: those before it are behind the window.
+        blocks: by group, from that one on.
+        num_shared: blocks at its beginning that others had stored.
+        anchors: shared blocks behind the windows, by group.
+        runs: all of it but the anchors, as workers are told.
+    """
+
+    worker: int
+    firsts: list[int]
+    blocks: list[list[Block]]
+    num_shared: int
+    anchors: list[Block] = field(default_factory=list)
+    runs: Pages = ()
 
 
 class PageTable:
     """Pages 0 .. num_pages - 1, divided evenly among the workers; a sequence's pages all belong to one worker.
 
-    A full page of a prompt is published under its key (`page_keys`) once it is stored: prompts that begin alike then
+    A sequence has pages of its own in each group of columns (`KvGroup`). They come in *blocks* of `block_tokens`
+    tokens. In groups with a window it has those alone that its next tokens can see.
+
+    A full block of a prompt is published under its key (`block_keys`) once it is stored: prompts that begin alike then
     share it. It is written no more, and stays when no sequence has it, until there is no other page left; then those
-    go first that have not been used for the longest time.
+    go first that have not been used for the longest time. What a sequence shares it keeps for others when its own
+    window has passed, as long as there are other pages.
 
     Pages are handed out lowest first, so memory that was touched before is touched again.
     """
 
-    def __init__(self, num_pages: int, page_tokens: int, num_workers: int) -> None:
+    def __init__(self, num_pages: int, groups: Sequence[KvGroup], num_workers: int) -> None:
         if num_pages < num_workers:
             raise ValueError(f"{num_pages} KV pages for {num_workers} attention workers: at least one page each")
-        self.page_tokens = page_tokens
+        self.block_tokens = block_tokens(groups)
         self.num_workers = num_workers
+        self._groups = tuple(groups)
+        self._sizes_of_blocks = [self.block_tokens // group.page_tokens for group in groups]
+        self._windowed = [bool(group.window or group.attention_chunk) for group in groups]
         bounds = [num_pages * w // num_workers for w in range(num_workers + 1)]
         self._free = [list(range(bounds[w + 1] - 1, bounds[w] - 1, -1)) for w in range(num_workers)]
         self._sizes = [len(free) for free in self._free]
-        self._owned: dict[int, tuple[int, tuple[int, ...]]] = {}
-        self._users: Counter[int] = Counter()  # by page
-        self._found: list[dict[bytes, int]] = [{} for _ in range(num_workers)]  # published pages
-        self._keys: dict[int, bytes] = {}  # of published pages
-        self._idle: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(num_workers)]  # published, no user
+        self._held: dict[int, _Held] = {}
+        self._users: Counter[int] = Counter()  # by block
+        self._found: list[list[dict[bytes, Block]]] = [[{} for _ in groups] for _ in range(num_workers)]  # published
+        self._keys: dict[int, tuple[int, bytes]] = {}  # of published blocks: group and key
+        self._idle: list[OrderedDict[int, Block]] = [OrderedDict() for _ in range(num_workers)]  # published, no user
+        self._num_idle = [0] * num_workers  # pages
 
-    @property
-    def max_tokens(self) -> int:
-        """Tokens of the longest sequence that could ever be held."""
-        return min(self._sizes) * self.page_tokens
+    def max_tokens(self, rows: int) -> int:
+        """Tokens of the longest sequence that could ever be held, if at most `rows` of it are computed in a pass."""
+        size = min(self._sizes)
+        return bisect_right(range(_LONGEST), size, key=lambda tokens: self.pages_for(tokens, rows)) - 1
 
     @property
     def used_pages(self) -> int:
         return sum(map(self.num_used, range(self.num_workers)))
 
-    def pages_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.page_tokens)
+    def pages_for(self, num_tokens: int, rows: int = 1) -> int:
+        """Most pages that a sequence of `num_tokens` has, of which `rows` at most are computed in one pass."""
+        return pages_for(self._groups, num_tokens, rows)
 
     def size(self, worker: int) -> int:
         """Pages of a worker."""
@@ -51,87 +89,183 @@ class PageTable:
 
     def num_free(self, worker: int) -> int:
         """Pages that can be had."""
-        return len(self._free[worker]) + len(self._idle[worker])
+        return len(self._free[worker]) + self._num_idle[worker]
 
     def num_used(self, worker: int) -> int:
         """Pages that sequences have, shared ones counted once."""
         return self._sizes[worker] - self.num_free(worker)
 
-    def find(self, worker: int, keys: Sequence[bytes]) -> tuple[int, ...]:
-        """The published pages of the first keys, up to one that is not there."""
-        found = map(self._found[worker].get, keys)
-        return tuple(itertools.takewhile(lambda page: page is not None, found))  # type: ignore[arg-type]
+    def find(self, worker: int, keys: Sequence[bytes]) -> int:
+        """How many blocks at the beginning of a prompt with these keys are there, for a sequence to go on from."""
+        most, found = len(keys), self._found[worker]
+        for of_group, windowed in zip(found, self._windowed, strict=True):
+            if not windowed:
+                most = next((i for i, key in enumerate(keys[:most]) if key not in of_group), most)
+        windows = [index for index, windowed in enumerate(self._windowed) if windowed]
+        if not windows:
+            return most
+        lengths = [0] * len(self._groups)  # of the run of published blocks that ends here
+        best = 0
+        for count, key in enumerate(keys[:most], start=1):
+            for index in windows:
+                lengths[index] = lengths[index] + 1 if key in found[index] else 0
+            if all(lengths[index] >= count - self._first_block(index, count * self.block_tokens) for index in windows):
+                best = count
+        return best
 
-    def num_idle(self, pages: Sequence[int]) -> int:
-        """How many of these published pages no sequence has."""
-        return sum(not self._users[page] for page in pages)
+    def num_shared(self, worker: int, keys: Sequence[bytes]) -> int:
+        """How many pages sequences have of those that another one would share: of blocks that `find` has counted."""
+        blocks = itertools.chain.from_iterable(self._shared(worker, keys))
+        return sum(len(block) for block in blocks if self._users[block[0]])
 
     def allocate(
-        self, sequence: int, num_tokens: int, worker: int, shared: tuple[int, ...] = ()
-    ) -> tuple[int, ...] | None:
-        """Pages of `worker` for `num_tokens`, the first of them `shared`, or None if it has not as many left."""
-        assert sequence not in self._owned, f"sequence {sequence} has its pages already"
-        count = self.pages_for(num_tokens) - len(shared)
-        if count > self.num_free(worker) - self.num_idle(shared):
-            return None
-        for page in shared:
-            self._idle[worker].pop(page, None)
-            self._users[page] += 1
-        pages = shared + self._take(worker, count)
-        self._owned[sequence] = worker, pages
-        return pages
+        self, sequence: int, worker: int, num_tokens: int, rows: int, keys: Sequence[bytes] = ()
+    ) -> Pages | None:
+        """Pages of `worker`, or None if it has not as many left.
 
-    def grow(self, sequence: int, num_tokens: int) -> tuple[int, ...] | None:
-        """All pages of a sequence, now at least enough for `num_tokens`, or None if its worker has not as many left."""
-        worker, pages = self._owned[sequence]
-        count = self.pages_for(num_tokens) - len(pages)
-        if count > self.num_free(worker):
+        Args:
+            num_tokens: that are known of the sequence; where all are kept it has pages for all of them.
+            rows: so many follow the shared ones in the next pass.
+            keys: of the blocks that it shares, which `find` has counted.
+        """
+        assert sequence not in self._held, f"sequence {sequence} has its pages already"
+        shared = self._shared(worker, keys)
+        stored = len(keys) * self.block_tokens
+        held = _Held(worker, [len(keys) - len(blocks) for blocks in shared], shared, len(keys))
+        missing = [
+            self._missing(held, index, stored + rows if windowed else num_tokens)
+            for index, windowed in enumerate(self._windowed)
+        ]
+        idle = sum(len(block) for blocks in shared for block in blocks if not self._users[block[0]])
+        if self._pages_of(missing) > self.num_free(worker) - idle:
             return None
-        pages += self._take(worker, count)
-        self._owned[sequence] = worker, pages
-        return pages
+        for block in itertools.chain.from_iterable(shared):
+            self._use(worker, block)
+        self._held[sequence] = held
+        return self._extend(held, missing)
+
+    def grow(self, sequence: int, begin: int, end: int) -> Pages | None:
+        """All pages of a sequence whose tokens `begin` .. `end` are next, enough for them, or None if its worker has
+        not as many left. What no later token sees is free from here on."""
+        held = self._held[sequence]
+        slid = self._slide(held, begin)
+        missing = [self._missing(held, index, end) for index in range(len(self._groups))]
+        needed = self._pages_of(missing)
+        if needed > self.num_free(held.worker):
+            self._give_back(held.worker, held.anchors)
+            held.anchors = []
+            if needed > self.num_free(held.worker):
+                return None
+        return self._extend(held, missing) if needed or slid else held.runs
 
     def publish(self, sequence: int, keys: Sequence[bytes]) -> None:
-        """The sequence's first pages hold what these keys stand for, and will to the end."""
-        worker, pages = self._owned[sequence]
-        found = self._found[worker]
-        for page, key in zip(pages, keys, strict=False):
-            if key not in found:
-                found[key] = page
-                self._keys[page] = key
-
-    def _take(self, worker: int, count: int) -> tuple[int, ...]:
-        free, idle = self._free[worker], self._idle[worker]
-        while len(free) < count:
-            page, _ = idle.popitem(last=False)
-            del self._found[worker][self._keys.pop(page)]
-            free.append(page)
-        first = len(free) - max(0, count)
-        pages = tuple(free[first:][::-1])
-        del free[first:]
-        self._users.update(pages)
-        return pages
+        """The sequence's first blocks hold what these keys stand for, and will to the end."""
+        held = self._held[sequence]
+        for index, of_group in enumerate(self._found[held.worker]):
+            first = held.firsts[index]
+            for block, key in zip(held.blocks[index], keys[first:], strict=False):
+                if key not in of_group:
+                    of_group[key] = block
+                    self._keys[block[0]] = index, key
 
     def release(self, sequence: int) -> None:
-        worker, pages = self._owned.pop(sequence)
-        free = self._free[worker]
-        for page in reversed(pages):  # of a beginning that is shared, the end goes first
-            self._users[page] -= 1
-            if self._users[page]:
+        held = self._held.pop(sequence)
+        for blocks in held.blocks:
+            self._give_back(held.worker, reversed(blocks))  # of a beginning that is shared, the end goes first
+        self._give_back(held.worker, reversed(held.anchors))
+
+    def _shared(self, worker: int, keys: Sequence[bytes]) -> list[list[Block]]:
+        """By group, those of the first blocks with these keys that what comes behind them can see."""
+        return [
+            [of_group[key] for key in keys[self._first_block(index, len(keys) * self.block_tokens) :]]
+            for index, of_group in enumerate(self._found[worker])
+        ]
+
+    def _first_block(self, index: int, position: int) -> int:
+        """That the token at `position` sees."""
+        return self._groups[index].first_seen(position) // self.block_tokens
+
+    def _missing(self, held: _Held, index: int, end: int) -> int:
+        """Blocks up to token `end` that the sequence has not."""
+        blocks = held.blocks[index]
+        return max(0, -(-end // self.block_tokens) - held.firsts[index] - len(blocks))
+
+    def _pages_of(self, counts: Sequence[int]) -> int:
+        return sum(count * size for count, size in zip(counts, self._sizes_of_blocks, strict=True))
+
+    def _slide(self, held: _Held, position: int) -> bool:
+        """Gives back what neither the token at `position` nor a later one sees; whether there was any."""
+        slid = False
+        for index, windowed in enumerate(self._windowed):
+            count = self._first_block(index, position) - held.firsts[index] if windowed else 0
+            if count > 0:
+                gone, held.blocks[index] = held.blocks[index][:count], held.blocks[index][count:]
+                shared = max(0, held.num_shared - held.firsts[index])
+                held.firsts[index] += count
+                held.anchors += gone[:shared]
+                self._give_back(held.worker, gone[shared:])
+                slid = True
+        return slid
+
+    def _extend(self, held: _Held, missing: Sequence[int]) -> Pages:
+        for blocks, size, count in zip(held.blocks, self._sizes_of_blocks, missing, strict=True):
+            blocks += self._take(held.worker, size, count)
+        held.runs = tuple(
+            PageRun(first * size, tuple(itertools.chain.from_iterable(blocks)))
+            for first, size, blocks in zip(held.firsts, self._sizes_of_blocks, held.blocks, strict=True)
+        )
+        return held.runs
+
+    def _take(self, worker: int, size: int, count: int) -> list[Block]:
+        free, needed = self._free[worker], size * count
+        if needed == 0:
+            return []
+        if len(free) < needed:
+            while len(free) < needed:
+                self._forget_oldest(worker)
+            free.sort(reverse=True)
+        pages = free[-needed:][::-1]
+        del free[-needed:]
+        blocks = [tuple(pages[i : i + size]) for i in range(0, needed, size)]
+        self._users.update(block[0] for block in blocks)
+        return blocks
+
+    def _forget_oldest(self, worker: int) -> None:
+        """The published block that nobody has had for the longest time is free."""
+        first, block = self._idle[worker].popitem(last=False)
+        self._num_idle[worker] -= len(block)
+        index, key = self._keys.pop(first)
+        del self._found[worker][index][key]
+        self._free[worker] += block
+
+    def _use(self, worker: int, block: Block) -> None:
+        if self._idle[worker].pop(block[0], None) is not None:
+            self._num_idle[worker] -= len(block)
+        self._users[block[0]] += 1
+
+    def _give_back(self, worker: int, blocks: Iterable[Block]) -> None:
+        free, before = self._free[worker], len(self._free[worker])
+        for block in blocks:
+            first = block[0]
+            self._users[first] -= 1
+            if self._users[first]:
                 continue
-            del self._users[page]
-            if page in self._keys:
-                self._idle[worker][page] = None
+            del self._users[first]
+            if first in self._keys:
+                self._idle[worker][first] = block
+                self._num_idle[worker] += len(block)
             else:
-                free.append(page)
-        free.sort(reverse=True)
+                free += block
+        if len(free) > before:
+            free.sort(reverse=True)
 
 
-def page_keys(tokens: Sequence[int], page_tokens: int, num_pages: int) -> tuple[bytes, ...]:
-    """Keys of a prompt's first pages: K and V of a page depend on all tokens up to its end, and on nothing else."""
+def block_keys(tokens: Sequence[int], num_tokens: int, num_blocks: int) -> tuple[bytes, ...]:
+    """Keys of a prompt's first blocks of `num_tokens`: K and V of a block depend on all tokens up to its end, and on
+    nothing else."""
     keys, key = [], b""
-    for first in range(0, num_pages * page_tokens, page_tokens):
-        page = array("i", tokens[first : first + page_tokens])
-        key = blake2b(key + page.tobytes(), digest_size=16).digest()
+    for first in range(0, num_blocks * num_tokens, num_tokens):
+        block = array("i", tokens[first : first + num_tokens])
+        key = blake2b(key + block.tobytes(), digest_size=16).digest()
         keys.append(key)
     return tuple(keys)

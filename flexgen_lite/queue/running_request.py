@@ -9,6 +9,7 @@ from flexgen_lite.queue.kept_logprobs import KeptLogprobs
 from flexgen_lite.queue.open_request import OpenRequest
 from flexgen_lite.tokens.stream import TextStream
 from flexgen_lite.wire.sampling import Penalties, Sample, WireParams
+from flexgen_lite.wire.worker_messages import PageRun
 
 
 @dataclass(slots=True, eq=False)
@@ -27,7 +28,7 @@ class RunningRequest:
     end_ids: frozenset[int]
     stored: int = 0
     worker: int = -1
-    pages: tuple[int, ...] = ()
+    pages: tuple[PageRun, ...] = ()
     times_preempted: int = 0
     overflowed: bool = False  # the model's numbers did, so that there is no next token
     logprobs: KeptLogprobs | None = None  # of the generated tokens, if asked for
@@ -36,7 +37,7 @@ class RunningRequest:
     number: int = 0
     text: TextStream | None = None  # of the answer, where something is asked of it before it is complete
     is_streamed: bool = False  # a reader wants its tokens as they come
-    page_keys: tuple[bytes, ...] | None = None  # of the prompt's full pages, once they are asked for
+    block_keys: tuple[bytes, ...] | None = None  # of the prompt's full blocks, once they are asked for
 
     @property
     def num_generated(self) -> int:
@@ -103,7 +104,7 @@ class RunningRequest:
             logprobs=KeptLogprobs(self.params.logprobs) if self.params.logprobs is not None else None,
             owner=owner,
             number=self.number + 1,
-            page_keys=self.page_keys,
+            block_keys=self.block_keys,
             text=self.text.afresh() if self.text is not None else None,
             is_streamed=self.is_streamed,
         )

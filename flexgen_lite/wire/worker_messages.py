@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from flexgen_lite.model.spec import AttentionSpec, FileStamp, ModelSpec, UnitSpec
+from flexgen_lite.model.spec import AttentionSpec, FileStamp, ModelSpec, UnitSpec, first_seen
 from flexgen_lite.wire.sampling import Sample, Scored, TokenLogprobs
 
 REPORT_SECONDS = 0.1
@@ -107,19 +107,48 @@ class ExchangeSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class KvSpec:
-    """The KV arena: `num_pages` pages of `page_tokens` tokens in every column.
+class KvGroup:
+    """Columns whose keys and values lie in the same pages.
 
-    Column c's keys are `[num_pages, num_kv_heads, page_tokens, head_dim]` at byte `key_offsets[c]`, its values
-    `[num_pages, num_kv_heads, page_tokens, value_dim]` at byte `value_offsets[c]`.
+    Attributes:
+        columns: those of them that have keys and values of their own.
+        page_tokens: tokens of a page.
+        window: tokens that the columns see, at most; 0: all.
+        attention_chunk: tokens of a chunk, if they see those of their own chunk alone; 0: no chunks.
+    """
+
+    columns: tuple[int, ...]
+    page_tokens: int
+    window: int = 0
+    attention_chunk: int = 0
+
+    def first_seen(self, position: int) -> int:
+        """The first token that the one at `position` sees; no later one sees any before it."""
+        return first_seen(position, self.window, self.attention_chunk)
+
+
+@dataclass(frozen=True, slots=True)
+class KvSpec:
+    """The KV arena: `num_pages` pages of `page_bytes`, each with tokens of one group's columns.
+
+    In a page, column c's keys are `[num_kv_heads, page_tokens, head_dim]` at byte `key_offsets[c]`, its values
+    `[num_kv_heads, page_tokens, value_dim]` at byte `value_offsets[c]`.
+
+    Attributes:
+        group_of: the group of each column's keys and values.
     """
 
     num_pages: int
-    page_tokens: int
+    page_bytes: int
     dtype: str
+    groups: tuple[KvGroup, ...]
+    group_of: tuple[int, ...]
     key_offsets: tuple[int, ...]
     value_offsets: tuple[int, ...]
-    arena_bytes: int
+
+    @property
+    def arena_bytes(self) -> int:
+        return self.num_pages * self.page_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +176,16 @@ class AttachAttention:
 
 
 @dataclass(frozen=True, slots=True)
+class PageRun:
+    """Pages of a sequence in one group: `pages[i]` holds its tokens from `(first + i) * page_tokens` on."""
+
+    first: int
+    pages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class KvSpan:
-    """Rows `row .. row + num_rows` of a region are tokens `position ..` of the sequence that owns `pages`.
+    """Rows `row .. row + num_rows` of a region are tokens `position ..` of the sequence that has `pages`, by group.
 
     Their K and V are stored. If `attend`, each row's query attends to the sequence's tokens up to its own position.
     """
@@ -157,7 +194,7 @@ class KvSpan:
     num_rows: int
     position: int
     attend: bool
-    pages: tuple[int, ...]
+    pages: tuple[PageRun, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,8 +24,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from flexgen_lite import EngineError, FlexGenLite, SamplingParams
-from flexgen_lite.workers.compute import attention_call
-from flexgen_lite.workers.compute.tiny_config import tiny_config
+from flexgen_lite.workers.compute import attention_call, probe
 from flexgen_lite.workers.compute.trial import find_text_path
 from flexgen_lite.workers.model import builder
 from tests.compiled_kernels import ROOT
@@ -105,11 +104,11 @@ def write_page() -> None:
 
 
 def save_tiny(config: Any, directory: Path) -> PreTrainedModel:
-    """The reference, eager; what a text does not need stays on the meta device."""
-    small = tiny_config(config)
-    ours = builder.build(type(small).from_dict(small.to_dict()), torch.float32)
+    """The reference, eager; what a text does not need has NaNs."""
+    small, ours = probe.tiny_model(config)
     find_text_path(ours)
     theirs = builder.build(small, torch.float32, "eager")
+    probe.without_weights(theirs)
     generator = torch.Generator().manual_seed(0)
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in ours.state_dict(keep_vars=True).items():

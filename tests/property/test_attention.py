@@ -1,4 +1,4 @@
-"""Random attention against float64 numpy: shapes, windows, softcaps, sinks, pages, spans, dtypes."""
+"""Random attention against float64 numpy: shapes, windows, chunks, softcaps, sinks, pages, spans, dtypes."""
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -12,13 +12,18 @@ from tests.attention_case import Case, Sequence
 def specs(draw: st.DrawFn) -> AttentionSpec:
     kv_heads, group = draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 3, 4, 8, 33]))
     dim = draw(st.sampled_from([8, 16, 24, 64, 80, 96, 128, 256]) | st.integers(1, 40))
+    limit = draw(st.none() | st.integers(1, 64) | st.sampled_from([511, 512, 513]))
+    chunked = draw(st.booleans())
+    in_keys = draw(st.booleans())
     return AttentionSpec(
         num_heads=kv_heads * group,
         num_kv_heads=kv_heads,
         head_dim=dim,
-        value_dim=draw(st.just(dim) | st.integers(1, 130)),
+        value_dim=draw(st.integers(1, dim) if in_keys else st.just(dim) | st.integers(1, 130)),
+        values_in_keys=in_keys,
         scaling=draw(st.sampled_from([dim**-0.5, 1.0, 0.05])),
-        sliding_window=draw(st.none() | st.integers(1, 64) | st.sampled_from([511, 512, 513])),
+        sliding_window=None if chunked else limit,
+        attention_chunk=limit if chunked else None,
         softcap=draw(st.none() | st.sampled_from([1.0, 30.0])),
         sinks=draw(st.booleans()),
     )

@@ -9,14 +9,24 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flexgen_lite.memory.kv_groups import pages_for
 from flexgen_lite.queue.batching import Batcher, MicroBatch, Piece, Result
 from flexgen_lite.queue.kept_logprobs import KeptLogprobs
 from flexgen_lite.queue.page_table import PageTable
 from flexgen_lite.queue.running_request import RunningRequest
 from flexgen_lite.queue.waiting_queue import WaitingQueue
 from flexgen_lite.wire.sampling import TokenLogprobs, WireParams
+from flexgen_lite.wire.worker_messages import KvGroup
+from tests.kv_groups import one_group
 
 EOS = 7
+GROUPS = (
+    one_group(8),
+    one_group(8, window=11),
+    (KvGroup((0,), 8), KvGroup((1,), 8, window=5)),
+    (KvGroup((0,), 8, window=20), KvGroup((1,), 8, window=20), KvGroup((2,), 16)),
+    (KvGroup((0,), 8), KvGroup((1,), 8, attention_chunk=12)),
+)
 
 
 def request(number: int, prompt: int, max_tokens: int, kind: int | None = None) -> RunningRequest:
@@ -54,23 +64,28 @@ def check_rows(micro_batch: MicroBatch, index: int, workers: int, limit: int) ->
 class Memory:
     """What the places of the KV pages hold: all tokens up to the one whose K and V are there."""
 
-    def __init__(self, page_tokens: int) -> None:
-        self._page_tokens = page_tokens
-        self._held: dict[tuple[int, int], tuple[int, ...]] = {}
+    def __init__(self, groups: tuple[KvGroup, ...]) -> None:
+        self._groups = groups
+        self._held: dict[tuple[int, int], tuple[int, tuple[int, ...]]] = {}
 
     def check(self, piece: Piece) -> None:
-        """Its past is there before the pass begins."""
-        tokens = tuple(piece.request.tokens)
-        for position in range(piece.request.stored):
-            assert self._held[self._place(piece, position)] == tokens[: position + 1], "another token's K and V"
+        """What it sees of its past is there before the pass begins."""
+        tokens, stored = tuple(piece.request.tokens), piece.request.stored
+        for index, group in enumerate(self._groups):
+            for position in range(group.first_seen(stored), stored):
+                held = self._held[self._place(piece, index, position)]
+                assert held == (index, tokens[: position + 1]), "another token's K and V"
 
     def store(self, piece: Piece) -> None:
         tokens, first = tuple(piece.request.tokens), piece.request.stored
-        for position in range(first, first + piece.num_rows):
-            self._held[self._place(piece, position)] = tokens[: position + 1]
+        for index in range(len(self._groups)):
+            for position in range(first, first + piece.num_rows):
+                self._held[self._place(piece, index, position)] = index, tokens[: position + 1]
 
-    def _place(self, piece: Piece, position: int) -> tuple[int, int]:
-        return piece.request.pages[position // self._page_tokens], position % self._page_tokens
+    def _place(self, piece: Piece, index: int, position: int) -> tuple[int, int]:
+        run, (page, within) = piece.request.pages[index], divmod(position, self._groups[index].page_tokens)
+        assert page >= run.first, "behind its window"
+        return run.pages[page - run.first], within
 
 
 @given(
@@ -78,6 +93,7 @@ class Memory:
         st.tuples(st.integers(1, 60), st.integers(1, 6), st.integers(0, 3) | st.none()), min_size=1, max_size=25
     ),
     pages=st.integers(12, 40),
+    groups=st.sampled_from(GROUPS),
     workers=st.integers(1, 3),
     max_sequences=st.integers(1, 12),
     micro_batches=st.integers(1, 4),
@@ -87,12 +103,13 @@ class Memory:
     random=st.randoms(use_true_random=False),
 )
 def test_every_request_is_served(
-    prompts, pages, workers, max_sequences, micro_batches, tokens, spread, least_gain, random
+    prompts, pages, groups, workers, max_sequences, micro_batches, tokens, spread, least_gain, random
 ) -> None:  # type: ignore[no-untyped-def]
-    table = PageTable(pages * workers, 8, workers)
+    pages = max(pages * len(groups), pages_for(groups, 66, tokens))
+    table = PageTable(pages * workers, groups, workers)
     batcher = Batcher(table, max_sequences, micro_batches, tokens, spread, least_gain=least_gain)
     requests = [request(i, *prompt) for i, prompt in enumerate(prompts)]
-    memory = Memory(8)
+    memory = Memory(groups)
     waiting = queue(requests)
     finished: list[RunningRequest] = []
     stored: Counter[int] = Counter()
@@ -117,7 +134,8 @@ def test_every_request_is_served(
             assert requests[number].stored == 0 and requests[number].pages == ()
             stored[number] = 0  # preempted: it will be computed again
         assert not running or min(running) in seen, "the oldest goes on"
-        short = any(table.num_free(w) == 0 for w in range(workers)) or batcher.num_preempted > preempted
+        step = pages_for(groups, 1)
+        short = any(table.num_free(w) < step for w in range(workers)) or batcher.num_preempted > preempted
         if running - set(seen) and not short:
             full = len(composed) == micro_batches and all(m.num_rows == limit for m in composed)
             assert full, "a running request stood still though there were rows"
@@ -127,7 +145,8 @@ def test_every_request_is_served(
             for piece in micro_batch.pieces:
                 assert piece.request.stored == stored[piece.request.id]
                 stored[piece.request.id] += piece.num_rows
-                assert stored[piece.request.id] <= len(piece.request.pages) * 8
+                for group, run in zip(groups, piece.request.pages, strict=True):
+                    assert stored[piece.request.id] <= (run.first + len(run.pages)) * group.page_tokens
             wanted = sum(span.sample is not None for span in micro_batch.token_batch(index).spans)
             sampled.append(Result(tuple(random.choice([1, 2, EOS]) for _ in range(wanted))))
         finished += batcher.commit(composed, sampled)
@@ -140,7 +159,7 @@ def test_every_request_is_served(
 
 
 def test_a_long_prompt_comes_in_chunks() -> None:
-    batcher = Batcher(PageTable(40, 8, 1), 4, 1, 16, spread=False)
+    batcher = Batcher(PageTable(40, one_group(8), 1), 4, 1, 16, spread=False)
     waiting = queue([request(0, 40, 2)])
     rows = []
     while waiting or batcher.running:
@@ -157,7 +176,7 @@ def test_a_long_prompt_comes_in_chunks() -> None:
 
 
 def test_a_long_prompt_is_not_starved_by_short_ones() -> None:
-    batcher = Batcher(PageTable(4000, 8, 1), 64, 2, 64, spread=True)
+    batcher = Batcher(PageTable(4000, one_group(8), 1), 64, 2, 64, spread=True)
     waiting = queue([request(0, 300, 2), *(request(i, 9, 40) for i in range(1, 200))])
     passes = 0
     while any(r.id == 0 for r in waiting) or 0 in batcher.running:
@@ -168,7 +187,7 @@ def test_a_long_prompt_is_not_starved_by_short_ones() -> None:
 
 
 def test_a_finished_sequence_is_replaced_in_the_next_pass() -> None:
-    batcher = Batcher(PageTable(40, 8, 1), 1, 1, 16, spread=False)
+    batcher = Batcher(PageTable(40, one_group(8), 1), 1, 1, 16, spread=False)
     waiting = queue([request(0, 3, 1), request(1, 3, 1)])
     first = batcher.compose(waiting)
     batcher.commit(first, [Result((1,))])
@@ -178,14 +197,14 @@ def test_a_finished_sequence_is_replaced_in_the_next_pass() -> None:
 
 def test_spread_fills_micro_batches_evenly() -> None:
     waiting = queue(request(i, 4, 1) for i in range(6))
-    batcher = Batcher(PageTable(40, 8, 1), 8, 3, 64, spread=True)
+    batcher = Batcher(PageTable(40, one_group(8), 1), 8, 3, 64, spread=True)
     assert [m.num_rows for m in batcher.compose(waiting)] == [8, 8, 8]
 
 
 def test_short_answers_let_more_run_at_once_and_long_ones_send_the_youngest_back() -> None:
     """At first whole lives are reckoned with; when answers turn out short, more are admitted; when they are long after
     all, the youngest wait."""
-    table = PageTable(40, 8, 1)
+    table = PageTable(40, one_group(8), 1)
     batcher = Batcher(table, 64, 1, 64, spread=False)
     waiting = queue(request(i, 8, 100) for i in range(400))
     most, finished = [], 0
@@ -219,20 +238,20 @@ def rows_by_pass(batcher: Batcher, waiting: WaitingQueue) -> list[dict[int, tupl
 
 def test_prompts_that_begin_alike_are_computed_once() -> None:
     """The others wait for the pages of the first; one that is different does not."""
-    batcher = Batcher(PageTable(40, 8, 1), 8, 1, 64, spread=False)
+    batcher = Batcher(PageTable(40, one_group(8), 1), 8, 1, 64, spread=False)
     waiting = queue([request(0, 20, 1, kind=1), request(1, 20, 1, kind=1), request(2, 30, 1, kind=1), request(3, 9, 1)])
     assert rows_by_pass(batcher, waiting) == [{0: (0, 20), 3: (0, 9)}, {1: (16, 4), 2: (16, 14)}]
     assert batcher.num_shared == 32
 
 
 def test_a_little_that_is_alike_is_not_waited_for() -> None:
-    batcher = Batcher(PageTable(40, 8, 1), 8, 1, 64, spread=False)
+    batcher = Batcher(PageTable(40, one_group(8), 1), 8, 1, 64, spread=False)
     waiting = queue([request(0, 9, 1, kind=1), request(1, 30, 1, kind=1), request(2, 12, 1, kind=1)])
     assert rows_by_pass(batcher, waiting) == [{0: (0, 9), 1: (0, 30)}, {2: (8, 4)}]
 
 
 def test_no_prompt_waits_for_a_gain_that_is_smaller_than_a_pass() -> None:
-    batcher = Batcher(PageTable(80, 8, 1), 8, 1, 64, spread=False, least_gain=33)
+    batcher = Batcher(PageTable(80, one_group(8), 1), 8, 1, 64, spread=False, least_gain=33)
     waiting = queue([request(i, 20, 1, kind=1) for i in range(3)])
     assert rows_by_pass(batcher, waiting) == [{0: (0, 20), 1: (0, 20), 2: (0, 20)}]
     waiting = queue([request(i, 20, 1, kind=2) for i in range(4)])
@@ -240,27 +259,27 @@ def test_no_prompt_waits_for_a_gain_that_is_smaller_than_a_pass() -> None:
 
 
 def test_nothing_is_shared_if_so_said() -> None:
-    batcher = Batcher(PageTable(40, 8, 1), 8, 1, 64, spread=False, share=False)
+    batcher = Batcher(PageTable(40, one_group(8), 1), 8, 1, 64, spread=False, share=False)
     waiting = queue([request(0, 20, 1, kind=1), request(1, 20, 1, kind=1)])
     assert rows_by_pass(batcher, waiting) == [{0: (0, 20), 1: (0, 20)}]
 
 
 def test_the_last_token_is_always_computed() -> None:
-    batcher = Batcher(PageTable(40, 8, 1), 8, 1, 64, spread=False)
+    batcher = Batcher(PageTable(40, one_group(8), 1), 8, 1, 64, spread=False)
     waiting = queue([request(0, 16, 1, kind=1), request(1, 16, 1, kind=1)])
     assert rows_by_pass(batcher, waiting) == [{0: (0, 16)}, {1: (8, 8)}]
 
 
 def test_of_what_is_only_scored_a_row_is_left() -> None:
     """Its last token is not computed, so the pages may hold all that is: an answer without a score, of several."""
-    batcher = Batcher(PageTable(40, 8, 1), 8, 1, 64, spread=False)
+    batcher = Batcher(PageTable(40, one_group(8), 1), 8, 1, 64, spread=False)
     waiting = queue([request(0, 17, 0, kind=1), request(1, 17, 0, kind=1)])
     assert rows_by_pass(batcher, waiting) == [{0: (0, 16)}, {1: (8, 8)}]
 
 
 def test_tokens_whose_logprobs_are_wanted_are_computed() -> None:
     """Those of a continuation, in logits of the tokens before them."""
-    batcher = Batcher(PageTable(40, 8, 1), 8, 1, 128, spread=False)
+    batcher = Batcher(PageTable(40, one_group(8), 1), 8, 1, 128, spread=False)
     scored = [request(i, 40, 0, kind=1) for i in range(3)]
     for one, first in zip(scored, (30, 25, 1), strict=True):
         one.params = replace(one.params, prompt_logprobs=0, scored_from=first)
@@ -281,7 +300,7 @@ def test_tokens_whose_logprobs_are_wanted_are_computed() -> None:
 
 
 def test_a_prompt_goes_where_its_beginning_is_unless_that_worker_has_much_more_to_do() -> None:
-    table = PageTable(2000, 8, 2)
+    table = PageTable(2000, one_group(8), 2)
     batcher = Batcher(table, 200, 1, 4000, spread=False)
     waiting = queue(request(i, 40, 50, kind=1) for i in range(60))
     workers: Counter[int] = Counter()

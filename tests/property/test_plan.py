@@ -23,15 +23,21 @@ MEASURED = Measured(350 * (1 << 20), 30 * (1 << 20), 60 * (1 << 20))
 MACHINE = Machine(cpus=(0, 1), available_ram=16 * GIB, numa_nodes=1)
 
 
-def model(layers: int, layer_bytes: int, outside: int, hidden: int, max_length: int) -> ModelSpec:
+def model(
+    layers: int, layer_bytes: int, outside: int, hidden: int, max_length: int, window: int | None = None
+) -> ModelSpec:
+    """Every sixth layer sees everything, the others have the window."""
     units = tuple(UnitSpec(f"layer {i}", (), (), (), layer_bytes) for i in range(layers))
-    attention = AttentionSpec(hidden // 64, hidden // 64, 64, 64, 0.125, None, None, False)
+    attention = [
+        AttentionSpec(hidden // 64, hidden // 64, 64, 64, 0.125, None if i % 6 == 5 else window, None, False)
+        for i in range(layers)
+    ]
     return ModelSpec(
         model_type="opt", class_name="OPTForCausalLM", dtype="float32", num_layers=layers, vocab_size=50000,
         hidden_size=hidden, intermediate_size=4 * hidden, max_length=max_length, eos_token_ids=(2,), bos_token_id=1,
         num_parameters=1, files=(), stamps=(), units=(*units, UnitSpec("outside", (), (), (), outside)),
         columns=tuple(range(layers)),
-        attention=(attention,) * layers,
+        attention=tuple(attention),
         kv_columns=tuple(range(layers)),
     )  # fmt: skip
 
@@ -53,6 +59,7 @@ SPECS = st.builds(
     outside=st.integers(1, 100_000).map(lambda pages: pages * 4096),
     hidden=st.integers(1, 64).map(lambda heads: heads * 64),
     max_length=st.integers(1, 8192),
+    window=st.none() | st.integers(1, 2048),
 )
 OPTIONS = st.fixed_dictionaries(
     {"ram": st.integers(700, 16_000).map(lambda mib: mib * MIB)},
@@ -96,8 +103,8 @@ def test_a_plan_stays_inside_the_budget_and_hangs_together(
     assert made.device_slots == 0 or made.device_slots >= len(on_device) + min(2, passing)
     assert made.weights_bytes == made.slot_offsets[-1] + spec.units[-1].num_bytes
     assert made.max_sequences <= made.micro_batches * made.micro_batch_tokens
-    table = PageTable(made.num_pages, made.page_tokens, made.attention_workers)
-    assert table.max_tokens >= min(spec.max_length, 256), "a sequence of ordinary length fits on every worker"
+    table = PageTable(made.num_pages, made.kv_groups, made.attention_workers)
+    assert table.max_tokens(256) >= min(spec.max_length, 256), "a sequence of ordinary length fits on every worker"
 
 
 @given(SPECS, OPTIONS)
@@ -114,7 +121,7 @@ def test_a_refusal_names_a_budget_that_does(spec: ModelSpec, options: dict[str, 
 
 def most_tokens(made: Plan) -> int:
     """Of one sequence, that each attention worker can hold."""
-    return PageTable(made.num_pages, made.page_tokens, made.attention_workers).max_tokens
+    return PageTable(made.num_pages, made.kv_groups, made.attention_workers).max_tokens(made.micro_batch_tokens)
 
 
 @given(SPECS, st.integers(300, 4096), st.integers(700, 6000))
@@ -176,14 +183,13 @@ def test_few_short_sequences_leave_room_for_layers() -> None:
     unknown, known = plan_for(spec, ram=4 * GIB), plan_for(spec, Workload(20, 150, 200, 300), ram=4 * GIB)
     assert known.max_sequences == 20
     assert len(known.resident_layers) > len(unknown.resident_layers)
-    table = PageTable(known.num_pages, known.page_tokens, known.attention_workers)
-    assert table.max_tokens >= 20 * 150
+    assert most_tokens(known) >= 20 * 150
 
 
 def test_room_for_the_longest_sequence_expected_comes_before_layers() -> None:
     spec = model(24, 200 * MIB, 400 * MIB, 2048, 2048)
     made = plan_for(spec, Workload(2, 150, 2000, 2000), ram=4 * GIB, attention_workers=2)
-    assert PageTable(made.num_pages, made.page_tokens, made.attention_workers).max_tokens >= 2000
+    assert most_tokens(made) >= 2000
 
 
 def test_a_setting_wins_over_what_is_expected() -> None:

@@ -58,13 +58,21 @@ def _scale(start, stop, factor):  # type: ignore[no-untyped-def]
 def key_address(kv, shape, pages, head, token, width):  # type: ignore[no-untyped-def]
     """Of the group that `token` is the first of; `width` words are a key."""
     page, within = pages[token >> shape.page_shift], token & ((1 << shape.page_shift) - 1)
-    return kv + shape.keys + ((((page * shape.num_kv_heads + head) << shape.page_shift) + within) * width) * 4
+    return kv + page * shape.page_bytes + shape.keys + ((head << shape.page_shift) + within) * width * 4
 
 
 @kernel
 def value_address(kv, shape, pages, head, token, width):  # type: ignore[no-untyped-def]
     page, within = pages[token >> shape.page_shift], token & ((1 << shape.page_shift) - 1)
-    return kv + shape.values + ((((page * shape.num_kv_heads + head) << shape.page_shift) + within) * width) * 4
+    return kv + page * shape.page_bytes + shape.values + ((head << shape.page_shift) + within) * width * 4
+
+
+@kernel
+def first_seen(shape, position):  # type: ignore[no-untyped-def]
+    """The first token that the one at `position` sees."""
+    if shape.attention_chunk > 0:
+        return position // shape.attention_chunk * shape.attention_chunk
+    return max(0, position + 1 - shape.window) if shape.window > 0 else 0
 
 
 @kernel
@@ -78,8 +86,32 @@ def find_groups(kv, shape, pages, head, block, start, stop, end, per_word, at): 
         to = at.where + 8 * g
         tiles.store_address(key_address(kv, shape, pages, head, token, key_words), to)
         tiles.store_address(key_address(kv, shape, pages, head, ahead, key_words), to + 8 * GROUPS)
+        if shape.values_in_keys:
+            values = at.values + g * LANES * value_words * 4
+            tiles.store_address(values, to + 16 * GROUPS)
+            tiles.store_address(values, to + 24 * GROUPS)
+            continue
         tiles.store_address(value_address(kv, shape, pages, head, token, value_words), to + 16 * GROUPS)
         tiles.store_address(value_address(kv, shape, pages, head, ahead, value_words), to + 24 * GROUPS)
+
+
+@kernel
+def turn_values(shape, at, block, start, stop, per_word):  # type: ignore[no-untyped-def]
+    """Has the values of the block's groups as rows, which lie in the keys across."""
+    count = words(shape.value_dim, per_word)
+    stride = 4 * count
+    for g in range((start - block) // LANES, (stop - block + LANES - 1) // LANES):
+        source, target = tiles.load_address(at.where + 8 * g), at.values + g * LANES * stride
+        if count >= LANES:
+            for word in range(0, count, LANES):
+                first = min(word, count - LANES)
+                tiles.turn(source + first * ROW, target + 4 * first, stride)
+        else:
+            for word in range(count):
+                for token in range(LANES):
+                    simd.store_float(
+                        simd.load_float(source + word * ROW + 4 * token), target + token * stride + 4 * word
+                    )
 
 
 @kernel
@@ -92,8 +124,9 @@ def ask_for_first(kv, shape, pages, head, begin, end, per_word):  # type: ignore
         values = value_address(kv, shape, pages, head, token, value_words)
         for at in range(keys, keys + key_words * ROW, 64):
             tiles.prefetch(at)
-        for at in range(values, values + value_words * ROW, 64):
-            tiles.prefetch(at)
+        if not shape.values_in_keys:
+            for at in range(values, values + value_words * ROW, 64):
+                tiles.prefetch(at)
 
 
 @kernel
@@ -212,8 +245,8 @@ def attend_block(unit, shape, at, block, start, stop, per_word, kind):  # type: 
         size = _tile_size(count - i)
         _score(at, i, size, first, last, key_words, kind)
         for query in range(i, i + size):
-            seen = unit.position + (unit.first + query) // heads + 1
-            begin = max(0, seen - shape.window) if shape.window > 0 else 0
-            _weigh(at, query, first, last, max(start, begin) - block, min(stop, seen) - block, shape)
+            position = unit.position + (unit.first + query) // heads
+            begin = max(start, first_seen(shape, position))
+            _weigh(at, query, first, last, begin - block, min(stop, position + 1) - block, shape)
         _add_values(at, i, size, first, last, start - block, stop - block, value_words, per_word, kind)
         i += size

@@ -25,8 +25,10 @@ from flexgen_lite.workers.attention.block import (
     attend_block,
     exp2,
     find_groups,
+    first_seen,
     kernel,
     key_address,
+    turn_values,
     value_address,
     words,
 )
@@ -117,6 +119,8 @@ def _store_row(kv, region, shape, pages, head, row, token, per_word, kind):  # t
     to = key_address(kv, shape, pages, head, group, key_words) + (token - group) * 4
     for w in range(key_words):
         tiles.copy_word(source + 4 * w, d - w * per_word, to + w * ROW, kind)
+    if shape.values_in_keys:
+        return
     source = region + shape.v + (row * heads + head) * e * size
     to = value_address(kv, shape, pages, head, token, value_words)
     for w in range(value_words):
@@ -133,6 +137,8 @@ def _attend_chunk(kv, shape, pages, unit, head, at, start, stop, end, per_word, 
     for block in range(start // BLOCK * BLOCK, stop, BLOCK):
         begin, limit = max(start, block), min(stop, block + BLOCK)
         find_groups(kv, shape, pages, head, block, begin, limit, end, per_word, at)
+        if shape.values_in_keys:
+            turn_values(shape, at, block, begin, limit, per_word)
         attend_block(unit, shape, at, block, begin, limit, per_word, kind)
 
 
@@ -145,7 +151,7 @@ def _attend_item(kv, region, all_pages, unit, shape, head, at, partials, kind): 
         _store_row(kv, region, shape, pages, head, unit.row, unit.position, per_word, kind)
     _load_queries(region, unit, shape, head, at, per_word, kind)
     end = unit.position + (unit.last - 1) // heads + 1
-    begin = max(0, unit.position + unit.first // heads + 1 - shape.window) if shape.window > 0 else 0
+    begin = first_seen(shape, unit.position + unit.first // heads)
     begin, end = max(begin, unit.chunk * CHUNK), min(end, unit.chunk_stop * CHUNK)
     is_single = unit.chunk_stop - unit.chunk == 1
     ask_for_first(kv, shape, pages, head, begin, end, per_word)
@@ -191,7 +197,7 @@ def attend(kv, region, pages, units, shape, scratch, partials, counter, kind):  
     Places, and of partial_bytes() per query of a partial unit. pages: int64, the pages of all sequences, one after
     another. units: int64 `[U, 9]`, see Unit. counter: int64 `[1]`, 0 before the first thread begins. kind: simd.py.
     """
-    at = _places(scratch, shape.head_dim, shape.value_dim, tiles.items_per_word(kind))
+    at = _places(scratch, shape.head_dim, shape.value_dim, tiles.items_per_word(kind), shape.values_in_keys)
     while True:
         item = simd.fetch_add(counter)
         if item >= len(units) * shape.num_kv_heads:
@@ -207,7 +213,7 @@ def join(region, units, joins, shape, scratch, partials, counter, kind):  # type
     joins: int64 `[J, 2]`, the first unit and the number of units of each sequence whose chunks are units of their own.
     """
     per_word = tiles.items_per_word(kind)
-    at = _places(scratch, shape.head_dim, shape.value_dim, per_word)
+    at = _places(scratch, shape.head_dim, shape.value_dim, per_word, shape.values_in_keys)
     size = _partial_bytes(at)
     while True:
         item = simd.fetch_add(counter)

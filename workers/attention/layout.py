@@ -20,16 +20,19 @@ STORE_ROWS = 64  # at most, per piece of a store
 
 
 class Shape(NamedTuple):
-    """A layer's attention as the kernels need it. Offsets are in bytes: `keys` and `values` of the layer in the KV
-    arena, the rest in an exchange region."""
+    """A layer's attention as the kernels need it. Offsets are in bytes: `keys` and `values` of the layer in a page, the
+    rest in an exchange region."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     value_dim: int
+    page_bytes: int
     page_shift: int  # log2 of the tokens of a page
     window: int  # tokens a query sees, itself included; 0: all
+    attention_chunk: int  # tokens; a query sees those of its own chunk alone; 0: no chunks
     has_sinks: bool
+    values_in_keys: bool  # a value is the beginning of its key
     scaling: np.float32
     softcap: np.float32  # 0: none
     keys: int
@@ -71,10 +74,11 @@ class Places(NamedTuple):
     total_m: int
     total_l: int
     line: int
+    values: int  # of a block, as rows of tokens, where they lie in the keys
     end: int
 
 
-def places(base: int, head_dim: int, value_dim: int, per_word: int) -> Places:
+def places(base: int, head_dim: int, value_dim: int, per_word: int, values_in_keys: bool) -> Places:
     """`base` is a multiple of 64; so is what the places take together, `end` - `base`."""
     query_stride = ((head_dim + per_word - 1) // per_word * per_word * 4 + 63) // 64 * 64
     sum_stride = ((value_dim + per_word - 1) // per_word + LANES - 1) // LANES * per_word * ROW
@@ -87,12 +91,14 @@ def places(base: int, head_dim: int, value_dim: int, per_word: int) -> Places:
     total_m = sum_of_weights + QUERIES * ROW
     total_l = total_m + QUERIES * 4
     line = total_l + QUERIES * 4
+    values = line + ROW
+    end = values + (BLOCK * ((value_dim + per_word - 1) // per_word) * 4 if values_in_keys else 0)
     return Places(
         query_stride, BLOCK * 4, sum_stride, base, where, score, sums, total,
-        m, sum_of_weights, total_m, total_l, line, line + ROW,
+        m, sum_of_weights, total_m, total_l, line, values, end,
     )  # fmt: skip
 
 
 def partial_bytes(value_dim: int, per_word: int) -> int:
     """Of one query of a partial unit and one KV head: its sums, m and l."""
-    return places(0, 1, value_dim, per_word).sum_stride + 64
+    return places(0, 1, value_dim, per_word, False).sum_stride + 64

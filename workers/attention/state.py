@@ -11,9 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from flexgen_lite.memory import exchange as exchange_layout
-from flexgen_lite.memory import kv_layout
-from flexgen_lite.model.spec import ITEM_BYTES
-from flexgen_lite.wire.worker_messages import AttachAttention, Attend, BeginAttention, KvBatch, KvSpan
+from flexgen_lite.model.spec import ITEM_BYTES, first_seen
+from flexgen_lite.wire.worker_messages import AttachAttention, Attend, BeginAttention, KvBatch, KvSpan, PageRun
 from flexgen_lite.workers.attention import kernels, layout
 from flexgen_lite.workers.simd import LANES
 from flexgen_lite.workers.team import Job, Team
@@ -24,17 +23,20 @@ Ints = npt.NDArray[np.int64]
 STORAGE: dict[str, npt.DTypeLike] = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.uint16}
 KINDS = {"float32": np.float32(0), "bfloat16": np.uint16(0), "float16": np.int16(0)}  # see simd.py
 PREFAULT_BYTES, PREFAULT_SHARE = 2 << 30, 0.125
-PREFAULT_PAGES = 64  # of a column, at a time
+PREFAULT_STEP = 32 << 20  # at a time
 MADV_POPULATE_WRITE = 23
 UNITS_PER_THREAD = 8  # sequences longer than this share of a micro-batch are split into their chunks
 
 
 class _Key(NamedTuple):
-    """What the units of a column depend on: query heads of a key/value head, window, whether it stores K and V."""
+    """What the units of a column depend on: query heads of a key/value head, what they see, whether it stores K and V,
+    and whose pages."""
 
-    group: int
+    heads: int
     window: int
+    attention_chunk: int
     stores: bool
+    group: int
 
 
 @dataclass(slots=True)
@@ -49,8 +51,8 @@ class _Units:
 @dataclass(slots=True)
 class _Batch:
     region: int  # its address
-    pages: Ints
-    pieces: Ints
+    pages: list[Ints]  # by group, of all sequences
+    pieces: list[Ints]  # by group
     units: dict[_Key, _Units]
 
 
@@ -68,9 +70,9 @@ class AttentionState:
                 f"both must be the same one of {', '.join(STORAGE)}"
             )
         self._attach = attach
-        page_tokens = attach.kv.page_tokens
-        if page_tokens % LANES or page_tokens & (page_tokens - 1):
-            raise ValueError(f"KV pages of {page_tokens} tokens: a power of two from {LANES} on expected")
+        for page_tokens in (group.page_tokens for group in attach.kv.groups):
+            if page_tokens % LANES or page_tokens & (page_tokens - 1):
+                raise ValueError(f"KV pages of {page_tokens} tokens: a power of two from {LANES} on expected")
         self._memory_of_kv = kv
         self._kv = _bytes(kv, attach.kv.arena_bytes, "KV")
         self._exchange = _bytes(exchange, attach.exchange.num_regions * attach.exchange.region_bytes, "exchange")
@@ -78,7 +80,13 @@ class AttentionState:
         self._per_word = 4 // ITEM_BYTES[attach.kv.dtype]
         self._shapes = [self._shape(column) for column in range(len(attach.columns))]
         self._keys = [
-            _Key(shape.num_heads // shape.num_kv_heads, shape.window, attach.kv_columns[column] == column)
+            _Key(
+                shape.num_heads // shape.num_kv_heads,
+                shape.window,
+                shape.attention_chunk,
+                attach.kv_columns[column] == column,
+                attach.kv.group_of[column],
+            )
             for column, shape in enumerate(self._shapes)
         ]
         self._counter = np.zeros(1, np.int64)
@@ -108,35 +116,25 @@ class AttentionState:
     def prefault(self, stop: threading.Event) -> None:
         """Takes memory for the pages that are used first, until `stop`: a first touch costs several times what a copy
         does. At most PREFAULT_BYTES and PREFAULT_SHARE of the arena."""
-        kv = self._attach.kv
-        most = min(PREFAULT_BYTES, int(kv.arena_bytes * PREFAULT_SHARE))
-        pages = most * kv.num_pages // kv.arena_bytes
-        if not isinstance(self._memory_of_kv, mmap.mmap) or pages == 0:
+        if not isinstance(self._memory_of_kv, mmap.mmap):
             return
-        for begin in range(0, pages, PREFAULT_PAGES):
-            for column, spec in enumerate(self._attach.columns):
-                if not self._keys[column].stores:
-                    continue
-                for offset, width in (
-                    (kv.key_offsets[column], spec.head_dim),
-                    (kv.value_offsets[column], spec.value_dim),
-                ):
-                    page = kv_layout.row_bytes(width, kv.dtype) * spec.num_kv_heads * kv.page_tokens
-                    start = (offset + begin * page) // mmap.PAGESIZE * mmap.PAGESIZE
-                    if stop.is_set():
-                        return
-                    try:
-                        self._memory_of_kv.madvise(MADV_POPULATE_WRITE, start, PREFAULT_PAGES * page)
-                    except OSError:  # an older kernel: they come when they are touched
-                        return
+        size = self._attach.kv.arena_bytes
+        for start in range(0, min(PREFAULT_BYTES, int(size * PREFAULT_SHARE)), PREFAULT_STEP):
+            if stop.is_set():
+                return
+            try:
+                self._memory_of_kv.madvise(MADV_POPULATE_WRITE, start, min(PREFAULT_STEP, size - start))
+            except OSError:  # an older kernel: they come when they are touched
+                return
 
     def _run(self, batch: _Batch, shape: layout.Shape, key: _Key) -> None:
-        kv, region, pages, scratch, kind = self._kv.ctypes.data, batch.region, batch.pages, self._scratch, self._kind
+        kv, region, scratch, kind = self._kv.ctypes.data, batch.region, self._scratch, self._kind
+        pages, pieces = batch.pages[key.group], batch.pieces[key.group]
         partials, counter = self._partials.ctypes.data, self._counter.ctypes.data
         plan = batch.units[key]
         self._share(
-            len(batch.pieces) if key.stores else 0,
-            lambda member: kernels.store(kv, region, pages, batch.pieces, shape, counter, kind),
+            len(pieces) if key.stores else 0,
+            lambda member: kernels.store(kv, region, pages, pieces, shape, counter, kind),
         )
         self._share(
             len(plan.units),
@@ -170,9 +168,12 @@ class AttentionState:
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
             value_dim=spec.value_dim,
-            page_shift=kv.page_tokens.bit_length() - 1,
+            page_bytes=kv.page_bytes,
+            page_shift=kv.groups[kv.group_of[column]].page_tokens.bit_length() - 1,
             window=spec.sliding_window or 0,
+            attention_chunk=spec.attention_chunk or 0,
             has_sinks=spec.sinks,
+            values_in_keys=spec.values_in_keys,
             scaling=np.float32(spec.scaling),
             softcap=np.float32(spec.softcap or 0.0),
             keys=kv.key_offsets[column],
@@ -190,7 +191,9 @@ class AttentionState:
         if threads != self._team.size:
             self._team.close()
             self._team = Team(threads)
-            size = max(layout.places(0, s.head_dim, s.value_dim, self._per_word).end for s in self._shapes)
+            size = max(
+                layout.places(0, s.head_dim, s.value_dim, self._per_word, s.values_in_keys).end for s in self._shapes
+            )
             self._memory = np.zeros(threads * size + 64, np.uint8)
             start = -(-self._memory.ctypes.data // 64) * 64
             self._scratch = [start + i * size for i in range(threads)]
@@ -201,23 +204,18 @@ class AttentionState:
             raise ValueError(
                 f"micro-batch {batch.micro_batch} in region {batch.region} of {exchange.num_regions} regions"
             )
-        starts = []
-        num_pages = 0
         for span in batch.spans:
             self._check(batch.micro_batch, span)
-            starts.append(num_pages)
-            num_pages += len(span.pages)
-        pages = np.fromiter((page for span in batch.spans for page in span.pages), np.int64, num_pages)
-        spans = list(zip(batch.spans, starts, strict=True))
-        result = _Batch(
-            region=self._exchange.ctypes.data + batch.region * exchange.region_bytes,
-            pages=pages,
-            pieces=_pieces(spans),
-            units={},
-        )
+        result = _Batch(self._exchange.ctypes.data + batch.region * exchange.region_bytes, [], [], {})
+        by_group: list[list[tuple[KvSpan, int]]] = []
+        for group in range(len(self._attach.kv.groups)):
+            pages, starts = _flat_pages([span.pages[group] for span in batch.spans])
+            by_group.append(list(zip(batch.spans, starts, strict=True)))
+            result.pages.append(pages)
+            result.pieces.append(_pieces(by_group[-1]))
         for shape, key in zip(self._shapes, self._keys, strict=True):
             if key not in result.units:
-                result.units[key] = _units(spans, key, len(self._scratch))
+                result.units[key] = _units(by_group[key.group], key, len(self._scratch))
             self._reserve(result.units[key].num_partials, shape)
         return result
 
@@ -225,20 +223,35 @@ class AttentionState:
         kv, what = self._attach.kv, f"micro-batch {micro_batch}, span at row {span.row}"
         if span.row < 0 or span.num_rows < 1 or span.row + span.num_rows > self._attach.exchange.max_tokens:
             raise ValueError(f"{what}: {span.num_rows} rows, the regions have {self._attach.exchange.max_tokens}")
-        held = len(span.pages) * kv.page_tokens
-        if span.position < 0 or span.position + span.num_rows > held:
-            raise ValueError(
-                f"{what}: positions {span.position} .. {span.position + span.num_rows - 1}, "
-                f"its {len(span.pages)} pages hold {held} tokens"
-            )
-        for page in span.pages:
-            if not 0 <= page < kv.num_pages:
-                raise ValueError(f"{what}: page {page}, the arena has {kv.num_pages} pages")
+        if len(span.pages) != len(kv.groups):
+            raise ValueError(f"{what}: pages of {len(span.pages)} groups, the arena has {len(kv.groups)}")
+        for group, run in zip(kv.groups, span.pages, strict=True):
+            begin, end = run.first * group.page_tokens, (run.first + len(run.pages)) * group.page_tokens
+            needed = group.first_seen(span.position) if span.attend else span.position
+            if not 0 <= begin <= needed or span.position + span.num_rows > end:
+                raise ValueError(
+                    f"{what}: positions {span.position} .. {span.position + span.num_rows - 1}, "
+                    f"its {len(run.pages)} pages hold tokens {begin} .. {end - 1}"
+                )
+            for page in run.pages:
+                if not 0 <= page < kv.num_pages:
+                    raise ValueError(f"{what}: page {page}, the arena has {kv.num_pages} pages")
 
     def _reserve(self, num_partials: int, shape: layout.Shape) -> None:
         size = num_partials * shape.num_kv_heads * layout.partial_bytes(shape.value_dim, self._per_word)
         if size > len(self._partials):
             self._partials = np.zeros(size, np.uint8)
+
+
+def _flat_pages(runs: list[PageRun]) -> tuple[Ints, list[int]]:
+    """All pages one after another, and where each sequence's begin: there is a place for those that it has no more."""
+    starts: list[int] = []
+    flat: list[int] = []
+    for run in runs:
+        starts.append(len(flat))
+        flat += [0] * run.first
+        flat += run.pages
+    return np.array(flat, np.int64), starts
 
 
 def _pieces(spans: list[tuple[KvSpan, int]]) -> Ints:
@@ -258,18 +271,17 @@ def _is_stored_by_unit(span: KvSpan) -> bool:
 
 def _units(spans: list[tuple[KvSpan, int]], key: _Key, threads: int) -> _Units:
     """The spans that attend, cut into units; a long one with few queries into a unit per chunk."""
-    group, window = key.group, key.window
     attending = [(span, pages) for span, pages in spans if span.attend]
-    tokens = [(span.num_rows * _visible(span, window), span, pages) for span, pages in attending]
+    tokens = [(span.num_rows * _visible(span, key), span, pages) for span, pages in attending]
     share = sum(count for count, _, _ in tokens) / (UNITS_PER_THREAD * threads)
     units: list[tuple[int, ...]] = []
     joins: list[tuple[int, int]] = []
     num_partials = 0
     for count, span, pages in tokens:
-        queries = span.num_rows * group
+        queries = span.num_rows * key.heads
         for first in range(0, queries, layout.QUERIES):
             last = min(first + layout.QUERIES, queries)
-            begin, end = _token_range(span, first // group, (last - 1) // group, window)
+            begin, end = _token_range(span, first // key.heads, (last - 1) // key.heads, key)
             chunk, chunk_stop = begin // layout.CHUNK, -(-end // layout.CHUNK)
             where = (span.row, span.position, pages, first, last)
             stores = key.stores and _is_stored_by_unit(span)
@@ -287,14 +299,14 @@ def _units(spans: list[tuple[KvSpan, int]], key: _Key, threads: int) -> _Units:
     )
 
 
-def _token_range(span: KvSpan, first_row: int, last_row: int, window: int) -> tuple[int, int]:
+def _token_range(span: KvSpan, first_row: int, last_row: int, key: _Key) -> tuple[int, int]:
     """The tokens that any of these rows sees."""
-    begin = max(0, span.position + first_row + 1 - window) if window else 0
+    begin = first_seen(span.position + first_row, key.window, key.attention_chunk)
     return begin, span.position + last_row + 1
 
 
-def _visible(span: KvSpan, window: int) -> int:
-    begin, end = _token_range(span, span.num_rows - 1, span.num_rows - 1, window)
+def _visible(span: KvSpan, key: _Key) -> int:
+    begin, end = _token_range(span, span.num_rows - 1, span.num_rows - 1, key)
     return end - begin
 
 

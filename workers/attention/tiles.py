@@ -195,6 +195,13 @@ def value_tile(queries: int, lines: int, masked: bool = False) -> Any:
     return simd.operation_of_kind(build, types.void, *[types.int64] * 9)
 
 
+def _turn(builder: Any, source: Any, target: Any, stride: Any) -> None:
+    rows = [_load_words(builder, _offset(builder, source, i * ROW)) for i in range(LANES)]
+    for row in simd.turned(builder, rows):
+        simd.store_to(builder, row, target)
+        target = builder.add(target, stride)
+
+
 def _write_line(builder: Any, kind: str, sums: Any, scale: Any, target: Any, count: Any) -> None:
     factor = simd.spread(builder, scale)
     parts = [simd.load_from(builder, _offset(builder, sums, i * ROW)) for i in range(num_parts(kind))]
@@ -240,4 +247,6 @@ items_per_word = _constant(lambda kind: simd.I64(num_parts(kind)), types.int64)
 is_multiplied_as_words = _constant(lambda kind: ir.Constant(ir.IntType(1), int(takes_words(kind))), types.boolean)
 load_address = simd.operation(lambda b, at: simd.load_from(b, at, simd.I64), types.int64, _address)
 store_address = simd.operation(simd.store_to, types.void, types.int64, _address)
+# turn(source, target, stride): LANES vectors, each a word of LANES tokens, as rows of tokens.
+turn = simd.operation(_turn, types.void, _address, _address, types.int64)
 prefetch = simd.operation(_prefetch, types.void, _address)  # starts to fetch a cache line

@@ -10,7 +10,8 @@ from flexgen_lite.workers.attention.state import KINDS, STORAGE
 from flexgen_lite.workers.kernel_cache import from_cache
 
 _SHAPE = layout.Shape(
-    num_heads=1, num_kv_heads=1, head_dim=8, value_dim=8, page_shift=4, window=0, has_sinks=True,
+    num_heads=1, num_kv_heads=1, head_dim=8, value_dim=8, page_bytes=2048, page_shift=4, window=0, attention_chunk=0,
+    has_sinks=True, values_in_keys=False,
     scaling=np.float32(1), softcap=np.float32(0), keys=0, values=1024, q=0, k=64, v=128, out=192, sinks=256,
 )  # fmt: skip
 
@@ -31,7 +32,7 @@ def _run(dtype: str) -> None:
     units = np.array([[0, 0, 0, 0, 1, 0, 1, 0, 1]], np.int64)
     joins = np.array([[0, 1]], np.int64)
     partials = np.zeros(layout.partial_bytes(8, per_word), np.uint8)
-    memory = np.zeros(layout.places(0, 8, 8, per_word).end + 64, np.uint8)
+    memory = np.zeros(layout.places(0, 8, 8, per_word, False).end + 64, np.uint8)
     scratch = -(-memory.ctypes.data // 64) * 64
     here, at = region.ctypes.data, counter.ctypes.data
     kernels.store(kv.ctypes.data, here, pages, pieces, _SHAPE, at, kind)

@@ -9,7 +9,7 @@ Shapes: B batch (always 1), H query heads, G key/value heads, T tokens, D head s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import greenlet
 import torch
@@ -17,13 +17,17 @@ from torch import nn
 from transformers import AttentionInterface
 
 from flexgen_lite.model.spec import AttentionSpec
+from flexgen_lite.workers.compute.indexers import ALL, NO_MASK
 from flexgen_lite.workers.model.builder import ATTENTION_NAME
 from flexgen_lite.workers.serve import UserError
+
+if TYPE_CHECKING:
+    from flexgen_lite.workers.compute.latents import Latents
 
 KNOWN_ARGUMENTS = {
     "position_ids", "cache_position", "use_cache", "output_attentions", "position_embeddings", "is_causal", "layer_idx",
     "output_router_logits", "deterministic", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
-    "logits_to_keep",
+    "logits_to_keep", "output_hidden_states",
 }  # fmt: skip
 
 
@@ -36,23 +40,39 @@ class AttentionCall:
     sliding_window: int | None
     softcap: float | None
     sinks_H: torch.Tensor | None
+    attention_chunk: int | None = None
+    latents: Latents | None = None  # instead of keys and values
 
     @property
     def spec(self) -> AttentionSpec:
+        if self.latents is not None:
+            value_dim = self.latents.latent_B1TR.shape[3]
+            kv_heads, head_dim = 1, value_dim + self.latents.rotary_B1TP.shape[3]
+        else:
+            kv_heads, head_dim = self.key_BGTD.shape[1], self.query_BHTD.shape[3]
+            value_dim = self.value_BGTE.shape[3]
         return AttentionSpec(
             num_heads=self.query_BHTD.shape[1],
-            num_kv_heads=self.key_BGTD.shape[1],
-            head_dim=self.query_BHTD.shape[3],
-            value_dim=self.value_BGTE.shape[3],
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            value_dim=value_dim,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
             softcap=self.softcap,
             sinks=self.sinks_H is not None,
+            attention_chunk=self.attention_chunk,
+            values_in_keys=self.latents is not None,
         )
 
 
 class ModelGreenlet(greenlet.greenlet):
-    """A greenlet in which a model runs."""
+    """A greenlet in which a model runs.
+
+    Attributes:
+        latents: for the next attention call, instead of keys and values.
+    """
+
+    latents: Latents | None = None
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
         """Returns the attention output, `[B, T, H, E]`."""
@@ -72,11 +92,11 @@ def flexgen_lite_attention(
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask is not NO_MASK:
         raise UserError(f"{type(module).__name__} masks attention in a way of its own, which is not supported")
     if getattr(module, "is_causal", True) is False or kwargs.get("is_causal") is False:
         raise UserError(f"{type(module).__name__} is bidirectional: every token sees those behind it")
-    unknown = sorted(k for k, v in kwargs.items() if v is not None and k not in KNOWN_ARGUMENTS)
+    unknown = sorted(k for k, v in kwargs.items() if v is not None and v is not ALL and k not in KNOWN_ARGUMENTS)
     if unknown:
         raise UserError(f"{type(module).__name__} wants attention with {', '.join(unknown)}, which is not supported")
     current = greenlet.getcurrent()
@@ -89,8 +109,21 @@ def flexgen_lite_attention(
         sliding_window=sliding_window,
         softcap=softcap,
         sinks_H=s_aux,
+        attention_chunk=_attention_chunk(module),
+        latents=current.latents,
     )
+    current.latents = None
     return current.attend(call), None
+
+
+def _attention_chunk(module: nn.Module) -> int | None:
+    """Tokens of a chunk, where the layer's tokens see those of their own chunk alone; it is said by the mask alone."""
+    config, index = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    kinds = getattr(config, "layer_types", None)
+    if not kinds or index is None or kinds[index] != "chunked_attention":
+        return None
+    size: int = config.attention_chunk_size  # type: ignore[union-attr]
+    return size
 
 
 def register() -> None:

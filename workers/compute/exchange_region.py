@@ -41,7 +41,7 @@ class ExchangeRegion:
         return RegionViews(
             query_THD=self._tensor(at.q, (rows, heads, spec.head_dim), self._dtype),
             key_TGD=self._tensor(at.k, (rows, groups, spec.head_dim), self._dtype),
-            value_TGE=self._tensor(at.v, (rows, groups, spec.value_dim), self._dtype),
+            value_TGE=self._tensor(at.v, (rows, groups, spec.stored_value_dim), self._dtype),
             out_THE=self._tensor(at.out, (rows, heads, spec.value_dim), self._dtype),
             sinks_H=self._tensor(at.sinks, (heads,), torch.float32),
         )

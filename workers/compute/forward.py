@@ -11,6 +11,7 @@ want a token; H, G, D, E as in attention_call.py.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Sequence
 from itertools import pairwise
@@ -27,6 +28,7 @@ from flexgen_lite.workers.compute.attention_call import AttentionCall, ModelGree
 from flexgen_lite.workers.compute.device import Device
 from flexgen_lite.workers.compute.exchange_region import ExchangeRegion
 from flexgen_lite.workers.compute.head import Head
+from flexgen_lite.workers.compute.model_inputs import model_inputs
 from flexgen_lite.workers.compute.prefill_attention import prompt_attention
 from flexgen_lite.workers.compute.products import Products
 from flexgen_lite.workers.compute.sampling import Drawn, Scores, sample, score
@@ -107,11 +109,7 @@ class Forward(ModelGreenlet):
         samples = [self.samples[i : i + size] for i in range(0, len(last), size)] or [[]]
         sampled = [last[i : i + size] for i in range(0, len(last), size)] or [[]]
         chunks = [scored[i : i + size] for i in range(0, len(scored), size)]
-        inputs = {
-            "input_ids": self._on_device(batch.token_ids)[None],
-            "position_ids": self._on_device(positions)[None],
-            "use_cache": False,
-        }
+        inputs = model_inputs(self._model, self._on_device(batch.token_ids)[None], self._on_device(positions)[None])
         self._asked_rows_N = self._on_device(sorted({*last, *(row for row, _, _ in scored)}))
         rows = [*sampled, *([row for row, _, _ in chunk] for chunk in chunks)]
         with self._behind_last_attention:
@@ -167,28 +165,44 @@ class Forward(ModelGreenlet):
     def _send(self, call: AttentionCall) -> None:
         views = self._region.views(call.spec)
         tokens, attended = len(self._batch.token_ids), self._num_attended
-        send = self._device.to_host
+        send, latents = self._device.to_host, call.latents
         if self._kv_columns[self._reached] == self._reached:
-            send(views.key_TGD[:tokens], call.key_BGTD[0].transpose(0, 1))
-            send(views.value_TGE[:tokens], call.value_BGTE[0].transpose(0, 1))
+            key_BGTD = call.key_BGTD if latents is None else latents.keys()
+            send(views.key_TGD[:tokens], key_BGTD[0].transpose(0, 1))
+            if latents is None:
+                send(views.value_TGE[:tokens], call.value_BGTE[0].transpose(0, 1))
         if attended:
-            send(views.query_THD[:attended], call.query_BHTD[0, :, :attended].transpose(0, 1))
+            query_HAD = call.query_BHTD[0, :, :attended]
+            query_HAD = query_HAD if latents is None else latents.absorb(query_HAD)
+            send(views.query_THD[:attended], query_HAD.transpose(0, 1))
         if call.sinks_H is not None:
             send(views.sinks_H, call.sinks_H)
 
     def _output(self, call: AttentionCall) -> torch.Tensor:
         """The attention output, `[T, H, E]`."""
-        attended, dtype = self._num_attended, call.query_BHTD.dtype
-        prompts = [span for span in self._batch.spans if span.prefill]
+        attended, dtype, latents = self._num_attended, call.query_BHTD.dtype, call.latents
+        prompts = [(span.row, span.num_rows) for span in self._batch.spans if span.prefill]
+        heads, head_dim = call.query_BHTD.shape[1], call.query_BHTD.shape[3]
         if attended:
             from_workers = self._device.from_host(self._region.views(call.spec).out_THE[:attended]).to(dtype)
+            if latents is not None:
+                from_workers = latents.expand_output(from_workers, head_dim)
             if not prompts:
                 return from_workers
-        spec = call.spec
-        out_THE = call.query_BHTD.new_empty((len(self._batch.token_ids), spec.num_heads, spec.value_dim))
+        value_dim = call.value_BGTE.shape[3] if latents is None else latents.value_dim(heads, head_dim)
+        out_THE = call.query_BHTD.new_empty((len(self._batch.token_ids), heads, value_dim))
         if attended:
             out_THE[:attended] = from_workers
-        prompt_attention(call, [(span.row, span.num_rows) for span in prompts], out_THE)
+        if latents is None:
+            prompt_attention(call, prompts, out_THE)
+            return out_THE
+        key_BHTD, value_BHTE = latents.expand(
+            latents.latent_B1TR[:, :, attended:], latents.rotary_B1TP[:, :, attended:]
+        )
+        expanded = dataclasses.replace(
+            call, query_BHTD=call.query_BHTD[:, :, attended:], key_BGTD=key_BHTD, value_BGTE=value_BHTE, latents=None
+        )
+        prompt_attention(expanded, [(row - attended, count) for row, count in prompts], out_THE[attended:])
         return out_THE
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from flexgen_lite.model.checkpoint import check_config, open_checkpoint
+from flexgen_lite.model.checkpoint import Checkpoint, check_config, open_checkpoint
 from flexgen_lite.model.files import CheckpointError, check_files, is_there
 from flexgen_lite.model.spec import ModelSpec
 from flexgen_lite.wire.worker_messages import OpenModel
@@ -64,16 +64,16 @@ def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> Op
     check_config(directory)
     check_files(directory, (*TOKENIZER_FILES, "generation_config.json"))
     config = model_builder.load_config(directory)
-    dtype = _dtype(order.dtype, config, device)
     attention_call.register()
     model_builder.language_model_class(config)
     model_builder.check_sizes(directory, config)
-    if order.always_probe or config.model_type not in probe.TESTED_TYPES:
-        probe.prove(config)
-    model = model_builder.build(config, dtype)
-    path = find_text_path(model)
-    layers, text = path.layers, model_builder.text_config(config)
+    is_known = config.model_type in probe.TESTED_TYPES and not order.always_probe
+    keeps_latents = is_known or probe.prove(config)
     checkpoint = None if order.load_format == "dummy" else open_checkpoint(directory)
+    dtype = _dtype(order.dtype, config, checkpoint, device)
+    model = model_builder.build(config, dtype)
+    path = find_text_path(model, keeps_latents)
+    layers, text = path.layers, model_builder.text_config(config)
     units, warnings = map_weights(model, layers, checkpoint, dtype, path.unused)
     limit, warning = model_builder.max_length(text)
     tokenizer = open_tokenizer(directory, run_dir)
@@ -98,6 +98,8 @@ def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> Op
         columns=path.columns,
         attention=path.attention,
         kv_columns=path.kv_columns,
+        held_bytes=path.held_bytes,
+        pass_bytes=path.pass_bytes,
         head_copy_bytes=products.copied_bytes(outside(model, layers)),
         warnings=(*warnings, *([warning] if warning else []), *tokenizer.warnings),
     )
@@ -143,15 +145,22 @@ def _directory(model: str) -> Path:
         ) from error
 
 
-def _dtype(wanted: str, config: PreTrainedConfig, device: Device) -> torch.dtype:
+def _dtype(wanted: str, config: PreTrainedConfig, checkpoint: Checkpoint | None, device: Device) -> torch.dtype:
     """The checkpoint's own dtype where the device computes it well; else the better of bfloat16 and float32."""
     if wanted != "auto":
         dtype: torch.dtype = getattr(torch, wanted)
         return dtype
-    stored = config.dtype if config.dtype in (torch.bfloat16, torch.float16) else torch.float32
+    told = config.dtype or (checkpoint and _stored_dtype(checkpoint)) or model_builder.text_config(config).dtype
+    stored = told if told in (torch.bfloat16, torch.float16) else torch.float32
     if device.torch_device.type == "cuda" or stored == torch.float32:
         return stored
     return torch.bfloat16 if _bfloat16_is_fast() else torch.float32
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype | None:
+    """Of the first tensor of floats in its first file, which Transformers goes by where config.json has no dtype."""
+    first = (tensor for _, tensor in sorted(checkpoint.tensors.items()) if tensor.file == 0)
+    return next((getattr(torch, tensor.dtype) for tensor in first if "float" in tensor.dtype), None)
 
 
 def _bfloat16_is_fast() -> bool:

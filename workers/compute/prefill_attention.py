@@ -5,6 +5,7 @@ Shapes: H query heads, G key/value heads, R = H / G, T query tokens, S key token
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -33,6 +34,12 @@ def prompt_attention(call: AttentionCall, spans: Sequence[tuple[int, int]], out_
 
     spans: (first row, number of rows) of each prompt among the T rows of `call`.
     """
+    if call.attention_chunk is not None:  # each chunk is as a prompt of its own
+        spans = [
+            (row + begin, min(call.attention_chunk, count - begin))
+            for row, count in spans
+            for begin in range(0, count, call.attention_chunk)
+        ]
     if call.query_BHTD.device.type == "cpu":
         from flexgen_lite.workers.compute import prefill_cpu  # numba, which nothing needs on a GPU
 
@@ -52,6 +59,8 @@ def causal_attention(
     Returns `[T, H, E]`. Blocks of query rows meet only the keys that they may see, so the causal half that is masked
     is never computed. Scores are float32.
     """
+    if call.attention_chunk is not None:
+        return _by_chunks(call, call.attention_chunk, rows, keys_GSD, values_GSE)
     if _is_plain(call, values_GSE.shape[1]) and values_GSE.shape[1] == call.query_BHTD[0, 0, rows].shape[0]:
         return _plain_attention(call, rows, keys_GSD, values_GSE)
     q_HTD = call.query_BHTD[0, :, rows]
@@ -76,6 +85,21 @@ def causal_attention(
         out_GME = torch.matmul(weights_GRBS.flatten(1, 2).to(values_GSE.dtype), values_GSE[:, low:high])
         out_THE[first:last] = out_GME.unflatten(1, (ratio, last - first)).flatten(0, 1).transpose(0, 1)
     return out_THE
+
+
+def _by_chunks(
+    call: AttentionCall, size: int, rows: slice, keys_GSD: torch.Tensor, values_GSE: torch.Tensor
+) -> torch.Tensor:
+    """Each row sees the tokens of its own chunk of `size` alone."""
+    plain, total, parts = dataclasses.replace(call, attention_chunk=None), keys_GSD.shape[1], []
+    begin = past = total - (rows.stop - rows.start)
+    while begin < total:
+        first = begin // size * size
+        end = min(first + size, total)
+        some = slice(rows.start + begin - past, rows.start + end - past)
+        parts.append(causal_attention(plain, some, keys_GSD[:, first:end], values_GSE[:, first:end]))
+        begin = end
+    return torch.cat(parts)
 
 
 def _is_plain(call: AttentionCall, total: int) -> bool:

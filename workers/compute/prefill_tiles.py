@@ -122,15 +122,7 @@ def _transpose(builder: Any, half: bool, source: Any, source_stride: Any, target
     for _ in range(LANES):
         rows.append(simd.load_widened(builder, half, source))
         source = builder.add(source, source_stride)
-    width = 1
-    while width < LANES:
-        low = [lane if not lane & width else LANES + lane - width for lane in range(LANES)]
-        high = [lane + width if not lane & width else LANES + lane for lane in range(LANES)]
-        for i in (i for i in range(LANES) if not i & width):
-            a, b = rows[i], rows[i + width]
-            rows[i], rows[i + width] = _shuffle(builder, a, b, low), _shuffle(builder, a, b, high)
-        width *= 2
-    for row in rows:
+    for row in simd.turned(builder, rows):
         simd.store_to(builder, row, target)
         target = builder.add(target, target_stride)
 

@@ -16,6 +16,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexgen_lite.workers.compute.attention_call import AttentionCall, ModelGreenlet
+from flexgen_lite.workers.compute.latents import in_latent_space
+from flexgen_lite.workers.compute.model_inputs import model_inputs
 from flexgen_lite.workers.compute.prefill_attention import causal_attention
 from flexgen_lite.workers.compute.tiny_config import tiny_config
 from flexgen_lite.workers.compute.trial import find_text_path
@@ -34,12 +36,25 @@ LENGTHS = ((11, 3), (5, 17))  # prompt lengths of two micro-batches
 STEPS = 4
 
 
-def prove(config: PreTrainedConfig) -> None:
-    """Raises UserError where the class's answers differ, or no tiny model of it can be made."""
+def prove(config: PreTrainedConfig) -> bool:
+    """Whether latents may be kept instead of keys and values, where the class makes these of latents.
+
+    Raises UserError where the class's answers differ either way, or no tiny model of it can be made.
+    """
+    try:
+        _prove(config, keeps_latents=True)
+    except UserError:
+        if "kv_lora_rank" not in str(config.to_dict()):
+            raise
+        _prove(config, keeps_latents=False)
+        return False
+    return True
+
+
+def _prove(config: PreTrainedConfig, keeps_latents: bool) -> None:
     kind = f"{config.model_type} is not among the tested model types, and"
     try:
-        tiny = tiny_config(config)
-        ours = model_builder.build(copy.deepcopy(tiny), torch.float32)  # each keeps its own, and changes it
+        tiny, ours = tiny_model(config)
     except UserError:
         raise
     except Exception as reason:  # of many kinds: a config class checks what it is given
@@ -48,7 +63,7 @@ def prove(config: PreTrainedConfig) -> None:
             f"({type(reason).__name__}: {first_line(reason)}): it cannot be served"
         ) from reason
     try:
-        find_text_path(ours)
+        find_text_path(ours, keeps_latents)
         theirs = model_builder.build(tiny, torch.float32, "eager")
         _fill(ours, theirs)
         error = largest_error(theirs, ours)
@@ -65,9 +80,25 @@ def prove(config: PreTrainedConfig) -> None:
         )
 
 
+def tiny_model(config: PreTrainedConfig) -> tuple[PreTrainedConfig, PreTrainedModel]:
+    """A tiny model of `config`, without weights, and its own config. Raises whatever its class does."""
+    first: Exception | None = None
+    for keeps_vocabulary in (False, True):
+        try:
+            tiny = tiny_config(config, keeps_vocabulary)
+            return tiny, model_builder.build(copy.deepcopy(tiny), torch.float32)  # each keeps its own, and changes it
+        except UserError:
+            raise
+        except Exception as error:  # of many kinds: a config class checks what it is given
+            first = first or error
+    assert first is not None
+    raise first
+
+
 def _fill(ours: PreTrainedModel, theirs: PreTrainedModel) -> None:
-    """The same random weights in both, where ours has any. What a text does not need stays on the meta device in
-    theirs, which fails if it does need it."""
+    """The same random weights in both, where ours has any. What a text does not need has NaNs in theirs, which shows if
+    it does need it."""
+    without_weights(theirs)
     generator = torch.Generator().manual_seed(0)
     for name, tensor in ours.state_dict(keep_vars=True).items():
         value = torch.randn(tensor.shape, generator=generator) * 0.1 + 1
@@ -78,6 +109,15 @@ def _fill(ours: PreTrainedModel, theirs: PreTrainedModel) -> None:
                 _set(model, name, value, isinstance(tensor, nn.Parameter))
     for model in (ours, theirs):
         model.tie_weights()
+
+
+def without_weights(model: PreTrainedModel) -> None:
+    """NaNs in place of parameters on the meta device, in memory for one of them."""
+    for module in model.modules():
+        for name, value in module._parameters.items():
+            if value is not None and value.is_meta:
+                nan = torch.full((), float("nan"), dtype=value.dtype)
+                module._parameters[name] = nn.Parameter(nan.expand(value.shape), requires_grad=False)
 
 
 def _set(model: PreTrainedModel, name: str, value: torch.Tensor, is_parameter: bool) -> None:
@@ -101,9 +141,8 @@ class _PackedForward(ModelGreenlet):
     def _forward(self) -> None:
         starts = [kept[0][0].shape[1] if kept else 0 for kept in self._kept]
         positions = [start + i for start, new in zip(starts, self._new_tokens, strict=True) for i in range(len(new))]
-        output = self._model(
-            input_ids=torch.cat(self._new_tokens)[None], position_ids=torch.tensor([positions]), use_cache=False
-        )
+        inputs = model_inputs(self._model, torch.cat(self._new_tokens)[None], torch.tensor([positions]))
+        output = self._model(**inputs)
         self.logits = list(output.logits[0].split([len(new) for new in self._new_tokens]))
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
@@ -111,6 +150,9 @@ class _PackedForward(ModelGreenlet):
         layer = self._layer
         assert isinstance(self.parent, greenlet.greenlet)
         self.parent.switch()  # another micro-batch runs now
+        latents, head_dim = call.latents, call.query_BHTD.shape[3]
+        if latents is not None:
+            call = in_latent_space(call)
         outputs, row = [], 0
         for new, kept in zip(self._new_tokens, self._kept, strict=True):
             rows = slice(row, row + len(new))
@@ -121,7 +163,8 @@ class _PackedForward(ModelGreenlet):
             kept[layer] = (keys_GSD, values_GSE)
             outputs.append(causal_attention(call, rows, keys_GSD, values_GSE))
             row += len(new)
-        return torch.cat(outputs)[None]
+        out_THE = torch.cat(outputs)
+        return (out_THE if latents is None else latents.expand_output(out_THE, head_dim))[None]
 
 
 def largest_error(theirs: PreTrainedModel, ours: PreTrainedModel) -> float:

@@ -19,36 +19,69 @@ SIZES = {
     "moe_k": 2, "moe_topk": 2, "top_k_experts": 2, "zero_expert_num": 2, "n_group": 1, "topk_group": 1,
     "q_lora_rank": 32, "kv_lora_rank": 16, "sliding_window": 8, "max_position_embeddings": 256, "n_positions": 256,
     "attention_dropout": 0.0, "vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 16, "laurel_rank": 16,
-    "floor_scale": 4, "max_seq_len": 256,
+    "floor_scale": 4, "max_seq_len": 256, "attention_chunk_size": 8,
 }  # fmt: skip
 """The sizes of heads stay: other numbers of a config have to fit them."""
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim")
+_OUTPUT_WIDTHS = ("out_hidden_size", "output_dim", "text_hidden_size", "llm_hidden_size")  # of towers
+_ADAPTERS = ("adaptor", "adapter", "projector", "connector")
 _COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _FIRST_LAYERS = ("first_k_dense_replace",)  # so many at the beginning are different
 _LAST_LAYERS = ("num_kv_shared_layers",)  # and at the end
 _LEAST_LAYERS = 2
 
 
-def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
+def tiny_config(config: PreTrainedConfig, keeps_vocabulary: bool = False) -> PreTrainedConfig:
+    """
+    Args:
+        keeps_vocabulary: for classes that check ids of special tokens.
+    """
     values = copy.deepcopy(config.to_dict())
-    text = config.get_text_config(decoder=True)
-    if text is config:
-        _shrink(values)
-    else:
-        name = next(name for name in values if getattr(config, name, None) is text)
-        _shrink(values[name])
-        values[name]["dtype"] = "float32"
-    values["dtype"] = "float32"
+    text = values
+    for name in _path(config, config.get_text_config(decoder=True)) or ():
+        text = text[name]
+    sizes = {key: size for key, size in SIZES.items() if not (keeps_vocabulary and key == "vocab_size")}
+    before = _width(text)
+    _shrink(text, sizes)
+    if text is not values:
+        _follow(values, text, before, _width(text))
+    values["dtype"] = text["dtype"] = "float32"
     return type(config).from_dict(values)
 
 
-def _shrink(values: dict[str, Any]) -> None:
+def _path(config: PreTrainedConfig, part: PreTrainedConfig) -> tuple[str, ...] | None:
+    """The names that lead from a config to a part of it."""
+    if config is part:
+        return ()
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig) and (path := _path(value, part)) is not None:
+            return name, *path
+    return None
+
+
+def _follow(values: dict[str, Any], text: dict[str, Any], before: int, after: int) -> None:
+    """Has the other parts of a config give what is as wide as the text's hidden states."""
+    for name, part in values.items():
+        if isinstance(part, dict) and part is not text:
+            is_adapter = name.startswith(_ADAPTERS)
+            for key in (*_OUTPUT_WIDTHS, *(_WIDTHS if is_adapter else ())):
+                if part.get(key) == before:
+                    part[key] = after
+            _follow(part, text, before, after)
+
+
+def _width(values: Mapping[str, Any]) -> int:
+    width: int = next(values[name] for name in _WIDTHS if isinstance(values.get(name), int))
+    return width
+
+
+def _shrink(values: dict[str, Any], sizes: Mapping[str, float]) -> None:
     count = next(values[name] for name in _COUNTS if isinstance(values.get(name), int))
     layers = _one_of_each_kind(values, count)
     for key, value in values.items():
         if _is_per_layer(value, count):
-            values[key] = [_small(SIZES, key, value[layer]) for layer in layers]
+            values[key] = [_small(sizes, key, value[layer]) for layer in layers]
         elif _is_of_layers(key, value, count):
             values[key] = [new for new, layer in enumerate(layers) if layer in value]
     for key in _FIRST_LAYERS:
@@ -61,7 +94,7 @@ def _shrink(values: dict[str, Any]) -> None:
     if overrides:
         values["per_layer_config"] = {
             str(new): {
-                key: 1 if key == "num_key_value_heads" else _small(SIZES, key, value)
+                key: _kv_heads(overrides[layer]) if key == "num_key_value_heads" else _small(sizes, key, value)
                 for key, value in overrides[layer].items()
             }
             for new, layer in enumerate(layers)
@@ -70,12 +103,10 @@ def _shrink(values: dict[str, Any]) -> None:
     for key in _COUNTS:
         if isinstance(values.get(key), int):
             values[key] = values[key] * len(layers) // count
-    heads, width = (
-        next(values[name] for name in names if isinstance(values.get(name), int)) for names in (_HEADS, _WIDTHS)
-    )
+    heads, width = next(values[name] for name in _HEADS if isinstance(values.get(name), int)), _width(values)
     kv_heads, head_dim = values.get("num_key_value_heads"), values.get("head_dim") or width // heads
     for key, value in values.items():
-        values[key] = _small(SIZES, key, value)
+        values[key] = _small(sizes, key, value)
     if "head_dim" in values:
         values["head_dim"] = head_dim
     if width == heads * head_dim and "qk_rope_head_dim" not in values:
@@ -118,6 +149,11 @@ def _is_of_layers(key: str, value: object, count: int) -> bool:
 
 def _overrides(values: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
     return {int(layer): found for layer, found in (values.get("per_layer_config") or {}).items()}
+
+
+def _kv_heads(values: Mapping[str, Any]) -> int:
+    """Of a layer with settings of its own."""
+    return HEADS if values["num_key_value_heads"] == values.get("num_attention_heads") else 1
 
 
 def _small(sizes: Mapping[str, float], key: str, value: Any) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +21,15 @@ from transformers import PreTrainedModel
 
 from flexgen_lite.model.spec import AttentionSpec
 from flexgen_lite.workers.compute.attention_call import AttentionCall, ModelGreenlet
-from flexgen_lite.workers.model.builder import decoder_layers, no_interface, text_config
+from flexgen_lite.workers.compute.indexers import choose_all
+from flexgen_lite.workers.compute.latents import hand_over
+from flexgen_lite.workers.compute.live_bytes import LiveBytes
+from flexgen_lite.workers.compute.model_inputs import model_inputs
+from flexgen_lite.workers.model.builder import decoder_layers, decoder_of, no_interface, text_config
 from flexgen_lite.workers.serve import UserError, first_line
 
 NUM_TOKENS = 3
+_StorageRef = weakref.ref[torch.UntypedStorage]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +42,8 @@ class TextPath:
         attention: each of these calls.
         kv_columns: the call whose keys and values each reads: itself, or one before it.
         unused: names of the tensors that it does not need; the model has them no more.
+        held_bytes: that a token has, at most, while its attention is computed elsewhere.
+        pass_bytes: that a token has, at most, on its way through a layer.
     """
 
     layers: tuple[nn.Module, ...]
@@ -43,6 +51,8 @@ class TextPath:
     attention: tuple[AttentionSpec, ...]
     kv_columns: tuple[int, ...]
     unused: frozenset[str]
+    held_bytes: int
+    pass_bytes: int
 
 
 class _LayerLeft(BaseException):
@@ -60,23 +70,39 @@ class _Trial(ModelGreenlet):
         self.columns: list[int] = []
         self.calls: list[AttentionSpec] = []
         self.kv_columns: list[int] = []
-        self._kv: dict[tuple[int, int], int] = {}  # addresses -> the first call with these keys and values
-        self._kept: list[AttentionCall] = []  # so that an address has one meaning
+        self._kv: dict[object, tuple[int, list[_StorageRef]]] = {}  # views -> the first call with them, while they live
+        self._bytes = LiveBytes()
+        self.held_bytes = self.pass_bytes = 0  # of all tokens
         self.entered: set[nn.Module] = set()  # of the modules outside the layers
         self._num_calls: dict[object, int] = {}  # by structure
         self._leave_after: int | None = None
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
         layer = len(self.layers) - 1
+        if layer < 0:
+            raise UserError(f"{type(self._model).__name__} attends before its first layer, which is not supported")
         self.columns.append(layer)
-        kv = call.key_BGTD.data_ptr(), call.value_BGTE.data_ptr()
-        self.kv_columns.append(self._kv.setdefault(kv, len(self.calls)))
-        self._kept.append(call)
+        self.kv_columns.append(self._kv_column(call))
         self.calls.append(call.spec)
+        self.held_bytes = max(self.held_bytes, self._bytes.live)
         if self.columns.count(layer) == self._leave_after:
             raise _LayerLeft
-        query, value = call.query_BHTD, call.value_BGTE
-        return query.new_zeros((1, query.shape[2], query.shape[1], value.shape[3]))
+        query, latents = call.query_BHTD, call.latents
+        _, heads, tokens, head_dim = query.shape
+        value_dim = call.value_BGTE.shape[3] if latents is None else latents.value_dim(heads, head_dim)
+        return query.new_zeros((1, tokens, heads, value_dim))
+
+    def _kv_column(self, call: AttentionCall) -> int:
+        """The first call with the keys and values of this one."""
+        views = call.key_BGTD, call.value_BGTE
+        if call.latents is not None:
+            views = call.latents.latent_B1TR, call.latents.rotary_B1TP
+        storages = [view.untyped_storage() for view in views]
+        place = (*map(id, storages), *((view.data_ptr(), view.shape, view.stride()) for view in views))
+        known = self._kv.get(place)
+        if known is None or any(ref() is None for ref in known[1]):
+            known = self._kv[place] = len(self.calls), [weakref.ref(storage) for storage in storages]
+        return known[0]
 
     def _run(self) -> None:
         with contextlib.ExitStack() as undo:
@@ -88,11 +114,9 @@ class _Trial(ModelGreenlet):
                 layer.forward = self._of_layer(index, layer)
             undo.callback(setattr, nn.Linear, "forward", nn.Linear.forward)
             nn.Linear.forward = _zero_product  # type: ignore[assignment]
-            self._model(
-                input_ids=torch.zeros((1, NUM_TOKENS), dtype=torch.long),
-                position_ids=torch.arange(NUM_TOKENS)[None],
-                use_cache=False,
-            )
+            tokens, positions = torch.zeros((1, NUM_TOKENS), dtype=torch.long), torch.arange(NUM_TOKENS)[None]
+            with self._bytes:
+                self._model(**model_inputs(self._model, tokens, positions))
 
     def _of_layer(self, index: int, layer: nn.Module) -> Callable[..., torch.Tensor]:
         forward = layer.forward
@@ -110,6 +134,7 @@ class _Trial(ModelGreenlet):
             if len(self.calls) == before or structure in self._num_calls:
                 raise UserError(_no_call(self._model, index, layer))
             self._num_calls[structure] = len(self.calls) - before
+            self.pass_bytes = self._bytes.peak
             return output
 
         return run
@@ -120,15 +145,20 @@ def _zero_product(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     return x.new_zeros((*x.shape[:-1], module.out_features))
 
 
-def find_text_path(model: PreTrainedModel) -> TextPath:
+def find_text_path(model: PreTrainedModel, keeps_latents: bool = True) -> TextPath:
     """
     Args:
         model: with its parameters on the meta device. It loses the tensors that a text does not need.
+        keeps_latents: have what makes keys and values of latents hand over these.
 
     Raises:
         UserError: it cannot be served, with the reason.
     """
     layers = decoder_layers(model)
+    modules = [module for layer in layers for module in layer.modules()]
+    choose_all(modules)
+    if keeps_latents:
+        hand_over(modules)
     trial = _Trial(model, layers)
     with _zero_weights(model):
         try:
@@ -136,14 +166,23 @@ def find_text_path(model: PreTrainedModel) -> TextPath:
         except UserError:
             raise
         except Exception as error:  # of many kinds: it is the model's own code that asks for an image
+            if not getattr(model, "_supports_attention_backend", False):
+                raise UserError(no_interface(type(model))) from error
             if text_config(model.config) is model.config:
                 raise
             raise UserError(
                 f"{type(model).__name__} cannot be run on text alone ({type(error).__name__}: {first_line(error)}), "
                 "which is all that can be served"
             ) from error
-    unused = _strip(model, layers, trial)
-    return TextPath(tuple(trial.layers), tuple(trial.columns), tuple(trial.calls), tuple(trial.kv_columns), unused)
+    return TextPath(
+        layers=tuple(trial.layers),
+        columns=tuple(trial.columns),
+        attention=tuple(trial.calls),
+        kv_columns=tuple(trial.kv_columns),
+        unused=_strip(model, layers, trial),
+        held_bytes=-(-trial.held_bytes // NUM_TOKENS),
+        pass_bytes=-(-trial.pass_bytes // NUM_TOKENS),
+    )
 
 
 def outside(model: nn.Module, layers: nn.ModuleList | tuple[nn.Module, ...]) -> list[nn.Module]:
@@ -165,7 +204,7 @@ def _strip(model: PreTrainedModel, layers: nn.ModuleList, trial: _Trial) -> froz
     """Takes their tensors from the layers that were not entered, and from the parts of the model beside its decoder of
     which nothing was; their names. What is within the decoder, or gives the logits, is kept: a module's weight may be
     used without a call of the module."""
-    kept = {*model.get_decoder().modules(), *(head.modules() if (head := model.get_output_embeddings()) else ())}
+    kept = {*decoder_of(model).modules(), *(head.modules() if (head := model.get_output_embeddings()) else ())}
     unused = set(_branches(model, trial.entered | kept))
     unused |= {layer for layer in layers if layer not in trial.layers}
     prefixes = [name for name, module in model.named_modules() if module in unused]

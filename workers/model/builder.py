@@ -18,6 +18,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
@@ -28,7 +29,8 @@ from flexgen_lite.text.shown import shown
 from flexgen_lite.workers.serve import UserError, first_line
 
 ATTENTION_NAME = "flexgen_lite"
-ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
+INDEXED_LAYERS = {"indexed_attention", "minimax_m3_sparse"}
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention", *INDEXED_LAYERS}
 _MAX_TOKEN_ID = (1 << 31) - 1
 _SIZES = {  # in config.json, and the most that any model has, by far
     "num_hidden_layers": 10_000,
@@ -80,7 +82,7 @@ def language_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     if config.is_encoder_decoder:
         raise UserError(f"{kind} is an encoder-decoder model; only decoder-only models can be served")
     cls = _class_of(config)
-    if not getattr(config, "is_decoder", True) and _may_be_bidirectional(cls):
+    if text is config and not getattr(config, "is_decoder", True) and _may_be_bidirectional(cls):
         raise UserError(f"{cls.__name__} is bidirectional: every token sees those behind it")
     kinds = set(getattr(text, "layer_types", None) or ())
     if getattr(cls, "_is_stateful", False) and not (kinds and kinds <= ATTENTION_LAYERS):
@@ -121,6 +123,8 @@ def _may_be_bidirectional(cls: type[PreTrainedModel]) -> bool:
 def build(config: PreTrainedConfig, dtype: torch.dtype, attention: str = ATTENTION_NAME) -> PreTrainedModel:
     """The model of `config` in evaluation mode: parameters on meta, buffers real, weights tied as the config says."""
     cls = language_model_class(config)
+    if cls.__name__ == "Llama4ForConditionalGeneration" and not hasattr(MoeCausalLMOutputWithPast, "image_outputs"):
+        MoeCausalLMOutputWithPast.image_outputs = None  # Transformers 5.24 asks its language model's output for them
     try:
         with _parameters_on_meta(), no_init_weights(), _without_what_needs_other_packages():
             model: PreTrainedModel = cls._from_config(config, dtype=dtype, attn_implementation=attention)
@@ -147,6 +151,10 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
+class Absent(nn.Module):
+    """In the place of a part that a package makes which is not there."""
+
+
 @contextlib.contextmanager
 def _without_what_needs_other_packages() -> Iterator[None]:
     """A tower that cannot be made without a package that is not there (timm) is left empty: no text goes through it."""
@@ -156,7 +164,7 @@ def _without_what_needs_other_packages() -> Iterator[None]:
         try:
             made: nn.Module = make(*args, **kwargs)
         except ImportError:
-            made = nn.Module()
+            made = Absent()
         return made
 
     AutoModel.from_config = make_if_possible
@@ -166,11 +174,16 @@ def _without_what_needs_other_packages() -> Iterator[None]:
         AutoModel.from_config = make
 
 
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The part of a model that holds the decoder layers, or all of it."""
+    decoder: nn.Module = model.get_decoder()
+    has_list = any(isinstance(module, nn.ModuleList) for module in decoder.modules())
+    return decoder if has_list else model  # ModernBERT calls its head so
+
+
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The list of decoder layers. Raises UserError where there is not exactly one."""
-    decoder = model.get_decoder()
-    if not any(isinstance(module, nn.ModuleList) for module in decoder.modules()):
-        decoder = model  # what it names so is something else
+    decoder = decoder_of(model)
     lists = {name: m for name, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     outer = [m for name, m in lists.items() if not any(name.startswith(other + ".") for other in lists)]
     if len(outer) > 1:
@@ -189,6 +202,8 @@ def max_length(config: PreTrainedConfig) -> tuple[int, str | None]:
     Args:
         config: of the language model.
 
+    Where an indexer chooses the tokens that others see, all are seen up to as many as it chooses.
+
     With "longrope" and "dynamic" rotary embeddings Transformers changes the frequencies of the whole batch once one
     sequence is longer than the original context; up to there, every sequence is independent of its neighbours.
     """
@@ -198,12 +213,28 @@ def max_length(config: PreTrainedConfig) -> tuple[int, str | None]:
     original = scaling.get("original_max_position_embeddings") or getattr(
         config, "original_max_position_embeddings", None
     )
+    chosen = _most_chosen(config)
+    if chosen is not None and chosen < limit:
+        return chosen, (
+            f"sequences are limited to {chosen} of {limit} tokens: beyond, {config.model_type} attends to tokens that "
+            "an indexer chooses, which is not supported"
+        )
     if kinds & {"longrope", "dynamic"} and original and original < limit:
         return original, (
             f"sequences are limited to {original} of {limit} tokens: "
             f"beyond, {config.model_type}'s rotary embedding depends on the other sequences of a batch"
         )
     return limit, None
+
+
+def _most_chosen(config: PreTrainedConfig) -> int | None:
+    """Tokens that an indexer chooses; None where there is none."""
+    if not INDEXED_LAYERS & set(getattr(config, "layer_types", None) or ()):
+        return None
+    values = config.to_dict()
+    blocks, size = values.get("index_topk_blocks"), values.get("index_block_size")
+    most: int | None = values.get("index_topk") or (blocks * size if blocks and size else None)
+    return most
 
 
 def eos_token_ids(directory: Path, config: PreTrainedConfig) -> tuple[int, ...]:

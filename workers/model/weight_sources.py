@@ -22,6 +22,7 @@ from transformers.core_model_loading import (
 from flexgen_lite.model.checkpoint import Checkpoint
 from flexgen_lite.model.files import CheckpointError
 from flexgen_lite.model.spec import ITEM_BYTES
+from flexgen_lite.workers.model.builder import Absent
 from flexgen_lite.workers.model.weight_trace import TracedTensor, UntraceableError, trace
 
 _FLOATS = ("float32", "bfloat16", "float16")
@@ -157,10 +158,18 @@ def _check(checkpoint: Checkpoint, name: str, found: TracedTensor, wanted: torch
 
 
 def _without_known(model: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:
-    """Leave out what the model class declares harmless, and buffers that older Transformers stored."""
+    """Leave out what the model class declares harmless, buffers that older Transformers stored, and weights of parts
+    that could not be made."""
     patterns = set(model._keys_to_ignore_on_load_unexpected or ()) | {
         r"rotary_emb\.inv_freq",
         r"(^|\.)position_ids$",
     }
     ignored = re.compile("|".join(f"({pattern})" for pattern in sorted(patterns)))
-    return [name for name in unexpected if not ignored.search(name)]
+    absent = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, Absent))
+    return [
+        name
+        for name in unexpected
+        if not ignored.search(name)
+        and not f"{model.base_model_prefix}.{name}".startswith(absent)
+        and not name.startswith(absent)
+    ]

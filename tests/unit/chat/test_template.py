@@ -94,6 +94,12 @@ def test_pictures_and_sounds_are_refused(part: dict[str, Any], template: str) ->
         render(chat, WireChatTemplate(template, TOKENS))
 
 
+@pytest.mark.parametrize("part", [{"text": "x", "image_caption": "y"}, {"type": "text", "text": "x", "audio_id": 5}])
+def test_a_text_that_has_more_than_its_text_is_no_picture(part: dict[str, Any]) -> None:
+    chat = Chat([{"role": "user", "content": [part]}])
+    assert render(chat, WireChatTemplate("{{ messages[0].content[0].text }}", TOKENS)) == "x"
+
+
 def test_a_message_cannot_both_go_on_and_be_answered() -> None:
     with pytest.raises(ChatError, match="exclude each other"):
         render(Chat(TALK, continue_final_message=True), WireChatTemplate(CHATML, TOKENS))

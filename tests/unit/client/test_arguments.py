@@ -5,11 +5,13 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pydantic import BaseModel
 
 from flexgen_lite import Client, FlexGenLite, Request, SamplingParams, Score
 from flexgen_lite.client.request import is_one_prompt, wire_prompt
@@ -217,6 +219,26 @@ HELLO = {"role": "user", "content": "hello"}
 )
 def test_messages_that_are_none(messages: Any, words: str, client: Client) -> None:
     refused(lambda: client.chat(messages, chat_template="{{ messages[0].content }}"), words)
+
+
+@dataclass
+class Message:
+    content: str
+    role: str | None = "user"
+
+
+class Written(BaseModel):
+    role: str = "user"
+    content: str = "hello"
+
+
+@pytest.mark.parametrize("message", [Message("hello"), Written()])
+def test_messages_that_are_objects(message: Any, client: Client) -> None:
+    template = "{{ messages[-1].content }}"
+    for messages in ([message], [HELLO, message], [[message]], [[HELLO], [HELLO, message]]):
+        job = client.chat(messages, chat_template=template)
+        assert {done.text for done in job.results()} == {"HELLO"}
+    refused(lambda: client.chat([message, Message("x", None)], chat_template=template), "message 1 of", "has no role")
 
 
 def test_chat_params_that_are_none(client: Client) -> None:

@@ -2,9 +2,9 @@ import itertools
 
 import pytest
 
-from flexgen_lite.memory import exchange, kv_layout
+from flexgen_lite.memory import exchange
 from flexgen_lite.memory.exchange import layout, region_bytes
-from flexgen_lite.model.spec import ITEM_BYTES, AttentionSpec
+from flexgen_lite.model.spec import AttentionSpec
 
 SPECS = [
     AttentionSpec(4, 2, 8, 8, 1.0, None, None, False),
@@ -41,31 +41,3 @@ def test_a_region_serves_the_largest_layer() -> None:
 def test_no_tokens_is_an_error() -> None:
     with pytest.raises(ValueError, match="0 tokens"):
         layout(SPECS[0], 0, 2)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_kv_layers_are_aligned_and_do_not_overlap(dtype: str) -> None:
-    kv = kv_layout.kv_spec(SPECS, range(len(SPECS)), 3, 5, dtype)
-    end = 0
-    for spec, keys, values in zip(SPECS, kv.key_offsets, kv.value_offsets, strict=True):
-        slots = 3 * 5 * spec.num_kv_heads * ITEM_BYTES[dtype]
-        assert keys % 4096 == values % 4096 == 0
-        assert keys >= end
-        assert values >= keys + slots * spec.head_dim
-        end = values + slots * spec.value_dim
-    assert kv.arena_bytes >= end
-    exact = 3 * kv_layout.page_bytes(SPECS, 5, dtype)
-    assert exact <= kv.arena_bytes <= exact + 2 * 4096 * len(SPECS)
-
-
-def test_columns_that_read_anothers_keys_and_values_take_no_room() -> None:
-    own = kv_layout.kv_spec(SPECS[:2], (0, 1), 3, 16, "float32")
-    kv = kv_layout.kv_spec([*SPECS[:2], SPECS[1], SPECS[0], SPECS[1]], (0, 1, 1, 0, 1), 3, 16, "float32")
-    assert kv.arena_bytes == own.arena_bytes
-    for offsets, of_own in ((kv.key_offsets, own.key_offsets), (kv.value_offsets, own.value_offsets)):
-        assert offsets == (*of_own, of_own[1], of_own[0], of_own[1])
-
-
-def test_kv_of_an_unknown_dtype_is_an_error() -> None:
-    with pytest.raises(ValueError, match="int8"):
-        kv_layout.page_bytes(SPECS, 16, "int8")

@@ -13,6 +13,7 @@ from flexgen_lite.queue.page_table import PageTable
 from flexgen_lite.queue.requests import OVERFLOW, Requests
 from flexgen_lite.wire.client_messages import RequestDone, Submit, WireRequest
 from flexgen_lite.wire.sampling import NO_TOKEN, Penalties, TokenLogprobs, WireParams
+from tests.kv_groups import one_group
 
 PARAMS = WireParams(4, 0, 0.0, 0, 1.0, None, (), True, True)
 
@@ -43,8 +44,8 @@ class Words:
 
 @pytest.fixture
 def requests() -> Requests:
-    pages = PageTable(16, 8, 1)
-    return Requests(Batcher(pages, 4, 2, 32, spread=False), Limits(100, pages.max_tokens, 50, (2,)), Words())
+    pages = PageTable(16, one_group(8), 1)
+    return Requests(Batcher(pages, 4, 2, 32, spread=False), Limits(100, pages.max_tokens(1), 50, (2,)), Words())
 
 
 def submit(
@@ -97,8 +98,8 @@ def test_bad_requests_are_refused_one_by_one(
 
 
 def test_more_kv_than_a_worker_has_is_refused_with_the_numbers() -> None:
-    pages = PageTable(4, 8, 1)
-    requests = Requests(Batcher(pages, 4, 2, 32, spread=False), Limits(100, pages.max_tokens, 50, (2,)), None)
+    pages = PageTable(4, one_group(8), 1)
+    requests = Requests(Batcher(pages, 4, 2, 32, spread=False), Limits(100, pages.max_tokens(1), 50, (2,)), None)
     assert "needs 33 tokens of KV cache" in (submit(requests, (1,) * 30) or "")
     assert "no tokenizer" in (submit(requests, "1 2", index=1) or "")
 
@@ -325,8 +326,8 @@ def test_logprobs_that_are_no_numbers_fail_the_request(requests: Requests) -> No
 
 
 def test_clients_share_places_and_priorities_come_first() -> None:
-    pages = PageTable(64, 8, 1)
-    requests = Requests(Batcher(pages, 4, 2, 32, spread=False), Limits(100, pages.max_tokens, 50, (2,)), Words())
+    pages = PageTable(64, one_group(8), 1)
+    requests = Requests(Batcher(pages, 4, 2, 32, spread=False), Limits(100, pages.max_tokens(1), 50, (2,)), Words())
 
     def send(client: bytes, index: int, priority: int) -> None:
         request = WireRequest(index, (index + 3, 4), replace(PARAMS, max_tokens=1))
@@ -348,8 +349,8 @@ def test_clients_share_places_and_priorities_come_first() -> None:
 
 
 def test_a_cancelled_job_frees_its_pages_with_the_end_of_the_pass() -> None:
-    pages = PageTable(16, 8, 1)
-    requests = Requests(Batcher(pages, 8, 2, 32, spread=False), Limits(100, pages.max_tokens, 50, (2,)), None)
+    pages = PageTable(16, one_group(8), 1)
+    requests = Requests(Batcher(pages, 8, 2, 32, spread=False), Limits(100, pages.max_tokens(1), 50, (2,)), None)
     for job in ("kept", "dropped"):
         request = WireRequest(0, (5 + len(job),) * 20, PARAMS)
         requests.submit(b"client", Submit(job, (request,), False))

@@ -22,6 +22,7 @@ from flexgen_lite.tokens.tokenizer import TextTokenizer
 from flexgen_lite.wire.client_messages import RequestDelta, RequestDone, Submit
 from flexgen_lite.wire.sampling import TokenLogprobs
 from tests.built_tokenizers import built_tokenizer, ids
+from tests.kv_groups import one_group
 
 LLAMA = built_tokenizer("llama")
 EOS = ids(LLAMA, "</s>")[0]
@@ -65,8 +66,8 @@ def ask(
         prompt: of a chat, as its template has made it.
     """
     parsed = parse_body(url, dict(body))
-    pages = PageTable(64, 8, 1)
-    limits = Limits(200, pages.max_tokens, tokenizer._tokenizer.get_vocab_size(), (EOS,))
+    pages = PageTable(64, one_group(8), 1)
+    limits = Limits(200, pages.max_tokens(1), tokenizer._tokenizer.get_vocab_size(), (EOS,))
     requests = Requests(Batcher(pages, 4, 2, 64, spread=False), limits, tokenizer)
     params = replace(parsed.params, temperature=0.0)
     wire = Request(prompt or parsed.prompt, params, echo=parsed.echo, stream=True).to_wire(0)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from flexgen_lite.model.spec import AttentionSpec
-from flexgen_lite.wire.worker_messages import Attend, BeginAttention, KvBatch, KvSpan
+from flexgen_lite.wire.worker_messages import Attend, BeginAttention, KvBatch, KvSpan, PageRun
 from flexgen_lite.workers.attention.state import STORAGE, AttentionState
 from flexgen_lite.workers.attention.warm_up import warm_up
 from flexgen_lite.workers.team import Team
@@ -30,6 +30,10 @@ def spec_of(heads: int, kv_heads: int, dim: int, value_dim: int, **changes: obje
         spec_of(64, 1, 8, 24, sinks=True),
         spec_of(2, 2, 576, 512),
         spec_of(3, 1, 7, 5, sliding_window=1, softcap=5.0, sinks=True),
+        spec_of(4, 2, 32, 32, attention_chunk=24),
+        spec_of(40, 1, 16, 16, attention_chunk=513),
+        spec_of(37, 1, 576, 512, values_in_keys=True),
+        spec_of(4, 1, 20, 9, values_in_keys=True, sliding_window=30),
     ],
 )
 def test_against_the_reference(spec: AttentionSpec, dtype: str) -> None:
@@ -76,10 +80,10 @@ def test_only_the_pages_and_rows_of_the_spans_are_written(dtype: str) -> None:
     case = Case(PLAIN, [Sequence(30, 1), Sequence(0, 20, attend=False), Sequence(5, 4)], dtype, 16)
     before_kv, before_exchange = bytes(case.kv), bytes(case.exchange)
     case.run()
-    for span in case.spans:  # put back what may change; all else must be as it was
+    for span, pages in zip(case.spans, case.pages, strict=False):  # put back what may change; all else is as it was
         for part in ("key", "value"):
             for t in range(span.position, span.position + span.num_rows):
-                case.rows(part, span.pages, t)[:] = np.frombuffer(b"\xff\xff\xff\xff", STORAGE[dtype])[0]
+                case.rows(part, pages, t)[:] = np.frombuffer(b"\xff\xff\xff\xff", STORAGE[dtype])[0]
         if span.attend:
             case.out[span.row : span.row + span.num_rows].view(np.uint8)[:] = 0xFF
     assert bytes(case.kv) == before_kv
@@ -121,10 +125,12 @@ def test_what_does_not_fit_is_named() -> None:
         with pytest.raises(ValueError, match=name):
             case.state.attend(message)
     for span, name in [
-        (KvSpan(0, 1, 0, True, (99,)), "page 99"),
-        (KvSpan(0, 1, 0, True, (-1,)), "page -1"),
-        (KvSpan(0, 1, 16, True, (0,)), "positions 16"),
-        (KvSpan(3, 1, 0, True, (0,)), "at row 3"),
+        (KvSpan(0, 1, 0, True, (PageRun(0, (99,)),)), "page 99"),
+        (KvSpan(0, 1, 0, True, (PageRun(0, (-1,)),)), "page -1"),
+        (KvSpan(0, 1, 16, True, (PageRun(0, (0,)),)), "positions 16"),
+        (KvSpan(0, 1, 17, True, (PageRun(1, (0,)),)), "pages hold tokens 16 .. 31"),
+        (KvSpan(0, 1, 0, True, ()), "pages of 0 groups"),
+        (KvSpan(3, 1, 0, True, (PageRun(0, (0,)),)), "at row 3"),
     ]:
         with pytest.raises(ValueError, match=name):
             case.state.begin(BeginAttention(2, 1, (KvBatch(0, 0, (span,)),)))

@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import Gemma3Config
 
 from flexgen_lite.demo.pretrained import MODEL
+from flexgen_lite.model.checkpoint import WEIGHTS_NAME, open_checkpoint
 from flexgen_lite.model.files import CheckpointError
 from flexgen_lite.wire.codec import Codec
 from flexgen_lite.wire.worker_messages import FromCompute, ModelOpened, OpenModel
-from flexgen_lite.workers.compute import trial
+from flexgen_lite.workers.compute import model_open, trial
 from flexgen_lite.workers.compute.device import open_device
 from flexgen_lite.workers.compute.model_open import OpenedModel, fingerprint, open_model
 from flexgen_lite.workers.serve import UserError, _failure, first_line
@@ -166,6 +170,21 @@ def test_the_fingerprint_tells_other_files_apart(model: Path) -> None:
     with (model / "model.safetensors").open("ab") as file:
         file.write(b"\0")
     assert fingerprint(opened(model)) != before
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+def test_dtype_of_a_config_without_one(stored: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is that of the weights, as in Transformers; without weights that of the config's part for text."""
+    monkeypatch.setattr(model_open, "_bfloat16_is_fast", lambda: True)
+    config = Gemma3Config(text_config={"dtype": str(stored).removeprefix("torch.")})
+    config.dtype = None
+    save_file({"a.x": torch.zeros(1, dtype=torch.int32), "b": torch.zeros(1, dtype=stored)}, tmp_path / WEIGHTS_NAME)
+    (tmp_path / "config.json").write_text("{}")
+    wanted = torch.float32 if stored == torch.float32 else torch.bfloat16
+    for checkpoint in (open_checkpoint(tmp_path), None):
+        assert model_open._dtype("auto", config, checkpoint, open_device("cpu")) == wanted
+    config.get_text_config().dtype = torch.float64
+    assert model_open._dtype("auto", config, open_checkpoint(tmp_path), open_device("cpu")) == wanted
 
 
 def test_an_exception_that_nobody_foresaw(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,17 @@ def test_layers_that_share_keys_and_values() -> None:
     assert config.num_kv_shared_layers == 2 and set(own) == {"sliding_attention", "full_attention"}
 
 
+def test_what_a_tower_gives_is_as_wide_as_the_text_takes() -> None:
+    config = tiny_config(AutoConfig.for_model("qwen3_vl", vision_config={"out_hidden_size": 4096}))
+    assert config.vision_config.out_hidden_size == config.text_config.hidden_size == 512
+
+
+def test_the_language_model_of_a_part() -> None:
+    config = tiny_config(AutoConfig.for_model("qwen2_5_omni"))
+    assert config.get_text_config(decoder=True) is config.thinker_config.text_config
+    assert config.thinker_config.text_config.num_hidden_layers == 2 < config.talker_config.num_hidden_layers
+
+
 def test_the_first_layers_are_dense() -> None:
     config = tiny("deepseek_v3", first_k_dense_replace=3, num_hidden_layers=61)
     assert (config.num_hidden_layers, config.first_k_dense_replace) == (2, 1)

@@ -51,6 +51,28 @@ def test_towers_are_not_needed(name: str) -> None:
     assert all("language_model." in tensor or tensor.startswith("lm_head.") for tensor in left)
 
 
+def test_what_a_class_calls_its_decoder_may_be_its_head() -> None:
+    path, left = path_of("modernbert-decoder", num_hidden_layers=2, hidden_size=64, num_attention_heads=4)
+    assert len(path.layers) == 2 and not path.unused and any("layers.1." in name for name in left)
+
+
+def test_bytes_of_a_token() -> None:
+    """Qwen3's: residual, normed and rotated queries, keys and values at least; an MLP's inner rows besides."""
+    heads, width, inner = SHAPE["num_attention_heads"], SHAPE["hidden_size"], 1024
+    path, _ = path_of("qwen3", **SHAPE | {"head_dim": 32, "num_key_value_heads": 2, "intermediate_size": inner})
+    assert 4 * (width + (heads + 2 * 2) * 32) <= path.held_bytes <= 4 * (4 * width + 4 * (heads + 2 * 2) * 32)
+    assert 4 * (width + 2 * inner) <= path.pass_bytes <= 4 * (6 * width + 4 * inner)
+
+
+def test_what_a_token_brings_along_for_all_layers_is_counted() -> None:
+    """Gemma 4's embeddings for each layer."""
+    (path, _), (other, _) = (
+        path_of("gemma4_text", **SHAPE | {"num_hidden_layers": layers, "hidden_size_per_layer_input": 128})
+        for layers in (6, 12)
+    )
+    assert other.held_bytes - path.held_bytes >= 6 * 128 * 4
+
+
 def test_layers_that_look_at_images_are_not_entered() -> None:
     path, left = family("mllama-wrapper")
     assert len(path.layers) == 4 and path.columns == (0, 1, 2, 3)
