@@ -2,6 +2,9 @@
 
     python benchmarks/attention.py [--threads N] [--repeats N]
 
+Multi-head latent attention, with the widths of DeepSeek V3, is limited by operations: milliseconds of a step to
+latents, by the kernels and by PyTorch's products, and of one to the keys and values of all heads.
+
 Rates are gigabytes of K and V read per second, in the storage dtype. A round goes through all the
 contestants, so that what else the machine does meets them alike; the median of the rounds counts. Each pass
 reads another part of the cache, beyond the reach of the processor's caches.
@@ -44,6 +47,8 @@ Contestants = dict[str, tuple[Callable[[int], object], int]]  # what to call wit
 
 PAGE_TOKENS = 16
 BUFFER_BYTES = 512 << 20
+HEADS, LATENT, ROTARY = 128, 512, 64  # DeepSeek V3's
+LATENT_CASES = ((16, 512), (4, 2048))  # sequences, tokens
 CASES = {
     "batch 16, 32 heads, 512 tokens, head_dim 64": (16, 32, 32, 512, 64),
     "batch 16, 32 heads / 4 KV heads, 2048 tokens, head_dim 128": (16, 32, 4, 2048, 128),
@@ -66,7 +71,14 @@ def kernel_contestant(
     batch: int, heads: int, kv_heads: int, tokens: int, dim: int, dtype: str, threads: int
 ) -> tuple[Callable[[int], object], int]:
     """One decode step of `batch` sequences of `tokens` tokens; the rounds go through the layers."""
-    spec = AttentionSpec(heads, kv_heads, dim, dim, dim**-0.5, None, None, False)
+    return attention_contestant(
+        AttentionSpec(heads, kv_heads, dim, dim, dim**-0.5, None, None, False), batch, tokens, dtype, threads
+    )
+
+
+def attention_contestant(
+    spec: AttentionSpec, batch: int, tokens: int, dtype: str, threads: int
+) -> tuple[Callable[[int], object], int]:
     pages = -(-tokens // PAGE_TOKENS)
     one = batch * pages * kv_layout.page_bytes([spec], PAGE_TOKENS, dtype)
     layers = [spec] * max(1, -(-BUFFER_BYTES // one))
@@ -85,6 +97,19 @@ def kernel_contestant(
     spans = tuple(KvSpan(b, 1, tokens - 1, True, (PageRun(0, tuple(map(int, order[b]))),)) for b in range(batch))
     state.begin(BeginAttention(0, threads, (KvBatch(0, 0, spans),)))
     return lambda i: state.attend(Attend(0, i % len(layers), 0)), batch * tokens * spec.kv_width * ITEM_BYTES[dtype]
+
+
+def torch_latents(batch: int, tokens: int) -> tuple[Callable[[int], object], int]:
+    """Two products and a softmax a sequence."""
+    cache = torch.full((8, batch, tokens, LATENT + ROTARY), 0.01, dtype=torch.bfloat16)
+    query = torch.full((batch, HEADS, LATENT + ROTARY), 0.01, dtype=torch.bfloat16)
+
+    def step(i: int) -> Any:
+        keys = cache[i % len(cache)]
+        weights = torch.softmax(torch.matmul(query, keys.transpose(1, 2)).float() * 0.07, dim=-1)
+        return torch.matmul(weights.to(torch.bfloat16), keys[..., :LATENT])
+
+    return step, cache[0].nbytes
 
 
 def torch_contestant(
@@ -134,6 +159,26 @@ def main() -> None:
         for name, rate in rates.items():
             of_read, of_torch = rate / rates["DRAM read"], rate / rates["torch sdpa bfloat16"]
             print(f"{name:24}{rate:6.1f}{of_read:13.0%}{of_torch:19.1f}x")
+    for batch, tokens in LATENT_CASES:
+        compare_latents(batch, tokens, args.threads, args.repeats)
+
+
+def compare_latents(batch: int, tokens: int, threads: int, repeats: int) -> None:
+    spec = AttentionSpec(HEADS, 1, LATENT + ROTARY, LATENT, 0.07, None, None, False, values_in_keys=True)
+    contestants: Contestants = {
+        f"flexgen-lite {name}": attention_contestant(spec, batch, tokens, name, threads)
+        for name in ("float32", "bfloat16")
+    }
+    contestants["torch products bfloat16"] = torch_latents(batch, tokens)
+    contestants["torch sdpa, all heads"] = torch_contestant(batch, HEADS, HEADS, tokens, 160, torch.bfloat16)
+    rates = measure(contestants, repeats)
+    operations = 2 * batch * tokens * HEADS * (2 * LATENT + ROTARY)
+    print(f"\nlatents: batch {batch}, {HEADS} heads, {tokens} tokens\n{'':24}    ms   MB  GFLOP/s")
+    for name, rate in rates.items():
+        size = contestants[name][1]
+        seconds = size / rate / 1e9
+        work = f"{operations / seconds / 1e9:9.0f}" if "all heads" not in name else ""
+        print(f"{name:24}{1e3 * seconds:6.1f}{size / 1e6:5.0f}{work}")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,12 @@ SHARED_KV: dict[str, Any] = {
     "sliding_window": 7, "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 16,
 }  # fmt: skip
 GEMMA3N: dict[str, Any] = {"laurel_rank": 16, "activation_sparsity_pattern": [0.5] * 2 + [0.0] * 4}
+LLAMA4: dict[str, Any] = {
+    "layer_types": ["chunked_attention", "chunked_attention", "full_attention", "chunked_attention"],
+    "no_rope_layers": [1, 1, 0, 1], "attention_chunk_size": 24, "floor_scale": 8, "attn_scale": 0.5,
+    "num_local_experts": 4, "intermediate_size_mlp": 96, "interleave_moe_layer_step": 2,
+}  # fmt: skip
+INDEXED: dict[str, Any] = {"index_topk": 128, "index_head_dim": 16, "index_n_heads": 2}
 MLLAMA: dict[str, Any] = {"num_hidden_layers": 6, "cross_attention_layers": [1, 4]}
 VISION: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -77,6 +83,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("cohere", {"num_key_value_heads": 2}),
     "granite": ("granite", {"num_key_value_heads": 2, "attention_multiplier": 0.3, "residual_multiplier": 0.8}),
     "deepseek-v3": ("deepseek_v3", MLA | MOE),
+    "deepseek-v32-indexed": ("deepseek_v32", MLA | MOE | INDEXED),
+    "llama4-chunks": ("llama4_text", GQA | LLAMA4),
     "diffllama-two-calls": ("diffllama", GQA),
     "longcat-two-calls": ("longcat_flash", MLA | LONGCAT),
     "gemma3-wrapper": ("gemma3", {"text_config": TEXT | {"sliding_window": 7}, "vision_config": VISION}),

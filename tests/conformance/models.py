@@ -7,6 +7,7 @@ A type is known by its default config; where that makes no model that runs, DEFA
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 from collections import defaultdict
@@ -45,6 +46,11 @@ HALF_ROTARY = {
         "mrope_section": [8, 12, 12],
     }
 }
+ROTARY_BY_KIND = {
+    "rope_parameters": {
+        kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")
+    }
+}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "glm4v": {"text_config": HALF_ROTARY},
     "glm46v": {"text_config": HALF_ROTARY},
@@ -54,8 +60,16 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 6},
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "nemotron": {"num_key_value_heads": 8, "head_dim": 128},
+    "step3p7": {"text_config": {"sliding_window": 512}},
+    "aya_vision": {"vision_config": {"num_attention_heads": 16}},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
+    "cohere_compass": {"text_config": ROTARY_BY_KIND},
+    "cohere_compass_text": ROTARY_BY_KIND,
 }
 SHARP = re.compile(r"(^|[._])(q|k|qkv|query|key|query_key_value|c_attn|q_a|q_b|kv_a|kv_b)(_|\.|$)")
+FAILING = {"kyutai_speech_to_text", "qwen2_audio", "step3p7"}
+"""Refused, as a tiny model of them fails, be it in Transformers."""
+SERVED = ("**Language models**", "**Multimodal models, on text alone**")
 KINDS = {"encoder-decoder": "encoder-decoder model", "bidirectional": "is bidirectional"}
 
 
@@ -87,7 +101,16 @@ def test_tokens_and_logprobs(kind: str, tmp_path: Path) -> None:
         error, refusal = None, str(reason)
     note(kind, Found(error, refusal.replace(str(tmp_path), "MODEL"), is_wrapper))
     assert error is None or error < LOGPROB_TOLERANCE
-    assert "lost again" not in refusal and "cannot be opened" not in refusal
+    assert not any(words in refusal for words in ("worker was lost", "cannot be opened")), refusal
+    assert kind in FAILING or "a tiny model of it fails here" not in refusal, refusal
+    assert kind not in served_so_far() or error is not None, refusal
+
+
+@functools.cache
+def served_so_far() -> frozenset[str]:
+    """As the page has it."""
+    lines = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].splitlines()
+    return frozenset(kind for line in lines if line.startswith(SERVED) for kind in re.findall("`([^`]+)`", line))
 
 
 def note(kind: str, found: Found) -> None:
@@ -166,9 +189,9 @@ def page_of(found: dict[str, Found]) -> str:
         f"Transformers {transformers.__version__}: of {len(found)} types {len(served)} are served, with the same "
         f"greedy tokens and with logprobs within {max((one.error or 0) for one in served.values()):.0e}.\n"
     ]
-    for title, wrappers in (("Language models", False), ("Multimodal models, on text alone", True)):
-        kinds = [f"`{kind}`" for kind, one in served.items() if one.is_wrapper == wrappers]
-        lines.append(f"**{title}** ({len(kinds)}): {', '.join(kinds)}.\n")
+    for is_wrapper, title in enumerate(SERVED):
+        kinds = [f"`{kind}`" for kind, one in served.items() if one.is_wrapper == bool(is_wrapper)]
+        lines.append(f"{title} ({len(kinds)}): {', '.join(kinds)}.\n")
     reasons: dict[str, list[str]] = defaultdict(list)
     for kind, one in found.items():
         if one.error is None:

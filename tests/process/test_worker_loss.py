@@ -61,6 +61,19 @@ def wait_until(true: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.parametrize("family", ["gemma4-wrapper", "deepseek-v3"])
+def test_a_model_with_windows_or_latents(family: str, runtime: Path, tmp_path: Path) -> None:
+    """In each of its workers; what is kept of the tokens is where it was."""
+    with start(make_model(family, tmp_path), layer_slots=2) as engine:
+        expected = tokens(engine)
+        for victim in WORKERS:
+            job = engine.submit(PROMPTS, SAMPLED)
+            time.sleep(0.15)
+            workers_of(engine.engine_pid)[victim].send_signal(signal.SIGKILL)
+            assert [list(c.token_ids) for c in job.results()] == expected
+        assert restarts(engine) == len(WORKERS)
+
+
 def test_a_killed_worker_is_started_again(
     model: Path, expected: list[list[int]], runtime: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -14,6 +14,7 @@ from flexgen_lite.model.spec import AttentionSpec, ModelSpec, UnitSpec
 from flexgen_lite.plan.machine import Machine
 from flexgen_lite.plan.need import MODEST_LENGTH, Measured
 from flexgen_lite.plan.plan import SHAPES, Plan, PlanError, make_plan
+from flexgen_lite.plan.text import describe
 from flexgen_lite.plan.workload import Workload
 from flexgen_lite.queue.page_table import PageTable
 from flexgen_lite.text.sizes import parse_size
@@ -190,6 +191,15 @@ def test_room_for_the_longest_sequence_expected_comes_before_layers() -> None:
     spec = model(24, 200 * MIB, 400 * MIB, 2048, 2048)
     made = plan_for(spec, Workload(2, 150, 2000, 2000), ram=4 * GIB, attention_workers=2)
     assert most_tokens(made) >= 2000
+
+
+def test_what_sequences_take_is_said_where_it_depends_on_their_length() -> None:
+    plain, windowed = (model(12, MIB, MIB, 1024, 32768, window) for window in (None, 512))
+    made = plan_for(plain, ram=4 * GIB)
+    assert f"KV cache  {made.num_pages * 16:,} tokens in {made.num_pages:,} pages of 16" in describe(made, plain)
+    made = plan_for(windowed, ram=4 * GIB)
+    takes = r"a sequence takes [\d.]+ MiB with 1,024 tokens, [\d.]+ MiB with 8,192 tokens\n"
+    assert re.search(r"KV cache  [\d,]+ pages of [\d.]+ KiB; " + takes, describe(made, windowed))
 
 
 def test_a_setting_wins_over_what_is_expected() -> None:

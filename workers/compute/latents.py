@@ -69,6 +69,11 @@ def hand_over(modules: Iterable[nn.Module]) -> None:
             vars(module)["expand_kv"] = _instead_of(expand, projection)
 
 
+def projections(modules: Iterable[nn.Module]) -> frozenset[nn.Module]:
+    """Whose weights are read beside their own forward, of modules that hand over latents."""
+    return frozenset(module.kv_b_proj for module in modules if "expand_kv" in vars(module))  # type: ignore[misc]
+
+
 def _instead_of(expand: Expand, projection: nn.Linear) -> Expand:
     def note(latent_B1TR: torch.Tensor, rotary_B1TP: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keeps the latents for the attention call that follows, which gets none of the keys and values."""

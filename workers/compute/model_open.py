@@ -20,6 +20,7 @@ from flexgen_lite.wire.worker_messages import OpenModel
 from flexgen_lite.workers.compute import attention_call, probe
 from flexgen_lite.workers.compute.device import Device
 from flexgen_lite.workers.compute.head import Head
+from flexgen_lite.workers.compute.latents import projections
 from flexgen_lite.workers.compute.products import Products
 from flexgen_lite.workers.compute.trial import find_text_path, outside
 from flexgen_lite.workers.model import builder as model_builder
@@ -79,7 +80,7 @@ def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> Op
     tokenizer = open_tokenizer(directory, run_dir)
     if order.max_model_len is not None and order.max_model_len > limit:
         raise UserError(f"max_model_len {order.max_model_len} is over the model's limit of {limit}: lower it")
-    products = Products(model, dtype, device.torch_device)
+    products = Products(model, dtype, device.torch_device, projections(model.modules()))
     spec = ModelSpec(
         model_type=config.model_type,
         class_name=type(model).__name__,

@@ -28,7 +28,8 @@ TESTED_TYPES: frozenset[str] = frozenset(
     {
         "opt", "gpt2", "gpt_neox", "gpt_bigcode", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral",
         "gemma2", "gemma3_text", "phi", "phi3", "gpt_oss", "olmo2", "starcoder2", "cohere", "granite", "deepseek_v3",
-        "diffllama", "longcat_flash", "gemma3", "gemma4", "gemma4_text", "gemma3n_text", "qwen3_vl", "mllama",
+        "deepseek_v32", "llama4_text", "diffllama", "longcat_flash", "gemma3", "gemma4", "gemma4_text", "gemma3n_text",
+        "qwen3_vl", "mllama",
     }
 )  # fmt: skip
 TOLERANCE = 2e-3  # of the largest logit; a wrong mask or position is off by far more

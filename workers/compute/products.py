@@ -24,7 +24,7 @@ import contextlib
 import ctypes
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,10 +48,15 @@ class Products:
     """Makes the linear layers of `model` compute through oneDNN; `pack` packs their weights in place.
 
     Does nothing where that is not to be had: on a GPU, or on a processor without instructions for `dtype`.
+
+    Args:
+        read: modules whose weights are read by others than their own forward: these are not packed.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-        self._model = model
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype, device: torch.device, read: Set[nn.Module] = frozenset()
+    ) -> None:
+        self._model, self._read = model, read
         self._dtype = dtype
         self._available = device.type == "cpu" and _works(dtype)
         self._wanted = _Wanted()
@@ -86,6 +91,8 @@ class Products:
         readers = Counter(id(p) for m in self._model.modules() for p in m._parameters.values() if p is not None)
         for module in modules:
             if not self._is_ours(module):
+                continue
+            if module in self._read:
                 continue
             if readers[id(module.weight)] == 1:
                 _pack(module, self._wanted, in_order)

@@ -11,8 +11,9 @@ from transformers import PreTrainedConfig
 
 HEADS = 4
 SIZES = {
-    "vocab_size": 128, "hidden_size": 64, "n_embd": 64, "d_model": 64, "word_embed_proj_dim": 64,
-    "num_attention_heads": HEADS, "n_head": HEADS, "n_heads": HEADS, "num_heads": HEADS,
+    "vocab_size": 128, "hidden_size": 64, "n_embd": 64, "d_model": 64, "embed_dim": 64, "emb_dim": 64,
+    "word_embed_proj_dim": 64, "num_attention_heads": HEADS, "n_head": HEADS, "n_heads": HEADS, "num_heads": HEADS,
+    "attention_heads": HEADS,
     "intermediate_size": 96, "ffn_dim": 96, "n_inner": 96, "moe_intermediate_size": 32, "intermediate_size_mlp": 96,
     "shared_expert_intermediate_size": 32, "mlp_hidden_size": 96,
     "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2,
@@ -22,11 +23,11 @@ SIZES = {
     "floor_scale": 4, "max_seq_len": 256, "attention_chunk_size": 8,
 }  # fmt: skip
 """The sizes of heads stay: other numbers of a config have to fit them."""
-_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
-_WIDTHS = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim")
-_OUTPUT_WIDTHS = ("out_hidden_size", "output_dim", "text_hidden_size", "llm_hidden_size")  # of towers
+_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
+_WIDTHS = ("hidden_size", "n_embd", "d_model", "embed_dim", "emb_dim", "word_embed_proj_dim")
+_OUTPUT_WIDTHS = ("out_hidden_size", "output_dim", "text_hidden_size", "llm_hidden_size", "adapter_out_dim")  # of towers
 _ADAPTERS = ("adaptor", "adapter", "projector", "connector")
-_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "layers")
 _FIRST_LAYERS = ("first_k_dense_replace",)  # so many at the beginning are different
 _LAST_LAYERS = ("num_kv_shared_layers",)  # and at the end
 _LEAST_LAYERS = 2

@@ -97,6 +97,24 @@ def test_two_calls_with_keys_alike_and_values_that_differ() -> None:
     assert path.kv_columns == tuple(range(8))
 
 
+@pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v32-indexed", "longcat-two-calls"])
+def test_latents_are_kept_instead_of_keys_and_values(name: str) -> None:
+    path, _ = family(name)
+    assert {(spec.num_heads, spec.num_kv_heads, spec.kv_width) for spec in path.attention} == {(4, 1, 16 + 8)}
+    assert all(spec.values_in_keys and (spec.head_dim, spec.value_dim) == (24, 16) for spec in path.attention)
+
+
+def test_without_latents_all_heads_are_kept() -> None:
+    kind, sizes = FAMILIES["deepseek-v3"]
+    path = find_text_path(builder.build(AutoConfig.for_model(kind, **SHAPE | sizes), torch.float32), False)
+    assert {(spec.num_kv_heads, spec.head_dim, spec.value_dim) for spec in path.attention} == {(4, 24, 12)}
+
+
+def test_chunks_are_of_the_layers_that_say_so() -> None:
+    path, _ = family("llama4-chunks")
+    assert [spec.attention_chunk for spec in path.attention] == [24, 24, None, 24]
+
+
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
