@@ -25,7 +25,13 @@ SIZES = {
 """The sizes of heads stay: other numbers of a config have to fit them."""
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "embed_dim", "emb_dim", "word_embed_proj_dim")
-_OUTPUT_WIDTHS = ("out_hidden_size", "output_dim", "text_hidden_size", "llm_hidden_size", "adapter_out_dim")  # of towers
+_OUTPUT_WIDTHS = (
+    "out_hidden_size",
+    "output_dim",
+    "text_hidden_size",
+    "llm_hidden_size",
+    "adapter_out_dim",
+)  # of towers
 _ADAPTERS = ("adaptor", "adapter", "projector", "connector")
 _COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "layers")
 _FIRST_LAYERS = ("first_k_dense_replace",)  # so many at the beginning are different
