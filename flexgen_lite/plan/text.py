@@ -44,6 +44,6 @@ def _kv_cache(plan: Plan, spec: ModelSpec) -> str:
         tokens = plan.num_pages * first.page_tokens
         return f"{tokens:,} tokens in {plan.num_pages:,} pages of {first.page_tokens}"
     size = plan.parts["KV cache"] // plan.num_pages
-    lengths = [length for length in LENGTHS if length < spec.max_length] or [spec.max_length]
+    lengths = [length for length in LENGTHS if length <= spec.max_length] or [spec.max_length]
     sequences = (f"{format_size(pages_for(plan.kv_groups, n) * size)} with {n:,} tokens" for n in lengths)
     return f"{plan.num_pages:,} pages of {format_size(size)}; a sequence takes {', '.join(sequences)}"
