@@ -19,6 +19,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
@@ -150,7 +151,8 @@ def save_tiny(config: Any, directory: Path) -> PreTrainedModel:
     theirs.tie_weights()
     state = theirs.state_dict()
     tensors |= {name: state[name].clone().contiguous() for name in ours.state_dict() if name not in tensors}
-    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    as_published = {name: tensor.contiguous() for name, tensor in revert_weight_conversion(theirs, tensors).items()}
+    save_file(as_published, directory / "model.safetensors", {"format": "pt"})
     small.architectures = [type(ours).__name__]
     small.save_pretrained(directory)
     return theirs

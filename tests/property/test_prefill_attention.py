@@ -38,7 +38,7 @@ def make_call(
         heads(spec.num_kv_heads, spec.head_dim),
         heads(spec.num_kv_heads, spec.value_dim),
     )
-    return AttentionCall(q, k, v, spec.scaling, spec.sliding_window, spec.softcap, sinks_H)
+    return AttentionCall(q, k, v, spec.scaling, spec.sliding_window, spec.softcap, sinks_H, spec.attention_chunk)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
