@@ -15,7 +15,7 @@ from flexgen_lite.plan.need import Measured
 from flexgen_lite.plan.workload import Workload
 from flexgen_lite.queue.admission import Limits
 from flexgen_lite.queue.batching import Batcher, MicroBatch
-from flexgen_lite.queue.page_table import PageTable
+from flexgen_lite.queue.page_table import PageTable, first_page
 from flexgen_lite.queue.requests import Requests
 from flexgen_lite.schedule.slot_ring import SlotRing
 from flexgen_lite.schedule.zigzag import Schedule
@@ -98,6 +98,7 @@ class Setup:
             self.kv,
             made.attention_threads,
             made.attention_cpus[index],
+            first_page(made.num_pages, made.attention_workers, index),
         )
 
     def for_compute(self) -> worker_messages.AttachCompute:

@@ -202,6 +202,7 @@ class Batcher:
             if pages is not None:
                 request.pages = pages
                 return True
+            request.pages = self._pages.pages_of(request.id)  # without those behind its window
             younger = [
                 r
                 for r in self.running.values()
@@ -298,7 +299,8 @@ class Batcher:
     def _expected_pages(self, request: RunningRequest) -> int:
         share = min(1.0, EXPECTED_MARGIN * self._expected_share)
         generated = max(request.num_generated + self._pages.block_tokens, int(share * request.params.max_tokens))
-        return self._pages.pages_for(min(request.num_prompt_tokens + generated, request.most_stored))
+        rows = max(1, min(request.num_left, self._micro_batch_tokens))  # of its prompt, in a pass
+        return self._pages.pages_for(min(request.num_prompt_tokens + generated, request.most_stored), rows)
 
     def commit(self, micro_batches: list[MicroBatch], results: list[Result]) -> list[RunningRequest]:
         """The pass is over: take its tokens, `results[k]` in the order of micro-batch k's rows; the requests that it

@@ -60,7 +60,7 @@ class PageTable:
         self._groups = tuple(groups)
         self._sizes_of_blocks = [self.block_tokens // group.page_tokens for group in groups]
         self._windowed = [bool(group.window or group.attention_chunk) for group in groups]
-        bounds = [num_pages * w // num_workers for w in range(num_workers + 1)]
+        bounds = [first_page(num_pages, num_workers, w) for w in range(num_workers + 1)]
         self._free = [list(range(bounds[w + 1] - 1, bounds[w] - 1, -1)) for w in range(num_workers)]
         self._sizes = [len(free) for free in self._free]
         self._held: dict[int, _Held] = {}
@@ -155,8 +155,13 @@ class PageTable:
             self._give_back(held.worker, held.anchors)
             held.anchors = []
             if needed > self.num_free(held.worker):
+                self._note_runs(held)
                 return None
         return self._extend(held, missing) if needed or slid else held.runs
+
+    def pages_of(self, sequence: int) -> Pages:
+        """What a sequence has."""
+        return self._held[sequence].runs
 
     def publish(self, sequence: int, keys: Sequence[bytes]) -> None:
         """The sequence's first blocks hold what these keys stand for, and will to the end."""
@@ -210,11 +215,14 @@ class PageTable:
     def _extend(self, held: _Held, missing: Sequence[int]) -> Pages:
         for blocks, size, count in zip(held.blocks, self._sizes_of_blocks, missing, strict=True):
             blocks += self._take(held.worker, size, count)
+        self._note_runs(held)
+        return held.runs
+
+    def _note_runs(self, held: _Held) -> None:
         held.runs = tuple(
             PageRun(first * size, tuple(itertools.chain.from_iterable(blocks)))
             for first, size, blocks in zip(held.firsts, self._sizes_of_blocks, held.blocks, strict=True)
         )
-        return held.runs
 
     def _take(self, worker: int, size: int, count: int) -> list[Block]:
         free, needed = self._free[worker], size * count
@@ -258,6 +266,11 @@ class PageTable:
                 free += block
         if len(free) > before:
             free.sort(reverse=True)
+
+
+def first_page(num_pages: int, num_workers: int, worker: int) -> int:
+    """The first of a worker's pages; those up to the first of the next are its own."""
+    return num_pages * worker // num_workers
 
 
 def block_keys(tokens: Sequence[int], num_tokens: int, num_blocks: int) -> tuple[bytes, ...]:

@@ -173,6 +173,7 @@ class AttachAttention:
     kv: KvSpec
     threads: int
     cpus: tuple[int, ...]
+    first_page: int = 0  # of those that are this worker's
 
 
 @dataclass(frozen=True, slots=True)

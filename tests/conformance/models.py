@@ -52,6 +52,7 @@ ROTARY_BY_KIND = {
         kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")
     }
 }
+SPARSE_LAYERS = {"layer_types": ["full_attention"] * 3 + ["minimax_m3_sparse"] * 57}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "glm4v": {"text_config": HALF_ROTARY},
     "glm46v": {"text_config": HALF_ROTARY},
@@ -63,6 +64,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": 8, "head_dim": 128},
     "step3p7": {"text_config": {"sliding_window": 512}},
     "aya_vision": {"vision_config": {"num_attention_heads": 16}},
+    "minimax_m3_vl": {"text_config": SPARSE_LAYERS},
+    "minimax_m3_vl_text": SPARSE_LAYERS,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "cohere_compass": {"text_config": ROTARY_BY_KIND},
     "cohere_compass_text": ROTARY_BY_KIND,

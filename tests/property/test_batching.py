@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
+from random import Random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -184,6 +186,30 @@ def test_a_long_prompt_is_not_starved_by_short_ones() -> None:
         batcher.commit(composed, [Result((1,) * sum(p.completes for p in m.pieces)) for m in composed])
         passes += 1
     assert passes < 12
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_a_long_prompt_does_not_stand_still_for_those_who_come_later(seed: int) -> None:
+    """Its next chunks need pages before its window passes: these are reckoned with when others are admitted."""
+    random = Random(seed)
+    window, rows, prompt = random.choice([16, 24]), random.choice([16, 32]), random.randint(100, 400)
+    groups = (KvGroup((0,), 8), *(KvGroup((number,), 8, window=window) for number in range(1, random.randint(4, 6))))
+    table = PageTable(pages_for(groups, prompt + 2, rows) + random.randint(5, 15), groups, 1)
+    batcher = Batcher(table, rows, 1, rows, spread=False)
+    size, most, number = random.randint(3, 30), random.randint(20, 80), random.randint(20, 60)
+    requests = [request(i, prompt, 2) if i == number else request(i, size, most) for i in range(400)]
+    waiting, ends, began = queue(requests), 0.5, False
+    for passes in range(1, 800):
+        composed = batcher.compose(waiting)
+        riding = {piece.request.id for micro_batch in composed for piece in micro_batch.pieces}
+        began |= number in riding
+        if began and number not in batcher.running:
+            return
+        assert number in riding or not began
+        results = [tuple(EOS if random.random() < ends else 1 for p in m.pieces if p.completes) for m in composed]
+        batcher.commit(composed, [Result(tokens) for tokens in results])
+        ends = random.choice([0.0, 0.0, 0.5]) if passes % 40 == 0 else ends
+    raise AssertionError("it has not ended")
 
 
 def test_a_finished_sequence_is_replaced_in_the_next_pass() -> None:

@@ -118,9 +118,10 @@ class AttentionState:
         does. At most PREFAULT_BYTES and PREFAULT_SHARE of the arena."""
         if not isinstance(self._memory_of_kv, mmap.mmap):
             return
-        size = self._attach.kv.arena_bytes
-        for start in range(0, min(PREFAULT_BYTES, int(size * PREFAULT_SHARE)), PREFAULT_STEP):
-            if stop.is_set():
+        size, begin = self._attach.kv.arena_bytes, self._attach.first_page * self._attach.kv.page_bytes
+        begin = begin // mmap.PAGESIZE * mmap.PAGESIZE
+        for start in range(begin, begin + min(PREFAULT_BYTES, int(size * PREFAULT_SHARE)), PREFAULT_STEP):
+            if stop.is_set() or start >= size:
                 return
             try:
                 self._memory_of_kv.madvise(MADV_POPULATE_WRITE, start, min(PREFAULT_STEP, size - start))
@@ -244,12 +245,12 @@ class AttentionState:
 
 
 def _flat_pages(runs: list[PageRun]) -> tuple[Ints, list[int]]:
-    """All pages one after another, and where each sequence's begin: there is a place for those that it has no more."""
+    """All pages one after another, and where each sequence's would begin if it had all of them from its first token on:
+    before those of the first sequences there is room for what they have no more."""
     starts: list[int] = []
-    flat: list[int] = []
+    flat: list[int] = [0] * max((run.first for run in runs), default=0)
     for run in runs:
-        starts.append(len(flat))
-        flat += [0] * run.first
+        starts.append(len(flat) - run.first)
         flat += run.pages
     return np.array(flat, np.int64), starts
 

@@ -17,13 +17,16 @@ NO_MASK = torch.zeros((1, 1, 1, 1), dtype=torch.bool)
 """In the place of the mask that is given to an indexer."""
 
 
-def choose_all(modules: Iterable[nn.Module]) -> None:
-    """Has the modules with an indexer see everything."""
+def choose_all(modules: Iterable[nn.Module]) -> bool:
+    """Has the modules with an indexer see everything; whether there are any."""
+    found = False
     for module in modules:
         indexer = getattr(module, "indexer", None)
         if isinstance(indexer, nn.Module):
             vars(indexer)["forward"] = lambda *_, **__: ALL
             module.register_forward_pre_hook(_without_mask, with_kwargs=True)
+            found = True
+    return found
 
 
 def _without_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

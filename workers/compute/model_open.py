@@ -76,7 +76,7 @@ def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> Op
     path = find_text_path(model, keeps_latents)
     layers, text = path.layers, model_builder.text_config(config)
     units, warnings = map_weights(model, layers, checkpoint, dtype, path.unused)
-    limit, warning = model_builder.max_length(text)
+    limit, warning = model_builder.max_length(text, path.has_indexers)
     tokenizer = open_tokenizer(directory, run_dir)
     if order.max_model_len is not None and order.max_model_len > limit:
         raise UserError(f"max_model_len {order.max_model_len} is over the model's limit of {limit}: lower it")

@@ -42,6 +42,7 @@ class TextPath:
         attention: each of these calls.
         kv_columns: the call whose keys and values each reads: itself, or one before it.
         unused: names of the tensors that it does not need; the model has them no more.
+        has_indexers: whether there are layers whose tokens see those that an indexer chooses.
         held_bytes: that a token has, at most, while its attention is computed elsewhere.
         pass_bytes: that a token has, at most, on its way through a layer.
     """
@@ -51,6 +52,7 @@ class TextPath:
     attention: tuple[AttentionSpec, ...]
     kv_columns: tuple[int, ...]
     unused: frozenset[str]
+    has_indexers: bool
     held_bytes: int
     pass_bytes: int
 
@@ -75,6 +77,7 @@ class _Trial(ModelGreenlet):
         self.held_bytes = self.pass_bytes = 0  # of all tokens
         self.entered: set[nn.Module] = set()  # of the modules outside the layers
         self._num_calls: dict[object, int] = {}  # by structure
+        self._outputs: dict[object, Any] = {}  # by structure, of its first layer
         self._leave_after: int | None = None
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
@@ -130,10 +133,12 @@ class _Trial(ModelGreenlet):
             try:
                 output = forward(hidden_states, *args, **kwargs)
             except _LayerLeft:
-                return hidden_states
+                known = self._outputs[structure]
+                return (hidden_states, *known[1:]) if isinstance(known, tuple) else hidden_states
             if len(self.calls) == before or structure in self._num_calls:
                 raise UserError(_no_call(self._model, index, layer))
             self._num_calls[structure] = len(self.calls) - before
+            self._outputs[structure] = output
             self.pass_bytes = self._bytes.peak
             return output
 
@@ -156,7 +161,7 @@ def find_text_path(model: PreTrainedModel, keeps_latents: bool = True) -> TextPa
     """
     layers = decoder_layers(model)
     modules = [module for layer in layers for module in layer.modules()]
-    choose_all(modules)
+    has_indexers = choose_all(modules)
     if keeps_latents:
         hand_over(modules)
     trial = _Trial(model, layers)
@@ -180,6 +185,7 @@ def find_text_path(model: PreTrainedModel, keeps_latents: bool = True) -> TextPa
         attention=tuple(trial.calls),
         kv_columns=tuple(trial.kv_columns),
         unused=_strip(model, layers, trial),
+        has_indexers=has_indexers,
         held_bytes=-(-trial.held_bytes // NUM_TOKENS),
         pass_bytes=-(-trial.pass_bytes // NUM_TOKENS),
     )

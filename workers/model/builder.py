@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+import math
+import mmap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,9 +31,12 @@ from flexgen_lite.text.shown import shown
 from flexgen_lite.workers.serve import UserError, first_line
 
 ATTENTION_NAME = "flexgen_lite"
-INDEXED_LAYERS = {"indexed_attention", "minimax_m3_sparse"}
-ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention", *INDEXED_LAYERS}
+ATTENTION_LAYERS = {
+    "full_attention", "sliding_attention", "chunked_attention", "indexed_attention", "minimax_m3_sparse",
+    "deepseek_sparse_attention", "attention",
+}  # fmt: skip
 _MAX_TOKEN_ID = (1 << 31) - 1
+_LARGE_BYTES = 1 << 20
 _SIZES = {  # in config.json, and the most that any model has, by far
     "num_hidden_layers": 10_000,
     "hidden_size": 1 << 20,
@@ -126,7 +131,7 @@ def build(config: PreTrainedConfig, dtype: torch.dtype, attention: str = ATTENTI
     if cls.__name__ == "Llama4ForConditionalGeneration" and not hasattr(MoeCausalLMOutputWithPast, "image_outputs"):
         MoeCausalLMOutputWithPast.image_outputs = None  # Transformers 5.24 asks its language model's output for them
     try:
-        with _parameters_on_meta(), no_init_weights(), _without_what_needs_other_packages():
+        with _parameters_on_meta(), _untouched_zeros(), no_init_weights(), _without_what_needs_other_packages():
             model: PreTrainedModel = cls._from_config(config, dtype=dtype, attn_implementation=attention)
     except KeyError as error:
         if error.args != (ATTENTION_NAME,):
@@ -149,6 +154,27 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _untouched_zeros() -> Iterator[None]:
+    """Has large tensors of zeros, which a class makes for its parameters, take no memory: PyTorch would write them."""
+    make = torch.zeros
+
+    def make_untouched(*size: Any, dtype: torch.dtype | None = None, **options: Any) -> torch.Tensor:
+        shape = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
+        dtype = dtype or torch.get_default_dtype()
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if options or num_bytes < _LARGE_BYTES:
+            return make(*size, dtype=dtype, **options)
+        memory = mmap.mmap(-1, num_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return torch.frombuffer(memory, dtype=dtype).view(*shape)
+
+    torch.zeros = make_untouched
+    try:
+        yield
+    finally:
+        torch.zeros = make
 
 
 class Absent(nn.Module):
@@ -196,13 +222,15 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return outer[0]
 
 
-def max_length(config: PreTrainedConfig) -> tuple[int, str | None]:
+def max_length(config: PreTrainedConfig, has_indexers: bool = False) -> tuple[int, str | None]:
     """Most positions of a sequence, and a warning where that is less than the model's own limit.
 
     Args:
         config: of the language model.
+        has_indexers: its tokens see those that an indexer chooses: all, up to as many as it chooses.
 
-    Where an indexer chooses the tokens that others see, all are seen up to as many as it chooses.
+    Raises:
+        UserError: how many it chooses is not known.
 
     With "longrope" and "dynamic" rotary embeddings Transformers changes the frequencies of the whole batch once one
     sequence is longer than the original context; up to there, every sequence is independent of its neighbours.
@@ -213,8 +241,8 @@ def max_length(config: PreTrainedConfig) -> tuple[int, str | None]:
     original = scaling.get("original_max_position_embeddings") or getattr(
         config, "original_max_position_embeddings", None
     )
-    chosen = _most_chosen(config)
-    if chosen is not None and chosen < limit:
+    chosen = _most_chosen(config) if has_indexers else limit
+    if chosen < limit:
         return chosen, (
             f"sequences are limited to {chosen} of {limit} tokens: beyond, {config.model_type} attends to tokens that "
             "an indexer chooses, which is not supported"
@@ -227,13 +255,13 @@ def max_length(config: PreTrainedConfig) -> tuple[int, str | None]:
     return limit, None
 
 
-def _most_chosen(config: PreTrainedConfig) -> int | None:
-    """Tokens that an indexer chooses; None where there is none."""
-    if not INDEXED_LAYERS & set(getattr(config, "layer_types", None) or ()):
-        return None
+def _most_chosen(config: PreTrainedConfig) -> int:
+    """Tokens that an indexer chooses."""
     values = config.to_dict()
     blocks, size = values.get("index_topk_blocks"), values.get("index_block_size")
     most: int | None = values.get("index_topk") or (blocks * size if blocks and size else None)
+    if most is None:
+        raise UserError(f"{config.model_type} has an indexer that chooses tokens, and its config does not say how many")
     return most
 
 

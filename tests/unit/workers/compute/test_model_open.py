@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import Gemma3Config
+from transformers import AutoConfig, Gemma3Config
 
 from flexgen_lite.demo.pretrained import MODEL
+from flexgen_lite.memory.usage import resident_bytes
 from flexgen_lite.model.checkpoint import WEIGHTS_NAME, open_checkpoint
 from flexgen_lite.model.files import CheckpointError
 from flexgen_lite.wire.codec import Codec
@@ -23,6 +24,7 @@ from flexgen_lite.wire.worker_messages import FromCompute, ModelOpened, OpenMode
 from flexgen_lite.workers.compute import model_open, trial
 from flexgen_lite.workers.compute.device import open_device
 from flexgen_lite.workers.compute.model_open import OpenedModel, fingerprint, open_model
+from flexgen_lite.workers.model import builder
 from flexgen_lite.workers.serve import UserError, _failure, first_line
 
 pytestmark = pytest.mark.timeout(60)
@@ -185,6 +187,16 @@ def test_dtype_of_a_config_without_one(stored: torch.dtype, tmp_path: Path, monk
         assert model_open._dtype("auto", config, checkpoint, open_device("cpu")) == wanted
     config.get_text_config().dtype = torch.float64
     assert model_open._dtype("auto", config, open_checkpoint(tmp_path), open_device("cpu")) == wanted
+
+
+def test_a_class_that_makes_its_parameters_of_zeros_takes_no_memory_for_them() -> None:
+    """Llama 4's experts."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 8192, "num_local_experts": 16, "num_hidden_layers": 2}
+    config = AutoConfig.for_model("llama4_text", **sizes, vocab_size=1000, num_attention_heads=8, head_dim=128)
+    before = resident_bytes()[0]
+    made = builder.build(config, torch.float32)
+    assert sum(p.numel() for p in made.parameters()) * 4 > 1 << 30 and resident_bytes()[0] - before < 64 << 20
+    assert torch.zeros(1 << 20).sum() == 0 and torch.zeros((2, 3)).shape == (2, 3), "as it was"
 
 
 def test_an_exception_that_nobody_foresaw(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

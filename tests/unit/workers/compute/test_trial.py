@@ -15,7 +15,7 @@ from flexgen_lite.workers.compute.model_open import OpenedModel, open_model
 from flexgen_lite.workers.compute.trial import TextPath, find_text_path
 from flexgen_lite.workers.model import builder
 from flexgen_lite.workers.serve import UserError
-from tests.tiny_models import FAMILIES, SHAPE, make_model
+from tests.tiny_models import FAMILIES, INDEXED, MLA, MOE, SHAPE, make_model
 
 
 def path_of(kind: str, **sizes: object) -> tuple[TextPath, set[str]]:
@@ -102,6 +102,22 @@ def test_latents_are_kept_instead_of_keys_and_values(name: str) -> None:
     path, _ = family(name)
     assert {(spec.num_heads, spec.num_kv_heads, spec.kv_width) for spec in path.attention} == {(4, 1, 16 + 8)}
     assert all(spec.values_in_keys and (spec.head_dim, spec.value_dim) == (24, 16) for spec in path.attention)
+
+
+@pytest.mark.parametrize("kind", ["glm_moe_dsa", "hy_v4"])
+def test_layers_that_give_more_than_hidden_states(kind: str) -> None:
+    """The indexer's choice, from layer to layer, of which several are alike."""
+    path, _ = path_of(kind, **SHAPE | MLA | MOE | INDEXED | {"num_hidden_layers": 6})
+    assert len(path.layers) == 6 and path.has_indexers
+
+
+def test_what_an_indexer_chooses_is_the_limit() -> None:
+    config = AutoConfig.for_model("deepseek_v32", **SHAPE | MLA | INDEXED | {"max_position_embeddings": 4096})
+    limit, warning = builder.max_length(config, has_indexers=True)
+    assert limit == 128 and warning is not None and "sequences are limited to 128 of 4096 tokens" in warning
+    assert builder.max_length(config, has_indexers=False) == (4096, None)
+    with pytest.raises(UserError, match="does not say how many"):
+        builder.max_length(AutoConfig.for_model("llama"), has_indexers=True)
 
 
 def test_without_latents_all_heads_are_kept() -> None:
