@@ -73,6 +73,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 SHARP = re.compile(r"(^|[._])(q|k|qkv|query|key|query_key_value|c_attn|q_a|q_b|kv_a|kv_b)(_|\.|$)")
 FAILING = {"kyutai_speech_to_text", "qwen2_audio", "step3p7"}
 """Refused, as a tiny model of them fails, be it in Transformers."""
+SAVED_AS_NAMED = {"shieldgemma2"}
+"""Types whose names, as Transformers would save them, are not those that it reads."""
 SERVED = ("**Language models**", "**Multimodal models, on text alone**")
 KINDS = {"encoder-decoder": "encoder-decoder model", "bidirectional": "is bidirectional"}
 
@@ -154,8 +156,12 @@ def save_tiny(config: Any, directory: Path) -> PreTrainedModel:
     theirs.tie_weights()
     state = theirs.state_dict()
     tensors |= {name: state[name].clone().contiguous() for name in ours.state_dict() if name not in tensors}
-    as_published = {name: tensor.contiguous() for name, tensor in revert_weight_conversion(theirs, tensors).items()}
-    save_file(as_published, directory / "model.safetensors", {"format": "pt"})
+    as_published = tensors if small.model_type in SAVED_AS_NAMED else revert_weight_conversion(theirs, tensors)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in as_published.items()},
+        directory / "model.safetensors",
+        {"format": "pt"},
+    )
     small.architectures = [type(ours).__name__]
     small.save_pretrained(directory)
     return theirs

@@ -36,6 +36,7 @@ _ADAPTERS = ("adaptor", "adapter", "projector", "connector")
 _COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "layers")
 _FIRST_LAYERS = ("first_k_dense_replace",)  # so many at the beginning are different
 _LAST_LAYERS = ("num_kv_shared_layers",)  # and at the end
+_SOURCES = "kv_source_layers"  # of each layer, the one whose keys and values it reads
 _LEAST_LAYERS = 2
 
 
@@ -87,7 +88,9 @@ def _shrink(values: dict[str, Any], sizes: Mapping[str, float]) -> None:
     count = next(values[name] for name in _COUNTS if isinstance(values.get(name), int))
     layers = _one_of_each_kind(values, count)
     for key, value in values.items():
-        if _is_per_layer(value, count):
+        if key == _SOURCES and _is_per_layer(value, count):
+            values[key] = [layers.index(value[layer]) for layer in layers]
+        elif _is_per_layer(value, count):
             values[key] = [_small(sizes, key, value[layer]) for layer in layers]
         elif _is_of_layers(key, value, count):
             values[key] = [new for new, layer in enumerate(layers) if layer in value]
@@ -126,7 +129,8 @@ def _shrink(values: dict[str, Any], sizes: Mapping[str, float]) -> None:
 
 def _one_of_each_kind(values: Mapping[str, Any], count: int) -> list[int]:
     """The first layer of each kind, two layers at least."""
-    per_layer = [value for value in values.values() if _is_per_layer(value, count)]
+    per_layer = [value for key, value in values.items() if _is_per_layer(value, count) and key != _SOURCES]
+    sources = values.get(_SOURCES) or range(count)
     of_layers = [value for key, value in values.items() if _is_of_layers(key, value, count)]
     first = [values[key] for key in _FIRST_LAYERS if isinstance(values.get(key), int)]
     last = [values[key] for key in _LAST_LAYERS if isinstance(values.get(key), int)]
@@ -134,14 +138,16 @@ def _one_of_each_kind(values: Mapping[str, Any], count: int) -> list[int]:
 
     def kind(layer: int) -> str:
         listed = [value[layer] for value in per_layer] + [layer in value for value in of_layers]
+        listed += [sources[layer] == layer]
         placed = [layer < number for number in first] + [layer >= count - number for number in last]
         return repr((listed, placed, overrides.get(layer)))
 
     kinds: dict[str, int] = {}
     for layer in range(count):
         kinds.setdefault(kind(layer), layer)
-    rest = [layer for layer in range(count) if layer not in kinds.values()]
-    return sorted([*kinds.values(), *rest[: max(0, _LEAST_LAYERS - len(kinds))]])
+    chosen = {*kinds.values(), *(sources[layer] for layer in kinds.values())}
+    rest = [layer for layer in range(count) if layer not in chosen and sources[layer] == layer]
+    return sorted([*chosen, *rest[: max(0, _LEAST_LAYERS - len(chosen))]])
 
 
 def _is_per_layer(value: object, count: int) -> bool:

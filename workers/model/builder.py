@@ -32,8 +32,7 @@ from flexgen_lite.workers.serve import UserError, first_line
 
 ATTENTION_NAME = "flexgen_lite"
 ATTENTION_LAYERS = {
-    "full_attention", "sliding_attention", "chunked_attention", "indexed_attention", "minimax_m3_sparse",
-    "deepseek_sparse_attention", "attention",
+    "full_attention", "sliding_attention", "chunked_attention", "indexed_attention", "minimax_m3_sparse", "attention",
 }  # fmt: skip
 _MAX_TOKEN_ID = (1 << 31) - 1
 _LARGE_BYTES = 1 << 20
