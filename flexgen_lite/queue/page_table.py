@@ -9,6 +9,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from heapq import heappop, heappush
 
 from flexgen_lite.memory.kv_groups import block_tokens, pages_for
 from flexgen_lite.wire.worker_messages import KvGroup, PageRun
@@ -61,7 +62,7 @@ class PageTable:
         self._sizes_of_blocks = [self.block_tokens // group.page_tokens for group in groups]
         self._windowed = [bool(group.window or group.attention_chunk) for group in groups]
         bounds = [first_page(num_pages, num_workers, w) for w in range(num_workers + 1)]
-        self._free = [list(range(bounds[w + 1] - 1, bounds[w] - 1, -1)) for w in range(num_workers)]
+        self._free = [list(range(bounds[w], bounds[w + 1])) for w in range(num_workers)]  # heaps
         self._sizes = [len(free) for free in self._free]
         self._held: dict[int, _Held] = {}
         self._users: Counter[int] = Counter()  # by block
@@ -228,12 +229,9 @@ class PageTable:
         free, needed = self._free[worker], size * count
         if needed == 0:
             return []
-        if len(free) < needed:
-            while len(free) < needed:
-                self._forget_oldest(worker)
-            free.sort(reverse=True)
-        pages = free[-needed:][::-1]
-        del free[-needed:]
+        while len(free) < needed:
+            self._forget_oldest(worker)
+        pages = [heappop(free) for _ in range(needed)]
         blocks = [tuple(pages[i : i + size]) for i in range(0, needed, size)]
         self._users.update(block[0] for block in blocks)
         return blocks
@@ -244,7 +242,7 @@ class PageTable:
         self._num_idle[worker] -= len(block)
         index, key = self._keys.pop(first)
         del self._found[worker][index][key]
-        self._free[worker] += block
+        self._free_again(worker, block)
 
     def _use(self, worker: int, block: Block) -> None:
         if self._idle[worker].pop(block[0], None) is not None:
@@ -252,7 +250,6 @@ class PageTable:
         self._users[block[0]] += 1
 
     def _give_back(self, worker: int, blocks: Iterable[Block]) -> None:
-        free, before = self._free[worker], len(self._free[worker])
         for block in blocks:
             first = block[0]
             self._users[first] -= 1
@@ -263,9 +260,11 @@ class PageTable:
                 self._idle[worker][first] = block
                 self._num_idle[worker] += len(block)
             else:
-                free += block
-        if len(free) > before:
-            free.sort(reverse=True)
+                self._free_again(worker, block)
+
+    def _free_again(self, worker: int, block: Block) -> None:
+        for page in block:
+            heappush(self._free[worker], page)
 
 
 def first_page(num_pages: int, num_workers: int, worker: int) -> int:

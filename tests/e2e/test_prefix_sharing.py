@@ -13,9 +13,9 @@ GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
 SETTINGS = {**SMALL_PASSES, "layer_slots": 2, "device": "cpu"}
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt-oss", "deepseek-v3"])
+@pytest.mark.parametrize("family", ["llama", "gpt-oss", "llama4-chunks", "gemma4-wrapper", "deepseek-v3"])
 def test_same_tokens_as_transformers(family: str, tmp_path: Path) -> None:
-    """Plain, with windows and sinks, with keys and values of different sizes; the beginnings are longer than a
+    """Plain, with windows and sinks, chunks, windows of two kinds of layers, latents; the beginnings are longer than a
     micro-batch, and there are more requests than places."""
     model = make_model(family, tmp_path / "model")
     beginnings = ragged_prompts(2, longest=60, seed=5)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import mmap
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -208,15 +210,21 @@ class AttentionState:
         for span in batch.spans:
             self._check(batch.micro_batch, span)
         result = _Batch(self._exchange.ctypes.data + batch.region * exchange.region_bytes, [], [], {})
-        by_group: list[list[tuple[KvSpan, int]]] = []
+        starts: list[Ints] = []
+        pieces = _pieces(batch.spans)
         for group in range(len(self._attach.kv.groups)):
-            pages, starts = _flat_pages([span.pages[group] for span in batch.spans])
-            by_group.append(list(zip(batch.spans, starts, strict=True)))
+            pages, starts_of_group = _flat_pages([span.pages[group] for span in batch.spans])
+            starts.append(starts_of_group)
             result.pages.append(pages)
-            result.pieces.append(_pieces(by_group[-1]))
+            result.pieces.append(_with_pages(pieces, 3, starts_of_group))
+        made: dict[_Key, _Units] = {}  # what groups have in common
         for shape, key in zip(self._shapes, self._keys, strict=True):
             if key not in result.units:
-                result.units[key] = _units(by_group[key.group], key, len(self._scratch))
+                common = key._replace(group=0)
+                if common not in made:
+                    made[common] = _units(batch.spans, key, len(self._scratch))
+                units = _with_pages(made[common].units, 2, starts[key.group])
+                result.units[key] = dataclasses.replace(made[common], units=units)
             self._reserve(result.units[key].num_partials, shape)
         return result
 
@@ -234,7 +242,7 @@ class AttentionState:
                     f"{what}: positions {span.position} .. {span.position + span.num_rows - 1}, "
                     f"its {len(run.pages)} pages hold tokens {begin} .. {end - 1}"
                 )
-            for page in run.pages:
+            for page in (min(run.pages), max(run.pages)):
                 if not 0 <= page < kv.num_pages:
                     raise ValueError(f"{what}: page {page}, the arena has {kv.num_pages} pages")
 
@@ -244,7 +252,7 @@ class AttentionState:
             self._partials = np.zeros(size, np.uint8)
 
 
-def _flat_pages(runs: list[PageRun]) -> tuple[Ints, list[int]]:
+def _flat_pages(runs: list[PageRun]) -> tuple[Ints, Ints]:
     """All pages one after another, and where each sequence's would begin if it had all of them from its first token on:
     before those of the first sequences there is room for what they have no more."""
     starts: list[int] = []
@@ -252,14 +260,21 @@ def _flat_pages(runs: list[PageRun]) -> tuple[Ints, list[int]]:
     for run in runs:
         starts.append(len(flat) - run.first)
         flat += run.pages
-    return np.array(flat, np.int64), starts
+    return np.array(flat, np.int64), np.array(starts, np.int64)
 
 
-def _pieces(spans: list[tuple[KvSpan, int]]) -> Ints:
+def _with_pages(rows: Ints, column: int, starts: Ints) -> Ints:
+    """Pieces or units with the place of their sequence's pages instead of the number of its span."""
+    rows = rows.copy()
+    rows[:, column] = starts[rows[:, column]]
+    return rows
+
+
+def _pieces(spans: Sequence[KvSpan]) -> Ints:
     """Spans cut into runs of rows that one thread stores; a single row that attends is stored by its unit."""
     pieces = [
-        (span.row + i, min(layout.STORE_ROWS, span.num_rows - i), span.position + i, pages)
-        for span, pages in spans
+        (span.row + i, min(layout.STORE_ROWS, span.num_rows - i), span.position + i, number)
+        for number, span in enumerate(spans)
         if not _is_stored_by_unit(span)
         for i in range(0, span.num_rows, layout.STORE_ROWS)
     ]
@@ -270,21 +285,21 @@ def _is_stored_by_unit(span: KvSpan) -> bool:
     return span.attend and span.num_rows == 1
 
 
-def _units(spans: list[tuple[KvSpan, int]], key: _Key, threads: int) -> _Units:
+def _units(spans: Sequence[KvSpan], key: _Key, threads: int) -> _Units:
     """The spans that attend, cut into units; a long one with few queries into a unit per chunk."""
-    attending = [(span, pages) for span, pages in spans if span.attend]
-    tokens = [(span.num_rows * _visible(span, key), span, pages) for span, pages in attending]
+    attending = [(span, number) for number, span in enumerate(spans) if span.attend]
+    tokens = [(span.num_rows * _visible(span, key), span, number) for span, number in attending]
     share = sum(count for count, _, _ in tokens) / (UNITS_PER_THREAD * threads)
     units: list[tuple[int, ...]] = []
     joins: list[tuple[int, int]] = []
     num_partials = 0
-    for count, span, pages in tokens:
+    for count, span, number in tokens:
         queries = span.num_rows * key.heads
         for first in range(0, queries, layout.QUERIES):
             last = min(first + layout.QUERIES, queries)
             begin, end = _token_range(span, first // key.heads, (last - 1) // key.heads, key)
             chunk, chunk_stop = begin // layout.CHUNK, -(-end // layout.CHUNK)
-            where = (span.row, span.position, pages, first, last)
+            where = (span.row, span.position, number, first, last)
             stores = key.stores and _is_stored_by_unit(span)
             if count <= share or queries > layout.QUERIES or chunk_stop - chunk == 1:
                 units.append((*where, chunk, chunk_stop, -1, stores))
