@@ -31,16 +31,8 @@ from numba import njit, prange
 from flexgen_lite.memory import exchange, kv_layout
 from flexgen_lite.memory.arena import Arena, map_arena
 from flexgen_lite.model.spec import ITEM_BYTES, AttentionSpec
-from flexgen_lite.wire.worker_messages import (
-    AttachAttention,
-    Attend,
-    BeginAttention,
-    ExchangeSpec,
-    KvBatch,
-    KvGroup,
-    KvSpan,
-    PageRun,
-)
+from flexgen_lite.wire.arena_specs import ExchangeSpec, KvGroup, PageRun
+from flexgen_lite.wire.worker_messages import AttachAttention, Attend, BeginAttention, KvBatch, KvSpan
 from flexgen_lite.workers.attention.state import AttentionState
 
 Contestants = dict[str, tuple[Callable[[int], object], int]]  # what to call with a round's number, and bytes it reads

@@ -13,16 +13,8 @@ import numpy.typing as npt
 
 from flexgen_lite.memory import exchange, kv_layout
 from flexgen_lite.model.spec import ITEM_BYTES, AttentionSpec
-from flexgen_lite.wire.worker_messages import (
-    AttachAttention,
-    Attend,
-    BeginAttention,
-    ExchangeSpec,
-    KvBatch,
-    KvGroup,
-    KvSpan,
-    PageRun,
-)
+from flexgen_lite.wire.arena_specs import ExchangeSpec, KvGroup, PageRun
+from flexgen_lite.wire.worker_messages import AttachAttention, Attend, BeginAttention, KvBatch, KvSpan
 from flexgen_lite.workers.attention.state import STORAGE, AttentionState
 from flexgen_lite.workers.simd import LANES
 

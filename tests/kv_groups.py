@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flexgen_lite.wire.worker_messages import KvGroup
+from flexgen_lite.wire.arena_specs import KvGroup
 
 
 def one_group(page_tokens: int, window: int = 0, attention_chunk: int = 0) -> tuple[KvGroup, ...]:

@@ -22,6 +22,7 @@ from flexgen_lite.schedule.zigzag import Schedule
 from flexgen_lite.text.shown import shown_path
 from flexgen_lite.tokens.tokenizer import TextTokenizer
 from flexgen_lite.wire import worker_messages
+from flexgen_lite.wire.arena_specs import ExchangeSpec, KvSpec
 
 ROWS_OF_A_PASS = {"memory": 32, "disk": 256, "device": 4096}
 """Rows whose products take about as long as a pass does for its weights alone, by where these come from: main memory at
@@ -32,8 +33,8 @@ tens of GB/s, a disk, or main memory for a device that computes a hundred times 
 class Setup:
     opened: worker_messages.ModelOpened
     plan: plan.Plan
-    kv: worker_messages.KvSpec
-    exchange: worker_messages.ExchangeSpec
+    kv: KvSpec
+    exchange: ExchangeSpec
     kv_bytes_by_window: dict[int, int]  # of a token
 
     @property
@@ -175,5 +176,5 @@ def set_up(
     spec, device_bytes = opened.spec, opened.device_total_bytes
     made = plan.make_plan(config, spec, machine, processes, device_bytes > 0, device_bytes, expected)
     kv = kv_spec(spec.attention, spec.kv_columns, made.kv_groups, made.num_pages, spec.dtype)
-    exchange = worker_messages.ExchangeSpec(made.micro_batches, made.region_bytes, made.micro_batch_tokens, spec.dtype)
+    exchange = ExchangeSpec(made.micro_batches, made.region_bytes, made.micro_batch_tokens, spec.dtype)
     return Setup(opened, made, kv, exchange, token_bytes_by_window(spec.attention, spec.dtype))

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from flexgen_lite.memory.kv_layout import page_bytes
 from flexgen_lite.model.spec import AttentionSpec
-from flexgen_lite.wire.worker_messages import KvGroup
+from flexgen_lite.wire.arena_specs import KvGroup
 
 LENGTHS = (200, 1024, 8192, 65536)  # tokens of the sequences for which groups are to be good
 MOST_PARTS = 16  # of the columns that see alike

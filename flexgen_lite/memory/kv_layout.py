@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from flexgen_lite.model.spec import ITEM_BYTES, AttentionSpec
-from flexgen_lite.wire.worker_messages import KvGroup, KvSpec
+from flexgen_lite.wire.arena_specs import KvGroup, KvSpec
 
 ALIGNMENT = 64  # bytes, of a page; its parts have whole groups of tokens, and these have as many bytes
 

@@ -12,8 +12,8 @@ from flexgen_lite.memory.kv_layout import largest_page
 from flexgen_lite.model.spec import ITEM_BYTES, ModelSpec
 from flexgen_lite.plan.machine import Machine
 from flexgen_lite.plan.workload import Workload
+from flexgen_lite.wire.arena_specs import KvGroup
 from flexgen_lite.wire.sampling import LOGITS_BYTES
-from flexgen_lite.wire.worker_messages import KvGroup
 
 MIB = 1 << 20
 # Measured, resident, with some room: anonymous memory. Mapped files count once, for the compute worker: it maps every

@@ -15,7 +15,7 @@ from flexgen_lite.plan.need import DEVICE_RING, Measured, Need, need_of
 from flexgen_lite.plan.placement import Placement, Sizes, place
 from flexgen_lite.plan.workload import Workload
 from flexgen_lite.text.sizes import format_size
-from flexgen_lite.wire.worker_messages import KvGroup
+from flexgen_lite.wire.arena_specs import KvGroup
 
 MIB = 1 << 20
 CUDA_CONTEXT_BYTES = 600 * MIB  # context and libraries on the device: 588 MiB on an H100 with CUDA 13.0

@@ -13,8 +13,9 @@ from typing import Protocol
 
 from flexgen_lite.queue.page_table import PageTable, block_keys
 from flexgen_lite.queue.running_request import RunningRequest
+from flexgen_lite.wire.arena_specs import PageRun
 from flexgen_lite.wire.sampling import NO_TOKEN, Scored, TokenLogprobs
-from flexgen_lite.wire.worker_messages import KvBatch, KvSpan, PageRun, TokenBatch, TokenSpan
+from flexgen_lite.wire.worker_messages import KvBatch, KvSpan, TokenBatch, TokenSpan
 
 EXPECTED_MARGIN = 1.25  # over the average life
 EXPECTED_WEIGHT = 0.02  # of the last request that ended, in the average

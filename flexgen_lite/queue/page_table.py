@@ -12,7 +12,7 @@ from hashlib import blake2b
 from heapq import heappop, heappush
 
 from flexgen_lite.memory.kv_groups import block_tokens, pages_for
-from flexgen_lite.wire.worker_messages import KvGroup, PageRun
+from flexgen_lite.wire.arena_specs import KvGroup, PageRun
 
 Block = tuple[int, ...]  # pages of one group that hold `block_tokens` tokens of a sequence; known by the first
 Pages = tuple[PageRun, ...]  # of a sequence, by group

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from flexgen_lite.queue.kept_logprobs import KeptLogprobs
 from flexgen_lite.queue.open_request import OpenRequest
 from flexgen_lite.tokens.stream import TextStream
+from flexgen_lite.wire.arena_specs import PageRun
 from flexgen_lite.wire.sampling import Penalties, Sample, WireParams
-from flexgen_lite.wire.worker_messages import PageRun
 
 
 @dataclass(slots=True, eq=False)

@@ -17,8 +17,8 @@ from flexgen_lite.queue.kept_logprobs import KeptLogprobs
 from flexgen_lite.queue.page_table import PageTable
 from flexgen_lite.queue.running_request import RunningRequest
 from flexgen_lite.queue.waiting_queue import WaitingQueue
+from flexgen_lite.wire.arena_specs import KvGroup
 from flexgen_lite.wire.sampling import TokenLogprobs, WireParams
-from flexgen_lite.wire.worker_messages import KvGroup
 from tests.kv_groups import one_group
 
 EOS = 7

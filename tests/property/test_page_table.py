@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from flexgen_lite.queue.page_table import Pages, PageTable, block_keys
-from flexgen_lite.wire.worker_messages import KvGroup
+from flexgen_lite.wire.arena_specs import KvGroup
 from tests.kv_groups import one_group
 
 GROUPS = (

@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from flexgen_lite.memory import exchange as exchange_layout
 from flexgen_lite.model.spec import ITEM_BYTES, first_seen
-from flexgen_lite.wire.worker_messages import AttachAttention, Attend, BeginAttention, KvBatch, KvSpan, PageRun
+from flexgen_lite.wire.arena_specs import PageRun
+from flexgen_lite.wire.worker_messages import AttachAttention, Attend, BeginAttention, KvBatch, KvSpan
 from flexgen_lite.workers.attention import kernels, layout
 from flexgen_lite.workers.simd import LANES
 from flexgen_lite.workers.team import Job, Team

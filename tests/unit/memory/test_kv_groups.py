@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from flexgen_lite.memory import kv_layout
 from flexgen_lite.memory.kv_groups import block_tokens, kv_groups, pages_for
 from flexgen_lite.model.spec import ITEM_BYTES, AttentionSpec
-from flexgen_lite.wire.worker_messages import KvGroup
+from flexgen_lite.wire.arena_specs import KvGroup
 
 SPECS = [
     AttentionSpec(4, 2, 8, 8, 1.0, None, None, False),

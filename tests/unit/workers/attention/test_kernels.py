@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from flexgen_lite.model.spec import AttentionSpec
-from flexgen_lite.wire.worker_messages import Attend, BeginAttention, KvBatch, KvSpan, PageRun
+from flexgen_lite.wire.arena_specs import PageRun
+from flexgen_lite.wire.worker_messages import Attend, BeginAttention, KvBatch, KvSpan
 from flexgen_lite.workers.attention.state import STORAGE, AttentionState
 from flexgen_lite.workers.attention.warm_up import warm_up
 from flexgen_lite.workers.team import Team
