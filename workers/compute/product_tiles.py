@@ -85,16 +85,7 @@ def pack_tile(rows: int) -> Any:
         for i in range(rows):
             turned[i] = simd.load_from(builder, source, WORDS)
             source = builder.add(source, stride)
-        width = 1
-        while width < LANES:
-            low = [lane if not lane & width else LANES + lane - width for lane in range(LANES)]
-            high = [lane + width if not lane & width else LANES + lane for lane in range(LANES)]
-            for i in (i for i in range(LANES) if not i & width):
-                a, b = turned[i], turned[i + width]
-                turned[i], turned[i + width] = (
-                    builder.shuffle_vector(a, b, ir.Constant(WORDS, lanes)) for lanes in (low, high)
-                )
-            width *= 2
+        turned = simd.turned(builder, turned)
         first = ir.Constant(ir.VectorType(I32, half), list(range(half)))
         for step, words in enumerate(turned):
             to = _forward(builder, target, step * 4 * rows)
