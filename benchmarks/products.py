@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from flexgen_lite.workers.compute.product_kernels import packed_weight
+from flexgen_lite.workers.compute.product_weights import packed_weight
 
 WEIGHT_BYTES = 512 << 20
 SHAPES = ("6144x2048", "2048x2048", "8192x2048", "2048x8192", "5632x2048", "50272x2048")

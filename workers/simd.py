@@ -22,6 +22,7 @@ from numba.extending import intrinsic, models, register_model
 _features = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
 WIDE = "+avx512f" in _features
 PAIRS = "+avx512bf16" in _features  # whether there are products of bfloat16 pairs
+TILES = "+amx-bf16" in _features and PAIRS  # and on tiles
 LANES = 16 if WIDE else 8
 
 FLOAT, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)

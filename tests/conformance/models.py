@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from flexgen_lite import EngineError, FlexGenLite, SamplingParams
-from flexgen_lite.workers.compute import attention_call, probe
+from flexgen_lite.workers.compute import attention_call, experts, probe
 from flexgen_lite.workers.compute.trial import find_text_path
 from flexgen_lite.workers.model import builder
 from tests.compiled_kernels import ROOT
@@ -92,6 +92,7 @@ class Found:
 @pytest.mark.parametrize("kind", TYPES)
 def test_tokens_and_logprobs(kind: str, tmp_path: Path) -> None:
     attention_call.register()
+    experts.register()
     config = CONFIG_MAPPING[kind](**DEFAULTS.get(kind, {}))
     is_wrapper = builder.text_config(config) is not config
     model: PreTrainedModel | None = None

@@ -17,7 +17,7 @@ from flexgen_lite.model.checkpoint import Checkpoint, check_config, open_checkpo
 from flexgen_lite.model.files import CheckpointError, check_files, is_there
 from flexgen_lite.model.spec import ModelSpec
 from flexgen_lite.wire.worker_messages import OpenModel
-from flexgen_lite.workers.compute import attention_call, probe
+from flexgen_lite.workers.compute import attention_call, experts, probe
 from flexgen_lite.workers.compute.device import Device
 from flexgen_lite.workers.compute.head import Head
 from flexgen_lite.workers.compute.latents import projections
@@ -66,6 +66,7 @@ def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> Op
     check_files(directory, (*TOKENIZER_FILES, "generation_config.json"))
     config = model_builder.load_config(directory)
     attention_call.register()
+    experts.register()
     model_builder.language_model_class(config)
     model_builder.check_sizes(directory, config)
     is_known = config.model_type in probe.TESTED_TYPES and not order.always_probe

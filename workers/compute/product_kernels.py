@@ -1,54 +1,79 @@
-"""Products of few rows with weights that come from RAM: y = x W^T + b in bfloat16, for decode steps.
+"""Products of rows with weights that come from RAM: y = x W^T + b in bfloat16, of one weight or of many at once.
 
-The weight `[N, K]` lies in the order in which oneDNN keeps it, blocks of COLUMNS columns n, each `[K / 2][column][2]`;
-the last block is filled up with zeros. Threads take blocks from a shared counter, one block in advance, so that a
-thread knows which memory it will read next. A block goes in chunks of K that stay in the second-level cache: all rows
+The weight `[N, K]` lies in the order in which oneDNN keeps it, blocks of COLUMNS columns n, each `[K / 2][column][2]`
+(the last block is filled up with zeros), or row by row, or as its transpose: then each block is put into that order in
+a *panel* of the thread's own (product_panels.py) as it is needed.
+
+A call has *segments*, each some rows of x and the weight that they meet: one for a dense layer's few rows, one or more
+for each expert. Threads take items from a shared counter, some blocks of columns of a segment, one in advance, so that
+a thread knows which memory it will read next. A block goes in chunks of K that stay in the second-level cache: all rows
 go through a chunk, in passes of as many rows as the registers hold sums for, and meanwhile the next chunk is
 prefetched, which is another part of the same block or the start of the next.
 
 Memory is named by address. A row's result depends on nothing but that row and the weight.
 
-Measured on 2 cores of a Zen 4 with benchmarks/products.py, weights of six shapes from RAM: times oneDNN's rate with the
-same weights, lowest and highest of the shapes.
-
-    rows      4            8            16           32           48           64
-           1.1 - 1.4    1.1 - 1.5    1.2 - 1.3    1.1 - 1.2    1.0 - 1.1    1.0 - 1.05
+There are two kernels: of vectors of pairs (product_tiles.py), and of tile registers (product_amx.py).
 """
 
 from __future__ import annotations
 
-import ctypes
-import struct
 from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numba import cfunc, types
 
 from flexgen_lite.workers import simd
-from flexgen_lite.workers.compute import prefill_cpu
+from flexgen_lite.workers.compute import product_amx as amx
 from flexgen_lite.workers.compute import product_tiles as tiles
-from flexgen_lite.workers.compute.prefill_packing import OPTIONS, kernel
-from flexgen_lite.workers.compute.product_tiles import COLUMNS, LINE, ROW
+from flexgen_lite.workers.compute.prefill_packing import OPTIONS
+from flexgen_lite.workers.compute.product_panels import PACKED, kernel, panel_of
+from flexgen_lite.workers.compute.product_tiles import COLUMNS, LINE, ROW, STEP
 from flexgen_lite.workers.kernel_cache import from_cache
 from flexgen_lite.workers.simd import LANES
 
-MAX_ROWS = 64
 PASS_ROWS = 6  # at most; 7 would leave no registers for weights and words
-CHUNK = 512  # steps, of 4 * COLUMNS bytes each
-STEP = 4 * COLUMNS  # bytes of weights
 
 CALL = np.dtype(
     [
         *((name, np.int64) for name in ("begun", "taken")),  # counters, 0 before a call
-        *((name, np.int64) for name in ("x", "y", "scratch", "rows")),  # addresses, number of rows
-        *((name, np.int64) for name in ("weights", "bias")),  # addresses; bias 0: none
+        *((name, np.int64) for name in ("x", "x_rows", "y", "y_rows")),  # addresses; of row numbers, 0: in order
+        *((name, np.int64) for name in ("segments", "num_segments")),  # SEGMENT each
+        *((name, np.int64) for name in ("scratch", "scratch_bytes")),  # of a thread
+        *((name, np.int64) for name in ("weights", "weight_bytes")),  # from one weight to the next
+        *((name, np.int64) for name in ("bias", "storage")),  # bias `[weight][N]`; 0: none
         *((name, np.int64) for name in ("columns", "steps", "chunk")),  # N, K / 2, steps of a chunk
+        *((name, np.int64) for name in ("span", "most_rows", "tiles")),  # of an item; of a segment; see amx.CONFIG
     ]
-)
+)  # fmt: skip
+SEGMENT = np.dtype([(name, np.int64) for name in ("weight", "first", "rows")])
+SEGMENT_BYTES = SEGMENT.itemsize
 _call: Any = simd.record(CALL)
+_segment: Any = simd.record(SEGMENT)
 _STORED = np.uint16(0)  # the kind: bfloat16
+
+
+class Scratch(NamedTuple):
+    """Where things lie in a thread's scratch memory."""
+
+    words: int  # packed rows, and a half vector behind them
+    sums: int
+    line: int  # rows that are gathered, words that are turned, a block's last columns
+    panel: int
+    end: int
+
+
+def scratch(base: int, rows: int, steps: int, chunk: int, storage: int) -> Scratch:
+    """`base` is a multiple of 64; so are all of these."""
+    rows = (rows + 15) // 16 * 16
+    sums = base + 4 * rows * steps + ROW
+    line = sums + 4 * rows * COLUMNS
+    panel = line + max(PASS_ROWS * 4 * steps, LANES * ROW) + ROW
+    return Scratch(base, sums, line, panel, panel + (0 if storage == PACKED else chunk * STEP))
+
+
+_scratch_at: Any = kernel(scratch)
+
 
 if simd.PAIRS:
     _pack = {rows: tiles.pack_tile(rows) for rows in range(1, PASS_ROWS + 1)}
@@ -134,160 +159,195 @@ def _lines(passes, turn):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _pack_rows(call, target, ahead):  # type: ignore[no-untyped-def]
-    """`[pass][step][row of the pass]` words of x; prefetches the first chunk's first half meanwhile."""
-    passes, stride = _num_passes(call.rows), 4 * call.steps
-    lines = max(1, call.chunk * STEP // LINE // 2 // (passes * call.steps // LANES))
-    for turn in range(passes):
-        first, last = _first_row(call.rows, passes, turn), _first_row(call.rows, passes, turn + 1)
-        rows, source, to = last - first, call.x + first * stride, target + first * stride
-        for step in range(0, call.steps, LANES):
-            _pack_steps(rows, source + 4 * step, stride, to + 4 * rows * step)
-            for line in range(lines):
-                tiles.prefetch(ahead + line * LINE)
-            ahead += lines * LINE
+def _row_address(start, numbers, row, stride):  # type: ignore[no-untyped-def]
+    return start + stride * (row if numbers == 0 else simd.load_int(numbers + 8 * row))
 
 
 @kernel
-def _write(call, block, sums, work):  # type: ignore[no-untyped-def]
+def _copy(source, target, num_bytes):  # type: ignore[no-untyped-def]
+    for at in range(0, num_bytes, ROW):
+        simd.store(simd.load(source + at), target + at)
+
+
+@kernel
+def _pack_rows(call, segment, target, line):  # type: ignore[no-untyped-def]
+    """`[pass][step][row of the pass]` words of x; `line` has room for a pass's rows."""
+    passes, stride = _num_passes(segment.rows), 4 * call.steps
+    for turn in range(passes):
+        first, last = _first_row(segment.rows, passes, turn), _first_row(segment.rows, passes, turn + 1)
+        rows, to = last - first, target + first * stride
+        source = call.x + (segment.first + first) * stride
+        if call.x_rows != 0:
+            for i in range(rows):
+                at = _row_address(call.x, call.x_rows, segment.first + first + i, stride)
+                _copy(at, line + i * stride, stride)
+            source = line
+        for step in range(0, call.steps, LANES):
+            _pack_steps(rows, source + 4 * step, stride, to + 4 * rows * step)
+
+
+@kernel
+def _pack_row_tiles(call, segment, target):  # type: ignore[no-untyped-def]
+    """`[row tile][tile step][row]`, 64 bytes each; rows behind the last are zeros."""
+    stride, zero = 4 * call.steps, simd.splat(np.float32(0))
+    for row in range((segment.rows + amx.ROWS - 1) // amx.ROWS * amx.ROWS):
+        to = target + row // amx.ROWS * amx.ROWS * stride + row % amx.ROWS * 64
+        if row < segment.rows:
+            source = _row_address(call.x, call.x_rows, segment.first + row, stride)
+            for at in range(0, stride, 64):
+                simd.store(simd.load(source + at), to + at * amx.ROWS)
+        else:
+            for at in range(0, stride, 64):
+                simd.store(zero, to + at * amx.ROWS)
+
+
+@kernel
+def _write(call, segment, block, sums, work):  # type: ignore[no-untyped-def]
     """A block's sums and bias, rounded once, to y; `work` has room for a vector."""
     first = block * COLUMNS
     count = min(COLUMNS, call.columns - first)
     whole = count // LANES * LANES
-    for i in range(call.rows):
-        source, target = sums + 4 * i * COLUMNS, call.y + 2 * (i * call.columns + first)
+    bias = call.bias + 2 * (segment.weight * call.columns + first)
+    for i in range(segment.rows):
+        source = sums + 4 * i * COLUMNS
+        target = _row_address(call.y, call.y_rows, segment.first + i, 2 * call.columns) + 2 * first
         for n in range(0, whole, LANES):
             total = simd.load(source + 4 * n)
             if call.bias != 0:
-                total = simd.add(total, simd.load_items(call.bias + 2 * (first + n), _STORED))
+                total = simd.add(total, simd.load_items(bias + 2 * n, _STORED))
             simd.store_items(total, target + 2 * n, _STORED)
         if whole < count:
             if call.bias != 0:
                 for n in range(whole, count):
-                    bias = simd.load_item(call.bias + 2 * (first + n), _STORED)
-                    simd.store_float(simd.load_float(source + 4 * n) + bias, source + 4 * n)
+                    item = simd.load_item(bias + 2 * n, _STORED)
+                    simd.store_float(simd.load_float(source + 4 * n) + item, source + 4 * n)
             simd.store_items(simd.load(source + 4 * whole), work, _STORED)
             for n in range(whole, count):
                 simd.copy_item(work + 2 * (n - whole), target + 2 * n, _STORED)
 
 
-def _words_bytes(rows: int, steps: int) -> int:
-    """Of packed rows, and a half vector behind them."""
-    return (4 * rows * steps + ROW + LINE - 1) // LINE * LINE
+@kernel
+def _multiply_in_vectors(call, weight, block, following, rows, scratch):  # type: ignore[no-untyped-def]
+    passes = _num_passes(rows)
+    for start in range(0, call.steps, call.chunk):
+        stop = min(start + call.chunk, call.steps)
+        at = panel_of(call, weight, block, start, stop, scratch.panel, scratch.line)
+        ahead = at + (stop - start) * STEP if stop < call.steps else following
+        for turn in range(passes):
+            first, last = _first_row(rows, passes, turn), _first_row(rows, passes, turn + 1)
+            lines = _lines(passes, turn) if call.storage == PACKED else 0
+            source = scratch.words + 4 * first * call.steps + 4 * (last - first) * start
+            to, keep = scratch.sums + 4 * first * COLUMNS, 0 if start == 0 else 1
+            _multiply_tile(last - first, lines, source, at, stop - start, to, keep, ahead)
+            ahead += (stop - start) * lines * LINE
 
 
-def _thread_bytes(rows: int, steps: int) -> int:
-    """Of a thread's scratch memory: packed rows, sums, a vector for the tail."""
-    return _words_bytes(rows, steps) + 4 * rows * COLUMNS + ROW
+if simd.TILES:
+    _tiles_2_2, _tiles_1_4 = amx.product_tile(2, 2), amx.product_tile(1, 4)  # row tiles and columns'
+    _configure, _release = amx.configure, amx.release
 
+    @kernel
+    def _multiply_in_tiles(call, weight, block, following, rows, scratch):  # type: ignore[no-untyped-def]
+        row_tiles = (rows + amx.ROWS - 1) // amx.ROWS
+        passes = row_tiles // 2 * 2 + row_tiles % 2
+        lines = (amx.LINES + passes - 1) // passes if call.storage == PACKED else 0
+        stride = 4 * call.steps * amx.ROWS  # of row tiles
+        for start in range(0, call.steps, call.chunk):
+            stop = min(start + call.chunk, call.steps)
+            at = panel_of(call, weight, block, start, stop, scratch.panel, scratch.line)
+            ahead = at + (stop - start) * STEP if stop < call.steps else following
+            steps, keep = (stop - start) // amx.STEPS, 0 if start == 0 else 1
+            for tile in range(0, row_tiles, 2):
+                source = scratch.words + tile * stride + start * 4 * amx.ROWS
+                to = scratch.sums + tile * amx.ROWS * STEP
+                if tile + 1 < row_tiles:
+                    _tiles_2_2(source, stride, at, steps, to, keep, ahead, lines)
+                    ahead += steps * lines * LINE
+                    _tiles_2_2(source, stride, at + STEP // 2, steps, to + STEP // 2, keep, ahead, lines)
+                else:
+                    _tiles_1_4(source, stride, at, steps, to, keep, ahead, lines)
+                ahead += steps * lines * LINE
 
-_size_of_words: Any = kernel(_words_bytes)
+else:
+
+    @kernel
+    def _configure(at):  # type: ignore[no-untyped-def]
+        pass
+
+    @kernel
+    def _release():  # type: ignore[no-untyped-def]
+        pass
+
+    @kernel
+    def _multiply_in_tiles(call, weight, block, following, rows, scratch):  # type: ignore[no-untyped-def]
+        pass
 
 
 @kernel
-def _multiply_block(call, weights, following, words, sums):  # type: ignore[no-untyped-def]
-    passes = _num_passes(call.rows)
-    for start in range(0, call.steps, call.chunk):
-        stop = min(start + call.chunk, call.steps)
-        ahead = weights + stop * STEP if stop < call.steps else following
-        for turn in range(passes):
-            first, last = _first_row(call.rows, passes, turn), _first_row(call.rows, passes, turn + 1)
-            rows, lines = last - first, _lines(passes, turn)
-            at = words + 4 * first * call.steps + 4 * rows * start
-            to, keep = sums + 4 * first * COLUMNS, 0 if start == 0 else 1
-            _multiply_tile(rows, lines, at, weights + start * STEP, stop - start, to, keep, ahead)
-            ahead += (stop - start) * lines * LINE
+def _beginning(call, item, spans):  # type: ignore[no-untyped-def]
+    """Of an item, where weights lie in panels."""
+    segment = _segment(call.segments + item // spans * SEGMENT_BYTES)
+    return call.weights + segment.weight * call.weight_bytes + item % spans * call.span * call.steps * STEP
+
+
+@kernel
+def _multiply_item(call, segment, block, last, following, at):  # type: ignore[no-untyped-def]
+    """Blocks up to `last`; `following` is where the next item begins, `at` the thread's scratch memory."""
+    weight = call.weights + segment.weight * call.weight_bytes
+    while block < last:
+        ahead = weight + (block + 1) * call.steps * STEP if block + 1 < last else following
+        if call.tiles != 0:
+            _multiply_in_tiles(call, weight, block, ahead, segment.rows, at)
+        else:
+            _multiply_in_vectors(call, weight, block, ahead, segment.rows, at)
+        _write(call, segment, block, at.sums, at.line)
+        block += 1
 
 
 def multiply(address: int) -> None:
     """One thread's part."""
     call = _call(address)
-    size = _size_of_words(call.rows, call.steps)
-    words = call.scratch + simd.fetch_add(address) * (size + 4 * call.rows * COLUMNS + ROW)
-    sums = words + size
-    block_size, blocks = call.steps * STEP, (call.columns + COLUMNS - 1) // COLUMNS
-    block = simd.fetch_add(address + 8)
-    if block >= blocks:
+    base = call.scratch + simd.fetch_add(address) * call.scratch_bytes
+    at = _scratch_at(base, call.most_rows, call.steps, call.chunk, call.storage)
+    blocks = (call.columns + COLUMNS - 1) // COLUMNS
+    spans = (blocks + call.span - 1) // call.span
+    items, packed = call.num_segments * spans, -1
+    item = simd.fetch_add(address + 8)
+    if item >= items:
         return
-    _pack_rows(call, words, call.weights + block * block_size)
-    while block < blocks:
+    if call.tiles != 0:
+        _configure(call.tiles)
+    while item < items:
         following = simd.fetch_add(address + 8)
-        ahead = call.weights + min(following, blocks - 1) * block_size
-        _multiply_block(call, call.weights + block * block_size, ahead, words, sums)
-        _write(call, block, sums, sums + 4 * call.rows * COLUMNS)
-        block = following
+        segment = _segment(call.segments + item // spans * SEGMENT_BYTES)
+        if item // spans != packed:
+            packed = item // spans
+            if call.tiles != 0:
+                _pack_row_tiles(call, segment, at.words)
+            else:
+                _pack_rows(call, segment, at.words, at.line)
+        block = item % spans * call.span
+        ahead = _beginning(call, min(following, items - 1), spans)
+        _multiply_item(call, segment, block, min(block + call.span, blocks), ahead, at)
+        item = following
+    if call.tiles != 0:
+        _release()
+
+
+def pack(address: int) -> None:
+    """One thread's part of putting weights that lie row by row into panels, where they lie; N is that of all of them, a
+    multiple of COLUMNS, and a thread's scratch memory has room for a block and LANES vectors."""
+    call = _call(address)
+    line = call.scratch + simd.fetch_add(address) * call.scratch_bytes
+    panel, size = line + LANES * ROW, call.steps * STEP
+    block = simd.fetch_add(address + 8)
+    while block < call.columns // COLUMNS:
+        panel_of(call, call.weights, block, 0, call.steps, panel, line)
+        _copy(panel, call.weights + block * size, size)
+        block = simd.fetch_add(address + 8)
 
 
 @cache
-def compiled() -> Any:
-    """`multiply` as a C function, `void f(CALL *)`, to be run by every thread."""
-    return from_cache(lambda: cfunc(types.void(types.int64), cache=True, **OPTIONS)(multiply))
-
-
-class PackedWeight(NamedTuple):
-    """A weight `[N, K]` of bfloat16 that lies in oneDNN's order at `address`."""
-
-    address: int
-    columns: int
-    steps: int
-
-    def serves(self, x: torch.Tensor, bias_N: torch.Tensor | None) -> bool:
-        """Whether the kernel computes this product, and faster than oneDNN."""
-        few = 0 < x.numel() <= MAX_ROWS * 2 * self.steps
-        alike = x.dtype == torch.bfloat16 and (bias_N is None or bias_N.dtype == torch.bfloat16)
-        return few and alike and x.shape[-1] == 2 * self.steps and x.is_contiguous()
-
-    def multiply(self, x: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:
-        """y `[..., N]` of x `[..., K]`, which `serves` says yes to."""
-        output = x.new_empty((*x.shape[:-1], self.columns))
-        self.multiply_into(output, x, bias_N)
-        return output
-
-    def multiply_into(self, output: torch.Tensor, x: torch.Tensor, bias_N: torch.Tensor | None) -> None:
-        """The same into contiguous memory, on PyTorch's threads; not to be called by two threads at once."""
-        num_rows, threads = x.numel() // (2 * self.steps), torch.get_num_threads()
-        scratch = prefill_cpu.scratch_address(threads * _thread_bytes(num_rows, self.steps))
-        bias = 0 if bias_N is None else bias_N.data_ptr()
-        numbers = (0, 0, x.data_ptr(), output.data_ptr(), scratch, num_rows, self.address, bias)
-        _FIELDS.pack_into(_record, 0, *numbers, self.columns, self.steps, _chunk(self.steps))
-        prefill_cpu.parallel()(_function(), _record_address, threads, 0)
-
-
-NUM_FIELDS = len(CALL.names or ())
-_FIELDS = struct.Struct(f"{NUM_FIELDS}q")
-_record = (ctypes.c_int64 * NUM_FIELDS)()
-_record_address = ctypes.c_void_p(ctypes.addressof(_record))
-
-
-@cache
-def _function() -> ctypes.c_void_p:
-    return ctypes.c_void_p(compiled().address)
-
-
-def _chunk(steps: int) -> int:
-    """Steps of a chunk: as even as they can be."""
-    return -(-steps // -(-steps // CHUNK))
-
-
-def packed_weight(address: int, num_bytes: int, shape: torch.Size) -> PackedWeight | None:
-    """`num_bytes` of a weight that oneDNN has packed; None where the kernel does not serve it."""
-    columns, width = shape
-    if width % (2 * LANES) or num_bytes != -(-columns // COLUMNS) * COLUMNS * width * 2 or not is_available():
-        return None
-    return PackedWeight(address, columns, width // 2)
-
-
-@cache
-def is_available() -> bool:
-    """Whether this processor has the instructions, and oneDNN the order of weights that the kernel expects."""
-    if not simd.PAIRS or prefill_cpu.parallel() is None:
-        return False
-    columns, width, ops = 200, 96, torch.ops.mkldnn
-    weight_NK = torch.arange(128, 128 + columns * width, dtype=torch.int16).view(columns, width)
-    packed: Any = ops._reorder_linear_weight(weight_NK.view(torch.bfloat16))
-    blocks = torch.zeros(-(-columns // COLUMNS) * COLUMNS, width, dtype=torch.int16)
-    blocks[:columns] = weight_NK
-    expected = blocks.view(-1, COLUMNS, width // 2, 2).transpose(1, 2).contiguous().numpy().tobytes()
-    if ops._nbytes(packed) != len(expected):
-        return False
-    return bool(ctypes.string_at(ops.data_ptr(packed), len(expected)) == expected)
+def compiled() -> tuple[Any, Any]:
+    """`multiply` and `pack` as C functions, `void f(CALL *)`, to be run by every thread."""
+    return from_cache(lambda: tuple(cfunc(types.void(types.int64), cache=True, **OPTIONS)(f) for f in (multiply, pack)))

@@ -19,6 +19,7 @@ from flexgen_lite.workers.simd import I32, LANES, VECTOR, WORDS
 
 ROW = 4 * LANES  # bytes of a vector
 COLUMNS = 64  # of a block
+STEP = 4 * COLUMNS  # bytes of a block's step
 LINE = 64  # bytes of a cache line
 _VECTORS = COLUMNS // LANES
 
@@ -30,7 +31,7 @@ def _forward(builder: Any, address: Any, offset: int) -> Any:
     return builder.add(address, address.type(offset)) if offset else address
 
 
-def _prefetch(builder: Any, address: Any) -> None:
+def prefetch_line(builder: Any, address: Any) -> None:
     """Into the second-level cache: more of these can be under way than of those into the first."""
     pointer = builder.inttoptr(address, ir.IntType(8).as_pointer())
     simd.call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, I32(0), I32(2), I32(1)])
@@ -58,7 +59,7 @@ def product_tile(rows: int, lines: int) -> Any:
             if lines:
                 ahead_at = builder.add(ahead, builder.mul(loop.index, steps.type(lines * LINE)))
                 for line in range(lines):
-                    _prefetch(builder, _forward(builder, ahead_at, line * LINE))
+                    prefetch_line(builder, _forward(builder, ahead_at, line * LINE))
             for i in range(rows):
                 word = simd.load_from(builder, _forward(builder, words_at, 4 * i), I32)
                 pairs = builder.bitcast(simd.spread(builder, word), _PAIRS)
@@ -94,4 +95,4 @@ def pack_tile(rows: int) -> Any:
     return simd.operation(build, types.void, _address, types.int64, _address)
 
 
-prefetch = simd.operation(_prefetch, types.void, _address)  # starts to fetch a cache line
+prefetch = simd.operation(prefetch_line, types.void, _address)  # starts to fetch a cache line

@@ -1,32 +1,15 @@
-"""Matrix products of linear layers on the CPU, by oneDNN, with weights in the order that it wants.
+"""Matrix products of linear layers on the CPU, with weights in the order that suits the processor.
 
-`F.linear` hands oneDNN weights row by row, and oneDNN packs them (puts them into its own order) in every call; in
-float32 PyTorch calls MKL instead. Weights that stay in RAM are packed once, where they lie. Measured on 2 cores of a
-Zen 5 (AVX-512, bfloat16), GFLOP/s with a `[8192, 2048]` weight, T rows:
-
-    T                      16    64   256  1024
-    bfloat16, F.linear    362   742   933   884
-    bfloat16, packed      569   870   954   890
-    float32, F.linear      76   142   182   173
-    float32, oneDNN       165   361   482   396
-    float32, packed       233   420   411   451
-
-oneDNN makes a program for every number of rows that a weight is multiplied with, and keeps it. Rows are filled up to
-one of few numbers, so that there are few of these, and their memory is in the plan (plan.py, PRODUCTS_BYTES).
-
-The tensors over memory of our own are made through PyTorch's C interface for ahead-of-time compiled models, the
-only one that takes a pointer and an opaque layout. Where any of this is missing, layers keep their own forward.
+In bfloat16 they are computed by our own kernels (product_kernels.py): all of them on processors with tile registers,
+those of few rows on processors with products of pairs. The others are computed by oneDNN.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Iterator, Set
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,18 +17,16 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-from flexgen_lite.workers.compute import product_kernels
+from flexgen_lite.workers.compute import experts, product_amx, product_onednn, product_weights
+from flexgen_lite.workers.compute.product_weights import Weights, weights_in_rows
 
 _ops: Any = torch.ops.mkldnn
 SUPPORTED = {"float32", "bfloat16"}
 PADDED_TO = 64  # outputs of a packed weight, at most
-ROW_STEPS = ((64, 8), (256, 16), (512, 32))
-"""Up to so many rows, products have a multiple of the second number of rows."""
-LAST_ROW_STEP = 64
 
 
 class Products:
-    """Makes the linear layers of `model` compute through oneDNN; `pack` packs their weights in place.
+    """Makes the linear layers and experts of `model` compute here; `pack` puts their weights in order in place.
 
     Does nothing where that is not to be had: on a GPU, or on a processor without instructions for `dtype`.
 
@@ -63,6 +44,8 @@ class Products:
         for module in model.modules():
             if self._available and type(module) is nn.Linear and self._is_ours(module):
                 _replace_forward(module, _Product(module, self._wanted))
+            if self._available and experts.is_experts(module):
+                experts.prepare(module)
 
     @contextlib.contextmanager
     def only(self, rows_N: torch.Tensor, num_rows: int) -> Iterator[None]:
@@ -77,7 +60,7 @@ class Products:
             self._wanted.rows_N = None
 
     def pack(self, modules: Iterable[nn.Module], copy_shared: bool = False, in_order: bool = False) -> None:
-        """Packs the weights of the linear layers among `modules` in place.
+        """Packs the weights of the linear layers and experts among `modules` in place.
 
         A weight that would need more room stays as it is; so does one that other modules read too (the head's, where it
         is the embedding's), unless `copy_shared`: then its product uses a packed copy. The parameter of a weight
@@ -90,15 +73,14 @@ class Products:
             return
         readers = Counter(id(p) for m in self._model.modules() for p in m._parameters.values() if p is not None)
         for module in modules:
-            if not self._is_ours(module):
-                continue
-            if module in self._read:
+            if experts.is_experts(module):
+                experts.pack(module, in_order)
+            if not self._is_ours(module) or module in self._read:
                 continue
             if readers[id(module.weight)] == 1:
                 _pack(module, self._wanted, in_order)
             elif copy_shared and type(module) is nn.Linear:
-                packed = _ops._reorder_linear_weight(module.weight.data)
-                _replace_forward(module, _Product(module, self._wanted, packed))
+                _replace_forward(module, _packed_copy(module, self._wanted))
 
     def copied_bytes(self, modules: Iterable[nn.Module]) -> int:
         """Memory that `pack` with `copy_shared` takes for the linear layers among `modules`."""
@@ -122,44 +104,67 @@ class _Wanted:
 
 def _pack(module: nn.Module, wanted: _Wanted, in_order: bool = False) -> None:
     target: torch.Tensor = module.weight.data  # type: ignore[assignment]
-    weight_NK = target if type(module) is nn.Linear else target.t()
-    shape = tuple(weight_NK.shape)
-    packed = None if in_order else _ops._reorder_linear_weight(weight_NK.contiguous())
-    num_bytes, metadata = _order(shape, target.dtype) if packed is None else _described(packed)
-    if not target.is_contiguous() or num_bytes > target.numel() * target.element_size():
+    is_linear = type(module) is nn.Linear
+    weight_NK = target if is_linear else target.t()
+    if not target.is_contiguous():
         return
-    if packed is not None:
-        ctypes.memmove(target.data_ptr(), _ops.data_ptr(packed), num_bytes)
-    view = _from_memory(target.data_ptr(), shape, target.dtype, metadata)
-    _replace_forward(module, _Product(module, wanted, view, target))
+    if product_amx.allowed() and (ours := weights_in_rows(target.view(weight_NK.shape))) is not None:
+        if not product_weights.fills_panels(ours.columns):
+            return
+        if not is_linear and not in_order:
+            target.view(weight_NK.shape).copy_(weight_NK.contiguous())
+        product = _Product(module, wanted, ours=ours.in_panels() if in_order else ours.pack(), memory=target)
+    else:
+        view = product_onednn.pack_in_place(weight_NK, target, in_order)
+        if view is None:
+            return
+        ours = _of_onednn(target.data_ptr(), view)
+        product = _Product(module, wanted, view, ours, target)
+    _replace_forward(module, product)
     module._parameters["weight"] = nn.Parameter(target.to("meta"), requires_grad=False)
 
 
-@cache
-def _order(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[int, bytes]:
-    """The order that oneDNN wants of a weight, which its shape and dtype decide: bytes of the weight, description."""
-    return _described(_ops._reorder_linear_weight(torch.zeros(shape, dtype=dtype)))
+def _packed_copy(module: nn.Linear, wanted: _Wanted) -> _Product:
+    weight_NK = module.weight.data
+    if not product_amx.allowed() or weights_in_rows(weight_NK) is None:
+        packed = _ops._reorder_linear_weight(weight_NK)
+        return _Product(module, wanted, packed, _of_onednn(_ops.data_ptr(packed), packed))
+    columns, width = weight_NK.shape
+    copy = weight_NK.new_zeros((-(-columns // PADDED_TO) * PADDED_TO, width))
+    copy[:columns] = weight_NK
+    ours = weights_in_rows(copy)
+    assert ours is not None
+    return _Product(module, wanted, ours=dataclasses.replace(ours.pack(), columns=columns), memory=copy)
 
 
-def _described(packed: torch.Tensor) -> tuple[int, bytes]:
-    return _ops._nbytes(packed), bytes(_ops._get_mkldnn_serialized_md(packed).tolist())
+def _of_onednn(address: int, packed: torch.Tensor) -> Weights | None:
+    if packed.dtype != torch.bfloat16:
+        return None
+    return product_weights.weight_of_onednn(address, _ops._nbytes(packed), packed.shape)
 
 
 class _Product:
-    """The forward of one linear layer."""
+    """The forward of one linear layer.
+
+    Args:
+        packed: its weight as oneDNN keeps it.
+        ours: its weight as our own kernels see it; without these two, the weight lies row by row in the parameter.
+        memory: that `packed` or `ours` point into.
+    """
 
     def __init__(
         self,
         module: Any,
         wanted: _Wanted,
         packed: torch.Tensor | None = None,
+        ours: Weights | None = None,
         memory: torch.Tensor | None = None,
     ) -> None:
         self._module = module
         self._wanted = wanted
         self._packed = packed
-        self._memory = memory  # that `packed` points into
-        self._few_rows = None if packed is None else _for_few_rows(packed, memory)
+        self._ours = ours
+        self._memory = memory
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         wanted_N, count = self._wanted.rows_N, self._wanted.num_rows
@@ -171,41 +176,21 @@ class _Product:
         return output.view(*rows.shape[:-1], -1)
 
     def _multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        weight_NK: torch.Tensor = self._module.weight if self._packed is None else self._packed
+        bias_N, ours, weight_NK = self._module.bias, self._ours, self._packed
+        if ours is None and weight_NK is None:
+            weight_NK = self._module.weight
+            ours = weights_in_rows(weight_NK)
+        if ours is not None and not rows.is_contiguous():
+            rows = rows.contiguous()
         if rows.numel() == 0:  # oneDNN takes no empty operands
-            return rows.new_empty((*rows.shape[:-1], weight_NK.shape[0]))
-        if self._few_rows is not None and self._few_rows.serves(rows, self._module.bias):
-            return self._few_rows.multiply(rows, self._module.bias)
-        return _multiply_filled_up(rows, weight_NK, self._module.bias)
+            return rows.new_empty((*rows.shape[:-1], self._columns()))
+        if ours is not None and (weight_NK is None or ours.is_faster(rows.numel() // rows.shape[-1])):
+            return ours.multiply(rows, bias_N)
+        assert weight_NK is not None
+        return product_onednn.multiply(rows, weight_NK, bias_N)
 
-
-def _multiply_filled_up(rows: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:
-    """By oneDNN, with rows of zeros behind the others so that their number is one of few. The copy is a small part of
-    the product; on average 3 % of the rows are zeros."""
-    count, width = rows.numel() // rows.shape[-1], rows.shape[-1]
-    filled_up = rows_of_product(count)
-    if filled_up == count:
-        whole: torch.Tensor = _ops._linear_pointwise.default(rows, weight_NK, bias_N, "none", [], "")
-        return whole
-    filled = rows.new_empty((filled_up, width))
-    filled[:count] = rows.reshape(count, width)
-    filled[count:] = 0
-    output: torch.Tensor = _ops._linear_pointwise.default(filled, weight_NK, bias_N, "none", [], "")
-    return output[:count].view(*rows.shape[:-1], output.shape[-1])
-
-
-def rows_of_product(count: int) -> int:
-    """The number of rows that a product of `count` rows is computed with."""
-    step = next((step for most, step in ROW_STEPS if count <= most), LAST_ROW_STEP)
-    return -(-count // step) * step
-
-
-def _for_few_rows(packed: torch.Tensor, memory: torch.Tensor | None) -> product_kernels.PackedWeight | None:
-    """`packed` as our own kernel for few rows sees it; None where it does not serve that weight."""
-    if packed.dtype != torch.bfloat16:
-        return None
-    address = _ops.data_ptr(packed) if memory is None else memory.data_ptr()
-    return product_kernels.packed_weight(address, _ops._nbytes(packed), packed.shape)
+    def _columns(self) -> int:
+        return self._module.out_features if type(self._module) is nn.Linear else self._module.nf
 
 
 def _replace_forward(module: Any, forward: _Product) -> None:
@@ -222,40 +207,8 @@ def _works(dtype: torch.dtype) -> bool:
         layer = nn.Linear(64, 64, bias=False, dtype=dtype)
         layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
         _pack(layer, _Wanted())
-        rows = torch.ones((product_kernels.MAX_ROWS + 1, 64), dtype=dtype)  # so many for oneDNN, 3 for our own kernel
+        rows = torch.ones((product_weights.MAX_ROWS + 1, 64), dtype=dtype)  # so many for oneDNN, 3 for our own kernel
         alike = all(torch.allclose(layer(x), linear(x, weight)) for x in (rows, rows[:3]))
         return isinstance(layer.forward, _Product) and alike
     except (AttributeError, RuntimeError, OSError):
         return False
-
-
-def _from_memory(address: int, shape: tuple[int, ...], dtype: torch.dtype, metadata: bytes) -> torch.Tensor:
-    """An opaque oneDNN tensor over memory that somebody else owns and keeps."""
-    library = _library()
-    int64, sizes = ctypes.c_int64, ctypes.c_int64 * len(shape)
-    handle = ctypes.c_void_p()
-    code = library.aoti_torch_create_tensor_from_blob_v2(
-        ctypes.c_void_p(address),
-        int64(len(shape)),
-        sizes(*shape),
-        sizes(*torch.empty(shape, device="meta").stride()),
-        int64(0),
-        ctypes.c_int32(getattr(library, f"aoti_torch_dtype_{str(dtype).removeprefix('torch.')}")()),
-        ctypes.c_int32(library.aoti_torch_device_type_cpu()),
-        ctypes.c_int32(0),
-        ctypes.byref(handle),
-        ctypes.c_int32(library.aoti_torch_layout__mkldnn()),
-        (ctypes.c_uint8 * len(metadata))(*metadata),
-        int64(len(metadata)),
-    )
-    if code != 0:
-        raise RuntimeError(f"PyTorch {torch.__version__} made no tensor over packed weights: code {code}")
-    new_capsule = ctypes.pythonapi.PyCapsule_New
-    new_capsule.restype, new_capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-    steal: Any = torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr
-    tensor: torch.Tensor = steal(new_capsule(handle.value, None, None))
-    return tensor
-
-
-def _library() -> ctypes.CDLL:
-    return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))

@@ -31,6 +31,7 @@ from flexgen_lite.text.shown import shown
 from flexgen_lite.workers.serve import UserError, first_line
 
 ATTENTION_NAME = "flexgen_lite"
+EXPERTS_NAME = "flexgen_lite"
 ATTENTION_LAYERS = {
     "full_attention", "sliding_attention", "chunked_attention", "indexed_attention", "minimax_m3_sparse", "attention",
 }  # fmt: skip
@@ -131,7 +132,10 @@ def build(config: PreTrainedConfig, dtype: torch.dtype, attention: str = ATTENTI
         MoeCausalLMOutputWithPast.image_outputs = None  # Transformers 5.24 asks its language model's output for them
     try:
         with _parameters_on_meta(), _untouched_zeros(), no_init_weights(), _without_what_needs_other_packages():
-            model: PreTrainedModel = cls._from_config(config, dtype=dtype, attn_implementation=attention)
+            experts = EXPERTS_NAME if attention == ATTENTION_NAME else None
+            model: PreTrainedModel = cls._from_config(
+                config, dtype=dtype, attn_implementation=attention, experts_implementation=experts
+            )
     except KeyError as error:
         if error.args != (ATTENTION_NAME,):
             raise

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from flexgen_lite.workers.compute import attention_call, probe
+from flexgen_lite.workers.compute import attention_call, experts, probe
 from flexgen_lite.workers.compute.head import Head
 from flexgen_lite.workers.compute.trial import find_text_path
 from flexgen_lite.workers.model import builder
@@ -16,6 +16,7 @@ from flexgen_lite.workers.model import builder
 def test_chunks(kind: str) -> None:
     """VideoLlama3's forward knows of no selection of rows, Gemma 2 and Granite scale their logits."""
     attention_call.register()
+    experts.register()
     tiny, ours = probe.tiny_model(AutoConfig.for_model(kind))
     path = find_text_path(ours)
     model = builder.build(tiny, torch.float32, "eager")

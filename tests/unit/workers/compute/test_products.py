@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-from flexgen_lite.workers.compute import products
+from flexgen_lite.workers.compute import product_onednn, products
 from flexgen_lite.workers.compute.products import Products
 
 CPU = torch.device("cpu")
@@ -129,7 +129,7 @@ def test_only_the_wanted_rows_are_computed(dtype: torch.dtype) -> None:
 
 
 def test_products_have_one_of_few_numbers_of_rows() -> None:
-    sizes = [products.rows_of_product(count) for count in range(1, 2049)]
+    sizes = [product_onednn.rows_of_product(count) for count in range(1, 2049)]
     assert len(set(sizes)) <= 60
     assert all(0 <= size - count < max(8, count // 4) for count, size in enumerate(sizes, start=1))
     wasted = sum(sizes[64:]) / sum(range(65, 2049))

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig
 
 from flexgen_lite.wire.worker_messages import OpenModel
-from flexgen_lite.workers.compute import attention_call
+from flexgen_lite.workers.compute import attention_call, experts
 from flexgen_lite.workers.compute.device import open_device
 from flexgen_lite.workers.compute.model_open import OpenedModel, open_model
 from flexgen_lite.workers.compute.trial import TextPath, find_text_path
@@ -21,6 +21,7 @@ from tests.tiny_models import FAMILIES, INDEXED, MLA, MOE, SHAPE, make_model
 def path_of(kind: str, **sizes: object) -> tuple[TextPath, set[str]]:
     """And the names of the tensors that the model has left."""
     attention_call.register()
+    experts.register()
     model = builder.build(AutoConfig.for_model(kind, **sizes), torch.float32)
     return find_text_path(model), set(model.state_dict())
 

@@ -1,0 +1,187 @@
+"""Mixtures of experts on the CPU: rows sorted by expert once, all experts' products in one call.
+
+Transformers' classes of experts find their forward through an interface, as attention does; `register` puts ours there.
+A class keeps the weights of all experts in 3-D parameters and says how they lie (`is_transposed`,
+`has_gate`, `has_bias`).
+
+Shapes: T tokens, K experts for each, S = T * K rows, E experts, H hidden, N outputs of the first product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+
+from flexgen_lite.workers.compute import product_onednn, product_weights
+from flexgen_lite.workers.compute.product_weights import Weights, weights_in_rows
+from flexgen_lite.workers.model.builder import EXPERTS_NAME
+
+GROUP_ROWS = 4096
+"""Rows of experts that go through both products before the next ones do: what is between these stays in the cache."""
+SUM_TOKENS = 256
+_NAMES = ("gate_up_proj", "up_proj", "down_proj")
+
+
+def register() -> None:
+    ALL_EXPERTS_FUNCTIONS.register(EXPERTS_NAME, forward)
+
+
+def is_experts(module: nn.Module) -> bool:
+    return hasattr(module, "_apply_gate") and hasattr(module, "is_transposed") and hasattr(module, "down_proj")
+
+
+@dataclass(frozen=True, slots=True)
+class PackedExperts:
+    """A 3-D parameter whose weights were put in order where they lie: for our kernels, or one by one for oneDNN."""
+
+    ours: Weights | None
+    by_onednn: tuple[torch.Tensor, ...]
+    memory: torch.Tensor
+
+
+def prepare(module: Any) -> None:
+    """Has a module of experts compute through oneDNN where our own kernels do not serve it."""
+    module._packed_experts = {}
+
+
+def pack(module: Any, in_order: bool) -> None:
+    """Puts experts' weights in order in place, where they fit; the parameter becomes a tensor without data.
+
+    Args:
+        in_order: those that can be are, put there by another process.
+    """
+    for name in _NAMES:
+        weight = module._parameters.get(name)
+        packed = None if weight is None else _packed(weight.data, module.is_transposed, in_order)
+        if packed is not None:
+            module._packed_experts[name] = packed
+            module._parameters[name] = nn.Parameter(weight.data.to("meta"), requires_grad=False)
+
+
+def _packed(weight: torch.Tensor, is_transposed: bool, in_order: bool) -> PackedExperts | None:
+    if not weight.is_contiguous():
+        return None
+    rows_ENK = weight.view(weight.shape[0], weight.shape[2], weight.shape[1]) if is_transposed else weight
+    ours = weights_in_rows(rows_ENK)
+    if ours is None:
+        views = [
+            product_onednn.pack_in_place(expert.t() if is_transposed else expert, expert, in_order) for expert in weight
+        ]
+        found = tuple(view for view in views if view is not None)
+        return PackedExperts(None, found, weight) if found else None
+    if not product_weights.fills_panels(ours.columns):
+        return None
+    if is_transposed and not in_order:
+        for rows_NK, expert_KN in zip(rows_ENK, weight, strict=True):
+            rows_NK.copy_(expert_KN.t().contiguous())
+    return PackedExperts(ours.in_panels() if in_order else ours.pack(), (), weight)
+
+
+def forward(module: Any, hidden_TH: torch.Tensor, expert_TK: torch.Tensor, share_TK: torch.Tensor) -> torch.Tensor:
+    """What Transformers' `grouped_mm` gives, each row by itself. `share_TK`: the weights of the experts' outputs."""
+    if hidden_TH.device.type != "cpu":
+        grouped: torch.Tensor = grouped_mm_experts_forward(module, hidden_TH, expert_TK, share_TK)
+        return grouped
+    tokens, top_k = expert_TK.shape
+    counts = torch.bincount(expert_TK.reshape(-1), minlength=module.num_experts)
+    order_S = torch.argsort(expert_TK.reshape(-1), stable=True)
+    token_S = order_S // top_k
+    make = (
+        hidden_TH.new_empty if len(counts) == module.num_experts else hidden_TH.new_zeros
+    )  # those beyond give nothing
+    output_SH = make((tokens * top_k, hidden_TH.shape[-1]))
+    hidden_TH = hidden_TH.contiguous()
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    for begin, rows in _groups(counts[: module.num_experts].tolist()):
+        end = begin + sum(count for _, count in rows)
+        inner = _multiply(module, first, hidden_TH, token_S[begin:end], rows, None)
+        inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+        _multiply(module, "down_proj", inner.contiguous(), None, rows, (output_SH, order_S[begin:end]))
+    if module.has_post_expert_norm:
+        output_SH = module.post_expert_norm(output_SH)
+    return _sum(output_SH.view(tokens, top_k, -1), share_TK).to(hidden_TH.dtype)
+
+
+def _groups(counts: list[int]) -> list[tuple[int, list[tuple[int, int]]]]:
+    """Experts and numbers of their rows, in groups of some GROUP_ROWS rows, and where each group begins."""
+    groups: list[tuple[int, list[tuple[int, int]]]] = []
+    begin, size = 0, GROUP_ROWS
+    for expert, count in enumerate(counts):
+        if not count:
+            continue
+        if size + count > GROUP_ROWS:
+            groups.append((begin, []))
+            size = 0
+        groups[-1][1].append((expert, count))
+        begin, size = begin + count, size + count
+    return groups
+
+
+def _multiply(
+    module: Any,
+    name: str,
+    x: torch.Tensor,
+    x_rows: torch.Tensor | None,
+    rows: list[tuple[int, int]],
+    to: tuple[torch.Tensor, torch.Tensor] | None,
+) -> torch.Tensor:
+    """A product of sorted rows with their experts' weights.
+
+    Args:
+        x_rows: which rows of `x` they are; None: in order.
+        rows: expert and number of rows.
+        to: where results go, and to which rows of that; None: new memory, in order.
+    """
+    bias = module._parameters.get(f"{name}_bias") if module.has_bias else None
+    packed: PackedExperts | None = getattr(module, "_packed_experts", {}).get(name)
+    weight = module._parameters[name].data
+    ours = packed.ours if packed is not None else weights_in_rows(weight, module.is_transposed)
+    if ours is None:
+        return _one_by_one(module, packed.by_onednn if packed is not None else weight, bias, x, x_rows, rows, to)
+    output, y_rows = to or (x.new_empty((sum(count for _, count in rows), ours.columns)), None)
+    ours.multiply_segments(output, x, bias, product_weights.segments(rows, ours.most_rows), x_rows, y_rows)
+    return output
+
+
+def _one_by_one(
+    module: Any,
+    weights: tuple[torch.Tensor, ...] | torch.Tensor,
+    bias: torch.Tensor | None,
+    x: torch.Tensor,
+    x_rows: torch.Tensor | None,
+    rows: list[tuple[int, int]],
+    to: tuple[torch.Tensor, torch.Tensor] | None,
+) -> torch.Tensor:
+    """The same by oneDNN or PyTorch, expert by expert."""
+    multiply = product_onednn.multiply if hasattr(module, "_packed_experts") else linear
+    is_turned = module.is_transposed and isinstance(weights, torch.Tensor)
+    x = x if x_rows is None else x[x_rows]
+    parts, begin = [], 0
+    for expert, count in rows:
+        weight_NK = weights[expert].t().contiguous() if is_turned else weights[expert]
+        parts.append(multiply(x[begin : begin + count], weight_NK, None if bias is None else bias[expert]))
+        begin += count
+    output = torch.cat(parts)
+    if to is None:
+        return output
+    to[0][to[1]] = output
+    return to[0]
+
+
+def _sum(output_TKH: torch.Tensor, share_TK: torch.Tensor) -> torch.Tensor:
+    """The sum of each token's outputs, in their order, in float32 at least."""
+    tokens, top_k, hidden = output_TKH.shape
+    total_TH = output_TKH.new_empty((tokens, hidden))
+    for start in range(0, tokens, SUM_TOKENS):
+        part = slice(start, start + SUM_TOKENS)
+        share = share_TK[part].float()
+        sum_TH = output_TKH[part, 0].float() * share[:, :1]
+        for k in range(1, top_k):
+            sum_TH.addcmul_(output_TKH[part, k].float(), share[:, k : k + 1])
+        total_TH[part] = sum_TH
+    return total_TH

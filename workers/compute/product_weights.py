@@ -1,0 +1,201 @@
+"""Weights that our own kernels multiply with (product_kernels.py), one or many, and the calls of these.
+
+Measured on 2 cores of a Zen 4 with benchmarks/products.py, weights of six shapes from RAM: times oneDNN's rate with the
+same weights, lowest and highest of the shapes.
+
+    rows      4            8            16           32           48           64
+           1.1 - 1.4    1.1 - 1.5    1.2 - 1.3    1.1 - 1.2    1.0 - 1.1    1.0 - 1.05
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from flexgen_lite.workers import simd
+from flexgen_lite.workers.compute import prefill_cpu, product_kernels
+from flexgen_lite.workers.compute import product_amx as amx
+from flexgen_lite.workers.compute.product_kernels import CALL, SEGMENT
+from flexgen_lite.workers.compute.product_panels import PACKED, ROWS, TRANSPOSED
+from flexgen_lite.workers.compute.product_tiles import COLUMNS, ROW
+from flexgen_lite.workers.simd import LANES
+
+MAX_ROWS = 64  # of a segment, for vectors
+MAX_TILE_ROWS = 256  # for tiles
+WORDS_BYTES = 4 << 20  # of a segment's packed rows, where there are more than MAX_ROWS of them
+ALL_WORDS_BYTES = 64 << 20  # of all threads together, likewise
+CHUNK = 512  # steps
+MAX_SPAN = 8  # blocks of an item
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """`count` weights `[N, K]` of bfloat16, one behind the other from `address` on, stored as `storage` says."""
+
+    address: int
+    storage: int
+    columns: int
+    width: int
+    count: int = 1
+
+    @property
+    def most_rows(self) -> int:
+        """Of a segment."""
+        if not amx.allowed():
+            return MAX_ROWS
+        room = min(WORDS_BYTES, ALL_WORDS_BYTES // torch.get_num_threads())
+        return max(MAX_ROWS, min(MAX_TILE_ROWS, room // (2 * self.width) // (2 * amx.ROWS) * 2 * amx.ROWS))
+
+    def is_faster(self, num_rows: int) -> bool:
+        """Whether the kernel computes so many rows faster than oneDNN."""
+        return amx.allowed() or num_rows <= MAX_ROWS
+
+    def in_panels(self) -> Weights:
+        """The same where another process has put them into panels already."""
+        return replace(self, storage=PACKED)
+
+    def multiply(self, x: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:
+        """y `[..., N]` of the first weight and x `[..., K]`, contiguous and not empty."""
+        assert x.dtype == torch.bfloat16 and x.is_contiguous() and x.shape[-1] == self.width
+        assert bias_N is None or bias_N.dtype == torch.bfloat16
+        output = x.new_empty((*x.shape[:-1], self.columns))
+        self.multiply_segments(output, x, bias_N, _rows_in_order(x.numel() // self.width, self.most_rows))
+        return output
+
+    def multiply_segments(
+        self,
+        output: torch.Tensor,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        parts: npt.NDArray[Any],
+        x_rows: torch.Tensor | None = None,
+        y_rows: torch.Tensor | None = None,
+    ) -> None:
+        """Products of several weights into contiguous memory, on PyTorch's threads; not to be called by two threads at
+        once.
+
+        Args:
+            bias: `[count, N]`.
+            parts: SEGMENTs; their rows count in the order of `x_rows` and `y_rows`.
+            x_rows: numbers of rows of `x`, int64; None: its rows in order.
+            y_rows: likewise of `output`.
+        """
+        if not len(parts):
+            return
+        steps, threads = self.width // 2, torch.get_num_threads()
+        chunk, most_rows = _chunk(steps), int(parts["rows"].max())
+        scratch_bytes = product_kernels.scratch(0, most_rows, steps, chunk, self.storage).end
+        blocks = -(-self.columns // COLUMNS)
+        numbers = (
+            0, 0, x.data_ptr(), _address(x_rows), output.data_ptr(), _address(y_rows),
+            parts.ctypes.data, len(parts), prefill_cpu.scratch_address(threads * scratch_bytes), scratch_bytes,
+            self.address, _weight_bytes(self.storage, self.columns, self.width), _address(bias), self.storage,
+            self.columns, steps, chunk, max(1, min(MAX_SPAN, len(parts) * blocks // (8 * threads))), most_rows,
+            amx.CONFIG if amx.allowed() else 0,
+        )  # fmt: skip
+        _FIELDS.pack_into(_record, 0, *numbers)
+        prefill_cpu.parallel()(_functions()[0], _record_address, threads, 0)
+
+    def pack(self) -> Weights:
+        """These weights, which lie row by row, put into panels where they lie."""
+        assert self.storage == ROWS and fills_panels(self.columns)
+        steps, threads, size = self.width // 2, torch.get_num_threads(), 2 * self.width * COLUMNS + LANES * ROW
+        numbers = (0,) * 8 + (
+            prefill_cpu.scratch_address(threads * size), size,
+            self.address, 0, 0, ROWS, self.count * self.columns, steps, steps, 0, 0, 0,
+        )  # fmt: skip
+        _FIELDS.pack_into(_record, 0, *numbers)
+        prefill_cpu.parallel()(_functions()[1], _record_address, threads, 0)
+        return self.in_panels()
+
+
+NUM_FIELDS = len(CALL.names or ())
+_FIELDS = struct.Struct(f"{NUM_FIELDS}q")
+_record = (ctypes.c_int64 * NUM_FIELDS)()
+_record_address = ctypes.c_void_p(ctypes.addressof(_record))
+
+
+def weights_in_rows(weight: torch.Tensor, is_transposed: bool = False) -> Weights | None:
+    """A weight `[N, K]`, or several `[E, N, K]`, or `[K, N]` and `[E, K, N]`, as our kernels see it where it lies row
+    by row; None where they do not serve it."""
+    columns, width = weight.shape[-2:] if not is_transposed else weight.shape[:-3:-1]
+    if weight.dtype != torch.bfloat16 or not weight.is_contiguous() or not serves_width(width):
+        return None
+    count = weight.shape[0] if weight.dim() == 3 else 1
+    return Weights(weight.data_ptr(), TRANSPOSED if is_transposed else ROWS, columns, width, count)
+
+
+def segments(rows: Iterable[tuple[int, int]], most_rows: int) -> npt.NDArray[Any]:
+    """SEGMENTs of consecutive rows, as even as they can be, of pairs (weight, number of rows)."""
+    found, first = [], 0
+    for weight, count in rows:
+        parts = -(-count // most_rows)
+        for part in range(parts):
+            begin, end = part * count // parts, (part + 1) * count // parts
+            found.append((weight, first + begin, end - begin))
+        first += count
+    return np.array(found, dtype=SEGMENT)
+
+
+@lru_cache(maxsize=64)
+def _rows_in_order(count: int, most_rows: int) -> npt.NDArray[Any]:
+    return segments([(0, count)], most_rows)
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _weight_bytes(storage: int, columns: int, width: int) -> int:
+    return 2 * width * (-(-columns // COLUMNS) * COLUMNS if storage == PACKED else columns)
+
+
+@cache
+def _functions() -> tuple[ctypes.c_void_p, ctypes.c_void_p]:
+    multiply, pack = product_kernels.compiled()
+    return ctypes.c_void_p(multiply.address), ctypes.c_void_p(pack.address)
+
+
+def _chunk(steps: int) -> int:
+    """Steps of a chunk: as even as they can be, in whole vectors."""
+    return -(-steps // -(-steps // CHUNK) // LANES) * LANES
+
+
+def fills_panels(columns: int) -> bool:
+    """Whether a weight of so many columns takes no more room in panels."""
+    return columns % COLUMNS == 0
+
+
+def weight_of_onednn(address: int, num_bytes: int, shape: torch.Size) -> Weights | None:
+    """`num_bytes` of a weight that oneDNN has packed; None where our kernel does not serve it."""
+    columns, width = shape
+    if num_bytes != _weight_bytes(PACKED, columns, width) or not serves_width(width) or not _is_order_of_onednn():
+        return None
+    return Weights(address, PACKED, columns, width)
+
+
+def serves_width(width: int) -> bool:
+    """Whether this processor has the kernel, for weights of K = `width`."""
+    return width % (2 * LANES) == 0 and simd.PAIRS and prefill_cpu.parallel() is not None
+
+
+@cache
+def _is_order_of_onednn() -> bool:
+    """Whether oneDNN keeps weights in panels."""
+    columns, width, ops = 200, 96, torch.ops.mkldnn
+    weight_NK = torch.arange(128, 128 + columns * width, dtype=torch.int16).view(columns, width)
+    packed: Any = ops._reorder_linear_weight(weight_NK.view(torch.bfloat16))
+    blocks = torch.zeros(-(-columns // COLUMNS) * COLUMNS, width, dtype=torch.int16)
+    blocks[:columns] = weight_NK
+    expected = blocks.view(-1, COLUMNS, width // 2, 2).transpose(1, 2).contiguous().numpy().tobytes()
+    if ops._nbytes(packed) != len(expected):
+        return False
+    return bool(ctypes.string_at(ops.data_ptr(packed), len(expected)) == expected)
