@@ -60,22 +60,22 @@ def parallel_sum(parts):  # type: ignore[no-untyped-def]
 
 
 def kernel_contestant(
-    batch: int, heads: int, kv_heads: int, tokens: int, dim: int, dtype: str, threads: int
+    batch: int, heads: int, kv_heads: int, tokens: int, dim: int, dtype: str, threads: int, kv_dtype: str | None = None
 ) -> tuple[Callable[[int], object], int]:
     """One decode step of `batch` sequences of `tokens` tokens; the rounds go through the layers."""
-    return attention_contestant(
-        AttentionSpec(heads, kv_heads, dim, dim, dim**-0.5, None, None, False), batch, tokens, dtype, threads
-    )
+    spec = AttentionSpec(heads, kv_heads, dim, dim, dim**-0.5, None, None, False)
+    return attention_contestant(spec, batch, tokens, dtype, threads, kv_dtype)
 
 
 def attention_contestant(
-    spec: AttentionSpec, batch: int, tokens: int, dtype: str, threads: int
+    spec: AttentionSpec, batch: int, tokens: int, dtype: str, threads: int, kv_dtype: str | None = None
 ) -> tuple[Callable[[int], object], int]:
-    pages = -(-tokens // PAGE_TOKENS)
-    one = batch * pages * kv_layout.page_bytes([spec], PAGE_TOKENS, dtype)
+    """`kv_dtype`: of the cache, where it is not `dtype`."""
+    kv_dtype, pages = kv_dtype or dtype, -(-tokens // PAGE_TOKENS)
+    one = batch * pages * kv_layout.page_bytes([spec], PAGE_TOKENS, kv_dtype)
     layers = [spec] * max(1, -(-BUFFER_BYTES // one))
     group = KvGroup(tuple(range(len(layers))), PAGE_TOKENS)
-    kv = kv_layout.kv_spec(layers, range(len(layers)), [group], batch * pages, dtype)
+    kv = kv_layout.kv_spec(layers, range(len(layers)), [group], batch * pages, kv_dtype)
     region = exchange.region_bytes(layers, batch, ITEM_BYTES[dtype])
     arena = Arena("kv")
     arena.resize(kv.arena_bytes)
@@ -88,7 +88,8 @@ def attention_contestant(
     order = np.random.default_rng(0).permutation(batch * pages).reshape(batch, pages)
     spans = tuple(KvSpan(b, 1, tokens - 1, True, (PageRun(0, tuple(map(int, order[b]))),)) for b in range(batch))
     state.begin(BeginAttention(0, threads, (KvBatch(0, 0, spans),)))
-    return lambda i: state.attend(Attend(0, i % len(layers), 0)), batch * tokens * spec.kv_width * ITEM_BYTES[dtype]
+    read = batch * tokens * kv_layout.page_bytes([spec], 1, kv_dtype)
+    return lambda i: state.attend(Attend(0, i % len(layers), 0)), read
 
 
 def torch_latents(batch: int, tokens: int) -> tuple[Callable[[int], object], int]:

@@ -1,7 +1,7 @@
 """Vectors for the kernels of attention and products: a numba type for one register of float32, and what it can do.
 
 A `Vector` holds LANES float32. Memory is named by address, an int64. Functions that differ by how items are stored take
-a *kind* as their last argument, a value whose type alone counts: float32, uint16 for bfloat16, int16 for float16.
+a *kind* as their last argument, a value whose type alone counts: float32, uint16 for bfloat16, int16 for float16, int8.
 
 Numba's disk cache watches the files of the kernels alone: touch attention/kernels.py, and prefill_kernels.py,
 product_kernels.py and workspace.py in compute/, after an edit here.
@@ -74,7 +74,7 @@ def operation(build: Callable[..., Any], result: Any, *arguments: Any) -> Any:
     return _intrinsic(typed, len(arguments))
 
 
-KINDS = {types.float32: "float32", types.uint16: "bfloat16", types.int16: "float16"}
+KINDS = {types.float32: "float32", types.uint16: "bfloat16", types.int16: "float16", types.int8: "int8"}
 
 
 def operation_of_kind(build: Callable[..., Any], result: Any, *arguments: Any) -> Any:
