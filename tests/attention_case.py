@@ -174,7 +174,10 @@ class Case:
     def rows(self, part: str, pages: tuple[int, ...], token: int) -> npt.NDArray[np.generic]:
         """Where a token's keys or values lie: `[G, words, items of a word]` or `[G, items]`."""
         page, within = divmod(token, self.group.page_tokens)
-        words, kind = -(-self._width(part) // self._per_word), np.int8 if self.kv_dtype == "int8" else STORAGE[self.dtype]
+        words, kind = (
+            -(-self._width(part) // self._per_word),
+            np.int8 if self.kv_dtype == "int8" else STORAGE[self.dtype],
+        )
         if part == "key":
             whole = self._page_part(part, False, kind, words, LANES, self._per_word)
             return whole[pages[page], :, within // LANES, :, within % LANES]

@@ -1,10 +1,10 @@
 """The inner products of decode attention: queries with blocks of cached keys, and weights with cached values.
 
-The cache holds *words* of 32 bits: a float32, a pair of 16-bit items of neighbouring columns, or four of 8 bits. Keys lie
-transposed, in groups of LANES tokens: `[word][token]`, so that a vector holds one word of LANES tokens and a score needs
-no sum across lanes. Values lie `[token][word]`. A vector of words is split into vectors of float32: one, or for pairs
-two, the even columns and the odd ones; for int8 keys four in the same way, for int8 values four of neighbouring columns.
-All sums are float32. Behind the keys or values of a group in int8 are the scales of its tokens, a vector of float32.
+The cache holds *words* of 32 bits: a float32, or two items of 16 bits or four of 8 of neighbouring columns. Keys lie
+transposed, in groups of LANES tokens: `[word][token]`, so that a vector holds a word of LANES tokens and a score needs
+no sum across lanes. Values lie `[token][word]`. A vector of words is split into vectors of float32: one; for pairs two,
+the even columns and the odd ones; for keys of 8 bits four in the same way, for values of 8 bits four of neighbouring
+columns. All sums are float32. Behind a group's keys or values of 8 bits are the scales of its tokens, a vector.
 
 Memory is named by address, strides are in bytes; kinds are those of simd.py.
 
@@ -89,7 +89,9 @@ def _split(builder: Any, kind: str, words: Any) -> list[Any]:
 def _load_values(builder: Any, kind: str, address: Any, mask: Any, wanted: Sequence[int]) -> list[Any]:
     """The parts `wanted` of a vector of words of values, as float32."""
     if kind != "int8":
-        parts = _split(builder, kind, _load_words(builder, address) if mask is None else _load_some(builder, address, mask))
+        parts = _split(
+            builder, kind, _load_words(builder, address) if mask is None else _load_some(builder, address, mask)
+        )
         return [parts[i] for i in wanted]
     if mask is None:
         items = [simd.load_from(builder, _offset(builder, address, i * LANES), _BYTES, align=1) for i in wanted]
@@ -201,7 +203,9 @@ def value_tile(queries: int, lines: int, masked: bool = False) -> Any:
                 row = builder.mul(loop.index, stride)
                 weight_at = builder.add(weights, builder.mul(loop.index, loop.index.type(4)))
                 spread = [
-                    simd.spread(builder, simd.load_from(builder, _step(builder, weight_at, weight_stride, i), simd.FLOAT))
+                    simd.spread(
+                        builder, simd.load_from(builder, _step(builder, weight_at, weight_stride, i), simd.FLOAT)
+                    )
                     for i in range(queries)
                 ]
                 for line in range(lines):
@@ -277,7 +281,9 @@ def _write_items(builder: Any, kind: str, sums: Any, scale: Any, target: Any, co
     if kind == "float32":
         _store_some(builder, builder.bitcast(x, WORDS), target, count)
         return
-    half = builder.bitcast(builder.fptrunc(x, _HALF_VECTOR), simd.HALVES) if kind == "float16" else simd.narrow(builder, x)
+    half = (
+        builder.bitcast(builder.fptrunc(x, _HALF_VECTOR), simd.HALVES) if kind == "float16" else simd.narrow(builder, x)
+    )
     pointer = builder.inttoptr(target, simd.HALVES.as_pointer())
     arguments = [half, pointer, I32(2), _mask(builder, count)]
     simd.call(builder, f"llvm.masked.store.v{LANES}i16.p0", ir.VoidType(), arguments)
