@@ -31,9 +31,9 @@ kernel: Any = njit(**OPTIONS)
 
 _score_1x4, _score_1x1 = tiles.score_tile(1, 4), tiles.score_tile(1, 1)
 _score_2x2, _score_2x1 = tiles.score_tile(2, 2), tiles.score_tile(2, 1)
-_score_4x1 = tiles.score_tile(4, 1)
-_values_1, _values_2, _values_4 = (tiles.value_tile(n, LINES) for n in (1, 2, 4))
-_tail_1, _tail_2, _tail_4 = (tiles.value_tile(n, 1, masked=True) for n in (1, 2, 4))
+_score_4x1, _score_8x1 = tiles.score_tile(4, 1), tiles.score_tile(8, 1)
+_values_1, _values_2, _values_4, _values_8 = (tiles.value_tile(n, LINES) for n in (1, 2, 4, 8))
+_tail_1, _tail_2, _tail_4, _tail_8 = (tiles.value_tile(n, 1, masked=True) for n in (1, 2, 4, 8))
 
 
 @kernel
@@ -143,13 +143,15 @@ def ask_for_first(kv, shape, pages, head, begin, end, kept):  # type: ignore[no-
 
 
 @kernel
-def _tile_size(left):  # type: ignore[no-untyped-def]
+def _tile_size(left, kept):  # type: ignore[no-untyped-def]
     """Queries of the next tile, with `left` to come."""
+    if tiles.has_planes(kept) and left >= 8:
+        return 8
     return 4 if left >= 4 else 2 if left >= 2 else 1
 
 
 @kernel
-def _score(at, i, size, first, last, width, kept):  # type: ignore[no-untyped-def]
+def _score(at, i, size, first, last, width, kind, kept):  # type: ignore[no-untyped-def]
     """Scores of queries i .. i + size with groups first .. last of the block; `width` words are a key."""
     query, stride = at.query + i * at.query_stride, at.query_stride
     where, score = at.where + 8 * first, at.score + i * at.score_stride + first * ROW
@@ -159,16 +161,18 @@ def _score(at, i, size, first, last, width, kept):  # type: ignore[no-untyped-de
         step = 1
         if size == 1 and g + 4 <= last:
             step = 4
-            _score_1x4(where, ahead, query, stride, width, score, at.score_stride, kept)
+            _score_1x4(where, ahead, query, stride, width, score, at.score_stride, kind, kept)
         elif size == 1:
-            _score_1x1(where, ahead, query, stride, width, score, at.score_stride, kept)
+            _score_1x1(where, ahead, query, stride, width, score, at.score_stride, kind, kept)
         elif size == 2 and g + 2 <= last:
             step = 2
-            _score_2x2(where, ahead, query, stride, width, score, at.score_stride, kept)
+            _score_2x2(where, ahead, query, stride, width, score, at.score_stride, kind, kept)
         elif size == 2:
-            _score_2x1(where, ahead, query, stride, width, score, at.score_stride, kept)
-        else:
-            _score_4x1(where, ahead, query, stride, width, score, at.score_stride, kept)
+            _score_2x1(where, ahead, query, stride, width, score, at.score_stride, kind, kept)
+        elif size == 4:
+            _score_4x1(where, ahead, query, stride, width, score, at.score_stride, kind, kept)
+        elif tiles.has_planes(kept):
+            _score_8x1(where, ahead, query, stride, width, score, at.score_stride, kind, kept)
         g, where, ahead, score = g + step, where + 8 * step, ahead + 8 * step, score + step * ROW
 
 
@@ -236,31 +240,35 @@ def _add_values(at, i, size, first, last, start, stop, width, per_word, kept):  
         rows = tiles.load_address(at.where + 16 * GROUPS + 8 * g) + begin * stride
         ahead = tiles.load_address(at.where + 24 * GROUPS + 8 * g) + begin * stride if i == 0 else rows
         weights = at.score + i * at.score_stride + g * ROW + 4 * begin
-        sums, word, count = at.sums + i * at.sum_stride, 0, end - begin
-        while word + LINES * LANES <= width:
+        sums, word, count, lines = at.sums + i * at.sum_stride, 0, end - begin, tiles.lines(kept)
+        while word + lines * LANES <= width:
             v, a = rows + 4 * word, ahead + 4 * word
             if size == 1:
                 _values_1(v, stride, count, weights, at.score_stride, sums, at.sum_stride, a, 0, kept)
             elif size == 2:
                 _values_2(v, stride, count, weights, at.score_stride, sums, at.sum_stride, a, 0, kept)
-            else:
+            elif size == 4:
                 _values_4(v, stride, count, weights, at.score_stride, sums, at.sum_stride, a, 0, kept)
-            word += LINES * LANES
-            sums += LINES * per_word * ROW
+            elif tiles.has_planes(kept):
+                _values_8(v, stride, count, weights, at.score_stride, sums, at.sum_stride, a, 0, kept)
+            word += lines * LANES
+            sums += lines * per_word * ROW
         while word < width:
             v, a, some = rows + 4 * word, ahead + 4 * word, min(width - word, LANES)
             if size == 1:
                 _tail_1(v, stride, count, weights, at.score_stride, sums, at.sum_stride, a, some, kept)
             elif size == 2:
                 _tail_2(v, stride, count, weights, at.score_stride, sums, at.sum_stride, a, some, kept)
-            else:
+            elif size == 4:
                 _tail_4(v, stride, count, weights, at.score_stride, sums, at.sum_stride, a, some, kept)
+            elif tiles.has_planes(kept):
+                _tail_8(v, stride, count, weights, at.score_stride, sums, at.sum_stride, a, some, kept)
             word += LANES
             sums += per_word * ROW
 
 
 @kernel
-def attend_block(unit, shape, at, block, start, stop, kept):  # type: ignore[no-untyped-def]
+def attend_block(unit, shape, at, block, start, stop, kind, kept):  # type: ignore[no-untyped-def]
     """Joins tokens start .. stop of the block that begins at token `block` to the chunk's m, l and sums."""
     heads, count = shape.num_heads // shape.num_kv_heads, unit.last - unit.first
     first, last = (start - block) // LANES, (stop - block + LANES - 1) // LANES
@@ -268,8 +276,8 @@ def attend_block(unit, shape, at, block, start, stop, kept):  # type: ignore[no-
     key_words, value_words = words(shape.head_dim, per_word), words(shape.value_dim, per_word)
     i = 0
     while i < count:
-        size = _tile_size(count - i)
-        _score(at, i, size, first, last, key_words, kept)
+        size = _tile_size(count - i, kept)
+        _score(at, i, size, first, last, key_words, kind, kept)
         for query in range(i, i + size):
             position = unit.position + (unit.first + query) // heads
             begin = max(start, first_seen(shape, position))

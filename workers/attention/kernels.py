@@ -17,7 +17,7 @@ import numpy as np
 from numba import njit
 
 from flexgen_lite.workers import simd
-from flexgen_lite.workers.attention import layout, tiles
+from flexgen_lite.workers.attention import byte_tiles, layout, tiles
 from flexgen_lite.workers.attention.block import (
     LOG2_E,
     OPTIONS,
@@ -43,6 +43,7 @@ _MOST = _F(127)  # of an item in int8
 _LOWEST = _F(-1e30)  # the maximum before the first score
 
 _entry: Any = njit(cache=True, **OPTIONS)
+_plane_bytes: Any = kernel(byte_tiles.plane_bytes)
 _places: Any = kernel(layout.places)
 
 
@@ -100,15 +101,43 @@ def _write(region, unit, i, shape, head, sums, m, l, line, kind, kept):  # type:
 
 
 @kernel
+def _largest(source, count, kind):  # type: ignore[no-untyped-def]
+    """Of a row of `count` items, without signs; and 0, or NaN where not all of them are finite."""
+    size = 4 // tiles.items_per_word(kind)
+    top, flaw, zero = simd.splat(_ZERO), simd.splat(_ZERO), simd.splat(_ZERO)
+    for i in range(0, count, LANES):
+        x = tiles.load_items(source + i * size, min(count - i, LANES), kind)
+        top = simd.maximum(top, simd.maximum(x, simd.subtract(zero, x)))
+        flaw = simd.add(flaw, simd.multiply(x, zero))
+    return simd.largest(top), simd.total(flaw)
+
+
+@kernel
+def _split_query(source, dim, to, kind):  # type: ignore[no-untyped-def]
+    """A query as planes of bytes."""
+    size, stride = 4 // tiles.items_per_word(kind), _plane_bytes(words(dim, 4))
+    top, flaw = _largest(source, dim, kind)
+    scale = simd.power_below(top) * byte_tiles.unit_of(kind) + flaw
+    tail = to + byte_tiles.planes(kind) * stride
+    _clear(tail, tail + 4 * byte_tiles.planes(kind))
+    for d in range(0, dim, LANES):
+        x = tiles.load_items(source + d * size, min(dim - d, LANES), kind)
+        byte_tiles.write_planes(x, scale, to, d, stride, kind)
+    simd.store_float(scale, tail + 4 * byte_tiles.planes(kind))
+
+
+@kernel
 def _load_queries(region, unit, shape, head, at, kind, kept):  # type: ignore[no-untyped-def]
-    """The unit's queries as the tiles want them: words, or float32 with zeros behind."""
+    """The unit's queries as the tiles want them: planes of bytes, words, or float32 with zeros behind."""
     heads, per_word, dim = shape.num_heads // shape.num_kv_heads, tiles.items_per_word(kind), shape.head_dim
     size = 4 // per_word
     for i in range(unit.last - unit.first):
         row, query_head = unit.row + (unit.first + i) // heads, head * heads + (unit.first + i) % heads
         source = region + shape.q + (row * shape.num_heads + query_head) * dim * size
         to = at.query + i * at.query_stride
-        if tiles.is_multiplied_as_words(kept):
+        if tiles.has_planes(kept):
+            _split_query(source, dim, to, kind)
+        elif tiles.is_multiplied_as_words(kept):
             for w in range(words(dim, per_word)):
                 tiles.copy_word(source + 4 * w, dim - w * per_word, to + 4 * w, kind)
         else:
@@ -118,21 +147,11 @@ def _load_queries(region, unit, shape, head, at, kind, kept):  # type: ignore[no
 
 
 @kernel
-def _scale_of(source, count, kind):  # type: ignore[no-untyped-def]
-    """Of a row of `count` items in int8: the largest becomes 127. Not a number where not all of them are finite."""
-    size = 4 // tiles.items_per_word(kind)
-    top, flaw, zero = simd.splat(_ZERO), simd.splat(_ZERO), simd.splat(_ZERO)
-    for i in range(0, count, LANES):
-        x = tiles.load_items(source + i * size, min(count - i, LANES), kind)
-        top = simd.maximum(top, simd.maximum(x, simd.subtract(zero, x)))
-        flaw = simd.add(flaw, simd.multiply(x, zero))
-    return simd.largest(top) / _MOST + simd.total(flaw)
-
-
-@kernel
 def _store_rounded(source, count, target, stride, scale_at, kind):  # type: ignore[no-untyped-def]
-    """A row of `count` items in int8, its words `stride` bytes apart."""
-    size, scale = 4 // tiles.items_per_word(kind), _scale_of(source, count, kind)
+    """A row of `count` items in int8, its words `stride` bytes apart. Where not all are finite, the scale is NaN."""
+    size = 4 // tiles.items_per_word(kind)
+    top, flaw = _largest(source, count, kind)
+    scale = top / _MOST + flaw
     for i in range(0, count, LANES):
         some = min(count - i, LANES)
         x = tiles.load_items(source + i * size, some, kind)
@@ -170,7 +189,7 @@ def _store_row(kv, region, shape, pages, head, row, token, kind, kept):  # type:
 
 
 @kernel
-def _attend_chunk(kv, shape, pages, unit, head, at, start, stop, end, kept):  # type: ignore[no-untyped-def]
+def _attend_chunk(kv, shape, pages, unit, head, at, start, stop, end, kind, kept):  # type: ignore[no-untyped-def]
     count = unit.last - unit.first
     _clear(at.sums, at.sums + count * at.sum_stride)
     _clear(at.l, at.l + count * ROW)
@@ -181,7 +200,7 @@ def _attend_chunk(kv, shape, pages, unit, head, at, start, stop, end, kept):  # 
         find_groups(kv, shape, pages, head, block, begin, limit, end, kept, at)
         if shape.values_in_keys:
             turn_values(shape, at, block, begin, limit, tiles.items_per_word(kept))
-        attend_block(unit, shape, at, block, begin, limit, kept)
+        attend_block(unit, shape, at, block, begin, limit, kind, kept)
 
 
 @kernel
@@ -198,7 +217,7 @@ def _attend_item(kv, region, all_pages, unit, shape, head, at, partials, kind, k
     ask_for_first(kv, shape, pages, head, begin, end, kept)
     for chunk in range(unit.chunk, unit.chunk_stop):
         start, stop = max(begin, chunk * CHUNK), min(end, (chunk + 1) * CHUNK)
-        _attend_chunk(kv, shape, pages, unit, head, at, start, stop, end, kept)
+        _attend_chunk(kv, shape, pages, unit, head, at, start, stop, end, kind, kept)
         for i in range(count):
             sums, total = at.sums + i * stride, at.total + i * stride
             m, l = simd.load_float(at.m + 4 * i), simd.total(simd.load(at.l + i * ROW))  # noqa: E741

@@ -21,11 +21,12 @@ from numba import types
 from numba.core import cgutils
 
 from flexgen_lite.workers import simd
+from flexgen_lite.workers.attention import byte_tiles
 from flexgen_lite.workers.simd import I16, I32, LANES, VECTOR, WORDS
 
 ROW = 4 * LANES  # bytes of a vector
 SPLITS = 2  # sums of a score that are carried on side by side
-LINES = 2 if simd.WIDE else 1  # vectors of words that a value tile takes at once
+LINES = 2 if simd.WIDE else 1  # vectors of words that a value tile takes at once, see lines_of
 
 SUMS = 16 if simd.WIDE else 8  # of a value tile, at most, that are carried on in registers
 
@@ -63,12 +64,6 @@ def _store_some(builder: Any, words: Any, address: Any, count: Any) -> None:
     pointer = builder.inttoptr(address, WORDS.as_pointer())
     arguments = [words, pointer, I32(4), _mask(builder, count)]
     simd.call(builder, f"llvm.masked.store.v{LANES}i32.p0", ir.VoidType(), arguments)
-
-
-def _prefetch(builder: Any, address: Any) -> None:
-    """Into the second-level cache: more of these can be under way than of those into the first."""
-    pointer = builder.inttoptr(address, ir.IntType(8).as_pointer())
-    simd.call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, I32(0), I32(2), I32(1)])
 
 
 def _split(builder: Any, kind: str, words: Any) -> list[Any]:
@@ -119,9 +114,19 @@ def num_parts(kind: str) -> int:
     return {"float32": 1, "int8": 4}.get(kind, 2)
 
 
+def lines_of(kind: str) -> int:
+    """Vectors of words that a value tile takes at once: those of int8 have sums enough to carry on."""
+    return 1 if kind == "int8" else LINES
+
+
 def takes_words(kind: str) -> bool:
     """Whether the processor multiplies words of this kind as they are; else queries are widened to float32."""
     return kind == "bfloat16" and simd.PAIRS
+
+
+def is_multiplied_by_bytes(kind: str) -> bool:
+    """Whether queries are split into bytes, for the processor's own products of these."""
+    return kind == "int8" and simd.BYTES
 
 
 def _multiply(builder: Any, kind: str, keys: Any, query: Any, word: Any, total: Any) -> Any:
@@ -139,29 +144,32 @@ def _multiply(builder: Any, kind: str, keys: Any, query: Any, word: Any, total: 
 
 
 def score_tile(queries: int, groups: int) -> Any:
-    """tile(where, ahead, query, query_stride, words, scores, score_stride, kind): scores[i, g] = query[i] . keys[g].
+    """tile(where, ahead, query, query_stride, words, scores, score_stride, kind, kept): scores[i, g] = query[i] . keys[g].
 
     For `queries` queries and `groups` groups of LANES tokens; scores of a query lie side by side. `where` names the
     addresses of the groups' keys, `ahead` those that will be wanted later: both are addresses of int64 `[groups]`.
     """
 
-    def build(builder: Any, kind: str, where: Any, ahead: Any, query: Any, stride: Any, words: Any, scores: Any, score_stride: Any) -> None:  # fmt: skip # noqa: E501
-        zero = simd.same(0.0)
-        sums = [cgutils.alloca_once_value(builder, zero) for _ in range(queries * groups * SPLITS)]
+    def build(builder: Any, kind: str, kept: str, where: Any, ahead: Any, query: Any, stride: Any, words: Any, scores: Any, score_stride: Any) -> None:  # fmt: skip # noqa: E501
         keys, wanted = (
             [simd.load_from(builder, _offset(builder, base, 8 * g), simd.I64) for g in range(groups)]
             for base in (where, ahead)
         )
         rows = [_step(builder, query, stride, i) for i in range(queries)]
+        if is_multiplied_by_bytes(kept):
+            targets = [_step(builder, scores, score_stride, i) for i in range(queries)]
+            byte_tiles.build_scores(builder, keys, wanted, rows, words, targets, byte_tiles.num_planes(kind))
+            return
+        sums = [cgutils.alloca_once_value(builder, simd.same(0.0)) for _ in range(queries * groups * SPLITS)]
 
         def add(word: Any, split: int) -> None:
             at = builder.mul(word, word.type(ROW))
             for g in range(groups):
                 vector = _load_words(builder, builder.add(keys[g], at))
-                _prefetch(builder, builder.add(wanted[g], at))
+                simd.prefetch(builder, builder.add(wanted[g], at))
                 for i, row in enumerate(rows):
                     place = sums[(i * groups + g) * SPLITS + split]
-                    builder.store(_multiply(builder, kind, vector, row, word, builder.load(place)), place)
+                    builder.store(_multiply(builder, kept, vector, row, word, builder.load(place)), place)
 
         rounds = builder.udiv(words, words.type(SPLITS))
         with cgutils.for_range(builder, rounds) as loop:
@@ -179,22 +187,22 @@ def score_tile(queries: int, groups: int) -> Any:
                     score = builder.fadd(score, builder.load(sums[first + split]))
                 simd.store_to(builder, score, _offset(builder, _step(builder, scores, score_stride, i), g * ROW))
 
-    return simd.operation_of_kind(build, types.void, *[types.int64] * 7)
+    return simd.operation_of_kind(build, types.void, *[types.int64] * 7, kinds=2)
 
 
 def value_tile(queries: int, lines: int, masked: bool = False) -> Any:
     """tile(values, stride, tokens, weights, weight_stride, sums, sum_stride, ahead, count, kind): adds rows.
 
-    sums += weights . values, for `queries` rows of weights and sums and `tokens` rows of `lines` vectors of words. Of a
-    masked tile's vectors only `count` words are there. `ahead` names rows that will be wanted later, `stride` apart.
+    sums += weights . values, for `queries` rows of weights and sums and `tokens` rows of `lines` vectors of words, or one
+    (see lines_of). Of a masked tile's vectors only `count` words are there. `ahead` names rows that will be wanted later, `stride` apart.
     """
 
     def build(builder: Any, kind: str, values: Any, stride: Any, tokens: Any, weights: Any, weight_stride: Any, sums: Any, sum_stride: Any, ahead: Any, count: Any) -> None:  # fmt: skip # noqa: E501
-        parts = num_parts(kind)
+        parts, num_lines = num_parts(kind), min(lines, lines_of(kind))
         mask = _mask(builder, count) if masked else None
-        most = max(1, SUMS // queries) if kind == "int8" else lines * parts
-        for first in range(0, lines * parts, most):
-            vectors = range(first, min(first + most, lines * parts))
+        most = max(1, SUMS // queries) if kind == "int8" else num_lines * parts
+        for first in range(0, num_lines * parts, most):
+            vectors = range(first, min(first + most, num_lines * parts))
             targets = [
                 _offset(builder, _step(builder, sums, sum_stride, i), j * ROW) for i in range(queries) for j in vectors
             ]
@@ -208,12 +216,12 @@ def value_tile(queries: int, lines: int, masked: bool = False) -> Any:
                     )
                     for i in range(queries)
                 ]
-                for line in range(lines):
+                for line in range(num_lines):
                     wanted = [j - line * parts for j in vectors if j // parts == line]
                     if not wanted:
                         continue
                     if wanted[0] == 0:
-                        _prefetch(builder, _offset(builder, builder.add(ahead, row), line * ROW))
+                        simd.prefetch(builder, _offset(builder, builder.add(ahead, row), line * ROW))
                     at = _offset(builder, builder.add(values, row), line * ROW)
                     for j, part in zip(wanted, _load_values(builder, kind, at, mask, wanted), strict=True):
                         for i in range(queries):
@@ -290,10 +298,7 @@ def _write_items(builder: Any, kind: str, sums: Any, scale: Any, target: Any, co
 
 
 def _write_rounded(builder: Any, x: Any, scale: Any, target: Any, stride: Any, count: Any) -> None:
-    ratio = builder.fdiv(x, simd.spread(builder, scale))
-    whole = simd.call(builder, f"llvm.rint.v{LANES}f32", VECTOR, [ratio])
-    # What is no number becomes 0.
-    items = simd.call(builder, f"llvm.fptosi.sat.v{LANES}i8.v{LANES}f32", _BYTES, [whole])
+    items = builder.trunc(simd.whole(builder, builder.fdiv(x, simd.spread(builder, scale)), 127), _BYTES)
     place = cgutils.alloca_once_value(builder, items)
     source = builder.ptrtoint(place, simd.I64)
     with cgutils.for_range(builder, count) as loop:
@@ -320,12 +325,15 @@ load_items = simd.operation_of_kind(_load_items, simd.vector, _address, types.in
 load_item = simd.operation_of_kind(_load_wide_item, types.float32, _address)
 # copy_word(source, items, target, kind)
 copy_word = simd.operation_of_kind(_copy_word, types.void, _address, types.int64, _address)
-# items_per_word(kind), scale_words(kind): behind a row; is_multiplied_as_words(kind)
+# items_per_word(kind), scale_words(kind): behind a row; is_multiplied_as_words(kind); has_planes(kind)
 items_per_word = _constant(lambda kind: simd.I64(num_parts(kind)), types.int64)
 scale_words = _constant(lambda kind: simd.I64(int(kind == "int8")), types.int64)
 is_multiplied_as_words = _constant(lambda kind: ir.Constant(ir.IntType(1), int(takes_words(kind))), types.boolean)
+# lines(kind): vectors of words that a value tile takes at once.
+lines = _constant(lambda kind: simd.I64(lines_of(kind)), types.int64)
+has_planes = _constant(lambda kind: ir.Constant(ir.IntType(1), int(is_multiplied_by_bytes(kind))), types.boolean)
 load_address = simd.operation(lambda b, at: simd.load_from(b, at, simd.I64), types.int64, _address)
 store_address = simd.operation(simd.store_to, types.void, types.int64, _address)
 # turn(source, target, stride): LANES vectors, each a word of LANES tokens, as rows of tokens.
 turn = simd.operation(_turn, types.void, _address, _address, types.int64)
-prefetch = simd.operation(_prefetch, types.void, _address)  # starts to fetch a cache line
+prefetch = simd.operation(simd.prefetch, types.void, _address)  # starts to fetch a cache line
