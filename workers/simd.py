@@ -79,7 +79,7 @@ KINDS = {types.float32: "float32", types.uint16: "bfloat16", types.int16: "float
 
 
 def operation_of_kind(build: Callable[..., Any], result: Any, *arguments: Any, kinds: int = 1) -> Any:
-    """An intrinsic with a kind, or several, as last arguments; `build` gets the builder, their names, and the values."""
+    """An intrinsic with a kind, or several, as last arguments; `build` gets the builder, their names, the values."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         out = build(builder, *(KINDS[kind] for kind in signature.args[-kinds:]), *values[:-kinds])

@@ -43,7 +43,7 @@ _MOST = _F(127)  # of an item in int8
 _LOWEST = _F(-1e30)  # the maximum before the first score
 
 _entry: Any = njit(cache=True, **OPTIONS)
-_plane_bytes: Any = kernel(byte_tiles.plane_bytes)
+_planes_end: Any = kernel(byte_tiles.planes_end)
 _places: Any = kernel(layout.places)
 
 
@@ -115,15 +115,15 @@ def _largest(source, count, kind):  # type: ignore[no-untyped-def]
 @kernel
 def _split_query(source, dim, to, kind):  # type: ignore[no-untyped-def]
     """A query as planes of bytes."""
-    size, stride = 4 // tiles.items_per_word(kind), _plane_bytes(words(dim, 4))
+    size, planes = 4 // tiles.items_per_word(kind), byte_tiles.planes(kind)
     top, flaw = _largest(source, dim, kind)
     scale = simd.power_below(top) * byte_tiles.unit_of(kind) + flaw
-    tail = to + byte_tiles.planes(kind) * stride
-    _clear(tail, tail + 4 * byte_tiles.planes(kind))
+    tail = to + _planes_end(words(dim, 4), planes)
+    _clear(tail, tail + 4 * planes)
     for d in range(0, dim, LANES):
         x = tiles.load_items(source + d * size, min(dim - d, LANES), kind)
-        byte_tiles.write_planes(x, scale, to, d, stride, kind)
-    simd.store_float(scale, tail + 4 * byte_tiles.planes(kind))
+        byte_tiles.write_planes(x, scale, to + d * planes, tail, kind)
+    simd.store_float(scale, tail + 4 * planes)
 
 
 @kernel

@@ -144,10 +144,11 @@ def _multiply(builder: Any, kind: str, keys: Any, query: Any, word: Any, total: 
 
 
 def score_tile(queries: int, groups: int) -> Any:
-    """tile(where, ahead, query, query_stride, words, scores, score_stride, kind, kept): scores[i, g] = query[i] . keys[g].
+    """tile(where, ahead, query, query_stride, words, scores, score_stride, kind, kept): scores of queries and keys.
 
-    For `queries` queries and `groups` groups of LANES tokens; scores of a query lie side by side. `where` names the
-    addresses of the groups' keys, `ahead` those that will be wanted later: both are addresses of int64 `[groups]`.
+    scores[i, g] = query[i] . keys[g], for `queries` queries and `groups` groups of LANES tokens; those of a query lie
+    side by side. `where` names the addresses of the groups' keys, `ahead` those that will be wanted later: both are
+    addresses of int64 `[groups]`. `kind` is that of the queries, `kept` that of the keys.
     """
 
     def build(builder: Any, kind: str, kept: str, where: Any, ahead: Any, query: Any, stride: Any, words: Any, scores: Any, score_stride: Any) -> None:  # fmt: skip # noqa: E501
@@ -193,8 +194,9 @@ def score_tile(queries: int, groups: int) -> Any:
 def value_tile(queries: int, lines: int, masked: bool = False) -> Any:
     """tile(values, stride, tokens, weights, weight_stride, sums, sum_stride, ahead, count, kind): adds rows.
 
-    sums += weights . values, for `queries` rows of weights and sums and `tokens` rows of `lines` vectors of words, or one
-    (see lines_of). Of a masked tile's vectors only `count` words are there. `ahead` names rows that will be wanted later, `stride` apart.
+    sums += weights . values, for `queries` rows of weights and sums and `tokens` rows of `lines` vectors of words, or of
+    one (see lines_of). Of a masked tile's vectors only `count` words are there. `ahead` names rows that will be wanted
+    later, `stride` apart.
     """
 
     def build(builder: Any, kind: str, values: Any, stride: Any, tokens: Any, weights: Any, weight_stride: Any, sums: Any, sum_stride: Any, ahead: Any, count: Any) -> None:  # fmt: skip # noqa: E501
