@@ -5,7 +5,8 @@
 Multi-head latent attention, with the widths of DeepSeek V3, is limited by operations: milliseconds of a step to
 latents, by the kernels and by PyTorch's products, and of one to the keys and values of all heads.
 
-Rates are gigabytes of K and V read per second, in the storage dtype. A round goes through all the
+Rates are gigabytes of K and V read per second, in the storage dtype; "bfloat16, int8" are queries in bfloat16 and KV in
+8 bits. A round goes through all the
 contestants, so that what else the machine does meets them alike; the median of the rounds counts. Each pass
 reads another part of the cache, beyond the reach of the processor's caches.
 """
@@ -147,11 +148,16 @@ def main() -> None:
             contestants[f"torch sdpa {name}"] = torch_contestant(*shape, getattr(torch, name))
         for name in ("float32", "bfloat16", "float16"):
             contestants[f"flexgen-lite {name}"] = kernel_contestant(*shape, name, args.threads)
+        for name in ("float32", "bfloat16"):
+            contestants[f"flexgen-lite {name}, int8"] = kernel_contestant(*shape, name, args.threads, "int8")
         rates = measure(contestants, args.repeats)
-        print(f"\n{title}\n{'':24}  GB/s  of DRAM read  of torch sdpa bfloat16")
+        seconds = {name: contestants[name][1] / rate / 1e9 for name, rate in rates.items()}
+        print(f"\n{title}\n{'':28}  GB/s  of DRAM read     ms  time of flexgen-lite bfloat16")
         for name, rate in rates.items():
-            of_read, of_torch = rate / rates["DRAM read"], rate / rates["torch sdpa bfloat16"]
-            print(f"{name:24}{rate:6.1f}{of_read:13.0%}{of_torch:19.1f}x")
+            line = f"{name:28}{rate:6.1f}{rate / rates['DRAM read']:13.0%}"
+            if name != "DRAM read":
+                line += f"{1e3 * seconds[name]:9.2f}{seconds[name] / seconds['flexgen-lite bfloat16']:20.0%}"
+            print(line)
     for batch, tokens in LATENT_CASES:
         compare_latents(batch, tokens, args.threads, args.repeats)
 
@@ -162,6 +168,7 @@ def compare_latents(batch: int, tokens: int, threads: int, repeats: int) -> None
         f"flexgen-lite {name}": attention_contestant(spec, batch, tokens, name, threads)
         for name in ("float32", "bfloat16")
     }
+    contestants["flexgen-lite int8"] = attention_contestant(spec, batch, tokens, "bfloat16", threads, "int8")
     contestants["torch products bfloat16"] = torch_latents(batch, tokens)
     contestants["torch sdpa, all heads"] = torch_contestant(batch, HEADS, HEADS, tokens, 160, torch.bfloat16)
     rates = measure(contestants, repeats)

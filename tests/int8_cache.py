@@ -5,6 +5,7 @@ Shapes: B batch, G key/value heads, T tokens, D head size.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,16 +45,16 @@ class Int8Cache(DynamicCache):
 
 @torch.inference_mode()
 def int8_tokens(
-    directory: Path, prompts: Sequence[list[int]], max_tokens: int, chunk: int | None = None
+    directory: Path, prompts: Sequence[list[int]], max_tokens: int, cuts: Sequence[int] = ()
 ) -> list[list[int]]:
-    """Greedy tokens in float32, each prompt alone, and in chunks of so many tokens where that is given."""
+    """Greedy tokens in float32, each prompt alone; it comes in parts that end at `cuts`."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
     answers = []
     for prompt in prompts:
         cache = Int8Cache()
         cache.joined = hasattr(model.config, "kv_lora_rank")
-        size = chunk or len(prompt)
-        parts = [prompt[first : first + size] for first in range(0, len(prompt), size)]
+        bounds = [0, *cuts, len(prompt)]
+        parts = [prompt[begin:end] for begin, end in itertools.pairwise(bounds)]
         answer: list[int] = []
         while len(answer) < max_tokens:
             for part in parts:

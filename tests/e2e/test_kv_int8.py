@@ -6,13 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from flexgen_lite import FlexGenLite, SamplingParams
+from flexgen_lite import Client, FlexGenLite, SamplingParams
 from tests.int8_cache import int8_tokens
 from tests.tiny_models import SMALL_PASSES, make_model, ragged_prompts, reference_tokens
 
 MAX_TOKENS = 12
 GREEDY = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0, ignore_eos=True)
 SETTINGS = {**SMALL_PASSES, "device": "cpu", "kv_dtype": "int8"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model("llama", tmp_path_factory.mktemp("llama"))
 
 
 def answers(model: Path, prompts: list[list[int]], **changes: object) -> list[list[int]]:
@@ -30,7 +35,31 @@ def test_same_tokens_as_a_rounded_cache(family: str, tmp_path: Path) -> None:
     assert expected != reference_tokens(model, prompts, MAX_TOKENS), "rounding shows, or this would test nothing"
 
 
-def test_same_tokens_as_a_rounded_cache_where_a_prompt_comes_in_chunks(tmp_path: Path) -> None:
-    model, prompt = make_model("llama", tmp_path / "model"), ragged_prompts(2, longest=80)[1]
-    expected = int8_tokens(model, [prompt], MAX_TOKENS, chunk=32)
-    assert answers(model, [prompt], micro_batches=1) == expected
+def test_a_prompt_in_chunks(model: Path) -> None:
+    prompt = ragged_prompts(2, longest=80)[1]
+    assert answers(model, [prompt], micro_batches=1) == int8_tokens(model, [prompt], MAX_TOKENS, cuts=[32, 64])
+
+
+def test_a_shared_beginning(model: Path) -> None:
+    """What is shared is read from the cache; it is asked for, for by default only what computes the same is shared."""
+    prompts = [[*range(3, 23), *rest] for rest in ragged_prompts(4, longest=30)]
+    with FlexGenLite(model, **SETTINGS | {"attention_workers": 1, "prefix_caching": True}) as engine:
+        engine.generate(prompts[0], GREEDY)
+        found = [list(completion.token_ids) for completion in engine.generate(prompts[1:], GREEDY)]
+        assert engine.status().totals["shared_prompt_tokens"] == 16 * len(prompts[1:])
+    assert found == int8_tokens(model, prompts[1:], MAX_TOKENS, cuts=[16])
+    with FlexGenLite(model, **SETTINGS) as engine:
+        engine.generate(prompts, GREEDY)
+        assert engine.status().totals["shared_prompt_tokens"] == 0
+
+
+def test_the_plan_and_the_fingerprint_tell_of_it(model: Path) -> None:
+    plans, fingerprints = [], []
+    for kv_dtype in ("auto", "int8"):
+        settings = SETTINGS | {"dtype": "bfloat16", "kv_dtype": kv_dtype}
+        with FlexGenLite(model, **settings) as engine, Client(engine.endpoint) as client:
+            plans.append(client.welcome.plan)
+            fingerprints.append(client.welcome.fingerprint)
+    assert "of 16 in int8" in plans[1] and "int8" not in plans[0]
+    assert fingerprints[0] != fingerprints[1]
+    assert len(fingerprints[0]) == len(fingerprints[1])

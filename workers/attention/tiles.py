@@ -194,9 +194,9 @@ def score_tile(queries: int, groups: int) -> Any:
 def value_tile(queries: int, lines: int, masked: bool = False) -> Any:
     """tile(values, stride, tokens, weights, weight_stride, sums, sum_stride, ahead, count, kind): adds rows.
 
-    sums += weights . values, for `queries` rows of weights and sums and `tokens` rows of `lines` vectors of words, or of
-    one (see lines_of). Of a masked tile's vectors only `count` words are there. `ahead` names rows that will be wanted
-    later, `stride` apart.
+    sums += weights . values, for `queries` rows of weights and sums and `tokens` rows of `lines` vectors of words, or
+    of one (see lines_of). Of a masked tile's vectors only `count` words are there. `ahead` names rows that will be
+    wanted later, `stride` apart.
     """
 
     def build(builder: Any, kind: str, values: Any, stride: Any, tokens: Any, weights: Any, weight_stride: Any, sums: Any, sum_stride: Any, ahead: Any, count: Any) -> None:  # fmt: skip # noqa: E501
