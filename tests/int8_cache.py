@@ -5,7 +5,6 @@ Shapes: B batch, G key/value heads, T tokens, D head size.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ def rounded(x_BGTD: torch.Tensor) -> torch.Tensor:
 
 
 class Int8Cache(DynamicCache):
-    """The first rows of a layer see themselves as they are; those that follow see what is kept, their own included.
+    """Gives what is kept, of the tokens that are stored as well.
 
     Attributes:
         joined: keys and values are latents and rotary keys, which are kept as one row.
@@ -33,33 +32,27 @@ class Int8Cache(DynamicCache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        is_first = self.get_seq_length(layer_idx) == 0
         if self.joined:
             sizes = [key_states.shape[-1], value_states.shape[-1]]
             key, value = rounded(torch.cat((key_states, value_states), dim=-1)).split(sizes, dim=-1)
         else:
             key, value = rounded(key_states), rounded(value_states)
-        kept = super().update(key, value, layer_idx, *args, **kwargs)
-        return (key_states, value_states) if is_first else kept
+        return super().update(key, value, layer_idx, *args, **kwargs)
 
 
 @torch.inference_mode()
-def int8_tokens(
-    directory: Path, prompts: Sequence[list[int]], max_tokens: int, cuts: Sequence[int] = ()
-) -> list[list[int]]:
-    """Greedy tokens in float32, each prompt alone; it comes in parts that end at `cuts`."""
+def int8_tokens(directory: Path, prompts: Sequence[list[int]], max_tokens: int) -> list[list[int]]:
+    """Greedy tokens in float32, each prompt alone."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
     answers = []
     for prompt in prompts:
+        answer: list[int] = []
         cache = Int8Cache()
         cache.joined = hasattr(model.config, "kv_lora_rank")
-        bounds = [0, *cuts, len(prompt)]
-        parts = [prompt[begin:end] for begin, end in itertools.pairwise(bounds)]
-        answer: list[int] = []
+        rest = prompt
         while len(answer) < max_tokens:
-            for part in parts:
-                logits = model(torch.tensor([part]), cache=cache, use_cache=True).logits
-            answer.append(int(logits[0, -1].argmax()))
-            parts = [answer[-1:]]
+            logits = model(torch.tensor([rest]), cache=cache, use_cache=True).logits
+            rest = [int(logits[0, -1].argmax())]
+            answer += rest
         answers.append(answer)
     return answers

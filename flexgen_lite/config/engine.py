@@ -138,8 +138,7 @@ class EngineConfig(BaseModel):
     prefix_caching: Switch = Field(
         default=None,
         description="Prompts that begin alike share the KV pages of their beginning, which is computed once. In "
-        "bfloat16 and float16, and with `kv_dtype: int8`, an answer's rounding then depends on what else runs; `auto`: "
-        "in float32 without int8 only.",
+        "bfloat16 and float16 an answer's rounding then depends on what else runs; `auto`: in float32 only.",
         json_schema_extra=expects('true, false or "auto"'),
     )
     layer_slots: Count = count(

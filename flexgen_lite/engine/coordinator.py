@@ -235,7 +235,7 @@ class Coordinator:
             self._arenas[name].resize(num_bytes)
         share = self._config.prefix_caching
         if share is None:
-            share = setup.kv.dtype == "float32"
+            share = setup.spec.dtype == "float32"
         requests = setup.make_requests(share, tokenizer)
         passes = Passes(setup, requests, self._workers, self._stats, self._answer)
         losses = Losses(passes, requests, self._workers, self._answer)

@@ -124,6 +124,7 @@ class Setup:
             made.compute_cpus,
             made.process_bytes["compute worker"],
             0 if self.opened.device_total_bytes else made.parts["workspace"],
+            self.kv.dtype,
         )
 
     # ------------------------------------------------------------------------------------------------ for the passes

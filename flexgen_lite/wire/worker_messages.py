@@ -237,6 +237,7 @@ class AttachCompute:
     cpus: tuple[int, ...]
     process_bytes: int  # that the process may take of main memory, what it maps of files among it
     workspace_bytes: int  # of that, for temporaries; 0 where they are in a GPU's memory
+    kv_dtype: str
 
 
 @dataclass(frozen=True, slots=True)

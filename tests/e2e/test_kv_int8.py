@@ -8,7 +8,7 @@ import pytest
 
 from flexgen_lite import Client, FlexGenLite, SamplingParams
 from tests.int8_cache import int8_tokens
-from tests.tiny_models import SMALL_PASSES, make_model, ragged_prompts, reference_tokens
+from tests.tiny_models import SMALL_PASSES, make_model, ragged_prompts, reference_tokens, some_alike
 
 MAX_TOKENS = 12
 GREEDY = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0, ignore_eos=True)
@@ -27,30 +27,14 @@ def answers(model: Path, prompts: list[list[int]], **changes: object) -> list[li
     return [list(c.token_ids) for c in completions]
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "gemma2", "gpt-oss", "deepseek-v3"])
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma2", "gpt-oss", "deepseek-v3", "gemma4-wrapper"])
 def test_same_tokens_as_a_rounded_cache(family: str, tmp_path: Path) -> None:
-    model, prompts = make_model(family, tmp_path / "model"), ragged_prompts(10, longest=70)
+    """However prompts are cut: whole, in chunks, and behind a beginning that is shared."""
+    model, prompts = make_model(family, tmp_path / "model"), some_alike(ragged_prompts(10, longest=70))
     expected = int8_tokens(model, prompts, MAX_TOKENS)
-    assert answers(model, prompts, micro_batch_tokens=128) == expected
+    assert answers(model, prompts) == expected
+    assert answers(model, prompts, micro_batch_tokens=128, prefix_caching=False) == expected
     assert expected != reference_tokens(model, prompts, MAX_TOKENS), "rounding shows, or this would test nothing"
-
-
-def test_a_prompt_in_chunks(model: Path) -> None:
-    prompt = ragged_prompts(2, longest=80)[1]
-    assert answers(model, [prompt], micro_batches=1) == int8_tokens(model, [prompt], MAX_TOKENS, cuts=[32, 64])
-
-
-def test_a_shared_beginning(model: Path) -> None:
-    """What is shared is read from the cache; it is asked for, for by default only what computes the same is shared."""
-    prompts = [[*range(3, 23), *rest] for rest in ragged_prompts(4, longest=30)]
-    with FlexGenLite(model, **SETTINGS | {"attention_workers": 1, "prefix_caching": True}) as engine:
-        engine.generate(prompts[0], GREEDY)
-        found = [list(completion.token_ids) for completion in engine.generate(prompts[1:], GREEDY)]
-        assert engine.status().totals["shared_prompt_tokens"] == 16 * len(prompts[1:])
-    assert found == int8_tokens(model, prompts[1:], MAX_TOKENS, cuts=[16])
-    with FlexGenLite(model, **SETTINGS) as engine:
-        engine.generate(prompts, GREEDY)
-        assert engine.status().totals["shared_prompt_tokens"] == 0
 
 
 def test_the_plan_and_the_fingerprint_tell_of_it(model: Path) -> None:
