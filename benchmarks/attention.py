@@ -5,7 +5,8 @@
 Multi-head latent attention, with the widths of DeepSeek V3, is limited by operations: milliseconds of a step to
 latents, by the kernels and by PyTorch's products, and of one to the keys and values of all heads.
 
-Rates are gigabytes of K and V read per second, in the storage dtype. A round goes through all the
+Rates are gigabytes of K and V read per second, in the storage dtype; "bfloat16, int8" are queries in bfloat16 and KV in
+8 bits. A round goes through all the
 contestants, so that what else the machine does meets them alike; the median of the rounds counts. Each pass
 reads another part of the cache, beyond the reach of the processor's caches.
 """
@@ -60,22 +61,22 @@ def parallel_sum(parts):  # type: ignore[no-untyped-def]
 
 
 def kernel_contestant(
-    batch: int, heads: int, kv_heads: int, tokens: int, dim: int, dtype: str, threads: int
+    batch: int, heads: int, kv_heads: int, tokens: int, dim: int, dtype: str, threads: int, kv_dtype: str | None = None
 ) -> tuple[Callable[[int], object], int]:
     """One decode step of `batch` sequences of `tokens` tokens; the rounds go through the layers."""
-    return attention_contestant(
-        AttentionSpec(heads, kv_heads, dim, dim, dim**-0.5, None, None, False), batch, tokens, dtype, threads
-    )
+    spec = AttentionSpec(heads, kv_heads, dim, dim, dim**-0.5, None, None, False)
+    return attention_contestant(spec, batch, tokens, dtype, threads, kv_dtype)
 
 
 def attention_contestant(
-    spec: AttentionSpec, batch: int, tokens: int, dtype: str, threads: int
+    spec: AttentionSpec, batch: int, tokens: int, dtype: str, threads: int, kv_dtype: str | None = None
 ) -> tuple[Callable[[int], object], int]:
-    pages = -(-tokens // PAGE_TOKENS)
-    one = batch * pages * kv_layout.page_bytes([spec], PAGE_TOKENS, dtype)
+    """`kv_dtype`: of the cache, where it is not `dtype`."""
+    kv_dtype, pages = kv_dtype or dtype, -(-tokens // PAGE_TOKENS)
+    one = batch * pages * kv_layout.page_bytes([spec], PAGE_TOKENS, kv_dtype)
     layers = [spec] * max(1, -(-BUFFER_BYTES // one))
     group = KvGroup(tuple(range(len(layers))), PAGE_TOKENS)
-    kv = kv_layout.kv_spec(layers, range(len(layers)), [group], batch * pages, dtype)
+    kv = kv_layout.kv_spec(layers, range(len(layers)), [group], batch * pages, kv_dtype)
     region = exchange.region_bytes(layers, batch, ITEM_BYTES[dtype])
     arena = Arena("kv")
     arena.resize(kv.arena_bytes)
@@ -88,7 +89,8 @@ def attention_contestant(
     order = np.random.default_rng(0).permutation(batch * pages).reshape(batch, pages)
     spans = tuple(KvSpan(b, 1, tokens - 1, True, (PageRun(0, tuple(map(int, order[b]))),)) for b in range(batch))
     state.begin(BeginAttention(0, threads, (KvBatch(0, 0, spans),)))
-    return lambda i: state.attend(Attend(0, i % len(layers), 0)), batch * tokens * spec.kv_width * ITEM_BYTES[dtype]
+    read = batch * tokens * kv_layout.page_bytes([spec], 1, kv_dtype)
+    return lambda i: state.attend(Attend(0, i % len(layers), 0)), read
 
 
 def torch_latents(batch: int, tokens: int) -> tuple[Callable[[int], object], int]:
@@ -146,11 +148,16 @@ def main() -> None:
             contestants[f"torch sdpa {name}"] = torch_contestant(*shape, getattr(torch, name))
         for name in ("float32", "bfloat16", "float16"):
             contestants[f"flexgen-lite {name}"] = kernel_contestant(*shape, name, args.threads)
+        for name in ("float32", "bfloat16"):
+            contestants[f"flexgen-lite {name}, int8"] = kernel_contestant(*shape, name, args.threads, "int8")
         rates = measure(contestants, args.repeats)
-        print(f"\n{title}\n{'':24}  GB/s  of DRAM read  of torch sdpa bfloat16")
+        seconds = {name: contestants[name][1] / rate / 1e9 for name, rate in rates.items()}
+        print(f"\n{title}\n{'':28}  GB/s  of DRAM read     ms  time of flexgen-lite bfloat16")
         for name, rate in rates.items():
-            of_read, of_torch = rate / rates["DRAM read"], rate / rates["torch sdpa bfloat16"]
-            print(f"{name:24}{rate:6.1f}{of_read:13.0%}{of_torch:19.1f}x")
+            line = f"{name:28}{rate:6.1f}{rate / rates['DRAM read']:13.0%}"
+            if name != "DRAM read":
+                line += f"{1e3 * seconds[name]:9.2f}{seconds[name] / seconds['flexgen-lite bfloat16']:20.0%}"
+            print(line)
     for batch, tokens in LATENT_CASES:
         compare_latents(batch, tokens, args.threads, args.repeats)
 
@@ -161,6 +168,7 @@ def compare_latents(batch: int, tokens: int, threads: int, repeats: int) -> None
         f"flexgen-lite {name}": attention_contestant(spec, batch, tokens, name, threads)
         for name in ("float32", "bfloat16")
     }
+    contestants["flexgen-lite int8"] = attention_contestant(spec, batch, tokens, "bfloat16", threads, "int8")
     contestants["torch products bfloat16"] = torch_latents(batch, tokens)
     contestants["torch sdpa, all heads"] = torch_contestant(batch, HEADS, HEADS, tokens, 160, torch.bfloat16)
     rates = measure(contestants, repeats)

@@ -38,6 +38,22 @@ def encode(values: Floats, dtype: str) -> npt.NDArray[np.generic]:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
+def rounded(values: Floats, dtype: str) -> Floats:
+    """Of the rows `[..., D]`, what a cache of `dtype` keeps."""
+    if dtype != "int8":
+        return decode(encode(values, dtype), dtype)
+    items, scales = in_int8(values)
+    return items.astype(np.float64) * scales[..., None].astype(np.float64)
+
+
+def in_int8(values: Floats) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    """Items `[..., D]` and scales `[...]` of rows of float32 or narrower numbers."""
+    rows = values.astype(np.float32)
+    scales = np.abs(rows).max(axis=-1, initial=0) / np.float32(127)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.nan_to_num(np.rint(rows / scales[..., None])).astype(np.int8), scales
+
+
 def reference(spec: AttentionSpec, q_HD: Floats, k_TGD: Floats, v_TGE: Floats, sinks_H: Floats) -> Floats:
     """The attention `[H, E]` of the last token of T."""
     begin = max(0, len(k_TGD) - spec.sliding_window) if spec.sliding_window else 0
@@ -76,8 +92,9 @@ class Case:
         page_tokens: int,
         seed: int = 0,
         threads: int = 2,
+        kv_dtype: str | None = None,
     ) -> None:
-        self.spec, self.sequences, self.dtype = spec, sequences, dtype
+        self.spec, self.sequences, self.dtype, self.kv_dtype = spec, sequences, dtype, kv_dtype or dtype
         self.random = np.random.default_rng(seed)
         self.num_rows = sum(s.rows for s in sequences) + 2  # rows of nobody, before and behind
         itemsize = ITEM_BYTES[dtype]
@@ -86,7 +103,7 @@ class Case:
         order = self.random.permutation(num_pages)
         self.pages = [tuple(int(p) for p in part) for part in np.split(order, np.cumsum(counts))]
         self.group = KvGroup((0,), page_tokens, spec.sliding_window or 0, spec.attention_chunk or 0)
-        self.kv_spec = kv_layout.kv_spec([spec], (0,), [self.group], num_pages, dtype)
+        self.kv_spec = kv_layout.kv_spec([spec], (0,), [self.group], num_pages, self.kv_dtype)
         region_bytes = exchange.region_bytes([spec], self.num_rows, itemsize)
         self.kv = bytearray(b"\xff" * self.kv_spec.arena_bytes)  # NaN in every dtype: unwritten tokens must not be read
         self.exchange = bytearray(b"\xff" * (2 * region_bytes))
@@ -115,18 +132,20 @@ class Case:
         self._region[at.sinks : at.sinks + 4 * spec.num_heads].view(np.float32)[:] = self.sinks_H
         self.q_RHD = self._rounded(*self.q.shape)
         self.q[:] = encode(self.q_RHD, self.dtype)
-        self.keys = [self._rounded(s.past + s.rows, *self.k.shape[1:]) for s in self.sequences]
-        self.values = [self._rounded(s.past + s.rows, *self.v.shape[1:]) for s in self.sequences]
+        keys = [self._rounded(s.past + s.rows, *self.k.shape[1:]) for s in self.sequences]
+        values = [self._rounded(s.past + s.rows, *self.v.shape[1:]) for s in self.sequences]
+        self.keys = [rounded(rows_TGD, self.kv_dtype) for rows_TGD in keys]
+        self.values = [rounded(rows_TGE, self.kv_dtype) for rows_TGE in values]
         if spec.values_in_keys:
             self.values = [keys_TGD[..., : spec.value_dim] for keys_TGD in self.keys]
         row, self.spans = 1, []
-        for sequence, pages, k_TGD, v_TGE in zip(self.sequences, self.pages[:-1], self.keys, self.values, strict=True):
+        for sequence, pages, k_TGD, v_TGE in zip(self.sequences, self.pages[:-1], keys, values, strict=True):
             first = self.group.first_seen(sequence.past) if sequence.attend else sequence.past
             first //= self.group.page_tokens
             for t in range(first * self.group.page_tokens, sequence.past):
-                self.write("key", pages, t, encode(k_TGD[t], self.dtype))
+                self.write("key", pages, t, k_TGD[t])
                 if not spec.values_in_keys:
-                    self.write("value", pages, t, encode(v_TGE[t], self.dtype))
+                    self.write("value", pages, t, v_TGE[t])
             self.k[row : row + sequence.rows] = encode(k_TGD[sequence.past :], self.dtype)
             if not spec.values_in_keys:
                 self.v[row : row + sequence.rows] = encode(v_TGE[sequence.past :], self.dtype)
@@ -134,35 +153,57 @@ class Case:
             self.spans.append(KvSpan(row, sequence.rows, sequence.past, sequence.attend, (run,)))
             row += sequence.rows
 
-    def cache(self, part: str) -> npt.NDArray[np.generic]:
-        """Keys `[pages, G, groups, words, LANES, items of a word]`, or values `[pages, G, page_tokens, items]`."""
-        kv, spec, per_word = self.kv_spec, self.spec, 4 // ITEM_BYTES[self.dtype]
-        words = -(-(spec.head_dim if part == "key" else spec.value_dim) // per_word)
-        offset = kv.key_offsets[0] if part == "key" else kv.value_offsets[0]
-        shape: tuple[int, ...] = (spec.num_kv_heads, self.group.page_tokens, words * per_word)
-        if part == "key":
-            shape = (spec.num_kv_heads, self.group.page_tokens // LANES, words, LANES, per_word)
-        dtype = np.dtype(STORAGE[self.dtype])
+    def _page_part(self, part: str, behind: bool, kind: npt.DTypeLike, *shape: int) -> npt.NDArray[np.generic]:
+        """What lies in a group of LANES tokens: `[pages, G, groups, *shape]`; `behind`: the scales, behind the rows."""
+        kv, heads, groups = self.kv_spec, self.spec.num_kv_heads, self.group.page_tokens // LANES
+        words = -(-self._width(part) // self._per_word)
+        group_bytes = (words + (self.kv_dtype == "int8")) * 4 * LANES
+        offset = (kv.key_offsets if part == "key" else kv.value_offsets)[0] + (words * 4 * LANES if behind else 0)
+        dtype = np.dtype(kind)
         strides = tuple(dtype.itemsize * int(np.prod(shape[i + 1 :])) for i in range(len(shape)))
-        return np.ndarray((kv.num_pages, *shape), dtype, self.kv, offset, (kv.page_bytes, *strides))
+        strides = (kv.page_bytes, groups * group_bytes, group_bytes, *strides)
+        return np.ndarray((kv.num_pages, heads, groups, *shape), dtype, self.kv, offset, strides)
+
+    @property
+    def _per_word(self) -> int:
+        return 4 // kv_layout.KV_ITEM_BYTES[self.kv_dtype]
+
+    def _width(self, part: str) -> int:
+        return self.spec.head_dim if part == "key" else self.spec.value_dim
 
     def rows(self, part: str, pages: tuple[int, ...], token: int) -> npt.NDArray[np.generic]:
         """Where a token's keys or values lie: `[G, words, items of a word]` or `[G, items]`."""
         page, within = divmod(token, self.group.page_tokens)
+        words, kind = (
+            -(-self._width(part) // self._per_word),
+            np.int8 if self.kv_dtype == "int8" else STORAGE[self.dtype],
+        )
         if part == "key":
-            return self.cache(part)[pages[page], :, within // LANES, :, within % LANES]
-        return self.cache(part)[pages[page], :, within]
+            whole = self._page_part(part, False, kind, words, LANES, self._per_word)
+            return whole[pages[page], :, within // LANES, :, within % LANES]
+        whole = self._page_part(part, False, kind, LANES, words * self._per_word)
+        return whole[pages[page], :, within // LANES, within % LANES]
 
-    def read(self, part: str, pages: tuple[int, ...], token: int) -> npt.NDArray[np.generic]:
-        """A token's keys `[G, D]` or values `[G, E]`, as they are stored."""
-        width = self.spec.head_dim if part == "key" else self.spec.value_dim
-        return self.rows(part, pages, token).reshape(self.spec.num_kv_heads, -1)[:, :width]
+    def scales(self, part: str, pages: tuple[int, ...], token: int) -> npt.NDArray[np.generic]:
+        """Where the scales `[G]` of a token's keys or values in int8 lie."""
+        page, within = divmod(token, self.group.page_tokens)
+        return self._page_part(part, True, np.float32, LANES)[pages[page], :, within // LANES, within % LANES]
 
-    def write(self, part: str, pages: tuple[int, ...], token: int, rows: npt.NDArray[np.generic]) -> None:
-        """The inverse of `read`; what is behind the row in its last word is zero then."""
+    def read(self, part: str, pages: tuple[int, ...], token: int) -> Floats:
+        """A token's keys `[G, D]` or values `[G, E]`, as they are kept."""
+        rows = self.rows(part, pages, token).reshape(self.spec.num_kv_heads, -1)[:, : self._width(part)]
+        if self.kv_dtype != "int8":
+            return decode(rows, self.dtype)
+        return rows.astype(np.float64) * self.scales(part, pages, token).astype(np.float64)[:, None]
+
+    def write(self, part: str, pages: tuple[int, ...], token: int, rows: Floats) -> None:
+        """Keeps a token's keys or values; what is behind the row in its last word is zero then."""
+        if self.kv_dtype == "int8":
+            items, self.scales(part, pages, token)[:] = in_int8(rows)
+        else:
+            items = encode(rows, self.dtype)
         target = self.rows(part, pages, token)
-        padded = np.pad(rows, ((0, 0), (0, -rows.shape[1] % (4 // ITEM_BYTES[self.dtype]))))
-        target[:] = padded.reshape(target.shape)
+        target[:] = np.pad(items, ((0, 0), (0, -rows.shape[1] % self._per_word))).reshape(target.shape)
 
     def begin(self, threads: int = 2) -> None:
         """Begins pass 1, in which the sequences are micro-batch 3."""
@@ -181,9 +222,9 @@ class Case:
         ):
             for i in range(sequence.rows):
                 stop = sequence.past + i + 1
-                assert (decode(self.read("key", pages, stop - 1), self.dtype) == k_TGD[stop - 1]).all()
+                assert (self.read("key", pages, stop - 1) == k_TGD[stop - 1]).all()
                 if not self.spec.values_in_keys:
-                    assert (decode(self.read("value", pages, stop - 1), self.dtype) == v_TGE[stop - 1]).all()
+                    assert (self.read("value", pages, stop - 1) == v_TGE[stop - 1]).all()
                 if not sequence.attend:
                     continue
                 q_HD = self.q_RHD[span.row + i]

@@ -97,7 +97,7 @@ def prepared(kind: str) -> ModuleType:
     """The worker's program, with what most tests need of classes and kernels; no thread is started for it."""
     program = imported(f"flexgen_lite.workers.{kind}.worker")
     if kind == "attention":
-        importlib.import_module("flexgen_lite.workers.attention.warm_up").warm_up("float32")
+        importlib.import_module("flexgen_lite.workers.attention.warm_up").warm_up("float32", "float32")
     elif kind == "compute":
         program.prepare()
         torch = sys.modules["torch"]

@@ -1,7 +1,7 @@
 """Vectors for the kernels of attention and products: a numba type for one register of float32, and what it can do.
 
 A `Vector` holds LANES float32. Memory is named by address, an int64. Functions that differ by how items are stored take
-a *kind* as their last argument, a value whose type alone counts: float32, uint16 for bfloat16, int16 for float16.
+a *kind* as their last argument, a value whose type alone counts: float32, uint16 for bfloat16, int16 for float16, int8.
 
 Numba's disk cache watches the files of the kernels alone: touch attention/kernels.py, and prefill_kernels.py,
 product_kernels.py and workspace.py in compute/, after an edit here.
@@ -24,6 +24,7 @@ WIDE = "+avx512f" in _features
 PAIRS = "+avx512bf16" in _features  # whether there are products of bfloat16 pairs
 TILES = "+amx-bf16" in _features and PAIRS  # and on tiles
 LANES = 16 if WIDE else 8
+BYTES = WIDE and "+avx512vnni" in _features  # whether there are products of bytes that add up to int32
 
 FLOAT, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 VECTOR, HALVES, WORDS = (ir.VectorType(kind, LANES) for kind in (FLOAT, I16, I32))
@@ -75,20 +76,20 @@ def operation(build: Callable[..., Any], result: Any, *arguments: Any) -> Any:
     return _intrinsic(typed, len(arguments))
 
 
-KINDS = {types.float32: "float32", types.uint16: "bfloat16", types.int16: "float16"}
+KINDS = {types.float32: "float32", types.uint16: "bfloat16", types.int16: "float16", types.int8: "int8"}
 
 
-def operation_of_kind(build: Callable[..., Any], result: Any, *arguments: Any) -> Any:
-    """An intrinsic with a kind as last argument; `build` gets the builder, the kind's name, and the values."""
+def operation_of_kind(build: Callable[..., Any], result: Any, *arguments: Any, kinds: int = 1) -> Any:
+    """An intrinsic with a kind, or several, as last arguments; `build` gets the builder, their names, the values."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        out = build(builder, KINDS[signature.args[-1]], *values[:-1])
+        out = build(builder, *(KINDS[kind] for kind in signature.args[-kinds:]), *values[:-kinds])
         return context.get_dummy_value() if result is types.void else out
 
     def typed(typing: Any, *given: Any) -> Any:
-        return result(*arguments, given[-1]), generate
+        return result(*arguments, *given[-kinds:]), generate
 
-    return _intrinsic(typed, len(arguments) + 1)
+    return _intrinsic(typed, len(arguments) + kinds)
 
 
 def operation_by_kind(build: Callable[..., Any], result: Any, *arguments: Any) -> Any:
@@ -264,3 +265,30 @@ exp2 = operation(_exp2, vector, vector)  # for -1e38 < x < 127
 largest = operation(lambda b, x: _reduce(b, x, _larger), types.float32, vector)  # of the lanes
 total = operation(lambda b, x: _reduce(b, x, lambda b, x, y: b.fadd(x, y)), types.float32, vector)  # of the lanes
 first = operation(lambda b, x: b.extract_element(x, I32(0)), types.float32, vector)
+
+
+def prefetch(builder: Any, address: Any) -> None:
+    """Into the second-level cache: more of these can be under way than of those into the first."""
+    pointer = builder.inttoptr(address, ir.IntType(8).as_pointer())
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, I32(0), I32(2), I32(1)])
+
+
+def add_products_of_bytes(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
+    """To each lane's int32, the products of its four bytes without and with a sign."""
+    return call(builder, "llvm.x86.avx512.vpdpbusd.512", WORDS, [total, unsigned, signed])
+
+
+def whole(builder: Any, x: Any, most: int) -> Any:
+    """float32 lanes to the nearest int32 from -most to most, ties to even; what is no number becomes 0."""
+    x = call(builder, f"llvm.rint.v{LANES}f32", VECTOR, [x])
+    x = builder.select(builder.fcmp_ordered("ord", x, x), x, same(0.0))
+    x = builder.select(builder.fcmp_ordered("<", x, same(float(most))), x, same(float(most)))
+    x = builder.select(builder.fcmp_ordered(">", x, same(float(-most))), x, same(float(-most)))
+    return builder.fptosi(x, WORDS)
+
+
+def _power_below(builder: Any, x: Any) -> Any:
+    return builder.bitcast(builder.and_(builder.bitcast(x, I32), I32(0x7F800000)), FLOAT)
+
+
+power_below = operation(_power_below, types.float32, types.float32)  # the largest power of two that is not above x > 0

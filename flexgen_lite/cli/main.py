@@ -46,6 +46,7 @@ app = typer.Typer(
 Model = Annotated[str | None, typer.Option(help="Hugging Face model directory or hub id.")]
 Config = Annotated[Path | None, typer.Option("--config", help="YAML file; flags win over it.")]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
+KvDtype = Annotated[str | None, typer.Option(help="Of the KV cache: auto or int8.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Ram = Annotated[str | None, typer.Option(help="Budget of main memory, such as 8GiB.")]
 Gpu = Annotated[str | None, typer.Option(help="Budget of GPU memory, such as 14GiB.")]
@@ -60,7 +61,9 @@ Endpoint = Annotated[str | None, typer.Option(help="Endpoint of a running engine
 KeyFile = Annotated[Path | None, typer.Option(help="Key file of the engine at --endpoint, where it has one.")]
 
 
-ENGINE_FLAGS = ("dtype", "device", "ram", "gpu", "attention_workers", "load_format", "trace", "max_model_len")
+ENGINE_FLAGS = (
+    "dtype", "kv_dtype", "device", "ram", "gpu", "attention_workers", "load_format", "trace", "max_model_len",
+)  # fmt: skip
 """Configuration keys with a flag of their own, in every command that starts an engine."""
 
 
@@ -96,6 +99,7 @@ def run_batch(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard results that are there, not resume.")] = False,
     config: Config = None,
     dtype: Dtype = None,
+    kv_dtype: KvDtype = None,
     device: Device = None,
     ram: Ram = None,
     gpu: Gpu = None,
@@ -133,6 +137,7 @@ def launch(
     model: Model = None,
     config: Config = None,
     dtype: Dtype = None,
+    kv_dtype: KvDtype = None,
     device: Device = None,
     ram: Ram = None,
     gpu: Gpu = None,
@@ -166,6 +171,7 @@ def serve(
     key_file: KeyFile = None,
     config: Config = None,
     dtype: Dtype = None,
+    kv_dtype: KvDtype = None,
     device: Device = None,
     ram: Ram = None,
     gpu: Gpu = None,

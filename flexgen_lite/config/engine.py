@@ -69,10 +69,17 @@ class EngineConfig(BaseModel):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
-        description="Type of weights, activations and KV cache. `auto`: the checkpoint's own on CUDA, and where it is"
-        " float32; a 16-bit checkpoint on a CPU becomes bfloat16 if that is measured to be faster than "
-        "float32 at start, else float32.",
+        description="Type of weights, activations and, unless `kv_dtype` says otherwise, KV cache. `auto`: the "
+        "checkpoint's own on CUDA, and where it is float32; a 16-bit checkpoint on a CPU becomes bfloat16 if that is "
+        "measured to be faster than float32 at start, else float32.",
         json_schema_extra=expects('"auto", "float32", "bfloat16" or "float16"'),
+    )
+    kv_dtype: Literal["auto", "int8"] = Field(
+        default="auto",
+        description="Type of the KV cache. `int8`: half the bytes of 16 bits, so that twice as many tokens have room "
+        "and attention reads half as much; keys and values are rounded, each token's and head's with a scale of its "
+        "own. `auto`: that of `dtype`.",
+        json_schema_extra=expects('"auto" or "int8"'),
     )
     device: Device = Field(
         default="auto",
@@ -278,6 +285,10 @@ class EngineConfig(BaseModel):
                 if key in from_file or key in overrides
             }
             raise ConfigError(error.problems, origins) from None
+
+    def stored_kv_dtype(self, dtype: str) -> str:
+        """What `kv_dtype` comes to for a model of `dtype`."""
+        return dtype if self.kv_dtype == "auto" else self.kv_dtype
 
     def to_json(self) -> str:
         return self.model_dump_json()

@@ -16,7 +16,7 @@ What is given on the command line wins over the file. An unknown key, a key give
 error that names the key and says what is allowed. `configs/` has commented files to start from;
 [budgets.md](budgets.md) says how to choose.
 
-Flags exist for `model`, `dtype`, `device`, `ram`, `gpu`, `attention_workers`, `load_format`, `trace` and
+Flags exist for `model`, `dtype`, `kv_dtype`, `device`, `ram`, `gpu`, `attention_workers`, `load_format`, `trace` and
 `max_model_len` (with dashes: `--attention-workers`). Everything else: `--set layer_slots=4`. The plan that is printed
 at start shows what `auto` became.
 
@@ -25,7 +25,15 @@ CPUs: `[0, 1, 2]` or `"0-7,16"`.
 """
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "Model and number format": ("model", "dtype", "device", "load_format", "verify_weights", "max_model_len"),
+    "Model and number format": (
+        "model",
+        "dtype",
+        "kv_dtype",
+        "device",
+        "load_format",
+        "verify_weights",
+        "max_model_len",
+    ),
     "Budgets": ("ram", "gpu"),
     "The block: what goes through all layers for one load of the weights": (
         "max_sequences",

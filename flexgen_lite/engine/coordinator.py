@@ -197,14 +197,17 @@ class Coordinator:
         elif self._serving is not None:
             self._attach(worker, self._serving)
         elif worker.kind == "attention" and self._opened is not None:
-            worker.send(worker_messages.WarmUp(self._opened.spec.dtype))
+            worker.send(self._warm_up(self._opened))
+
+    def _warm_up(self, opened: worker_messages.ModelOpened) -> worker_messages.WarmUp:
+        return worker_messages.WarmUp(opened.spec.dtype, self._config.stored_kv_dtype(opened.spec.dtype))
 
     def _model_opened(self, message: worker_messages.ModelOpened) -> None:
         if self._serving is None:
             self._opened = message
             for worker in self._workers:
                 if worker.kind == "attention":
-                    worker.send(worker_messages.WarmUp(message.spec.dtype))
+                    worker.send(self._warm_up(message))
             return
         opened = self._serving.setup.opened
         if (message.spec, message.fingerprint) != (opened.spec, opened.fingerprint):
@@ -231,7 +234,9 @@ class Coordinator:
         for name, num_bytes in setup.arena_bytes.items():
             self._arenas[name].resize(num_bytes)
         share = self._config.prefix_caching
-        requests = setup.make_requests(setup.spec.dtype == "float32" if share is None else share, tokenizer)
+        if share is None:
+            share = setup.spec.dtype == "float32"
+        requests = setup.make_requests(share, tokenizer)
         passes = Passes(setup, requests, self._workers, self._stats, self._answer)
         losses = Losses(passes, requests, self._workers, self._answer)
         self._serving = Serving(setup, requests, passes, losses)
@@ -323,7 +328,7 @@ class Coordinator:
         return client_messages.Welcome(
             client_messages.PROTOCOL,
             self._config.model,
-            setup.opened.fingerprint,
+            setup.fingerprint,
             setup.spec.max_length,
             MAX_OPEN,
             describe(setup.plan, setup.spec),

@@ -55,6 +55,14 @@ class Setup:
         }
 
     @property
+    def fingerprint(self) -> str:
+        """The same as long as the same prompt gets the same greedy tokens: the model's, and the type of KV."""
+        if self.kv.dtype == self.spec.dtype:
+            return self.opened.fingerprint
+        text = f"{self.opened.fingerprint} KV {self.kv.dtype}"
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+    @property
     def arena_bytes(self) -> dict[str, int]:
         exchange = self.exchange.num_regions * self.exchange.region_bytes
         return {"weights": self.plan.weights_bytes, "kv": self.kv.arena_bytes, "exchange": exchange}
@@ -116,6 +124,7 @@ class Setup:
             made.compute_cpus,
             made.process_bytes["compute worker"],
             0 if self.opened.device_total_bytes else made.parts["workspace"],
+            self.kv.dtype,
         )
 
     # ------------------------------------------------------------------------------------------------ for the passes
@@ -175,6 +184,6 @@ def set_up(
     """Raises PlanError where the budget does not hold even the smallest plan."""
     spec, device_bytes = opened.spec, opened.device_total_bytes
     made = plan.make_plan(config, spec, machine, processes, device_bytes > 0, device_bytes, expected)
-    kv = kv_spec(spec.attention, spec.kv_columns, made.kv_groups, made.num_pages, spec.dtype)
+    kv = kv_spec(spec.attention, spec.kv_columns, made.kv_groups, made.num_pages, made.kv_dtype)
     exchange = ExchangeSpec(made.micro_batches, made.region_bytes, made.micro_batch_tokens, spec.dtype)
-    return Setup(opened, made, kv, exchange, token_bytes_by_window(spec.attention, spec.dtype))
+    return Setup(opened, made, kv, exchange, token_bytes_by_window(spec.attention, made.kv_dtype))

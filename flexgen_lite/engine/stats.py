@@ -96,6 +96,7 @@ class EngineStats:
                     "model": config.model,
                     "class": setup.spec.class_name,
                     "dtype": setup.spec.dtype,
+                    "kv_dtype": setup.kv.dtype,
                     "device": opened.device_name,
                     "ram_bytes": made.ram,
                     "plan": describe(made, setup.spec),

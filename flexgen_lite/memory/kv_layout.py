@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from flexgen_lite.model.spec import ITEM_BYTES, AttentionSpec
+from flexgen_lite.model.spec import AttentionSpec
 from flexgen_lite.wire.arena_specs import KvGroup, KvSpec
 
+KV_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+SCALE_BYTES = 4  # float32, of a token's key or value of one head in int8
 ALIGNMENT = 64  # bytes, of a page; its parts have whole groups of tokens, and these have as many bytes
 
 
@@ -70,7 +72,7 @@ def token_bytes_by_window(columns: Sequence[AttentionSpec], dtype: str) -> dict[
 
 
 def row_bytes(dim: int, dtype: str) -> int:
-    """A row of `dim` items in whole words of 32 bits."""
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"KV cache of dtype {dtype!r}: float32, bfloat16 or float16 expected")
-    return -(-dim * ITEM_BYTES[dtype] // 4) * 4
+    """A row of `dim` items in whole words of 32 bits, with its scale where it has one."""
+    if dtype not in KV_ITEM_BYTES:
+        raise ValueError(f"KV cache of dtype {dtype!r}: one of {', '.join(KV_ITEM_BYTES)} expected")
+    return -(-dim * KV_ITEM_BYTES[dtype] // 4) * 4 + (SCALE_BYTES if dtype == "int8" and dim else 0)

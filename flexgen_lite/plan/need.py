@@ -60,6 +60,7 @@ class Need:
     spec: ModelSpec
     processes: dict[str, int]
     workers: int
+    kv_dtype: str
     kv_groups: tuple[KvGroup, ...]
     page: int  # bytes
     least_pages: int
@@ -112,7 +113,8 @@ def need_of(
     layer_slot = max(unit.num_bytes for unit in spec.units[:-1])
     on_cpu_slots = config.stage_weights is True and not on_gpu
     converting = any(unit.converted for unit in spec.units) and config.load_format != "dummy"
-    groups = kv_groups(spec.attention, spec.kv_columns, config.page_tokens or PAGE_TOKENS, spec.dtype, spec.max_length)
+    kv_dtype = config.stored_kv_dtype(spec.dtype)
+    groups = kv_groups(spec.attention, spec.kv_columns, config.page_tokens or PAGE_TOKENS, kv_dtype, spec.max_length)
     max_sequences = config.max_sequences or min(MAX_SEQUENCES, expected.sequences if expected else MAX_SEQUENCES)
     shortest = min(spec.max_length, LEAST_LENGTH)
     least_pages = workers * pages_for(groups, shortest, shortest)
@@ -131,8 +133,9 @@ def need_of(
             "zygote": ZYGOTE_BYTES,
         },
         workers=workers,
+        kv_dtype=kv_dtype,
         kv_groups=groups,
-        page=largest_page(spec.attention, groups, spec.dtype),
+        page=largest_page(spec.attention, groups, kv_dtype),
         least_pages=least_pages,
         longest=longest,
         layer_slot=layer_slot,

@@ -22,6 +22,7 @@ CUDA_CONTEXT_BYTES = 600 * MIB  # context and libraries on the device: 588 MiB o
 AUTO_RAM_SHARE = 0.85
 AUTO_GPU_SHARE = 0.9
 HEAD_COPY_SHARE = 0.05  # of the budget, at most
+KV_WORTH_TELLING = 0.1  # of what is enough
 BLOCK_SHARE = 4  # at most one part in so many of the budget is for temporaries and exchange
 STREAMING_BLOCK_SHARE = 12  # where weights are read in every pass, room for sequences is worth more
 SHAPES = ((2048, 4), (2048, 2), (1024, 2), (512, 2), (256, 2), (128, 2), (64, 1))  # micro-batch tokens, micro-batches
@@ -48,6 +49,7 @@ class Plan:
     device_alone: tuple[int, ...]  # of those, the ones that have no place in RAM: they come through its ring once
     copy_head: bool  # the products use a copy of the tied head in an order that suits them
     num_pages: int
+    kv_dtype: str
     kv_groups: tuple[KvGroup, ...]
     max_sequences: int
     micro_batches: int
@@ -139,6 +141,7 @@ def make_plan(
         device_alone=tuple(layer for layer in placed.on_device if layer not in placed.resident),
         copy_head=copy_head,
         num_pages=placed.num_pages,
+        kv_dtype=need.kv_dtype,
         kv_groups=need.kv_groups,
         max_sequences=min(need.max_sequences, tokens * count),
         micro_batches=count,
@@ -201,6 +204,7 @@ def _choose_block(need: Need, ram: int) -> tuple[int, int, int]:
             + (f", micro_batches ({count})" if config.micro_batches else "")
             + (f", layer_slots ({slots})" if config.layer_slots else "")
             + (", or use dtype bfloat16" if need.spec.dtype == "float32" else "")
+            + (", or kv_dtype int8" if _int8_would_help(need, tokens, enough) else "")
         )
     holding = [candidate for candidate in fitting if need.least(*candidate, need.longest_pages(candidate[0])) <= ram]
     for tokens, count, slots in holding or fitting:
@@ -209,6 +213,11 @@ def _choose_block(need: Need, ram: int) -> tuple[int, int, int]:
         if fixed["workspace"] + fixed["exchange"] <= ram // share:
             return tokens, count, slots
     return fitting[-1]
+
+
+def _int8_would_help(need: Need, tokens: int, enough: int) -> bool:
+    """Whether KV in 8 bits would lower what is enough by much."""
+    return need.kv_dtype != "int8" and need.longest_pages(tokens) * need.page > enough * KV_WORTH_TELLING
 
 
 def _place(need: Need, available: int, tokens: int, slots: int, device_slots: int) -> Placement:

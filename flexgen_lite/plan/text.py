@@ -39,11 +39,12 @@ def describe(plan: Plan, spec: ModelSpec) -> str:
 
 def _kv_cache(plan: Plan, spec: ModelSpec) -> str:
     """Tokens that it holds; where they depend on the length of a sequence, what sequences take."""
+    kind = f" in {plan.kv_dtype}" if plan.kv_dtype != spec.dtype else ""
     first, *others = plan.kv_groups
     if not others and not (first.window or first.attention_chunk):
         tokens = plan.num_pages * first.page_tokens
-        return f"{tokens:,} tokens in {plan.num_pages:,} pages of {first.page_tokens}"
+        return f"{tokens:,} tokens in {plan.num_pages:,} pages of {first.page_tokens}{kind}"
     size = plan.parts["KV cache"] // plan.num_pages
     lengths = [length for length in LENGTHS if length <= spec.max_length] or [spec.max_length]
     sequences = (f"{format_size(pages_for(plan.kv_groups, n) * size)} with {n:,} tokens" for n in lengths)
-    return f"{plan.num_pages:,} pages of {format_size(size)}; a sequence takes {', '.join(sequences)}"
+    return f"{plan.num_pages:,} pages of {format_size(size)}{kind}; a sequence takes {', '.join(sequences)}"

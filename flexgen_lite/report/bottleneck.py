@@ -12,8 +12,8 @@ ADVICE = {
     "there, and more sequences at once share each copy",
     "compute": "the products take the time, so the processor is used: on a CPU, bfloat16 where it has instructions for "
     "it, or a GPU, would help",
-    "attention": "attention reads the KV cache as fast as memory gives it: 16-bit weights halve it, and more cores or "
-    "memory channels read it faster",
+    "attention": "attention reads the KV cache as fast as memory gives it: 16-bit weights halve it, kv_dtype int8 once "
+    "more, and more cores or memory channels read it faster",
     "device-to-host": "results come back from the GPU as fast as the bus takes them: larger micro-batches may help",
 }
 

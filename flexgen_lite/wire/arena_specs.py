@@ -43,7 +43,8 @@ class KvSpec:
     """The KV arena: `num_pages` pages of `page_bytes`, each with tokens of one group's columns.
 
     In a page, column c's keys are `[num_kv_heads, page_tokens, head_dim]` at byte `key_offsets[c]`, its values
-    `[num_kv_heads, page_tokens, value_dim]` at byte `value_offsets[c]`.
+    `[num_kv_heads, page_tokens, value_dim]` at byte `value_offsets[c]`; in int8 with a scale of each token and
+    head among them, in float32.
 
     Attributes:
         group_of: the group of each column's keys and values.

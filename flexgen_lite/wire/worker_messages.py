@@ -99,9 +99,10 @@ FromLoader = Hello | Ready | Loaded | Failed
 
 @dataclass(frozen=True, slots=True)
 class WarmUp:
-    """First order to an attention worker: have the kernels for KV of `dtype` at hand."""
+    """First order to an attention worker: have the kernels for an exchange of `dtype` and KV of `kv_dtype` at hand."""
 
     dtype: str
+    kv_dtype: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +237,7 @@ class AttachCompute:
     cpus: tuple[int, ...]
     process_bytes: int  # that the process may take of main memory, what it maps of files among it
     workspace_bytes: int  # of that, for temporaries; 0 where they are in a GPU's memory
+    kv_dtype: str
 
 
 @dataclass(frozen=True, slots=True)

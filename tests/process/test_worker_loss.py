@@ -94,6 +94,16 @@ def test_a_killed_worker_is_started_again(
         assert line.startswith(victim) and "starting it again" in line
 
 
+def test_an_attention_worker_killed_where_its_cache_is_in_int8(model: Path, runtime: Path) -> None:
+    with start(model, kv_dtype="int8") as engine:
+        expected = tokens(engine)
+        job = engine.submit(PROMPTS, SAMPLED)
+        time.sleep(0.15)
+        workers_of(engine.engine_pid)["attention worker 1"].send_signal(signal.SIGKILL)
+        assert [list(c.token_ids) for c in job.results()] == expected
+        assert restarts(engine) == 1
+
+
 def test_a_worker_killed_while_idle(model: Path, expected: list[list[int]], runtime: Path) -> None:
     with start(model, stage_weights=True, layer_slots=2) as engine:
         assert tokens(engine) == expected

@@ -38,14 +38,15 @@ sequences = st.builds(Sequence, tokens, st.just(1) | st.integers(1, 40), st.bool
     spec=specs(),
     sequences=st.lists(sequences, min_size=1, max_size=4),
     dtype=st.sampled_from(list(STORAGE)),
+    in_int8=st.booleans(),
     page_tokens=st.sampled_from([16, 32, 64, 1024]),
     threads=st.integers(1, 3),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_attention_is_that_of_the_reference(
-    spec: AttentionSpec, sequences: list[Sequence], dtype: str, page_tokens: int, threads: int, seed: int
+    spec: AttentionSpec, sequences: list[Sequence], dtype: str, in_int8: bool, page_tokens: int, threads: int, seed: int
 ) -> None:
-    case = Case(spec, sequences, dtype, page_tokens, seed, threads)
+    case = Case(spec, sequences, dtype, page_tokens, seed, threads, "int8" if in_int8 else dtype)
     first = case.run(threads)
     case.check()
     kv = bytes(case.kv)

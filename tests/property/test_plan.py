@@ -71,6 +71,7 @@ OPTIONS = st.fixed_dictionaries(
         "micro_batch_tokens": st.integers(1, 4096),
         "layer_slots": st.integers(2, 8),
         "page_tokens": st.sampled_from([16, 32, 64]),
+        "kv_dtype": st.sampled_from(["auto", "int8"]),
         "stage_weights": st.booleans(),
         "device_slots": st.integers(2, 12),
     },
@@ -118,6 +119,19 @@ def test_a_refusal_names_a_budget_that_does(spec: ModelSpec, options: dict[str, 
     named = parse_size(match[1].replace(" ", ""))
     named += 64 * MIB if named < 10 * GIB else GIB  # it is rounded for people
     assert most_tokens(plan_for(spec, **{**options, "ram": named})) >= min(spec.max_length, MODEST_LENGTH)
+
+
+def test_int8_has_room_for_nearly_four_times_what_float32_has() -> None:
+    """Of rows of 64 items, with their scales; and where there are not enough pages, it is a remedy."""
+    spec = model(4, 4 * MIB, 4 * MIB, hidden=2048, max_length=8192)
+    plain, small = (plan_for(spec, ram=3 * GIB, max_sequences=1000, kv_dtype=kv_dtype) for kv_dtype in ("auto", "int8"))
+    assert (plain.kv_dtype, small.kv_dtype) == ("float32", "int8")
+    assert small.num_pages / plain.num_pages == pytest.approx(256 / 68, rel=0.01)
+    assert "in int8" in describe(small, spec) and "in float32" not in describe(plain, spec)
+    for kv_dtype in ("auto", "int8"):
+        with pytest.raises(PlanError) as refusal:
+            plan_for(spec, ram=400 * MIB, kv_dtype=kv_dtype, max_model_len=8192)
+        assert ("kv_dtype int8" in str(refusal.value)) == (kv_dtype == "auto")
 
 
 def most_tokens(made: Plan) -> int:

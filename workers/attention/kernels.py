@@ -17,7 +17,7 @@ import numpy as np
 from numba import njit
 
 from flexgen_lite.workers import simd
-from flexgen_lite.workers.attention import layout, tiles
+from flexgen_lite.workers.attention import byte_tiles, layout, tiles
 from flexgen_lite.workers.attention.block import (
     LOG2_E,
     OPTIONS,
@@ -28,6 +28,7 @@ from flexgen_lite.workers.attention.block import (
     first_seen,
     kernel,
     key_address,
+    row_words,
     turn_values,
     value_address,
     words,
@@ -38,9 +39,11 @@ from flexgen_lite.workers.simd import LANES
 
 _F = np.float32
 _ZERO, _ONE = _F(0), _F(1)
+_MOST = _F(127)  # of an item in int8
 _LOWEST = _F(-1e30)  # the maximum before the first score
 
 _entry: Any = njit(cache=True, **OPTIONS)
+_planes_end: Any = kernel(byte_tiles.planes_end)
 _places: Any = kernel(layout.places)
 
 
@@ -68,7 +71,7 @@ def _join(total, total_m, total_l, sums, m, l, num_bytes):  # type: ignore[no-un
 
 
 @kernel
-def _write(region, unit, i, shape, head, sums, m, l, line, per_word, kind):  # type: ignore[no-untyped-def] # noqa: E741
+def _write(region, unit, i, shape, head, sums, m, l, line, kind, kept):  # type: ignore[no-untyped-def] # noqa: E741
     """Writes one query's output, rounded to the storage dtype. `line` is room for a vector."""
     heads = shape.num_heads // shape.num_kv_heads
     row, query_head = unit.row + (unit.first + i) // heads, head * heads + (unit.first + i) % heads
@@ -79,8 +82,13 @@ def _write(region, unit, i, shape, head, sums, m, l, line, per_word, kind):  # t
         scale = exp2(m - new_m)
         l = l * scale + exp2(sink - new_m)  # noqa: E741
     scale = scale / l
+    per_word = tiles.items_per_word(kind)
     size = 4 // per_word
     target = region + shape.out + (row * shape.num_heads + query_head) * shape.value_dim * size
+    if tiles.scale_words(kept):
+        for e in range(0, shape.value_dim, LANES):
+            tiles.write_items(sums + 4 * e, scale, target + e * size, min(shape.value_dim - e, LANES), kind)
+        return
     left = shape.value_dim
     while left >= LANES * per_word or (left > 0 and left % per_word == 0):
         count = min(left // per_word, LANES)
@@ -93,14 +101,43 @@ def _write(region, unit, i, shape, head, sums, m, l, line, per_word, kind):  # t
 
 
 @kernel
-def _load_queries(region, unit, shape, head, at, per_word, kind):  # type: ignore[no-untyped-def]
-    """The unit's queries as the tiles want them: words, or float32 with zeros behind."""
-    heads, size, dim = shape.num_heads // shape.num_kv_heads, 4 // per_word, shape.head_dim
+def _largest(source, count, kind):  # type: ignore[no-untyped-def]
+    """Of a row of `count` items, without signs; and 0, or NaN where not all of them are finite."""
+    size = 4 // tiles.items_per_word(kind)
+    top, flaw, zero = simd.splat(_ZERO), simd.splat(_ZERO), simd.splat(_ZERO)
+    for i in range(0, count, LANES):
+        x = tiles.load_items(source + i * size, min(count - i, LANES), kind)
+        top = simd.maximum(top, simd.maximum(x, simd.subtract(zero, x)))
+        flaw = simd.add(flaw, simd.multiply(x, zero))
+    return simd.largest(top), simd.total(flaw)
+
+
+@kernel
+def _split_query(source, dim, to, kind):  # type: ignore[no-untyped-def]
+    """A query as planes of bytes."""
+    size, planes = 4 // tiles.items_per_word(kind), byte_tiles.planes(kind)
+    top, flaw = _largest(source, dim, kind)
+    scale = simd.power_below(top) * byte_tiles.unit_of(kind) + flaw
+    tail = to + _planes_end(words(dim, 4), planes)
+    _clear(tail, tail + 4 * planes)
+    for d in range(0, dim, LANES):
+        x = tiles.load_items(source + d * size, min(dim - d, LANES), kind)
+        byte_tiles.write_planes(x, scale, to + d * planes, tail, kind)
+    simd.store_float(scale, tail + 4 * planes)
+
+
+@kernel
+def _load_queries(region, unit, shape, head, at, kind, kept):  # type: ignore[no-untyped-def]
+    """The unit's queries as the tiles want them: planes of bytes, words, or float32 with zeros behind."""
+    heads, per_word, dim = shape.num_heads // shape.num_kv_heads, tiles.items_per_word(kind), shape.head_dim
+    size = 4 // per_word
     for i in range(unit.last - unit.first):
         row, query_head = unit.row + (unit.first + i) // heads, head * heads + (unit.first + i) % heads
         source = region + shape.q + (row * shape.num_heads + query_head) * dim * size
         to = at.query + i * at.query_stride
-        if tiles.is_multiplied_as_words(kind):
+        if tiles.has_planes(kept):
+            _split_query(source, dim, to, kind)
+        elif tiles.is_multiplied_as_words(kept):
             for w in range(words(dim, per_word)):
                 tiles.copy_word(source + 4 * w, dim - w * per_word, to + 4 * w, kind)
         else:
@@ -110,13 +147,37 @@ def _load_queries(region, unit, shape, head, at, per_word, kind):  # type: ignor
 
 
 @kernel
-def _store_row(kv, region, shape, pages, head, row, token, per_word, kind):  # type: ignore[no-untyped-def]
-    """Copies the K and V of one row and head into their place."""
-    heads, size, d, e = shape.num_kv_heads, 4 // per_word, shape.head_dim, shape.value_dim
+def _store_rounded(source, count, target, stride, scale_at, kind):  # type: ignore[no-untyped-def]
+    """A row of `count` items in int8, its words `stride` bytes apart. Where not all are finite, the scale is NaN."""
+    size = 4 // tiles.items_per_word(kind)
+    top, flaw = _largest(source, count, kind)
+    scale = top / _MOST + flaw
+    for i in range(0, count, LANES):
+        some = min(count - i, LANES)
+        x = tiles.load_items(source + i * size, some, kind)
+        tiles.write_rounded(x, scale, target + i // 4 * stride, stride, (some + 3) // 4)
+    simd.store_float(scale, scale_at)
+
+
+@kernel
+def _store_row(kv, region, shape, pages, head, row, token, kind, kept):  # type: ignore[no-untyped-def]
+    """Has the K and V of one row and head in their place, copied or rounded to int8."""
+    heads, per_word, d, e = shape.num_kv_heads, tiles.items_per_word(kind), shape.head_dim, shape.value_dim
+    size, within = 4 // per_word, token % LANES
+    if tiles.scale_words(kept):
+        key_words, value_words = row_words(d, kept), row_words(e, kept)
+        source = region + shape.k + (row * heads + head) * d * size
+        to = key_address(kv, shape, pages, head, token - within, key_words)
+        _store_rounded(source, d, to + within * 4, ROW, to + (key_words - 1) * ROW + within * 4, kind)
+        if not shape.values_in_keys:
+            source = region + shape.v + (row * heads + head) * e * size
+            to = value_address(kv, shape, pages, head, token - within, value_words)
+            scale_at = to + (value_words - 1) * ROW + within * 4
+            _store_rounded(source, e, to + within * (value_words - 1) * 4, 4, scale_at, kind)
+        return
     key_words, value_words = words(d, per_word), words(e, per_word)
     source = region + shape.k + (row * heads + head) * d * size
-    group = token // LANES * LANES
-    to = key_address(kv, shape, pages, head, group, key_words) + (token - group) * 4
+    to = key_address(kv, shape, pages, head, token - within, key_words) + within * 4
     for w in range(key_words):
         tiles.copy_word(source + 4 * w, d - w * per_word, to + w * ROW, kind)
     if shape.values_in_keys:
@@ -128,7 +189,7 @@ def _store_row(kv, region, shape, pages, head, row, token, per_word, kind):  # t
 
 
 @kernel
-def _attend_chunk(kv, shape, pages, unit, head, at, start, stop, end, per_word, kind):  # type: ignore[no-untyped-def]
+def _attend_chunk(kv, shape, pages, unit, head, at, start, stop, end, kind, kept):  # type: ignore[no-untyped-def]
     count = unit.last - unit.first
     _clear(at.sums, at.sums + count * at.sum_stride)
     _clear(at.l, at.l + count * ROW)
@@ -136,28 +197,27 @@ def _attend_chunk(kv, shape, pages, unit, head, at, start, stop, end, per_word, 
         simd.store_float(_LOWEST, at.m + 4 * i)
     for block in range(start // BLOCK * BLOCK, stop, BLOCK):
         begin, limit = max(start, block), min(stop, block + BLOCK)
-        find_groups(kv, shape, pages, head, block, begin, limit, end, per_word, at)
+        find_groups(kv, shape, pages, head, block, begin, limit, end, kept, at)
         if shape.values_in_keys:
-            turn_values(shape, at, block, begin, limit, per_word)
-        attend_block(unit, shape, at, block, begin, limit, per_word, kind)
+            turn_values(shape, at, block, begin, limit, tiles.items_per_word(kept))
+        attend_block(unit, shape, at, block, begin, limit, kind, kept)
 
 
 @kernel
-def _attend_item(kv, region, all_pages, unit, shape, head, at, partials, kind):  # type: ignore[no-untyped-def]
-    per_word = tiles.items_per_word(kind)
+def _attend_item(kv, region, all_pages, unit, shape, head, at, partials, kind, kept):  # type: ignore[no-untyped-def]
     heads, count, stride = shape.num_heads // shape.num_kv_heads, unit.last - unit.first, at.sum_stride
     pages = all_pages[unit.pages :]
     if unit.stores:
-        _store_row(kv, region, shape, pages, head, unit.row, unit.position, per_word, kind)
-    _load_queries(region, unit, shape, head, at, per_word, kind)
+        _store_row(kv, region, shape, pages, head, unit.row, unit.position, kind, kept)
+    _load_queries(region, unit, shape, head, at, kind, kept)
     end = unit.position + (unit.last - 1) // heads + 1
     begin = first_seen(shape, unit.position + unit.first // heads)
     begin, end = max(begin, unit.chunk * CHUNK), min(end, unit.chunk_stop * CHUNK)
     is_single = unit.chunk_stop - unit.chunk == 1
-    ask_for_first(kv, shape, pages, head, begin, end, per_word)
+    ask_for_first(kv, shape, pages, head, begin, end, kept)
     for chunk in range(unit.chunk, unit.chunk_stop):
         start, stop = max(begin, chunk * CHUNK), min(end, (chunk + 1) * CHUNK)
-        _attend_chunk(kv, shape, pages, unit, head, at, start, stop, end, per_word, kind)
+        _attend_chunk(kv, shape, pages, unit, head, at, start, stop, end, kind, kept)
         for i in range(count):
             sums, total = at.sums + i * stride, at.total + i * stride
             m, l = simd.load_float(at.m + 4 * i), simd.total(simd.load(at.l + i * ROW))  # noqa: E741
@@ -168,7 +228,7 @@ def _attend_item(kv, region, all_pages, unit, shape, head, at, partials, kind): 
                 simd.store_float(m, to + stride)
                 simd.store_float(l, to + stride + 4)
             elif is_single:
-                _write(region, unit, i, shape, head, sums, m, l, at.line, per_word, kind)
+                _write(region, unit, i, shape, head, sums, m, l, at.line, kind, kept)
             else:
                 if chunk == unit.chunk:
                     _clear(total, total + stride)
@@ -180,7 +240,7 @@ def _attend_item(kv, region, all_pages, unit, shape, head, at, partials, kind): 
                 simd.store_float(m, at.total_m + 4 * i)
                 simd.store_float(l, at.total_l + 4 * i)
                 if chunk == unit.chunk_stop - 1:
-                    _write(region, unit, i, shape, head, total, m, l, at.line, per_word, kind)
+                    _write(region, unit, i, shape, head, total, m, l, at.line, kind, kept)
 
 
 @kernel
@@ -190,30 +250,30 @@ def _unit(units, index):  # type: ignore[no-untyped-def]
 
 
 @_entry
-def attend(kv, region, pages, units, shape, scratch, partials, counter, kind):  # type: ignore[no-untyped-def]
+def attend(kv, region, pages, units, shape, scratch, partials, counter, kind, kept):  # type: ignore[no-untyped-def]
     """One thread's part in the attention of a micro-batch in one layer; threads share all but `scratch`.
 
     kv, region, scratch, partials: addresses of the KV arena, of the micro-batch's exchange region, of memory for
     Places, and of partial_bytes() per query of a partial unit. pages: int64, the pages of all sequences, one after
-    another. units: int64 `[U, 9]`, see Unit. counter: int64 `[1]`, 0 before the first thread begins. kind: simd.py.
+    another. units: int64 `[U, 9]`, see Unit. counter: int64 `[1]`, 0 before the first thread begins. kind, kept: see
+    simd.py, of what is in the region and of what is in the pages; these differ where `kept` is int8.
     """
-    at = _places(scratch, shape.head_dim, shape.value_dim, tiles.items_per_word(kind), shape.values_in_keys)
+    at = _places(scratch, shape.head_dim, shape.value_dim, tiles.items_per_word(kept), shape.values_in_keys)
     while True:
         item = simd.fetch_add(counter)
         if item >= len(units) * shape.num_kv_heads:
             return
         unit, head = _unit(units, item // shape.num_kv_heads), item % shape.num_kv_heads
-        _attend_item(kv, region, pages, unit, shape, head, at, partials, kind)
+        _attend_item(kv, region, pages, unit, shape, head, at, partials, kind, kept)
 
 
 @_entry
-def join(region, units, joins, shape, scratch, partials, counter, kind):  # type: ignore[no-untyped-def]
+def join(region, units, joins, shape, scratch, partials, counter, kind, kept):  # type: ignore[no-untyped-def]
     """One thread's part in joining partial results, once all of `attend` is done; arguments as there.
 
     joins: int64 `[J, 2]`, the first unit and the number of units of each sequence whose chunks are units of their own.
     """
-    per_word = tiles.items_per_word(kind)
-    at = _places(scratch, shape.head_dim, shape.value_dim, per_word, shape.values_in_keys)
+    at = _places(scratch, shape.head_dim, shape.value_dim, tiles.items_per_word(kept), shape.values_in_keys)
     size = _partial_bytes(at)
     while True:
         item = simd.fetch_add(counter)
@@ -230,16 +290,15 @@ def join(region, units, joins, shape, scratch, partials, counter, kind):  # type
                 sums = partials + ((unit.partial + part * count) * shape.num_kv_heads + head * count + i) * size
                 other_m, other_l = simd.load_float(sums + at.sum_stride), simd.load_float(sums + at.sum_stride + 4)
                 m, l = _join(at.total, m, l, sums, other_m, other_l, at.sum_stride)  # noqa: E741
-            _write(region, unit, i, shape, head, at.total, m, l, at.line, per_word, kind)
+            _write(region, unit, i, shape, head, at.total, m, l, at.line, kind, kept)
 
 
 @_entry
-def store(kv, region, pages, pieces, shape, counter, kind):  # type: ignore[no-untyped-def]
-    """One thread's part in copying a micro-batch's K and V rows into their pages; arguments as above.
+def store(kv, region, pages, pieces, shape, counter, kind, kept):  # type: ignore[no-untyped-def]
+    """One thread's part in storing a micro-batch's K and V rows in their pages; arguments as above.
 
     pieces: int64 `[P, 4]`: first row, number of rows, position of the first, where the sequence's pages begin.
     """
-    per_word = tiles.items_per_word(kind)
     while True:
         index = simd.fetch_add(counter)
         if index >= len(pieces):
@@ -248,4 +307,4 @@ def store(kv, region, pages, pieces, shape, counter, kind):  # type: ignore[no-u
         own = pages[pieces[index, 3] :]
         for head in range(shape.num_kv_heads):
             for i in range(num_rows):
-                _store_row(kv, region, shape, own, head, row + i, position + i, per_word, kind)
+                _store_row(kv, region, shape, own, head, row + i, position + i, kind, kept)

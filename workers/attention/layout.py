@@ -79,7 +79,8 @@ class Places(NamedTuple):
 
 
 def places(base: int, head_dim: int, value_dim: int, per_word: int, values_in_keys: bool) -> Places:
-    """`base` is a multiple of 64; so is what the places take together, `end` - `base`."""
+    """`base` is a multiple of 64; so is what the places take together, `end` - `base`. Queries are words or float32;
+    as planes of bytes (byte_tiles.py) they take no more than that."""
     query_stride = ((head_dim + per_word - 1) // per_word * per_word * 4 + 63) // 64 * 64
     sum_stride = ((value_dim + per_word - 1) // per_word + LANES - 1) // LANES * per_word * ROW
     where = base + QUERIES * query_stride

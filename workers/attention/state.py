@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flexgen_lite.memory import exchange as exchange_layout
+from flexgen_lite.memory.kv_layout import KV_ITEM_BYTES
 from flexgen_lite.model.spec import ITEM_BYTES, first_seen
 from flexgen_lite.wire.arena_specs import PageRun
 from flexgen_lite.wire.worker_messages import AttachAttention, Attend, BeginAttention, KvBatch, KvSpan
@@ -24,7 +25,7 @@ Memory = memoryview | mmap.mmap
 Ints = npt.NDArray[np.int64]
 
 STORAGE: dict[str, npt.DTypeLike] = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.uint16}
-KINDS = {"float32": np.float32(0), "bfloat16": np.uint16(0), "float16": np.int16(0)}  # see simd.py
+KINDS = {"float32": np.float32(0), "bfloat16": np.uint16(0), "float16": np.int16(0), "int8": np.int8(0)}  # see simd.py
 PREFAULT_BYTES, PREFAULT_SHARE = 2 << 30, 0.125
 PREFAULT_STEP = 32 << 20  # at a time
 MADV_POPULATE_WRITE = 23
@@ -67,11 +68,7 @@ class AttentionState:
     """
 
     def __init__(self, attach: AttachAttention, kv: Memory, exchange: Memory) -> None:
-        if attach.kv.dtype not in STORAGE or attach.exchange.dtype != attach.kv.dtype:
-            raise ValueError(
-                f"KV of {attach.kv.dtype} and an exchange of {attach.exchange.dtype}: "
-                f"both must be the same one of {', '.join(STORAGE)}"
-            )
+        check_dtypes(attach.exchange.dtype, attach.kv.dtype)
         self._attach = attach
         for page_tokens in (group.page_tokens for group in attach.kv.groups):
             if page_tokens % LANES or page_tokens & (page_tokens - 1):
@@ -79,8 +76,8 @@ class AttentionState:
         self._memory_of_kv = kv
         self._kv = _bytes(kv, attach.kv.arena_bytes, "KV")
         self._exchange = _bytes(exchange, attach.exchange.num_regions * attach.exchange.region_bytes, "exchange")
-        self._kind = KINDS[attach.kv.dtype]
-        self._per_word = 4 // ITEM_BYTES[attach.kv.dtype]
+        self._kinds = KINDS[attach.exchange.dtype], KINDS[attach.kv.dtype]
+        self._per_word = 4 // KV_ITEM_BYTES[attach.kv.dtype]
         self._shapes = [self._shape(column) for column in range(len(attach.columns))]
         self._keys = [
             _Key(
@@ -132,24 +129,24 @@ class AttentionState:
                 return
 
     def _run(self, batch: _Batch, shape: layout.Shape, key: _Key) -> None:
-        kv, region, scratch, kind = self._kv.ctypes.data, batch.region, self._scratch, self._kind
+        kv, region, scratch = self._kv.ctypes.data, batch.region, self._scratch
         pages, pieces = batch.pages[key.group], batch.pieces[key.group]
-        partials, counter = self._partials.ctypes.data, self._counter.ctypes.data
+        partials, counter, kinds = self._partials.ctypes.data, self._counter.ctypes.data, self._kinds
         plan = batch.units[key]
         self._share(
             len(pieces) if key.stores else 0,
-            lambda member: kernels.store(kv, region, pages, pieces, shape, counter, kind),
+            lambda member: kernels.store(kv, region, pages, pieces, shape, counter, *kinds),
         )
         self._share(
             len(plan.units),
             lambda member: kernels.attend(
-                kv, region, pages, plan.units, shape, scratch[member], partials, counter, kind
+                kv, region, pages, plan.units, shape, scratch[member], partials, counter, *kinds
             ),
         )
         self._share(
             len(plan.joins),
             lambda member: kernels.join(
-                region, plan.units, plan.joins, shape, scratch[member], partials, counter, kind
+                region, plan.units, plan.joins, shape, scratch[member], partials, counter, *kinds
             ),
         )
 
@@ -160,7 +157,7 @@ class AttentionState:
 
     def _shape(self, column: int) -> layout.Shape:
         spec, kv = self._attach.columns[column], self._attach.kv
-        size = ITEM_BYTES[kv.dtype]
+        size = ITEM_BYTES[self._attach.exchange.dtype]
         at = exchange_layout.layout(spec, self._attach.exchange.max_tokens, size)
         if at.num_bytes > self._attach.exchange.region_bytes:
             raise ValueError(
@@ -251,6 +248,14 @@ class AttentionState:
         size = num_partials * shape.num_kv_heads * layout.partial_bytes(shape.value_dim, self._per_word)
         if size > len(self._partials):
             self._partials = np.zeros(size, np.uint8)
+
+
+def check_dtypes(dtype: str, kv_dtype: str) -> None:
+    """ValueError where there are no kernels for an exchange of `dtype` and KV of `kv_dtype`."""
+    if dtype not in STORAGE or kv_dtype not in (dtype, "int8"):
+        raise ValueError(
+            f"an exchange of {dtype} and KV of {kv_dtype}: one of {', '.join(STORAGE)}, and the same or int8, expected"
+        )
 
 
 def _flat_pages(runs: list[PageRun]) -> tuple[Ints, Ints]:

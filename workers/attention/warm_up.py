@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from flexgen_lite.model.spec import ITEM_BYTES
+from flexgen_lite.memory.kv_layout import KV_ITEM_BYTES
 from flexgen_lite.workers.attention import kernels, layout
-from flexgen_lite.workers.attention.state import KINDS, STORAGE
+from flexgen_lite.workers.attention.state import KINDS, check_dtypes
 from flexgen_lite.workers.kernel_cache import from_cache
 
 _SHAPE = layout.Shape(
@@ -16,16 +16,15 @@ _SHAPE = layout.Shape(
 )  # fmt: skip
 
 
-def warm_up(dtype: str) -> None:
+def warm_up(dtype: str, kv_dtype: str) -> None:
     """Runs each kernel once. Where they are not in the cache they are compiled, which takes some seconds."""
-    if dtype not in STORAGE:
-        raise ValueError(f"KV of {dtype}: one of {', '.join(STORAGE)} expected")
-    from_cache(lambda: _run(dtype))
+    check_dtypes(dtype, kv_dtype)
+    from_cache(lambda: _run(dtype, kv_dtype))
 
 
-def _run(dtype: str) -> None:
+def _run(dtype: str, kv_dtype: str) -> None:
     """On a token, in memory of its own."""
-    per_word, kind = 4 // ITEM_BYTES[dtype], KINDS[dtype]
+    per_word, kind, kept = 4 // KV_ITEM_BYTES[kv_dtype], KINDS[dtype], KINDS[kv_dtype]
     region, kv = np.zeros(320, np.uint8), np.zeros(2048, np.uint8)
     pages, counter = np.zeros(1, np.int64), np.zeros(1, np.int64)
     pieces = np.array([[0, 1, 0, 0]], np.int64)
@@ -35,8 +34,8 @@ def _run(dtype: str) -> None:
     memory = np.zeros(layout.places(0, 8, 8, per_word, False).end + 64, np.uint8)
     scratch = -(-memory.ctypes.data // 64) * 64
     here, at = region.ctypes.data, counter.ctypes.data
-    kernels.store(kv.ctypes.data, here, pages, pieces, _SHAPE, at, kind)
+    kernels.store(kv.ctypes.data, here, pages, pieces, _SHAPE, at, kind, kept)
     counter[0] = 0
-    kernels.attend(kv.ctypes.data, here, pages, units, _SHAPE, scratch, partials.ctypes.data, at, kind)
+    kernels.attend(kv.ctypes.data, here, pages, units, _SHAPE, scratch, partials.ctypes.data, at, kind, kept)
     counter[0] = 0
-    kernels.join(here, units, joins, _SHAPE, scratch, partials.ctypes.data, at, kind)
+    kernels.join(here, units, joins, _SHAPE, scratch, partials.ctypes.data, at, kind, kept)

@@ -34,7 +34,7 @@ class AttentionWorker(serve.Worker):
         | worker_messages.Abandon,
     ) -> None:
         if isinstance(message, worker_messages.WarmUp):
-            warm_up(message.dtype)
+            warm_up(message.dtype, message.kv_dtype)
             give_back_memory()
             self._context.post(worker_messages.WarmedUp(resident_bytes()[0]))
             return
@@ -49,7 +49,7 @@ class AttentionWorker(serve.Worker):
             exchange = map_arena(
                 self._context.arenas["exchange"], message.exchange.num_regions * message.exchange.region_bytes
             )
-            warm_up(message.kv.dtype)
+            warm_up(message.exchange.dtype, message.kv.dtype)
             self._state = AttentionState(message, kv, exchange)
             self._num_columns = len(message.columns)
             threading.Thread(target=self._state.prefault, args=(self._prefaulted,), daemon=True).start()

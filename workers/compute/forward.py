@@ -28,6 +28,7 @@ from flexgen_lite.workers.compute.attention_call import AttentionCall, ModelGree
 from flexgen_lite.workers.compute.device import Device
 from flexgen_lite.workers.compute.exchange_region import ExchangeRegion
 from flexgen_lite.workers.compute.head import Head
+from flexgen_lite.workers.compute.int8_rows import rounded
 from flexgen_lite.workers.compute.model_inputs import model_inputs
 from flexgen_lite.workers.compute.prefill_attention import prompt_attention
 from flexgen_lite.workers.compute.products import Products
@@ -47,6 +48,7 @@ class Forward(ModelGreenlet):
         region: ExchangeRegion,
         products: Products,
         head: Head,
+        kv_in_int8: bool,
     ) -> None:
         super().__init__(self._forward)
         self._model = model
@@ -57,6 +59,7 @@ class Forward(ModelGreenlet):
         self._region = region
         self._products = products
         self._head = head
+        self._kv_in_int8 = kv_in_int8
         self._behind_last_attention = contextlib.ExitStack()
         self._stops_at_entry = False
         self._reached = -1  # column whose attention call the forward stands at
@@ -194,11 +197,16 @@ class Forward(ModelGreenlet):
         if attended:
             out_THE[:attended] = from_workers
         if latents is None:
+            if self._kv_in_int8:
+                key_BGTD, value_BGTE = rounded(call.key_BGTD), rounded(call.value_BGTE)
+                call = dataclasses.replace(call, key_BGTD=key_BGTD, value_BGTE=value_BGTE)
             prompt_attention(call, prompts, out_THE)
             return out_THE
-        key_BHTD, value_BHTE = latents.expand(
-            latents.latent_B1TR[:, :, attended:], latents.rotary_B1TP[:, :, attended:]
-        )
+        latent_B1TR, rotary_B1TP = latents.latent_B1TR[:, :, attended:], latents.rotary_B1TP[:, :, attended:]
+        if self._kv_in_int8:
+            row_B1TK = rounded(torch.cat((latent_B1TR, rotary_B1TP), dim=-1))
+            latent_B1TR, rotary_B1TP = row_B1TK.split([latent_B1TR.shape[-1], rotary_B1TP.shape[-1]], dim=-1)
+        key_BHTD, value_BHTE = latents.expand(latent_B1TR, rotary_B1TP)
         expanded = dataclasses.replace(
             call, query_BHTD=call.query_BHTD[:, :, attended:], key_BGTD=key_BHTD, value_BGTE=value_BHTE, latents=None
         )

@@ -46,6 +46,7 @@ class ComputeWorker(serve.Worker):
         # With the pass; by any thread.
         self._ended: collections.deque[tuple[int, worker_messages.SegmentDone]] = collections.deque()
         self._streaming = False
+        self._kv_in_int8 = False
         self._heap: Heap | None = None
         self._workspace_bytes = 0  # of a workspace that is still to be made
         self._workspace: Workspace | None = None
@@ -89,6 +90,7 @@ class ComputeWorker(serve.Worker):
         weights = self._map("weights", order.arena_bytes)
         bounds = [*order.slot_offsets, order.arena_bytes]
         self._streaming = order.streaming
+        self._kv_in_int8 = order.kv_dtype == "int8"
         self._device.limit_memory(order.device_budget)
         self._slots = [weights[bounds[i] : bounds[i + 1]] for i in range(len(order.slot_offsets))]
         if order.device_slots:
@@ -146,6 +148,7 @@ class ComputeWorker(serve.Worker):
                 self._regions[batch.region],
                 self._opened.products,
                 self._opened.head,
+                self._kv_in_int8,
             )
             for batch in order.batches
         }

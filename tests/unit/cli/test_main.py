@@ -49,7 +49,20 @@ def test_version_and_help() -> None:
 
 def test_flags_win_over_settings_and_file(tmp_path: Path, launched: list[EngineConfig]) -> None:
     (tmp_path / "c.yaml").write_text("model: from-file\nram: 1GiB\nlayer_slots: 3\n")
-    flags = ["--model", "m", "--dtype", "float32", "--device", "cpu", "--ram", "2GiB", "--gpu", "1GiB"]
+    flags = [
+        "--model",
+        "m",
+        "--dtype",
+        "float32",
+        "--kv-dtype",
+        "int8",
+        "--device",
+        "cpu",
+        "--ram",
+        "2GiB",
+        "--gpu",
+        "1GiB",
+    ]
     flags += ["--attention-workers", "2", "--load-format", "dummy", "--trace", "t.json", "--max-model-len", "64"]
     flags += ["--set", "layer-slots=4", "--set", "attention_cpus=[[0], [1]]", "--config", str(tmp_path / "c.yaml")]
     assert run("launch", *flags) == (0, "")
@@ -57,6 +70,7 @@ def test_flags_win_over_settings_and_file(tmp_path: Path, launched: list[EngineC
         EngineConfig(
             model="m",
             dtype="float32",
+            kv_dtype="int8",
             device="cpu",
             ram="2GiB",
             gpu="1GiB",

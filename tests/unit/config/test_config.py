@@ -15,9 +15,11 @@ CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 
 def test_defaults_are_auto() -> None:
     config = EngineConfig(model="m")
-    chosen = config.model_dump(exclude={"model", "dtype", "device", "load_format", "start_timeout", "worker_timeout"})
+    chosen = config.model_dump(
+        exclude={"model", "dtype", "kv_dtype", "device", "load_format", "start_timeout", "worker_timeout"}
+    )
     assert set(chosen.values()) == {None}
-    assert (config.dtype, config.device, config.load_format) == ("auto", "auto", "auto")
+    assert {config.dtype, config.kv_dtype, config.device, config.load_format} == {"auto"}
 
 
 def test_auto_can_be_written_everywhere() -> None:
@@ -52,6 +54,7 @@ def test_it_is_frozen() -> None:
         ("model", ""),
         ("model", 3),
         ("dtype", "int8"),
+        ("kv_dtype", "fp8"),
         ("device", "tpu"),
         ("device", "cuda:x"),
         ("load_format", "safetensors"),

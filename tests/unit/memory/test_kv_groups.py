@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from flexgen_lite.memory import kv_layout
 from flexgen_lite.memory.kv_groups import block_tokens, kv_groups, pages_for
-from flexgen_lite.model.spec import ITEM_BYTES, AttentionSpec
+from flexgen_lite.model.spec import AttentionSpec
 from flexgen_lite.wire.arena_specs import KvGroup
 
 SPECS = [
@@ -74,7 +74,7 @@ def test_columns_read_by_others_keep_what_the_others_see() -> None:
         st.builds(column, st.integers(1, 8), st.integers(1, 64), st.sampled_from([None, 24, 64])), min_size=1
     ),
     page_tokens=st.sampled_from([16, 32]),
-    dtype=st.sampled_from(["float32", "bfloat16"]),
+    dtype=st.sampled_from(["float32", "bfloat16", "int8"]),
 )
 def test_parts_of_a_page_do_not_overlap(columns: list[AttentionSpec], page_tokens: int, dtype: str) -> None:
     groups = kv_groups(columns, range(len(columns)), page_tokens, dtype, 2000)
@@ -86,10 +86,13 @@ def test_parts_of_a_page_do_not_overlap(columns: list[AttentionSpec], page_token
         end = 0
         for c in group.columns:
             assert kv.group_of[c] == index
-            rows = group.page_tokens * columns[c].num_kv_heads * ITEM_BYTES[dtype]
-            assert kv.key_offsets[c] >= end and kv.value_offsets[c] >= kv.key_offsets[c] + rows * columns[c].head_dim
+            rows = group.page_tokens * columns[c].num_kv_heads
+            keys, values = (
+                rows * kv_layout.row_bytes(dim, dtype) for dim in (columns[c].head_dim, columns[c].value_dim)
+            )
+            assert kv.key_offsets[c] >= end and kv.value_offsets[c] >= kv.key_offsets[c] + keys
             assert kv.key_offsets[c] % 64 == kv.value_offsets[c] % 64 == 0
-            end = kv.value_offsets[c] + rows * columns[c].value_dim
+            end = kv.value_offsets[c] + values
         assert end <= kv.page_bytes
 
 
@@ -124,5 +127,12 @@ def test_columns_that_read_anothers_keys_and_values_take_no_room() -> None:
 
 
 def test_kv_of_an_unknown_dtype_is_an_error() -> None:
-    with pytest.raises(ValueError, match="int8"):
-        kv_layout.page_bytes(SPECS, 16, "int8")
+    with pytest.raises(ValueError, match="int4"):
+        kv_layout.page_bytes(SPECS, 16, "int4")
+
+
+def test_rows_are_whole_words_and_those_of_int8_have_a_scale() -> None:
+    assert [kv_layout.row_bytes(dim, "int8") for dim in (0, 1, 4, 5, 128)] == [0, 8, 8, 12, 132]
+    assert [kv_layout.row_bytes(dim, "bfloat16") for dim in (0, 1, 4, 5, 128)] == [0, 4, 8, 12, 256]
+    latents = AttentionSpec(128, 1, 576, 512, 0.1, None, None, False, values_in_keys=True)
+    assert kv_layout.page_bytes([latents], 16, "int8") == 16 * (576 + 4)

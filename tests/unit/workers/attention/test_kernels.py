@@ -12,7 +12,7 @@ from flexgen_lite.workers.attention.warm_up import warm_up
 from flexgen_lite.workers.team import Team
 from tests.attention_case import Case, Sequence, decode, encode
 
-DTYPES = list(STORAGE)
+DTYPES = [(dtype, dtype) for dtype in STORAGE] + [(dtype, "int8") for dtype in STORAGE]
 PLAIN = AttentionSpec(4, 2, 16, 16, 0.25, None, None, False)
 
 
@@ -21,7 +21,7 @@ def spec_of(heads: int, kv_heads: int, dim: int, value_dim: int, **changes: obje
     return AttentionSpec(heads, kv_heads, dim, value_dim, dim**-0.5, **arguments)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "kv_dtype"), DTYPES)
 @pytest.mark.parametrize(
     "spec",
     [
@@ -37,7 +37,7 @@ def spec_of(heads: int, kv_heads: int, dim: int, value_dim: int, **changes: obje
         spec_of(4, 1, 20, 9, values_in_keys=True, sliding_window=30),
     ],
 )
-def test_against_the_reference(spec: AttentionSpec, dtype: str) -> None:
+def test_against_the_reference(spec: AttentionSpec, dtype: str, kv_dtype: str) -> None:
     sequences = [
         Sequence(0, 1),
         Sequence(1100, 1),
@@ -45,15 +45,15 @@ def test_against_the_reference(spec: AttentionSpec, dtype: str) -> None:
         Sequence(20, 40),
         Sequence(9, 5, attend=False),
     ]
-    case = Case(spec, sequences, dtype, 16)
+    case = Case(spec, sequences, dtype, 16, kv_dtype=kv_dtype)
     case.run()
     case.check()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_results_depend_neither_on_threads_nor_on_the_batch(dtype: str) -> None:
+@pytest.mark.parametrize(("dtype", "kv_dtype"), DTYPES)
+def test_results_depend_neither_on_threads_nor_on_the_batch(dtype: str, kv_dtype: str) -> None:
     sequences = [Sequence(1300, 1), Sequence(40, 3), Sequence(2, 1)]
-    case = Case(PLAIN, sequences, dtype, 16)
+    case = Case(PLAIN, sequences, dtype, 16, kv_dtype=kv_dtype)
     together = case.run(threads=2)
     assert (together == case.run(threads=1)).all()
     assert (together == case.run(threads=5)).all()
@@ -65,8 +65,9 @@ def test_results_depend_neither_on_threads_nor_on_the_batch(dtype: str) -> None:
         assert (case.out.view(np.uint8)[rows] == together[rows]).all()
 
 
-def test_a_chunk_of_a_prompt_gives_what_token_by_token_gives() -> None:
-    case = Case(PLAIN, [Sequence(500, 30)], "bfloat16", 16)
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
+def test_a_chunk_of_a_prompt_gives_what_token_by_token_gives(kv_dtype: str) -> None:
+    case = Case(PLAIN, [Sequence(500, 30)], "bfloat16", 16, kv_dtype=kv_dtype)
     whole = case.run()
     span = case.spans[0]
     for i in range(span.num_rows):
@@ -76,15 +77,18 @@ def test_a_chunk_of_a_prompt_gives_what_token_by_token_gives() -> None:
     assert (case.out.view(np.uint8) == whole).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_only_the_pages_and_rows_of_the_spans_are_written(dtype: str) -> None:
-    case = Case(PLAIN, [Sequence(30, 1), Sequence(0, 20, attend=False), Sequence(5, 4)], dtype, 16)
+@pytest.mark.parametrize(("dtype", "kv_dtype"), DTYPES)
+def test_only_the_pages_and_rows_of_the_spans_are_written(dtype: str, kv_dtype: str) -> None:
+    case = Case(PLAIN, [Sequence(30, 1), Sequence(0, 20, attend=False), Sequence(5, 4)], dtype, 16, kv_dtype=kv_dtype)
     before_kv, before_exchange = bytes(case.kv), bytes(case.exchange)
     case.run()
     for span, pages in zip(case.spans, case.pages, strict=False):  # put back what may change; all else is as it was
         for part in ("key", "value"):
             for t in range(span.position, span.position + span.num_rows):
-                case.rows(part, pages, t)[:] = np.frombuffer(b"\xff\xff\xff\xff", STORAGE[dtype])[0]
+                rows = case.rows(part, pages, t)
+                rows[:] = np.frombuffer(b"\xff\xff\xff\xff", rows.dtype)[0]
+                if kv_dtype == "int8":
+                    case.scales(part, pages, t)[:] = np.frombuffer(b"\xff\xff\xff\xff", np.float32)[0]
         if span.attend:
             case.out[span.row : span.row + span.num_rows].view(np.uint8)[:] = 0xFF
     assert bytes(case.kv) == before_kv
@@ -108,7 +112,7 @@ def test_output_is_rounded_to_nearest_even(dtype: str) -> None:
     case.q[:] = 0
     ones = encode(np.ones(1), dtype).view(np.uint16)[0]
     low, high = np.arange(64, dtype=np.uint16) + ones, np.arange(64, dtype=np.uint16) + ones + 1
-    case.write("value", case.pages[0], 0, low[None])
+    case.write("value", case.pages[0], 0, decode(low, dtype)[None])
     case.v[1, 0] = high
     case.run()
     expected = encode((decode(low, dtype) + decode(high, dtype)) / 2, dtype)
@@ -143,9 +147,27 @@ def test_what_does_not_fit_is_named() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_kernels_are_at_hand_before_there_is_an_arena(dtype: str) -> None:
-    warm_up(dtype)
-    with pytest.raises(ValueError, match="KV of int8: one of float32"):
-        warm_up("int8")
+    warm_up(dtype, dtype)
+    warm_up(dtype, "int8")
+    with pytest.raises(ValueError, match="an exchange of int8 and KV of int8: one of float32"):
+        warm_up("int8", "int8")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_rows_that_int8_cannot_hold(dtype: str) -> None:
+    """Zeros stay zeros; what is not finite is not a number, as it would be without int8, and others do not see it."""
+    case = Case(spec_of(2, 2, 20, 12), [Sequence(3, 1), Sequence(3, 1), Sequence(3, 1)], dtype, 16, kv_dtype="int8")
+    first, second, third = (span.row for span in case.spans)
+    case.k[first], case.v[first] = 0, 0
+    case.k[second, 0, 3] = encode(np.array([np.inf]), dtype)[0]
+    case.v[third, 0, 3] = encode(np.array([np.nan]), dtype)[0]
+    case.run()
+    for part in ("key", "value"):
+        assert (case.read(part, case.pages[0], 3) == 0).all()
+    out = decode(case.out, dtype)
+    assert np.isfinite(out[first]).all()
+    for row in (second, third):
+        assert np.isnan(out[row, 0]).all() and np.isfinite(out[row, 1]).all()
 
 
 def test_an_arena_too_small_is_an_error() -> None:
