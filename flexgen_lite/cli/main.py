@@ -47,6 +47,8 @@ Model = Annotated[str | None, typer.Option(help="Hugging Face model directory or
 Config = Annotated[Path | None, typer.Option("--config", help="YAML file; flags win over it.")]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
 KvDtype = Annotated[str | None, typer.Option(help="Of the KV cache: auto or int8.")]
+Quantization = Annotated[str | None, typer.Option(help="Of weights: auto, int8 or int4.")]
+Activations = Annotated[str | None, typer.Option(help="Of products with quantised weights: bfloat16 or int8.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Ram = Annotated[str | None, typer.Option(help="Budget of main memory, such as 8GiB.")]
 Gpu = Annotated[str | None, typer.Option(help="Budget of GPU memory, such as 14GiB.")]
@@ -62,7 +64,8 @@ KeyFile = Annotated[Path | None, typer.Option(help="Key file of the engine at --
 
 
 ENGINE_FLAGS = (
-    "dtype", "kv_dtype", "device", "ram", "gpu", "attention_workers", "load_format", "trace", "max_model_len",
+    "dtype", "kv_dtype", "quantization", "activations", "device", "ram", "gpu", "attention_workers", "load_format",
+    "trace", "max_model_len",
 )  # fmt: skip
 """Configuration keys with a flag of their own, in every command that starts an engine."""
 
@@ -100,6 +103,8 @@ def run_batch(
     config: Config = None,
     dtype: Dtype = None,
     kv_dtype: KvDtype = None,
+    quantization: Quantization = None,
+    activations: Activations = None,
     device: Device = None,
     ram: Ram = None,
     gpu: Gpu = None,
@@ -138,6 +143,8 @@ def launch(
     config: Config = None,
     dtype: Dtype = None,
     kv_dtype: KvDtype = None,
+    quantization: Quantization = None,
+    activations: Activations = None,
     device: Device = None,
     ram: Ram = None,
     gpu: Gpu = None,
@@ -172,6 +179,8 @@ def serve(
     config: Config = None,
     dtype: Dtype = None,
     kv_dtype: KvDtype = None,
+    quantization: Quantization = None,
+    activations: Activations = None,
     device: Device = None,
     ram: Ram = None,
     gpu: Gpu = None,

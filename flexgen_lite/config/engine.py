@@ -18,6 +18,7 @@ from flexgen_lite.config.values import (
     DEVICE_EXPECTED,
     ENDPOINT_EXPECTED,
     MAX_SECONDS,
+    NAMES_EXPECTED,
     SECONDS_EXPECTED,
     SIZE_EXPECTED,
     Count,
@@ -26,6 +27,7 @@ from flexgen_lite.config.values import (
     Device,
     Endpoint,
     ModelName,
+    Names,
     PageTokens,
     PathValue,
     Size,
@@ -91,6 +93,30 @@ class EngineConfig(BaseModel):
         default="auto",
         description="`dummy`: random weights from `config.json` alone, for benchmarks.",
         json_schema_extra=expects('"auto" or "dummy"'),
+    )
+    quantization: Literal["auto", "int8", "int4"] = Field(
+        default="auto",
+        description="Keep the weights of linear layers and experts in so few bits, in RAM and on their way to a GPU: "
+        "they are quantised while they are loaded. `auto`: as the checkpoint has them. See "
+        "[quantization.md](quantization.md).",
+        json_schema_extra=expects('"auto", "int8" or "int4"'),
+    )
+    quantization_group_size: Count = count(
+        16,
+        "Inputs of a layer that share a scale, a multiple of 16 that divides their number. `auto`: 128 for `int8`, 32 "
+        "for `int4`, or the largest below that fits the model.",
+    )
+    quantization_ignore: Names = Field(
+        default=None,
+        description="Layers that stay in 16 bits, in the manner of compressed-tensors: names, or regular expressions "
+        "behind `re:`. `auto`: the head, and what chooses experts.",
+        json_schema_extra=NAMES_EXPECTED,
+    )
+    activations: Literal["auto", "bfloat16", "int8"] = Field(
+        default="auto",
+        description="What weights in few bits are multiplied in. `bfloat16`: unpacked where they are used, exact. "
+        "`int8`: activations are rounded to 8 bits as they come, group by group. `auto`: `bfloat16`.",
+        json_schema_extra=expects('"auto", "bfloat16" or "int8"'),
     )
     verify_weights: Switch = Field(
         default=None,

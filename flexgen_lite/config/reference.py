@@ -16,9 +16,9 @@ What is given on the command line wins over the file. An unknown key, a key give
 error that names the key and says what is allowed. `configs/` has commented files to start from;
 [budgets.md](budgets.md) says how to choose.
 
-Flags exist for `model`, `dtype`, `kv_dtype`, `device`, `ram`, `gpu`, `attention_workers`, `load_format`, `trace` and
-`max_model_len` (with dashes: `--attention-workers`). Everything else: `--set layer_slots=4`. The plan that is printed
-at start shows what `auto` became.
+Flags exist for `model`, `dtype`, `kv_dtype`, `quantization`, `activations`, `device`, `ram`, `gpu`,
+`attention_workers`, `load_format`, `trace` and `max_model_len` (with dashes: `--attention-workers`). Everything else:
+`--set layer_slots=4`. The plan that is printed at start shows what `auto` became.
 
 Sizes: `8GiB`, `8G` and `8192MiB` count in powers of 1024, `8GB` in powers of 1000; a bare number is bytes.
 CPUs: `[0, 1, 2]` or `"0-7,16"`.
@@ -29,6 +29,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "model",
         "dtype",
         "kv_dtype",
+        "quantization",
+        "quantization_group_size",
+        "quantization_ignore",
+        "activations",
         "device",
         "load_format",
         "verify_weights",

@@ -47,6 +47,14 @@ def _cpus(value: object) -> tuple[int, ...]:
     return tuple(cpus)
 
 
+def _names(value: object) -> object:
+    if value is None or value == "auto":
+        return None
+    if not isinstance(value, list | tuple) or not all(isinstance(name, str) and name for name in value):
+        raise ValueError("not a list of names")
+    return tuple(value)
+
+
 def _cpu_set(value: object) -> object:
     return None if value is None or value == "auto" else _cpus(value)
 
@@ -120,6 +128,7 @@ CPU_SETS_EXPECTED = expects(
     f'one list of CPUs, from 0 to {_MAX_CPU}, per worker, such as [[0, 1], [2, 3]] or ["0-7", "8-15"], or "auto"'
 )
 SECONDS_EXPECTED = expects(f"a number of seconds above 0 and up to {MAX_SECONDS:.0f}")
+NAMES_EXPECTED = expects('a list of names of layers, or of regular expressions behind "re:", or "auto"')
 DEVICE_EXPECTED = expects(f'"auto", "cpu", "cuda" or "cuda:N", N from 0 to {_MAX_GPU}')
 ENDPOINT_EXPECTED = expects(
     f"ipc:// and the path of a socket, at most {MAX_SOCKET_PATH} bytes, or tcp://HOST:PORT, up to {_MAX_PORT}, with a "
@@ -129,6 +138,7 @@ ENDPOINT_EXPECTED = expects(
 Count = Annotated[int | None, BeforeValidator(_auto_is_none)]
 Size = Annotated[int | None, BeforeValidator(_size)]
 Cpus = Annotated[tuple[int, ...] | None, BeforeValidator(_cpu_set)]
+Names = Annotated[tuple[str, ...] | None, BeforeValidator(_names)]
 CpuSets = Annotated[tuple[tuple[int, ...], ...] | None, BeforeValidator(_cpu_sets)]
 Switch = Annotated[bool | None, BeforeValidator(_auto_is_none)]
 PageTokens = Annotated[int | None, BeforeValidator(_page_tokens)]

@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from flexgen_lite.model.packing import Packing
 from flexgen_lite.model.spec import ITEM_BYTES, Extent, SourcePiece, TensorSpec, UnitSpec
 
 BLOCK_BYTES = 4096  # of O_DIRECT: a multiple of every usual logical block size
@@ -29,15 +30,18 @@ class TensorSource:
     dtype: str
     shape: tuple[int, ...]
     pieces: tuple[SourcePiece, ...]
+    packing: Packing | None = None
 
     @property
     def num_bytes(self) -> int:
+        if self.packing is not None:
+            return self.packing.num_bytes(self.shape)
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
     @property
     def direct(self) -> bool:
         """True if the file's bytes are the tensor's bytes and can lie aligned in the slot."""
-        if len(self.pieces) != 1 or not self.num_bytes:
+        if len(self.pieces) != 1 or not self.num_bytes or self.packing is not None:
             return False
         piece = self.pieces[0]
         return (
@@ -67,7 +71,9 @@ def layout_unit(name: str, sources: Sequence[TensorSource]) -> UnitSpec:
         offsets[index] = cursor
         cursor += _round_up(sources[index].num_bytes, CONVERTED_ALIGN)
     tensors = tuple(
-        TensorSpec(source.name, source.dtype, source.shape, offsets[index], source.num_bytes, source.pieces)
+        TensorSpec(
+            source.name, source.dtype, source.shape, offsets[index], source.num_bytes, source.pieces, source.packing
+        )
         for index, source in enumerate(sources)
     )
     return UnitSpec(name, tensors, tuple(extents), converted, _round_up(cursor, BLOCK_BYTES))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flexgen_lite.model.packing import Packing
+
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
 
 
@@ -41,7 +43,10 @@ class SourcePiece:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One parameter as the model uses it, and where it lies in its unit's slot (`offset`, in bytes)."""
+    """One parameter as the model uses it, and where it lies in its unit's slot (`offset`, in bytes).
+
+    With a `packing` it is kept in so few bits: `dtype` and `shape` are those that the model knows.
+    """
 
     name: str
     dtype: str
@@ -49,6 +54,7 @@ class TensorSpec:
     offset: int
     num_bytes: int
     pieces: tuple[SourcePiece, ...]
+    packing: Packing | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ QUEUE_BYTES = 64 * MIB  # what the coordinator takes beyond what it has at the s
 CLIENT_BYTES = 50 * MIB  # the process that reads prompts and writes results
 LOADER_BYTES = 30 * MIB
 CONVERTING_LOADER_BYTES = 90 * MIB
+QUANTISING_LOADER_BYTES = 120 * MIB
 NUMBA_BYTES = 95 * MIB
 SPANS_BYTES = 20 * MIB  # what an attention worker takes beyond what it has at the start: a pass's spans, partial sums
 ZYGOTE_BYTES = 48 * MIB  # what it does not share with the compute worker
@@ -112,7 +113,6 @@ def need_of(
     workers = num_attention_workers(config, machine)
     layer_slot = max(unit.num_bytes for unit in spec.units[:-1])
     on_cpu_slots = config.stage_weights is True and not on_gpu
-    converting = any(unit.converted for unit in spec.units) and config.load_format != "dummy"
     kv_dtype = config.stored_kv_dtype(spec.dtype)
     groups = kv_groups(spec.attention, spec.kv_columns, config.page_tokens or PAGE_TOKENS, kv_dtype, spec.max_length)
     max_sequences = config.max_sequences or min(MAX_SEQUENCES, expected.sequences if expected else MAX_SEQUENCES)
@@ -127,7 +127,7 @@ def need_of(
         processes={
             "coordinator": processes.coordinator + QUEUE_BYTES,
             "client": CLIENT_BYTES,
-            "loader": CONVERTING_LOADER_BYTES if converting else LOADER_BYTES,
+            "loader": _loader_bytes(spec) if config.load_format != "dummy" else LOADER_BYTES,
             "attention workers": (NUMBA_BYTES if on_gpu else 0) + (processes.attention + SPANS_BYTES) * workers,
             "compute worker": processes.compute,
             "zygote": ZYGOTE_BYTES,
@@ -149,6 +149,12 @@ def need_of(
             else 0
         ),
     )
+
+
+def _loader_bytes(spec: ModelSpec) -> int:
+    if any(tensor.packing is not None for unit in spec.units for tensor in unit.tensors):
+        return QUANTISING_LOADER_BYTES
+    return CONVERTING_LOADER_BYTES if any(unit.converted for unit in spec.units) else LOADER_BYTES
 
 
 def _pages_of_use(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from flexgen_lite.model.quantization import Quantization
 from flexgen_lite.model.spec import AttentionSpec, FileStamp, ModelSpec, UnitSpec
 from flexgen_lite.wire.arena_specs import ExchangeSpec, KvSpec, PageRun
 from flexgen_lite.wire.sampling import Sample, Scored, TokenLogprobs
@@ -195,6 +196,8 @@ class OpenModel:
     device: str
     always_probe: bool  # for tested model types too
     max_model_len: int | None
+    quantization: Quantization | None = None
+    activations: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)

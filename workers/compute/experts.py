@@ -19,20 +19,17 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 
 from flexgen_lite.workers.compute import product_onednn, product_weights
 from flexgen_lite.workers.compute.product_weights import Weights, weights_in_rows
+from flexgen_lite.workers.compute.unpacked_weights import PackedBits
 from flexgen_lite.workers.model.builder import EXPERTS_NAME
+from flexgen_lite.workers.model.quantization import EXPERTS
 
 GROUP_ROWS = 4096
 """Rows of experts that go through both products before the next ones do: what is between these stays in the cache."""
 SUM_TOKENS = 256
-_NAMES = ("gate_up_proj", "up_proj", "down_proj")
 
 
 def register() -> None:
     ALL_EXPERTS_FUNCTIONS.register(EXPERTS_NAME, forward)
-
-
-def is_experts(module: nn.Module) -> bool:
-    return hasattr(module, "_apply_gate") and hasattr(module, "is_transposed") and hasattr(module, "down_proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +52,7 @@ def pack(module: Any, in_order: bool) -> None:
     Args:
         in_order: those that can be are, put there by another process.
     """
-    for name in _NAMES:
+    for name in EXPERTS:
         weight = module._parameters.get(name)
         packed = None if weight is None else _packed(weight.data, module.is_transposed, in_order)
         if packed is not None:
@@ -138,19 +135,36 @@ def _multiply(
         to: where results go, and to which rows of that; None: new memory, in order.
     """
     bias = module._parameters.get(f"{name}_bias") if module.has_bias else None
+    bits: PackedBits | None = getattr(module, "_bits", {}).get(name)
+    if bits is not None:
+        weight_of_bits = bits.ours()
+        if weight_of_bits is None or x.dtype != torch.bfloat16:
+            return _one_by_one(module, bits, bias, x, x_rows, rows, to)
+        return _in_one_call(weight_of_bits, bias, x, x_rows, rows, to)
     packed: PackedExperts | None = getattr(module, "_packed_experts", {}).get(name)
     weight = module._parameters[name].data
     ours = packed.ours if packed is not None else weights_in_rows(weight, module.is_transposed)
     if ours is None:
         return _one_by_one(module, packed.by_onednn if packed is not None else weight, bias, x, x_rows, rows, to)
-    output, y_rows = to or (x.new_empty((sum(count for _, count in rows), ours.columns)), None)
-    ours.multiply_segments(output, x, bias, product_weights.segments(rows, ours.most_rows), x_rows, y_rows)
+    return _in_one_call(ours, bias, x, x_rows, rows, to)
+
+
+def _in_one_call(
+    weights: Weights,
+    bias: torch.Tensor | None,
+    x: torch.Tensor,
+    x_rows: torch.Tensor | None,
+    rows: list[tuple[int, int]],
+    to: tuple[torch.Tensor, torch.Tensor] | None,
+) -> torch.Tensor:
+    output, y_rows = to or (x.new_empty((sum(count for _, count in rows), weights.columns)), None)
+    weights.multiply_segments(output, x, bias, product_weights.segments(rows, weights.most_rows), x_rows, y_rows)
     return output
 
 
 def _one_by_one(
     module: Any,
-    weights: tuple[torch.Tensor, ...] | torch.Tensor,
+    weights: tuple[torch.Tensor, ...] | torch.Tensor | PackedBits,
     bias: torch.Tensor | None,
     x: torch.Tensor,
     x_rows: torch.Tensor | None,

@@ -24,6 +24,7 @@ from flexgen_lite.workers.compute.latents import projections
 from flexgen_lite.workers.compute.products import Products
 from flexgen_lite.workers.compute.trial import find_text_path, outside
 from flexgen_lite.workers.model import builder as model_builder
+from flexgen_lite.workers.model.quantization import packings
 from flexgen_lite.workers.model.tokenizer import TOKENIZER_FILES, ModelTokenizer, open_tokenizer
 from flexgen_lite.workers.model.weight_map import Binding, map_weights
 from flexgen_lite.workers.serve import UserError, first_line
@@ -76,12 +77,16 @@ def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> Op
     model = model_builder.build(config, dtype)
     path = find_text_path(model, keeps_latents)
     layers, text = path.layers, model_builder.text_config(config)
-    units, warnings = map_weights(model, layers, checkpoint, dtype, path.unused)
+    read = projections(model.modules())
+    if order.activations == "int8" and order.quantization is None:
+        raise UserError("activations=int8 needs weights in few bits: give quantization as well, int8 or int4")
+    packed = packings(model, order.quantization, read) if order.quantization is not None else {}
+    units, warnings = map_weights(model, layers, checkpoint, dtype, path.unused, packed)
     limit, warning = model_builder.max_length(text, path.has_indexers)
     tokenizer = open_tokenizer(directory, run_dir)
     if order.max_model_len is not None and order.max_model_len > limit:
         raise UserError(f"max_model_len {order.max_model_len} is over the model's limit of {limit}: lower it")
-    products = Products(model, dtype, device.torch_device, projections(model.modules()))
+    products = Products(model, dtype, device.torch_device, read, packed)
     spec = ModelSpec(
         model_type=config.model_type,
         class_name=type(model).__name__,
@@ -117,6 +122,8 @@ def fingerprint(opened: OpenedModel) -> str:
     config.pop("_name_or_path", None)
     digest = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode(), digest_size=8)
     files = [(Path(file).name, stamp.size) for file, stamp in zip(spec.files, spec.stamps, strict=True)]
+    packed = sorted({str(tensor.packing) for unit in spec.units for tensor in unit.tensors if tensor.packing})
+    digest.update(repr(packed).encode() if packed else b"")
     digest.update(repr((spec.dtype, spec.max_length, spec.eos_token_ids, files)).encode())
     if opened.tokenizer.file is not None:
         digest.update(Path(opened.tokenizer.file).read_bytes())

@@ -41,7 +41,8 @@ CALL = np.dtype(
         *((name, np.int64) for name in ("segments", "num_segments")),  # SEGMENT each
         *((name, np.int64) for name in ("scratch", "scratch_bytes")),  # of a thread
         *((name, np.int64) for name in ("weights", "weight_bytes")),  # from one weight to the next
-        *((name, np.int64) for name in ("bias", "storage")),  # bias `[weight][N]`; 0: none
+        *((name, np.int64) for name in ("scales", "scale_bytes", "zeros", "group")),  # of weights of few bits
+        *((name, np.int64) for name in ("bias", "storage", "step_bytes")),  # bias `[weight][N]`; 0: none
         *((name, np.int64) for name in ("columns", "steps", "chunk")),  # N, K / 2, steps of a chunk
         *((name, np.int64) for name in ("span", "most_rows", "tiles")),  # of an item; of a segment; see amx.CONFIG
     ]
@@ -227,12 +228,23 @@ def _write(call, segment, block, sums, work):  # type: ignore[no-untyped-def]
 
 
 @kernel
+def _block_address(call, weight, block):  # type: ignore[no-untyped-def]
+    """Where weights are blocks of columns."""
+    return call.weights + weight * call.weight_bytes + block * call.steps * call.step_bytes
+
+
+@kernel
+def _next_chunk(call, weight, block, stop, following):  # type: ignore[no-untyped-def]
+    return _block_address(call, weight, block) + stop * call.step_bytes if stop < call.steps else following
+
+
+@kernel
 def _multiply_in_vectors(call, weight, block, following, rows, scratch):  # type: ignore[no-untyped-def]
     passes = _num_passes(rows)
     for start in range(0, call.steps, call.chunk):
         stop = min(start + call.chunk, call.steps)
-        at = panel_of(call, weight, block, start, stop, scratch.panel, scratch.line)
-        ahead = at + (stop - start) * STEP if stop < call.steps else following
+        ahead = _next_chunk(call, weight, block, stop, following)
+        at = panel_of(call, weight, block, start, stop, scratch.panel, scratch.line, ahead)
         for turn in range(passes):
             first, last = _first_row(rows, passes, turn), _first_row(rows, passes, turn + 1)
             lines = _lines(passes, turn) if call.storage == PACKED else 0
@@ -254,8 +266,8 @@ if simd.TILES:
         stride = 4 * call.steps * amx.ROWS  # of row tiles
         for start in range(0, call.steps, call.chunk):
             stop = min(start + call.chunk, call.steps)
-            at = panel_of(call, weight, block, start, stop, scratch.panel, scratch.line)
-            ahead = at + (stop - start) * STEP if stop < call.steps else following
+            ahead = _next_chunk(call, weight, block, stop, following)
+            at = panel_of(call, weight, block, start, stop, scratch.panel, scratch.line, ahead)
             steps, keep = (stop - start) // amx.STEPS, 0 if start == 0 else 1
             for tile in range(0, row_tiles, 2):
                 source = scratch.words + tile * stride + start * 4 * amx.ROWS
@@ -285,17 +297,17 @@ else:
 
 @kernel
 def _beginning(call, item, spans):  # type: ignore[no-untyped-def]
-    """Of an item, where weights lie in panels."""
+    """Of an item, where weights are blocks of columns."""
     segment = _segment(call.segments + item // spans * SEGMENT_BYTES)
-    return call.weights + segment.weight * call.weight_bytes + item % spans * call.span * call.steps * STEP
+    return _block_address(call, segment.weight, item % spans * call.span)
 
 
 @kernel
 def _multiply_item(call, segment, block, last, following, at):  # type: ignore[no-untyped-def]
     """Blocks up to `last`; `following` is where the next item begins, `at` the thread's scratch memory."""
-    weight = call.weights + segment.weight * call.weight_bytes
+    weight = segment.weight
     while block < last:
-        ahead = weight + (block + 1) * call.steps * STEP if block + 1 < last else following
+        ahead = _block_address(call, weight, block + 1) if block + 1 < last else following
         if call.tiles != 0:
             _multiply_in_tiles(call, weight, block, ahead, segment.rows, at)
         else:
@@ -342,7 +354,7 @@ def pack(address: int) -> None:
     panel, size = line + LANES * ROW, call.steps * STEP
     block = simd.fetch_add(address + 8)
     while block < call.columns // COLUMNS:
-        panel_of(call, call.weights, block, 0, call.steps, panel, line)
+        panel_of(call, 0, block, 0, call.steps, panel, line, call.weights)
         _copy(panel, call.weights + block * size, size)
         block = simd.fetch_add(address + 8)
 

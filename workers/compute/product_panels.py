@@ -10,16 +10,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from numba import njit, types
 
 from flexgen_lite.workers import simd
+from flexgen_lite.workers.compute import product_unpack as unpack
 from flexgen_lite.workers.compute.prefill_packing import OPTIONS
 from flexgen_lite.workers.compute.product_tiles import COLUMNS, ROW, STEP
 from flexgen_lite.workers.simd import HALVES, LANES, WORDS
 
-PACKED, ROWS, TRANSPOSED = 0, 1, 2
-"""Storages of a bfloat16 weight `[N, K]`: blocks of columns as they are computed with; row by row; its transpose
-`[K, N]` row by row."""
+PACKED, ROWS, TRANSPOSED, INT8, INT4 = range(5)
+"""Storages of a weight `[N, K]`: bfloat16 in blocks of columns as they are computed with; row by row; its transpose
+`[K, N]` row by row; 8 and 4 bits as in packing.py."""
+STEP_BYTES = {PACKED: STEP, INT8: STEP // 2, INT4: STEP // 4}  # of storages that are blocks of columns
 
 kernel: Any = njit(**OPTIONS)
 
@@ -89,16 +92,55 @@ def _panel_of_transpose(weight, columns, block, start, stop, panel):  # type: ig
             lane += 1
 
 
-@kernel
-def panel_of(call, weight, block, start, stop, panel, line):  # type: ignore[no-untyped-def]
-    """The address of steps `start` to `stop` of a block of `weight` as a panel: in the weight itself, or in `panel`.
+if simd.PAIRS:
+    _unpack_4, _unpack_8 = unpack.unpack_4, unpack.unpack_8
+else:
 
-    What columns behind the last hold is anything.
+    @kernel
+    def _unpack_4(values, scales, runs, panel, ahead):  # type: ignore[no-untyped-def]
+        pass
+
+    _unpack_8 = _unpack_4
+
+
+@kernel
+def _panel_of_bits(call, weight, block, start, stop, panel, line, ahead):  # type: ignore[no-untyped-def]
+    """`line` is aligned to a cache line and has room for a group's scales."""
+    at = call.weights + weight * call.weight_bytes + block * call.steps * call.step_bytes
+    group_steps = call.group // 2
+    blocks, groups = (call.columns + COLUMNS - 1) // COLUMNS, call.steps // group_steps
+    step = start
+    while step < stop:
+        group = step // group_steps
+        last = min(stop, (group + 1) * group_steps)
+        place = ((weight * blocks + block) * groups + group) * COLUMNS
+        zeros = 0 if call.zeros == 0 else call.zeros + place
+        if call.scale_bytes == 2:
+            unpack.load_scales(call.scales + 2 * place, zeros, 8 if call.storage == INT4 else 128, line, np.uint16(0))
+        else:
+            unpack.load_scales(call.scales + 4 * place, zeros, 8 if call.storage == INT4 else 128, line, np.float32(0))
+        to, offset = panel + (step - start) * STEP, (step - start) * call.step_bytes
+        if call.storage == INT4:
+            _unpack_4(at + step * call.step_bytes, line, (last - step) // 8, to, ahead + offset)
+        else:
+            _unpack_8(at + step * call.step_bytes, line, (last - step) // 4, to, ahead + offset)
+        step = last
+
+
+@kernel
+def panel_of(call, weight, block, start, stop, panel, line, ahead):  # type: ignore[no-untyped-def]
+    """The address of steps `start` to `stop` of a block of weight number `weight` as a panel: in the weight itself, or
+    in `panel`. What columns behind the last hold is anything.
+
+    `ahead` is what will be read next, where weights are blocks of columns.
     """
+    at = call.weights + weight * call.weight_bytes
     if call.storage == PACKED:
-        return weight + (block * call.steps + start) * STEP
+        return at + (block * call.steps + start) * STEP
     if call.storage == ROWS:
-        _panel_of_rows(weight, 2 * call.steps, call.columns, block, start, stop, panel, line)
+        _panel_of_rows(at, 2 * call.steps, call.columns, block, start, stop, panel, line)
+    elif call.storage == TRANSPOSED:
+        _panel_of_transpose(at, call.columns, block, start, stop, panel)
     else:
-        _panel_of_transpose(weight, call.columns, block, start, stop, panel)
+        _panel_of_bits(call, weight, block, start, stop, panel, line, ahead)
     return panel

@@ -20,11 +20,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from flexgen_lite.model.packing import SCALE_BYTES, STEP, Packing
 from flexgen_lite.workers import simd
 from flexgen_lite.workers.compute import prefill_cpu, product_kernels
 from flexgen_lite.workers.compute import product_amx as amx
 from flexgen_lite.workers.compute.product_kernels import CALL, SEGMENT
-from flexgen_lite.workers.compute.product_panels import PACKED, ROWS, TRANSPOSED
+from flexgen_lite.workers.compute.product_panels import INT4, INT8, PACKED, ROWS, STEP_BYTES, TRANSPOSED
 from flexgen_lite.workers.compute.product_tiles import COLUMNS, ROW
 from flexgen_lite.workers.simd import LANES
 
@@ -33,18 +34,30 @@ MAX_TILE_ROWS = 256  # for tiles
 WORDS_BYTES = 4 << 20  # of a segment's packed rows, where there are more than MAX_ROWS of them
 ALL_WORDS_BYTES = 64 << 20  # of all threads together, likewise
 CHUNK = 512  # steps
+FEW_ROWS, FEW_ROWS_CHUNK = 16, 64  # of weights that are unpacked: a panel that stays in the first-level cache
 MAX_SPAN = 8  # blocks of an item
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """`count` weights `[N, K]` of bfloat16, one behind the other from `address` on, stored as `storage` says."""
+    """`count` weights `[N, K]`, one behind the other from `address` on, stored as `storage` says.
+
+    Attributes:
+        scales: address, of weights of 8 and 4 bits.
+        scale_bytes: of one of them: 2 is bfloat16, 4 float32.
+        zeros: address; 0: there are none.
+        group: items of K that have a scale.
+    """
 
     address: int
     storage: int
     columns: int
     width: int
     count: int = 1
+    scales: int = 0
+    scale_bytes: int = 0
+    zeros: int = 0
+    group: int = 0
 
     @property
     def most_rows(self) -> int:
@@ -90,36 +103,44 @@ class Weights:
         """
         if not len(parts):
             return
-        steps, threads = self.width // 2, torch.get_num_threads()
-        chunk, most_rows = _chunk(steps), int(parts["rows"].max())
+        steps, threads, most_rows = self.width // 2, torch.get_num_threads(), int(parts["rows"].max())
+        is_unpacked = self.storage in (INT8, INT4)
+        chunk = _chunk(steps, FEW_ROWS_CHUNK if is_unpacked and most_rows <= FEW_ROWS else CHUNK)
         scratch_bytes = product_kernels.scratch(0, most_rows, steps, chunk, self.storage).end
         blocks = -(-self.columns // COLUMNS)
-        numbers = (
-            0, 0, x.data_ptr(), _address(x_rows), output.data_ptr(), _address(y_rows),
-            parts.ctypes.data, len(parts), prefill_cpu.scratch_address(threads * scratch_bytes), scratch_bytes,
-            self.address, _weight_bytes(self.storage, self.columns, self.width), _address(bias), self.storage,
-            self.columns, steps, chunk, max(1, min(MAX_SPAN, len(parts) * blocks // (8 * threads))), most_rows,
-            amx.CONFIG if amx.allowed() else 0,
+        _call(
+            0, threads, scratch_bytes,
+            x=x.data_ptr(), x_rows=_address(x_rows), y=output.data_ptr(), y_rows=_address(y_rows),
+            segments=parts.ctypes.data, num_segments=len(parts),
+            weights=self.address, weight_bytes=_weight_bytes(self.storage, self.columns, self.width),
+            scales=self.scales, scale_bytes=self.scale_bytes, zeros=self.zeros, group=self.group,
+            bias=_address(bias), storage=self.storage, step_bytes=STEP_BYTES.get(self.storage, 0),
+            columns=self.columns, steps=steps, chunk=chunk,
+            span=max(1, min(MAX_SPAN, len(parts) * blocks // (8 * threads))),
+            most_rows=most_rows, tiles=amx.CONFIG if amx.allowed() else 0,
         )  # fmt: skip
-        _FIELDS.pack_into(_record, 0, *numbers)
-        prefill_cpu.parallel()(_functions()[0], _record_address, threads, 0)
 
     def pack(self) -> Weights:
         """These weights, which lie row by row, put into panels where they lie."""
         assert self.storage == ROWS and fills_panels(self.columns)
-        steps, threads, size = self.width // 2, torch.get_num_threads(), 2 * self.width * COLUMNS + LANES * ROW
-        numbers = (0,) * 8 + (
-            prefill_cpu.scratch_address(threads * size), size,
-            self.address, 0, 0, ROWS, self.count * self.columns, steps, steps, 0, 0, 0,
+        steps = self.width // 2
+        _call(
+            1, torch.get_num_threads(), 2 * self.width * COLUMNS + LANES * ROW,
+            weights=self.address, storage=ROWS, columns=self.count * self.columns, steps=steps, chunk=steps,
         )  # fmt: skip
-        _FIELDS.pack_into(_record, 0, *numbers)
-        prefill_cpu.parallel()(_functions()[1], _record_address, threads, 0)
         return self.in_panels()
 
 
-NUM_FIELDS = len(CALL.names or ())
-_FIELDS = struct.Struct(f"{NUM_FIELDS}q")
-_record = (ctypes.c_int64 * NUM_FIELDS)()
+def _call(function: int, threads: int, scratch_bytes: int, **fields: int) -> None:
+    """Runs one of the kernels on `threads` threads."""
+    fields |= {"scratch": prefill_cpu.scratch_address(threads * scratch_bytes), "scratch_bytes": scratch_bytes}
+    _FIELDS.pack_into(_record, 0, *(fields.get(name, 0) for name in _NAMES))
+    prefill_cpu.parallel()(_functions()[function], _record_address, threads, 0)
+
+
+_NAMES = CALL.names or ()
+_FIELDS = struct.Struct(f"{len(_NAMES)}q")
+_record = (ctypes.c_int64 * len(_NAMES))()
 _record_address = ctypes.c_void_p(ctypes.addressof(_record))
 
 
@@ -131,6 +152,22 @@ def weights_in_rows(weight: torch.Tensor, is_transposed: bool = False) -> Weight
         return None
     count = weight.shape[0] if weight.dim() == 3 else 1
     return Weights(weight.data_ptr(), TRANSPOSED if is_transposed else ROWS, columns, width, count)
+
+
+def weights_of_bits(memory: torch.Tensor, packing: Packing, shape: tuple[int, ...]) -> Weights | None:
+    """Weights of 8 and 4 bits, in the order for bfloat16; `memory` are the bytes of a parameter of `shape`. None where
+    the kernels do not serve them."""
+    count, columns, width = packing.dimensions(shape)
+    if packing.has_zeros and packing.scale_dtype == "float32":  # zero * scale is not exact then
+        return None
+    if packing.order != "bfloat16" or packing.group % STEP or not serves_width(width):
+        return None
+    address = memory.data_ptr()
+    return Weights(
+        address, INT4 if packing.bits == 4 else INT8, columns, width, count,
+        scales=address + packing.scales_at(shape), scale_bytes=SCALE_BYTES[packing.scale_dtype],
+        zeros=address + packing.zeros_at(shape) if packing.has_zeros else 0, group=packing.group,
+    )  # fmt: skip
 
 
 def segments(rows: Iterable[tuple[int, int]], most_rows: int) -> npt.NDArray[Any]:
@@ -155,7 +192,9 @@ def _address(tensor: torch.Tensor | None) -> int:
 
 
 def _weight_bytes(storage: int, columns: int, width: int) -> int:
-    return 2 * width * (-(-columns // COLUMNS) * COLUMNS if storage == PACKED else columns)
+    if storage in STEP_BYTES:
+        return -(-columns // COLUMNS) * STEP_BYTES[storage] * width // 2
+    return 2 * width * columns
 
 
 @cache
@@ -164,9 +203,9 @@ def _functions() -> tuple[ctypes.c_void_p, ctypes.c_void_p]:
     return ctypes.c_void_p(multiply.address), ctypes.c_void_p(pack.address)
 
 
-def _chunk(steps: int) -> int:
+def _chunk(steps: int, most: int) -> int:
     """Steps of a chunk: as even as they can be, in whole vectors."""
-    return -(-steps // -(-steps // CHUNK) // LANES) * LANES
+    return -(-steps // -(-steps // most) // LANES) * LANES
 
 
 def fills_panels(columns: int) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any
 
 import torch
@@ -17,8 +17,11 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
+from flexgen_lite.model.packing import Packing
 from flexgen_lite.workers.compute import experts, product_amx, product_onednn, product_weights
 from flexgen_lite.workers.compute.product_weights import Weights, weights_in_rows
+from flexgen_lite.workers.compute.unpacked_weights import PackedBits, bits_of
+from flexgen_lite.workers.model.quantization import is_experts
 
 _ops: Any = torch.ops.mkldnn
 SUPPORTED = {"float32", "bfloat16"}
@@ -32,10 +35,16 @@ class Products:
 
     Args:
         read: modules whose weights are read by others than their own forward: these are not packed.
+        packings: of weights that are kept in few bits, by their parameters' names.
     """
 
     def __init__(
-        self, model: nn.Module, dtype: torch.dtype, device: torch.device, read: Set[nn.Module] = frozenset()
+        self,
+        model: nn.Module,
+        dtype: torch.dtype,
+        device: torch.device,
+        read: Set[nn.Module] = frozenset(),
+        packings: Mapping[str, Packing] | None = None,
     ) -> None:
         self._model, self._read = model, read
         self._dtype = dtype
@@ -44,8 +53,14 @@ class Products:
         for module in model.modules():
             if self._available and type(module) is nn.Linear and self._is_ours(module):
                 _replace_forward(module, _Product(module, self._wanted))
-            if self._available and experts.is_experts(module):
+            if self._available and is_experts(module):
                 experts.prepare(module)
+        self._bits = bits_of(model, packings or {})
+        for module, bits in self._bits.items():
+            if is_experts(module):
+                module._bits = bits  # type: ignore[assignment]
+            else:
+                _replace_forward(module, _ProductOfBits(module, self._wanted, bits["weight"], self._available))
 
     @contextlib.contextmanager
     def only(self, rows_N: torch.Tensor, num_rows: int) -> Iterator[None]:
@@ -73,7 +88,9 @@ class Products:
             return
         readers = Counter(id(p) for m in self._model.modules() for p in m._parameters.values() if p is not None)
         for module in modules:
-            if experts.is_experts(module):
+            if module in self._bits:
+                continue
+            if is_experts(module):
                 experts.pack(module, in_order)
             if not self._is_ours(module) or module in self._read:
                 continue
@@ -191,6 +208,27 @@ class _Product:
 
     def _columns(self) -> int:
         return self._module.out_features if type(self._module) is nn.Linear else self._module.nf
+
+
+class _ProductOfBits(_Product):
+    """With a weight of 8 or 4 bits.
+
+    Args:
+        by_onednn: unpacked weights are multiplied with by oneDNN, where they must be.
+    """
+
+    def __init__(self, module: Any, wanted: _Wanted, bits: PackedBits, by_onednn: bool) -> None:
+        super().__init__(module, wanted)
+        self._bits, self._by_onednn = bits, by_onednn
+
+    def _multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        if rows.numel() == 0:
+            return rows.new_empty((*rows.shape[:-1], self._columns()))
+        bias_N, ours = self._module.bias, self._bits.ours()
+        if ours is not None:
+            return ours.multiply(rows.contiguous(), bias_N)
+        multiply = product_onednn.multiply if self._by_onednn else linear
+        return multiply(rows, self._bits[0], bias_N)
 
 
 def _replace_forward(module: Any, forward: _Product) -> None:

@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from flexgen_lite.model.files import CheckpointError
 from flexgen_lite.model.spec import ITEM_BYTES, SourcePiece, TensorSpec, UnitSpec
 from flexgen_lite.workers.loader.weight_cast import Bits, bits_type, copy_cast
+from flexgen_lite.workers.loader.weight_packing import PackedTensor
 
 BLOCK_BYTES = 4096
 MAX_GAP_BYTES = 64 * 1024  # chunks closer together than this are read at once
@@ -40,10 +42,15 @@ class Chunk:
     target_shape: tuple[int, ...]
     target_strides: tuple[int, ...]
     target_offset: int
+    packed: PackedTensor | None = None  # offset and strides are then those that it would have in 16 bits
 
     def convert(self, bounce: mmap.mmap, bounce_offset: int, arena: mmap.mmap, slot_offset: int) -> None:
         """Put the chunk, whose bytes are at `bounce_offset`, in its place."""
         source = np.ndarray(self.source_shape, bits_type(self.source_dtype), bounce, bounce_offset)
+        if self.packed is not None:
+            part, place = apply_views(source, self.views), self.target_offset - self.packed.offset
+            self.packed.fill(part, self.source_dtype, place, self.target_strides, arena, slot_offset)
+            return
         target = np.ndarray(
             self.target_shape,
             bits_type(self.target_dtype),
@@ -103,8 +110,14 @@ def _chunks(tensor: TensorSpec, piece: SourcePiece, limit: int) -> Iterator[Chun
     # The ellipsis keeps it a view where the tensor has no dimensions.
     region: tuple[Any, ...] = (*(slice(start, stop) for start, stop in piece.region), ...)
     target = whole[region]
+    packed = PackedTensor.of(tensor)
 
     def chunk(offset: int, shape: tuple[int, ...], views: tuple[tuple[str | int, ...], ...], part: Bits) -> Chunk:
+        if packed is not None and packed.group_axis(part.shape, part.strides) is None:
+            raise CheckpointError(
+                f"{tensor.name} cannot be quantised while it is loaded, as the checkpoint has it: name its layer in "
+                "quantization_ignore"
+            )
         return Chunk(
             file=piece.file,
             offset=offset,
@@ -116,6 +129,7 @@ def _chunks(tensor: TensorSpec, piece: SourcePiece, limit: int) -> Iterator[Chun
             target_shape=part.shape,
             target_strides=part.strides,
             target_offset=tensor.offset + _address(part) - base,
+            packed=packed,
         )
 
     turned = _in_source_order(target, piece)
@@ -128,6 +142,8 @@ def _chunks(tensor: TensorSpec, piece: SourcePiece, limit: int) -> Iterator[Chun
     # Dimension k is cut into runs of rows; the dimensions before it are gone through one index at a time.
     k = next(dim for dim in range(len(shape)) if strides[dim] <= limit)
     rows = limit // strides[k]
+    if packed is not None and packed.group_axis(target.shape, target.strides) == k:  # whole groups
+        rows = max(packed.packing.group, rows // packed.packing.group * packed.packing.group)
     inner = box[k + 1 :]
     views = tuple(
         ("slice", dim + 1, start, stop)

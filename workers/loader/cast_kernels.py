@@ -68,7 +68,7 @@ def _from_float16(half: Any) -> Any:
     return U32(bits | sign)
 
 
-def _compiled(kernel: Callable[[Any, Any], None]) -> Any:
+def _compiled(kernel: Callable[..., None]) -> Any:
     try:
         return njit(nogil=True, cache=True)(kernel)
     except RuntimeError:  # no folder to keep the compiled code in

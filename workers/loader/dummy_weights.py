@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flexgen_lite.model.spec import ITEM_BYTES, UnitSpec
+from flexgen_lite.model.packing import Packing
+from flexgen_lite.model.spec import ITEM_BYTES, TensorSpec, UnitSpec
 from flexgen_lite.workers.loader.weight_cast import Bits, bits_type
 
 PATTERN_ELEMENTS = 131_071  # a prime: the rows of a matrix do not line up with the pattern; it stays in the L2 cache
@@ -44,11 +45,15 @@ class DummyWeights:
             "float32": single,
             "bfloat16": ((single + 0x8000) >> 16).astype(np.uint16),
             "float16": uniform.astype(np.float16).view(np.uint16),
+            "uint8": np.random.default_rng(1).integers(0, 256, PATTERN_ELEMENTS, dtype=np.uint8),
         }
 
     def fills(self, index: int, unit: UnitSpec) -> Iterator[Fill]:
         """The parts of unit `index`, which may be filled in any order and by several threads."""
         for tensor in unit.tensors:
+            if tensor.packing is not None:
+                yield from _packed(index, tensor, tensor.packing)
+                continue
             phase: int | None = None
             value = 0
             if tensor.dtype in _FLOATS and not tensor.name.endswith("bias"):
@@ -74,3 +79,16 @@ class DummyWeights:
             target[start : start + length] = pattern[phase : phase + length]
             start, phase = start + length, 0
         return fill.num_bytes
+
+
+def _packed(index: int, tensor: TensorSpec, packing: Packing) -> Iterator[Fill]:
+    """Any values, scales that give weights their size, zeros in the middle."""
+    scales, zeros = packing.scales_at(tensor.shape), packing.zeros_at(tensor.shape)
+    phase = zlib.crc32(f"{index}:{tensor.name}".encode())
+    for start in range(0, scales, FILL_BYTES):
+        shift = (phase + start) % PATTERN_ELEMENTS
+        yield Fill("uint8", tensor.offset + start, min(FILL_BYTES, scales - start), shift, 0)
+    size = np.float32(_LIMIT / (1 << (packing.bits - 1))).view(np.uint32)
+    scale = int(size) if packing.scale_dtype == "float32" else int(size) >> 16
+    yield Fill(packing.scale_dtype, tensor.offset + scales, zeros - scales, None, scale)
+    yield Fill("uint8", tensor.offset + zeros, tensor.num_bytes - zeros, None, 8 if packing.bits == 4 else 128)

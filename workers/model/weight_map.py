@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from flexgen_lite.memory.slot_layout import TensorSource, layout_unit
 from flexgen_lite.model.checkpoint import Checkpoint, StoredTensor
 from flexgen_lite.model.files import CheckpointError, open_file, read
+from flexgen_lite.model.packing import Packing
 from flexgen_lite.model.spec import ITEM_BYTES, UnitSpec
 from flexgen_lite.text.shown import shown_names
 from flexgen_lite.workers.model.weight_sources import FoundWeights, TargetDtypes, dtype_name, find_weights
@@ -44,18 +45,20 @@ def map_weights(
     checkpoint: Checkpoint | None,
     dtype: torch.dtype,
     unused: frozenset[str] = frozenset(),
+    packings: Mapping[str, Packing] | None = None,
 ) -> tuple[tuple[UnitSpec, ...], tuple[str, ...]]:
     """The units of `model`, whose parameters are on the meta device, and warnings for the user.
 
     `model` must have been built with `dtype` as the default dtype, and its weights tied: a tensor that its
     class makes in another dtype, or keeps in float32, stays so. Units `0 .. len(layers) - 1` are the layers,
     the last one is the rest. Without a checkpoint the tensors have no pieces. `unused` names tensors that the model has
-    no more: the checkpoint may have them. Raises CheckpointError.
+    no more: the checkpoint may have them; `packings` those that are kept in few bits. Raises CheckpointError.
     """
     floats = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     if floats and dtype not in floats:
         raise ValueError(f"the model was built in {floats}, not in {dtype}")
     dtypes = TargetDtypes(model, dtype)
+    packings = packings or {}
     units: list[list[TensorSource]] = [[] for _ in range(len(layers) + 1)]
     found = None if checkpoint is None else find_weights(model, checkpoint, dtypes, unused)
     missing: list[str] = []
@@ -64,7 +67,7 @@ def map_weights(
         if checkpoint is None or found is None:
             name = shared.names[0]
             target = dtype_name(dtypes.of(name, shared.tensor))
-            units[shared.unit].append(TensorSource(name, target, shape, ()))
+            units[shared.unit].append(TensorSource(name, target, shape, (), packings.get(name)))
             continue
         names = _distinct(shared.names, found, checkpoint)
         if not names and not _may_be_missing(model, shared):
@@ -72,7 +75,7 @@ def map_weights(
         for name in names:
             traced = found.traced[name]
             pieces = tuple(to_piece(part, shape) for part in traced.parts)
-            units[shared.unit].append(TensorSource(name, dtype_name(traced.dtype), shape, pieces))
+            units[shared.unit].append(TensorSource(name, dtype_name(traced.dtype), shape, pieces, packings.get(name)))
     if missing and checkpoint is not None:
         raise CheckpointError(_missing_message(missing, checkpoint))
     paths = {module: path for path, module in model.named_modules()}
@@ -174,7 +177,8 @@ class _BoundTensor:
 
 
 class Binding:
-    """Points the modules' parameters and persistent buffers at the slot that holds their unit.
+    """Points the modules' parameters and persistent buffers at the slot that holds their unit; for weights in few bits
+    see `packed_weights`.
 
     Make it before the first `bind`, while tied parameters are still one object.
     """
@@ -182,6 +186,7 @@ class Binding:
     def __init__(self, model: PreTrainedModel, layers: Sequence[nn.Module], units: Sequence[UnitSpec]) -> None:
         in_units = {tensor.name for unit in units for tensor in unit.tensors}
         self.places: dict[str, tuple[Place, ...]] = {}
+        self._packed = {tensor.name for unit in units for tensor in unit.tensors if tensor.packing is not None}
         for shared in _shared_tensors(model, layers):
             present = [name for name in shared.names if name in in_units]
             for name in present:
@@ -196,6 +201,9 @@ class Binding:
     def _bound(self, tensor: tuple[str, torch.dtype, tuple[int, ...], tuple[int, ...], int]) -> _BoundTensor:
         name, dtype, shape, stride, start = tensor
         places = self.places[name]
+        if name in self._packed:
+            packed = tuple((packed_weights(module), attribute) for module, attribute in places)
+            return _BoundTensor(packed, False, dtype, shape, stride, start)
         return _BoundTensor(
             tuple((_tensors_of(*place), place[1]) for place in places),
             places[0][1] in places[0][0]._parameters,
@@ -223,12 +231,21 @@ class Binding:
                 tensors[attribute] = value
 
 
+def packed_weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The bytes of a module's weights that are kept in few bits, by parameter; the parameter itself has no data."""
+    found: dict[str, torch.Tensor] = module.__dict__.setdefault("_packed_weights", {})
+    return found
+
+
 def _tensors_of(module: nn.Module, attribute: str) -> dict[str, Any]:
     return cast(dict[str, Any], module._parameters if attribute in module._parameters else module._buffers)
 
 
 def _strided(unit: UnitSpec) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], tuple[int, ...], int]]:
     for tensor in unit.tensors:
+        if tensor.packing is not None:
+            yield tensor.name, torch.uint8, (tensor.num_bytes,), (1,), tensor.offset
+            continue
         stride = tuple(torch.empty(tensor.shape, device="meta").stride())
         start = tensor.offset // ITEM_BYTES[tensor.dtype]
         yield tensor.name, getattr(torch, tensor.dtype), tensor.shape, stride, start

@@ -17,9 +17,11 @@ def test_defaults_are_auto() -> None:
     config = EngineConfig(model="m")
     chosen = config.model_dump(
         exclude={"model", "dtype", "kv_dtype", "device", "load_format", "start_timeout", "worker_timeout"}
+        | {"quantization", "activations"}
     )
     assert set(chosen.values()) == {None}
     assert {config.dtype, config.kv_dtype, config.device, config.load_format} == {"auto"}
+    assert {config.quantization, config.activations} == {"auto"}
 
 
 def test_auto_can_be_written_everywhere() -> None:

@@ -1,0 +1,88 @@
+"""Products with weights of 8 and 4 bits: those of the weights that the bits stand for, rounded to bfloat16 once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flexgen_lite.model.packing import Packing
+from flexgen_lite.workers.compute import product_amx
+from flexgen_lite.workers.compute.product_weights import segments, serves_width, weights_of_bits
+from flexgen_lite.workers.compute.unpacked_weights import unpacked
+from tests.packed_weights import packed
+
+SHAPES = [(64, 64, 32), (200, 256, 128), (79, 1408, 64), (64, 2048, 2048), (130, 2880, 32), (64, 96, 48), (70, 160, 16)]
+TILES = (False, True) if product_amx.allowed() else (False,)
+ROWS = (1, 15, 16, 17, 70)
+
+
+def made(shape: tuple[int, int, int], group: int, packing: Packing) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed bytes and the weights that they stand for, `[E, N, K]` in float32, exact."""
+    generator = torch.Generator().manual_seed(packing.bits + group)
+    count, columns, width = shape
+    most = 1 << (packing.bits - 1)
+    q_ENK = torch.randint(-most, most, shape, generator=generator)
+    scales = (count, columns, width // group)
+    scale_ENG = torch.rand(scales, generator=generator) * 0.01 + 0.001
+    scale_ENG = scale_ENG.to(getattr(torch, packing.scale_dtype)).float()
+    zero_ENG = torch.randint(-most, most, scales, generator=generator) if packing.has_zeros else None
+    whole = q_ENK if zero_ENG is None else q_ENK - zero_ENG.repeat_interleave(group, 2)
+    memory = packed(q_ENK, scale_ENG, zero_ENG, packing)
+    assert memory.numel() == packing.num_bytes(shape)
+    return memory, whole.float() * scale_ENG.repeat_interleave(group, 2)
+
+
+@pytest.mark.parametrize("order", ["bfloat16", "int8"])
+@pytest.mark.parametrize("has_zeros", [False, True])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_unpacking(bits: int, has_zeros: bool, order: str) -> None:
+    for columns, width, group in SHAPES:
+        for scale_dtype in ("bfloat16", "float32"):
+            packing = Packing(bits, group, order, scale_dtype, has_zeros)
+            shape = (3, columns, width)
+            memory, weights_ENK = made(shape, group, packing)
+            for index in (0, 2):
+                assert torch.equal(unpacked(memory, packing, shape, index, torch.float32), weights_ENK[index])
+                half = unpacked(memory, packing, shape, index, torch.bfloat16)
+                assert torch.equal(half, weights_ENK[index].bfloat16())
+
+
+@pytest.mark.skipif(not serves_width(32), reason="not on this processor")
+@pytest.mark.parametrize("tiles", TILES)
+@pytest.mark.parametrize("has_zeros", [False, True])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_against_float64(bits: int, has_zeros: bool, tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product_amx, "allowed", lambda: tiles)
+    for columns, width, group in SHAPES:
+        for scale_dtype, count in (("bfloat16", 1), ("float32", 3)):
+            packing = Packing(bits, group, "bfloat16", scale_dtype, has_zeros)
+            shape = (count, columns, width)
+            memory, weights_ENK = made(shape, group, packing)
+            weights = weights_of_bits(memory, packing, shape)
+            assert (weights is None) == (has_zeros and scale_dtype == "float32")
+            if weights is None:
+                continue
+            for rows in ROWS:
+                x_TK = torch.randn(rows * count, width).bfloat16()
+                output = torch.empty(rows * count, columns).bfloat16()
+                parts = segments([(index, rows) for index in range(count)], weights.most_rows)
+                weights.multiply_segments(output, x_TK, None, parts)
+                for index in range(count):
+                    part = slice(index * rows, (index + 1) * rows)
+                    weight_NK = weights_ENK[index].bfloat16().double()
+                    expected = x_TK[part].double() @ weight_NK.t()
+                    magnitude = x_TK[part].double().abs() @ weight_NK.abs().t()
+                    error = (output[part].double() - expected).abs()
+                    assert bool((error <= expected.abs() * 2**-8 + magnitude * 2**-20).all())
+
+
+@pytest.mark.skipif(not serves_width(32), reason="not on this processor")
+def test_a_row_does_not_depend_on_others() -> None:
+    packing = Packing(4, 32, "bfloat16", "bfloat16", True)
+    memory, _ = made((1, 128, 2048), 32, packing)
+    weight = weights_of_bits(memory, packing, (1, 128, 2048))
+    assert weight is not None
+    x_TK = torch.randn(70, 2048).bfloat16()
+    alone = torch.cat([weight.multiply(x_TK[i : i + 1], None) for i in range(len(x_TK))])
+    for rows in (2, 16, 17, 70):
+        assert torch.equal(weight.multiply(x_TK[:rows], None), alone[:rows])

@@ -1,0 +1,103 @@
+"""Weights of 8 and 4 bits into panels of bfloat16: (q - zero) * scale, exact, is rounded once, as it would be if the
+weight had been made bfloat16 before.
+
+The order of the values is that of packing.py for bfloat16: a vector of words has eight columns, each with the even and
+the odd items of K, so that two vectors of float32, narrowed together, are the words of sixteen columns in a panel.
+
+Numba's disk cache watches product_kernels.py alone: touch that file after an edit here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from flexgen_lite.workers import simd
+from flexgen_lite.workers.compute.product_tiles import COLUMNS, LINE, ROW, STEP, prefetch_line
+from flexgen_lite.workers.simd import LANES, VECTOR, WORDS
+
+_PAIRS = ir.VectorType(simd.BFloatType(), 2 * LANES)
+_BYTES = ir.VectorType(ir.IntType(8), LANES)
+_VECTORS = 2 * COLUMNS // LANES  # of words
+_LOW = ir.Constant(WORDS, [lane // 2 for lane in range(LANES)])
+_HIGH = ir.Constant(WORDS, [LANES // 2 + lane // 2 for lane in range(LANES)])
+_FOUR_BITS = ir.Constant(VECTOR, [float(code - 8) for code in range(LANES)]) if simd.WIDE else None
+
+Decode = Callable[[Any, Any, int], Any]
+
+
+def _four_bits(builder: Any, words: Any, item: int) -> Any:
+    """The float32 of half byte `item` of each word: a permutation looks at the lowest four bits alone."""
+    shifted = builder.lshr(words, simd.same(4 * item, WORDS)) if item else words
+    return simd.call(builder, "llvm.x86.avx512.permvar.sf.512", VECTOR, [_FOUR_BITS, shifted])
+
+
+def _eight_bits(builder: Any, words: Any, item: int) -> Any:
+    left = builder.shl(words, simd.same(24 - 8 * item, WORDS)) if item < 3 else words
+    return builder.sitofp(builder.ashr(left, simd.same(24, WORDS)), VECTOR)
+
+
+def _load_scales(builder: Any, half: bool, scales: Any, zeros: Any, bias: Any, target: Any) -> None:
+    """A group's scales, and -zero * scale, of COLUMNS columns, each twice: `[scale or offset][column][2]`.
+
+    Args:
+        zeros: address of zero + `bias`; 0: there are none.
+    """
+    middle = builder.sitofp(builder.trunc(bias, simd.I32), simd.FLOAT)
+    for group in range(COLUMNS // LANES):
+        scale = simd.load_widened(builder, half, builder.add(scales, scales.type(group * LANES * (2 if half else 4))))
+        with builder.if_else(builder.icmp_unsigned("!=", zeros, zeros.type(0))) as (given, none):
+            with given:
+                codes = simd.load_from(builder, builder.add(zeros, zeros.type(group * LANES)), _BYTES, align=1)
+                less = builder.fsub(simd.spread(builder, middle), builder.uitofp(codes, VECTOR))
+                offset, from_given = builder.fmul(less, scale), builder.block
+            with none:
+                from_none = builder.block
+        both = builder.phi(VECTOR)
+        both.add_incoming(offset, from_given)
+        both.add_incoming(simd.same(0.0), from_none)
+        for part, vector in enumerate((scale, both)):
+            for half_index, lanes in enumerate((_LOW, _HIGH)):
+                place = target.type((part * _VECTORS + 2 * group + half_index) * ROW)
+                simd.store_to(builder, builder.shuffle_vector(vector, vector, lanes), builder.add(target, place))
+
+
+def _unpack(decode: Decode, items: int) -> Any:
+    """unpack(values, scales, runs, panel, ahead): `runs` runs of 2 * `items` items of K of a block, all of one group,
+    whose scales `load_scales` has left. Meanwhile as much memory from `ahead` on is fetched.
+    """
+
+    def build(builder: Any, values: Any, scales: Any, runs: Any, panel: Any, ahead: Any) -> None:
+        doubled = [
+            simd.load_from(builder, builder.add(scales, scales.type(i * ROW)), align=ROW) for i in range(2 * _VECTORS)
+        ]
+        with cgutils.for_range(builder, runs) as loop:
+            offset = builder.mul(loop.index, runs.type(_VECTORS * ROW))
+            values_at, ahead_at = builder.add(values, offset), builder.add(ahead, offset)
+            panel_at = builder.add(panel, builder.mul(loop.index, runs.type(items * STEP)))
+            for pair in range(_VECTORS // 2):
+                words = []
+                for vector in (2 * pair, 2 * pair + 1):
+                    place = values.type(vector * ROW)
+                    words.append(simd.load_from(builder, builder.add(values_at, place), WORDS))
+                    prefetch_line(builder, builder.add(ahead_at, place))
+                for item in range(items):
+                    low, high = (
+                        simd.fused(builder, decode(builder, word, item), doubled[vector], doubled[_VECTORS + vector])
+                        for vector, word in enumerate(words, start=2 * pair)
+                    )
+                    both = simd.call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", _PAIRS, [high, low])
+                    place = panel.type(item * STEP + pair * LINE)
+                    simd.store_to(builder, builder.bitcast(both, WORDS), builder.add(panel_at, place))
+
+    return simd.operation(build, types.void, *[types.int64] * 5)
+
+
+SCALES_BYTES = 2 * _VECTORS * ROW  # of a group, as `load_scales` leaves them
+load_scales = simd.operation_by_kind(_load_scales, types.void, *[types.int64] * 4)
+if simd.PAIRS:
+    unpack_4, unpack_8 = _unpack(_four_bits, 8), _unpack(_eight_bits, 4)

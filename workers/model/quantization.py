@@ -1,0 +1,95 @@
+"""Which weights of a model are kept in 8 or 4 bits, and how."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Set
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from flexgen_lite.model.packing import Packing, fitting_groups
+from flexgen_lite.model.quantization import GROUPS, Quantization
+from flexgen_lite.workers.serve import UserError
+
+EXPERTS = ("gate_up_proj", "up_proj", "down_proj")
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether it keeps the weights of all experts in 3-D parameters, as Transformers' interface for them has it."""
+    return hasattr(module, "_apply_gate") and hasattr(module, "is_transposed") and hasattr(module, "down_proj")
+
+
+def packings(model: PreTrainedModel, wanted: Quantization, read: Set[nn.Module]) -> Mapping[str, Packing]:
+    """How each weight is packed, by its parameter's name: those of linear layers and experts, but what `wanted`
+    ignores, what modules share, and `read`, whose weights are read by others than their own forward.
+
+    Raises UserError where groups do not divide a weight's width, or an expression is none.
+    """
+    ignored = _Ignored(wanted.ignore)
+    found = {name: weight for name, weight in _weights(model, read) if not ignored(name.rpartition(".")[0])}
+    widths = {name: weight.shape[-2 if turned else -1] for name, (weight, turned) in found.items()}
+    if not found:
+        raise UserError("no layer of the model can be quantised: leave `quantization` out")
+    group = _group(wanted, widths)
+    has_zeros = wanted.bits == 4
+    return {
+        name: Packing(wanted.bits, group, wanted.activations, "bfloat16", has_zeros, turned)
+        for name, (_, turned) in found.items()
+    }
+
+
+def _weights(model: PreTrainedModel, read: Set[nn.Module]) -> Iterator[tuple[str, Any]]:
+    readers = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    for path, module in model.named_modules():
+        if type(module) in (nn.Linear, Conv1D) and module not in read:
+            names, is_transposed = ["weight"], type(module) is Conv1D
+        elif is_experts(module):
+            names, is_transposed = [*EXPERTS], bool(module.is_transposed)
+        else:
+            continue
+        for name in names:
+            weight: torch.Tensor | None = module._parameters.get(name)
+            if weight is not None and readers[id(weight)] == 1:
+                yield f"{path}.{name}", (weight, is_transposed)
+
+
+class _Ignored:
+    def __init__(self, patterns: tuple[str, ...]) -> None:
+        self._names = {pattern for pattern in patterns if not pattern.startswith("re:")}
+        self._expressions = []
+        for pattern in patterns:
+            if pattern.startswith("re:"):
+                try:
+                    self._expressions.append(re.compile(pattern[3:]))
+                except re.error as error:
+                    raise UserError(
+                        f"quantization_ignore has {pattern}, which is no regular expression: {error}"
+                    ) from None
+
+    def __call__(self, path: str) -> bool:
+        names = (path, path.rpartition(".")[2])
+        return any(name in self._names for name in names) or any(e.match(path) for e in self._expressions)
+
+
+def _group(wanted: Quantization, widths: Mapping[str, int]) -> int:
+    """The size of groups that all widths allow."""
+    if wanted.group_size is None:
+        fitting = set(fitting_groups(next(iter(widths.values())), GROUPS[wanted.bits]))
+        for width in widths.values():
+            fitting &= set(fitting_groups(width, GROUPS[wanted.bits]))
+        if fitting:
+            return max(fitting)
+    size = wanted.group_size or GROUPS[wanted.bits]
+    for name, width in widths.items():
+        if size not in fitting_groups(width, width):
+            fits = ", ".join(map(str, fitting_groups(width, max(512, size)))) or "none"
+            raise UserError(
+                f"quantization_group_size={size} does not divide the {width} inputs of {name}: sizes that do are "
+                f"{fits}; or name the layer in quantization_ignore"
+            )
+    return size
