@@ -28,7 +28,8 @@ WORKER_FLOORS = (("loader", "attention", "compute"), ("model",), ("serve", "team
 OF_USE_TO_WORKERS = ("memory", "wire", "model", "text", "chat.environment", "schedule.segment_queue")
 NOT_PURE = ("plan.machine", "queue.kept_jobs")  # reads what the machine has; keeps what it is told in a file
 PURE_ELSEWHERE = (
-    "model.spec", "model.packing", "model.quantization", "memory.exchange", "memory.kv_layout", "memory.kv_groups", "wire.arena_specs",
+    "model.spec", "model.packing", "model.quantization", "memory.exchange", "memory.kv_layout", "memory.kv_groups",
+    "wire.arena_specs",
     "wire.worker_messages", "wire.client_messages",
     "wire.sampling", "tokens.stop_strings", "tokens.detokenizer", "tokens.stream", "client.status_sum",
 )  # fmt: skip
