@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import mmap
 from pathlib import Path
+from types import MethodType
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from flexgen_lite.model.packing import Packing
 from flexgen_lite.model.quantization import Quantization
-from flexgen_lite.workers.compute.unpacked_weights import unpacked
+from flexgen_lite.workers.compute.unpacked_weights import rounded, unpacked
 from flexgen_lite.workers.loader.weight_packing import PackedTensor
 from flexgen_lite.workers.model.quantization import packings
 
@@ -37,4 +40,24 @@ def quantised_model(directory: Path, wanted: Quantization, read: frozenset[nn.Mo
     for path, packing in packings(model, wanted, read).items():
         parameter = model.get_parameter(path)
         parameter.data = quantised(parameter.data, packing)
+        if wanted.activations == "int8":
+            module = model.get_submodule(path.rpartition(".")[0])
+            if isinstance(module, nn.Linear):
+                module.register_forward_pre_hook(lambda _, rows, group=packing.group: rounded(rows[0], group))
+            else:
+                module.forward = MethodType(_experts_of_rounded_rows, module)
+                module.group = packing.group
     return model
+
+
+def _experts_of_rounded_rows(
+    module: Any, hidden: torch.Tensor, chosen: torch.Tensor, share: torch.Tensor
+) -> torch.Tensor:
+    """One by one, as Transformers describes its classes of experts."""
+    output = torch.zeros_like(hidden)
+    for token, (experts, weights) in enumerate(zip(chosen, share, strict=True)):
+        for expert, weight in zip(experts, weights, strict=True):
+            inner = linear(rounded(hidden[token], module.group), module.gate_up_proj[expert])
+            inner = module._apply_gate(inner[None])[0]
+            output[token] += weight * linear(rounded(inner, module.group), module.down_proj[expert])
+    return output

@@ -19,7 +19,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 
 from flexgen_lite.workers.compute import product_onednn, product_weights
 from flexgen_lite.workers.compute.product_weights import Weights, weights_in_rows
-from flexgen_lite.workers.compute.unpacked_weights import PackedBits
+from flexgen_lite.workers.compute.unpacked_weights import PackedBits, multiplied
 from flexgen_lite.workers.model.builder import EXPERTS_NAME
 from flexgen_lite.workers.model.quantization import EXPERTS
 
@@ -177,8 +177,12 @@ def _one_by_one(
     x = x if x_rows is None else x[x_rows]
     parts, begin = [], 0
     for expert, count in rows:
-        weight_NK = weights[expert].t().contiguous() if is_turned else weights[expert]
-        parts.append(multiply(x[begin : begin + count], weight_NK, None if bias is None else bias[expert]))
+        part, bias_N = x[begin : begin + count], None if bias is None else bias[expert]
+        if isinstance(weights, PackedBits):
+            parts.append(multiplied(multiply, part, weights, expert, bias_N))
+        else:
+            weight_NK = weights[expert].t().contiguous() if is_turned else weights[expert]
+            parts.append(multiply(part, weight_NK, bias_N))
         begin += count
     output = torch.cat(parts)
     if to is None:

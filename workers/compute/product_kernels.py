@@ -18,7 +18,7 @@ There are two kernels: of vectors of pairs (product_tiles.py), and of tile regis
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numba import cfunc, types
@@ -27,12 +27,13 @@ from flexgen_lite.workers import simd
 from flexgen_lite.workers.compute import product_amx as amx
 from flexgen_lite.workers.compute import product_tiles as tiles
 from flexgen_lite.workers.compute.prefill_packing import OPTIONS
-from flexgen_lite.workers.compute.product_panels import PACKED, kernel, panel_of
+from flexgen_lite.workers.compute.product_byte_kernels import multiply_in_bytes, round_row
+from flexgen_lite.workers.compute.product_bytes import GROUP_FIELDS
+from flexgen_lite.workers.compute.product_panels import BYTES8, PACKED, kernel, panel_of
+from flexgen_lite.workers.compute.product_scratch import PASS_ROWS, first_row, num_passes, scratch_at
 from flexgen_lite.workers.compute.product_tiles import COLUMNS, LINE, ROW, STEP
 from flexgen_lite.workers.kernel_cache import from_cache
 from flexgen_lite.workers.simd import LANES
-
-PASS_ROWS = 6  # at most; 7 would leave no registers for weights and words
 
 CALL = np.dtype(
     [
@@ -52,28 +53,6 @@ SEGMENT_BYTES = SEGMENT.itemsize
 _call: Any = simd.record(CALL)
 _segment: Any = simd.record(SEGMENT)
 _STORED = np.uint16(0)  # the kind: bfloat16
-
-
-class Scratch(NamedTuple):
-    """Where things lie in a thread's scratch memory."""
-
-    words: int  # packed rows, and a half vector behind them
-    sums: int
-    line: int  # rows that are gathered, words that are turned, a block's last columns
-    panel: int
-    end: int
-
-
-def scratch(base: int, rows: int, steps: int, chunk: int, storage: int) -> Scratch:
-    """`base` is a multiple of 64; so are all of these."""
-    rows = (rows + 15) // 16 * 16
-    sums = base + 4 * rows * steps + ROW
-    line = sums + 4 * rows * COLUMNS
-    panel = line + max(PASS_ROWS * 4 * steps, LANES * ROW) + ROW
-    return Scratch(base, sums, line, panel, panel + (0 if storage == PACKED else chunk * STEP))
-
-
-_scratch_at: Any = kernel(scratch)
 
 
 if simd.PAIRS:
@@ -136,17 +115,6 @@ def _pack_steps(rows, source, stride, target):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _num_passes(rows):  # type: ignore[no-untyped-def]
-    return (rows + PASS_ROWS - 1) // PASS_ROWS
-
-
-@kernel
-def _first_row(rows, passes, turn):  # type: ignore[no-untyped-def]
-    """Of pass `turn`; passes differ by a row at most, the longer ones come first."""
-    return turn * (rows // passes) + min(turn, rows % passes)
-
-
-@kernel
 def _lines(passes, turn):  # type: ignore[no-untyped-def]
     """Cache lines to prefetch per step in pass `turn`: in all passes together, STEP bytes.
 
@@ -173,9 +141,9 @@ def _copy(source, target, num_bytes):  # type: ignore[no-untyped-def]
 @kernel
 def _pack_rows(call, segment, target, line):  # type: ignore[no-untyped-def]
     """`[pass][step][row of the pass]` words of x; `line` has room for a pass's rows."""
-    passes, stride = _num_passes(segment.rows), 4 * call.steps
+    passes, stride = num_passes(segment.rows), 4 * call.steps
     for turn in range(passes):
-        first, last = _first_row(segment.rows, passes, turn), _first_row(segment.rows, passes, turn + 1)
+        first, last = first_row(segment.rows, passes, turn), first_row(segment.rows, passes, turn + 1)
         rows, to = last - first, target + first * stride
         source = call.x + (segment.first + first) * stride
         if call.x_rows != 0:
@@ -185,6 +153,23 @@ def _pack_rows(call, segment, target, line):  # type: ignore[no-untyped-def]
             source = line
         for step in range(0, call.steps, LANES):
             _pack_steps(rows, source + 4 * step, stride, to + 4 * rows * step)
+
+
+@kernel
+def _pack_bytes(call, segment, scratch):  # type: ignore[no-untyped-def]
+    """The same of rows that are rounded to 8 bits, and the numbers of their groups."""
+    passes, width = num_passes(segment.rows), 2 * call.steps
+    stride = (width + 4 * LANES - 1) // (4 * LANES) * 4 * LANES
+    groups = width // call.group
+    for turn in range(passes):
+        first, last = first_row(segment.rows, passes, turn), first_row(segment.rows, passes, turn + 1)
+        rows, to = last - first, scratch.words + first * width
+        numbers = scratch.numbers + 4 * GROUP_FIELDS * first * groups
+        for i in range(rows):
+            source = _row_address(call.x, call.x_rows, segment.first + first + i, 2 * width)
+            round_row(call, source, scratch.line + i * stride, numbers + 4 * i, rows)
+        for step in range(0, width // 4, LANES):
+            _pack_steps(rows, scratch.line + 4 * step, stride, to + 4 * rows * step)
 
 
 @kernel
@@ -240,13 +225,13 @@ def _next_chunk(call, weight, block, stop, following):  # type: ignore[no-untype
 
 @kernel
 def _multiply_in_vectors(call, weight, block, following, rows, scratch):  # type: ignore[no-untyped-def]
-    passes = _num_passes(rows)
+    passes = num_passes(rows)
     for start in range(0, call.steps, call.chunk):
         stop = min(start + call.chunk, call.steps)
         ahead = _next_chunk(call, weight, block, stop, following)
         at = panel_of(call, weight, block, start, stop, scratch.panel, scratch.line, ahead)
         for turn in range(passes):
-            first, last = _first_row(rows, passes, turn), _first_row(rows, passes, turn + 1)
+            first, last = first_row(rows, passes, turn), first_row(rows, passes, turn + 1)
             lines = _lines(passes, turn) if call.storage == PACKED else 0
             source = scratch.words + 4 * first * call.steps + 4 * (last - first) * start
             to, keep = scratch.sums + 4 * first * COLUMNS, 0 if start == 0 else 1
@@ -308,7 +293,9 @@ def _multiply_item(call, segment, block, last, following, at):  # type: ignore[n
     weight = segment.weight
     while block < last:
         ahead = _block_address(call, weight, block + 1) if block + 1 < last else following
-        if call.tiles != 0:
+        if call.storage >= BYTES8:
+            multiply_in_bytes(call, weight, block, ahead, segment.rows, at)
+        elif call.tiles != 0:
             _multiply_in_tiles(call, weight, block, ahead, segment.rows, at)
         else:
             _multiply_in_vectors(call, weight, block, ahead, segment.rows, at)
@@ -320,7 +307,7 @@ def multiply(address: int) -> None:
     """One thread's part."""
     call = _call(address)
     base = call.scratch + simd.fetch_add(address) * call.scratch_bytes
-    at = _scratch_at(base, call.most_rows, call.steps, call.chunk, call.storage)
+    at = scratch_at(base, call.most_rows, call.steps, call.chunk, call.storage, call.group)
     blocks = (call.columns + COLUMNS - 1) // COLUMNS
     spans = (blocks + call.span - 1) // call.span
     items, packed = call.num_segments * spans, -1
@@ -334,7 +321,9 @@ def multiply(address: int) -> None:
         segment = _segment(call.segments + item // spans * SEGMENT_BYTES)
         if item // spans != packed:
             packed = item // spans
-            if call.tiles != 0:
+            if call.storage >= BYTES8:
+                _pack_bytes(call, segment, at)
+            elif call.tiles != 0:
                 _pack_row_tiles(call, segment, at.words)
             else:
                 _pack_rows(call, segment, at.words, at.line)

@@ -19,10 +19,17 @@ from flexgen_lite.workers.compute.prefill_packing import OPTIONS
 from flexgen_lite.workers.compute.product_tiles import COLUMNS, ROW, STEP
 from flexgen_lite.workers.simd import HALVES, LANES, WORDS
 
-PACKED, ROWS, TRANSPOSED, INT8, INT4 = range(5)
+PACKED, ROWS, TRANSPOSED, INT8, INT4, BYTES8, BYTES4 = range(7)
 """Storages of a weight `[N, K]`: bfloat16 in blocks of columns as they are computed with; row by row; its transpose
-`[K, N]` row by row; 8 and 4 bits as in packing.py."""
-STEP_BYTES = {PACKED: STEP, INT8: STEP // 2, INT4: STEP // 4}  # of storages that are blocks of columns
+`[K, N]` row by row; 8 and 4 bits as in packing.py, for bfloat16, and for int8."""
+STEP_BYTES = {
+    PACKED: STEP,
+    INT8: STEP // 2,
+    INT4: STEP // 4,
+    BYTES8: STEP // 2,
+    BYTES4: STEP // 4,
+}
+"""Of storages that are blocks of columns."""
 
 kernel: Any = njit(**OPTIONS)
 

@@ -25,7 +25,8 @@ from flexgen_lite.workers import simd
 from flexgen_lite.workers.compute import prefill_cpu, product_kernels
 from flexgen_lite.workers.compute import product_amx as amx
 from flexgen_lite.workers.compute.product_kernels import CALL, SEGMENT
-from flexgen_lite.workers.compute.product_panels import INT4, INT8, PACKED, ROWS, STEP_BYTES, TRANSPOSED
+from flexgen_lite.workers.compute.product_panels import BYTES4, BYTES8, INT4, INT8, PACKED, ROWS, STEP_BYTES, TRANSPOSED
+from flexgen_lite.workers.compute.product_scratch import scratch
 from flexgen_lite.workers.compute.product_tiles import COLUMNS, ROW
 from flexgen_lite.workers.simd import LANES
 
@@ -62,7 +63,7 @@ class Weights:
     @property
     def most_rows(self) -> int:
         """Of a segment."""
-        if not amx.allowed():
+        if not amx.allowed() and self.storage not in (BYTES8, BYTES4):
             return MAX_ROWS
         room = min(WORDS_BYTES, ALL_WORDS_BYTES // torch.get_num_threads())
         return max(MAX_ROWS, min(MAX_TILE_ROWS, room // (2 * self.width) // (2 * amx.ROWS) * 2 * amx.ROWS))
@@ -104,9 +105,9 @@ class Weights:
         if not len(parts):
             return
         steps, threads, most_rows = self.width // 2, torch.get_num_threads(), int(parts["rows"].max())
-        is_unpacked = self.storage in (INT8, INT4)
+        is_unpacked = self.storage in (INT8, INT4, BYTES4)
         chunk = _chunk(steps, FEW_ROWS_CHUNK if is_unpacked and most_rows <= FEW_ROWS else CHUNK)
-        scratch_bytes = product_kernels.scratch(0, most_rows, steps, chunk, self.storage).end
+        scratch_bytes = scratch(0, most_rows, steps, chunk, self.storage, self.group).end
         blocks = -(-self.columns // COLUMNS)
         _call(
             0, threads, scratch_bytes,
@@ -155,16 +156,22 @@ def weights_in_rows(weight: torch.Tensor, is_transposed: bool = False) -> Weight
 
 
 def weights_of_bits(memory: torch.Tensor, packing: Packing, shape: tuple[int, ...]) -> Weights | None:
-    """Weights of 8 and 4 bits, in the order for bfloat16; `memory` are the bytes of a parameter of `shape`. None where
-    the kernels do not serve them."""
+    """Weights of 8 and 4 bits; `memory` are the bytes of a parameter of `shape`. None where the kernels do not serve
+    them. Those in the order for int8 are multiplied with rows that are rounded to 8 bits."""
     count, columns, width = packing.dimensions(shape)
-    if packing.has_zeros and packing.scale_dtype == "float32":  # zero * scale is not exact then
+    if packing.group % STEP or not serves_width(width):
         return None
-    if packing.order != "bfloat16" or packing.group % STEP or not serves_width(width):
-        return None
+    if packing.order == "int8":
+        if not simd.BYTES:
+            return None
+        storage = BYTES4 if packing.bits == 4 else BYTES8
+    else:
+        if packing.has_zeros and packing.scale_dtype == "float32":  # zero * scale is not exact then
+            return None
+        storage = INT4 if packing.bits == 4 else INT8
     address = memory.data_ptr()
     return Weights(
-        address, INT4 if packing.bits == 4 else INT8, columns, width, count,
+        address, storage, columns, width, count,
         scales=address + packing.scales_at(shape), scale_bytes=SCALE_BYTES[packing.scale_dtype],
         zeros=address + packing.zeros_at(shape) if packing.has_zeros else 0, group=packing.group,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from flexgen_lite.model.packing import Packing
 from flexgen_lite.workers.compute import experts, product_amx, product_onednn, product_weights
 from flexgen_lite.workers.compute.product_weights import Weights, weights_in_rows
-from flexgen_lite.workers.compute.unpacked_weights import PackedBits, bits_of
+from flexgen_lite.workers.compute.unpacked_weights import PackedBits, bits_of, multiplied
 from flexgen_lite.workers.model.quantization import is_experts
 
 _ops: Any = torch.ops.mkldnn
@@ -228,7 +228,7 @@ class _ProductOfBits(_Product):
         if ours is not None:
             return ours.multiply(rows.contiguous(), bias_N)
         multiply = product_onednn.multiply if self._by_onednn else linear
-        return multiply(rows, self._bits[0], bias_N)
+        return multiplied(multiply, rows, self._bits, 0, bias_N)
 
 
 def _replace_forward(module: Any, forward: _Product) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +75,31 @@ def _codes(values: torch.Tensor, packing: Packing, blocks: int) -> torch.Tensor:
         codes = words[..., None, :] if packing.bits == 8 else torch.stack((words & 15, words >> 4), dim=-2)
         codes = codes.permute(0, 2, 1, 3, 4)
     return codes.reshape(blocks * COLUMNS, -1)
+
+
+def multiplied(
+    multiply: Callable[..., torch.Tensor], rows: torch.Tensor, bits: PackedBits, index: int, bias_N: torch.Tensor | None
+) -> torch.Tensor:
+    """A product with weight number `index`, unpacked for it; where the order is that for int8, of rows that are rounded
+    to 8 bits, in float32.
+
+    Args:
+        multiply: rows, weight and bias to the product.
+    """
+    if bits.packing.order == "bfloat16":
+        return multiply(rows, bits[index], bias_N)
+    weight_NK = unpacked(bits.memory, bits.packing, bits.shape, index, torch.float32)
+    bias = None if bias_N is None else bias_N.float()
+    return multiply(rounded(rows.float(), bits.packing.group), weight_NK, bias).to(rows.dtype)
+
+
+def rounded(rows: torch.Tensor, group: int) -> torch.Tensor:
+    """What 8 bits keep of rows `[..., K]`, with a scale for every `group` items."""
+    parts = rows.unflatten(-1, (-1, group))
+    most = parts.abs().amax(-1, keepdim=True)
+    factor = torch.where(most > 0, torch.full_like(most, 127) / most, 0)
+    near: torch.Tensor = ((parts * factor).round() * (most / 127)).flatten(-2)
+    return near
 
 
 def bits_of(model: nn.Module, packings: Any) -> dict[nn.Module, dict[str, PackedBits]]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.functional import linear
 
 from flexgen_lite.model.packing import Packing
+from flexgen_lite.workers import simd
 from flexgen_lite.workers.compute import product_amx
 from flexgen_lite.workers.compute.product_weights import segments, serves_width, weights_of_bits
-from flexgen_lite.workers.compute.unpacked_weights import unpacked
+from flexgen_lite.workers.compute.unpacked_weights import PackedBits, multiplied, rounded, unpacked
+from flexgen_lite.workers.model.weight_map import packed_weights
 from tests.packed_weights import packed
 
 SHAPES = [(64, 64, 32), (200, 256, 128), (79, 1408, 64), (64, 2048, 2048), (130, 2880, 32), (64, 96, 48), (70, 160, 16)]
@@ -86,3 +90,50 @@ def test_a_row_does_not_depend_on_others() -> None:
     alone = torch.cat([weight.multiply(x_TK[i : i + 1], None) for i in range(len(x_TK))])
     for rows in (2, 16, 17, 70):
         assert torch.equal(weight.multiply(x_TK[:rows], None), alone[:rows])
+
+
+@pytest.mark.skipif(not serves_width(32) or not simd.BYTES, reason="not on this processor")
+@pytest.mark.parametrize("has_zeros", [False, True])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_in_whole_numbers(bits: int, has_zeros: bool) -> None:
+    """Exact but for sums of float32, of rows that are rounded group by group."""
+    for columns, width, group in SHAPES:
+        for scale_dtype, count in (("bfloat16", 1), ("float32", 3)):
+            packing = Packing(bits, group, "int8", scale_dtype, has_zeros)
+            shape = (count, columns, width)
+            memory, weights_ENK = made(shape, group, packing)
+            weights = weights_of_bits(memory, packing, shape)
+            assert weights is not None
+            for rows in (1, 5, 6, 7, 16, 70):
+                x_TK = torch.randn(rows * count, width).bfloat16()
+                x_TK[0, :group] = 0
+                output = torch.empty(rows * count, columns).bfloat16()
+                parts = segments([(index, rows) for index in range(count)], weights.most_rows)
+                weights.multiply_segments(output, x_TK, None, parts)
+                for index in range(count):
+                    part = slice(index * rows, (index + 1) * rows)
+                    near_TK = rounded(x_TK[part].float(), group).double()
+                    expected = near_TK @ weights_ENK[index].double().t()
+                    magnitude = near_TK.abs() @ weights_ENK[index].double().abs().t()
+                    error = (output[part].double() - expected).abs()
+                    assert bool((error <= expected.abs() * 2**-8 + magnitude * 2**-19).all())
+
+
+def test_rounding_of_rows() -> None:
+    x_TK = torch.tensor([[0.0] * 16 + [127.0, -63.4] + [0.5] * 14])
+    assert torch.equal(rounded(x_TK, 16)[0, :18], torch.tensor([0.0] * 16 + [127.0, -63.0]))
+    assert rounded(x_TK, 16)[0, 18:].tolist() == [0.0] * 14  # ties to even
+
+
+@pytest.mark.parametrize("order", ["bfloat16", "int8"])
+def test_where_no_kernel_serves(order: str) -> None:
+    packing = Packing(4, 32, order, "bfloat16", True)
+    memory, weights_ENK = made((2, 70, 96), 32, packing)
+    module = nn.Module()
+    packed_weights(module)["weight"] = memory
+    bits = PackedBits(module, "weight", packing, (2, 70, 96), torch.float32)
+    assert bits.ours() is None
+    x_TK, bias_N = torch.randn(5, 96), torch.randn(70)
+    rows_TK = rounded(x_TK, 32) if order == "int8" else x_TK
+    expected = rows_TK @ weights_ENK[1].t() + bias_N
+    assert torch.allclose(multiplied(linear, x_TK, bits, 1, bias_N), expected, atol=1e-4)
