@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint types bench soak conformance clean
 
 demo: $(VENV)/installed
-	$(BIN)/flexgen-lite demo
+	$(BIN)/flexgen-lite demo $(if $(QUANTIZATION),--quantization $(QUANTIZATION))
 
 # The tests start hundreds of processes that import the same modules: bytecode is kept, whatever the shell says.
 test conformance: export PYTHONDONTWRITEBYTECODE :=

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console as RichConsole
@@ -25,14 +26,30 @@ SEED = 2024
 MAX_TOKENS = 96
 
 
-def run_demo(records: int, ram: str | None) -> None:
+def run_demo(records: int, ram: str | None, quantization: str | None = None) -> None:
     """Label `records` held-out records and print how it went, and how many answers are right.
+
+    With `quantization` the same records are labelled with the model as it is first, and both are shown side by side.
 
     Raises:
         EngineError: the engine could not be started, or failed.
     """
-    config = EngineConfig(model=str(MODEL), ram=ram or RAM, layer_slots=3, dtype="float32")
     labelled = generate(SEED, records, "held_out")
+    settings = {"model": str(MODEL), "ram": ram or RAM, "layer_slots": 3, "dtype": "float32"}
+    outcomes = {"as it is": _label(EngineConfig(**settings), labelled)}
+    if quantization is not None:
+        outcomes[quantization] = _label(EngineConfig(**settings, quantization=quantization), labelled)
+    _show_examples(labelled, outcomes[quantization or "as it is"].texts)
+    _show_table(outcomes, labelled)
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    texts: list[str]
+    last: Progress
+
+
+def _label(config: EngineConfig, labelled: Sequence[Record]) -> _Outcome:
     with tempfile.TemporaryDirectory() as folder:
         requests, results = Path(folder) / "records.jsonl", Path(folder) / "labels.jsonl"
         write_requests(requests, labelled)
@@ -44,9 +61,7 @@ def run_demo(records: int, ram: str | None) -> None:
         ):
             last = watch(BatchRun(client, requests, writer), console)
         answers = _read_answers(results)
-    texts = [answers.get(f"record-{number}", "") for number in range(records)]
-    _show_examples(labelled, texts)
-    _show_table(last, sum(map(is_correct, labelled, texts)), records)
+    return _Outcome([answers.get(f"record-{number}", "") for number in range(len(labelled))], last)
 
 
 def write_requests(path: Path, labelled: Sequence[Record]) -> None:
@@ -72,16 +87,25 @@ def _show_examples(labelled: Sequence[Record], texts: Sequence[str]) -> None:
         print(f"  {record.line}\n    -> {text.strip()}")
 
 
-def _show_table(last: Progress, correct: int, records: int) -> None:
-    lane, share = max(last.lanes.items(), key=lambda item: item[1], default=("none", 0.0))
-    table = Table(title="flexgen-lite demo", show_header=False)
-    for name, value in (
-        ("records", f"{records}, {last.failed} failed"),
-        ("records per second", f"{records / last.busy_seconds:.1f}"),
-        ("generated tokens per second", f"{last.rate:.0f}"),
-        ("exact match", f"{correct / records:.1%}"),
-        ("busiest lane", f"{lane}, {share:.0%} busy"),
-        ("peak memory", f"{format_size(last.peak_bytes)} of {format_size(last.budget_bytes)}"),
-    ):
-        table.add_row(name, value)
+def _show_table(outcomes: Mapping[str, _Outcome], labelled: Sequence[Record]) -> None:
+    table = Table(title="flexgen-lite demo", show_header=len(outcomes) > 1)
+    table.add_column("")
+    for name in outcomes:
+        table.add_column(name)
+    rows = [_told(outcome, labelled) for outcome in outcomes.values()]
+    for name in rows[0]:
+        table.add_row(name, *(row[name] for row in rows))
     RichConsole().print(table)
+
+
+def _told(outcome: _Outcome, labelled: Sequence[Record]) -> dict[str, str]:
+    last, records = outcome.last, len(labelled)
+    lane, share = max(last.lanes.items(), key=lambda item: item[1], default=("none", 0.0))
+    return {
+        "records": f"{records}, {last.failed} failed",
+        "records per second": f"{records / last.busy_seconds:.1f}",
+        "generated tokens per second": f"{last.rate:.0f}",
+        "exact match": f"{sum(map(is_correct, labelled, outcome.texts)) / records:.1%}",
+        "busiest lane": f"{lane}, {share:.0%} busy",
+        "peak memory": f"{format_size(last.peak_bytes)} of {format_size(last.budget_bytes)}",
+    }

@@ -208,13 +208,17 @@ def serve(
 def demo(
     records: Annotated[int, typer.Option(min=1, max=1_000_000, help="Number of records to label.")] = 300,
     ram: Ram = None,
+    quantization: Quantization = None,
 ) -> None:
-    """Label messy records with the model that comes along, under a small budget."""
+    """Label messy records with the model that comes along, under a small budget.
+
+    With --quantization int8 or int4, once as it is and once so, side by side.
+    """
     from flexgen_lite.cli.demo import run_demo
     from flexgen_lite.cli.terminal import signals_interrupt
 
     with signals_interrupt():
-        run_demo(records=records, ram=ram)
+        run_demo(records=records, ram=ram, quantization=quantization)
 
 
 @app.command()

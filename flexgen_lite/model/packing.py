@@ -27,8 +27,9 @@ class Packing:
     """
     Attributes:
         group: items of K with one scale.
-        order: what the weight is multiplied in.
+        order: of the values, see above.
         is_transposed: the model has the weight as `[K, N]`.
+        rounds_rows: rows that the weight is multiplied with are rounded to 8 bits, group by group.
     """
 
     bits: int
@@ -37,6 +38,7 @@ class Packing:
     scale_dtype: str
     has_zeros: bool = False
     is_transposed: bool = False
+    rounds_rows: bool = False
 
     def dimensions(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         """E, N and K of a parameter's shape; E is 1 for a single weight."""

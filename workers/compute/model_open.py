@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +15,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexgen_lite.model.checkpoint import Checkpoint, check_config, open_checkpoint
 from flexgen_lite.model.files import CheckpointError, check_files, is_there
+from flexgen_lite.model.packing import STEP, Packing
 from flexgen_lite.model.spec import ModelSpec
 from flexgen_lite.wire.worker_messages import OpenModel
 from flexgen_lite.workers.compute import attention_call, experts, probe
 from flexgen_lite.workers.compute.device import Device
 from flexgen_lite.workers.compute.head import Head
 from flexgen_lite.workers.compute.latents import projections
+from flexgen_lite.workers.compute.product_weights import serves_width
 from flexgen_lite.workers.compute.products import Products
 from flexgen_lite.workers.compute.trial import find_text_path, outside
 from flexgen_lite.workers.model import builder as model_builder
@@ -80,7 +82,7 @@ def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> Op
     read = projections(model.modules())
     if order.activations == "int8" and order.quantization is None:
         raise UserError("activations=int8 needs weights in few bits: give quantization as well, int8 or int4")
-    packed = packings(model, order.quantization, read) if order.quantization is not None else {}
+    packed = _packings(order, model, read, dtype, device)
     units, warnings = map_weights(model, layers, checkpoint, dtype, path.unused, packed)
     limit, warning = model_builder.max_length(text, path.has_indexers)
     tokenizer = open_tokenizer(directory, run_dir)
@@ -112,6 +114,16 @@ def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> Op
     )
     binding, head = Binding(model, layers, units), Head(model, layers)
     return OpenedModel(model, layers, binding, products, head, spec, tokenizer)
+
+
+def _packings(
+    order: OpenModel, model: PreTrainedModel, read: Set[nn.Module], dtype: torch.dtype, device: Device
+) -> Mapping[str, Packing]:
+    """How weights are packed: in the order of the kernels that multiply with them here."""
+    if order.quantization is None:
+        return {}
+    unpacked_first = device.torch_device.type == "cpu" and not (dtype == torch.bfloat16 and serves_width(STEP * 2))
+    return packings(model, order.quantization, read, "int8" if unpacked_first else None)
 
 
 def fingerprint(opened: OpenedModel) -> str:

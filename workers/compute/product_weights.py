@@ -157,12 +157,12 @@ def weights_in_rows(weight: torch.Tensor, is_transposed: bool = False) -> Weight
 
 def weights_of_bits(memory: torch.Tensor, packing: Packing, shape: tuple[int, ...]) -> Weights | None:
     """Weights of 8 and 4 bits; `memory` are the bytes of a parameter of `shape`. None where the kernels do not serve
-    them. Those in the order for int8 are multiplied with rows that are rounded to 8 bits."""
+    them."""
     count, columns, width = packing.dimensions(shape)
     if packing.group % STEP or not serves_width(width):
         return None
     if packing.order == "int8":
-        if not simd.BYTES:
+        if not simd.BYTES or not packing.rounds_rows:
             return None
         storage = BYTES4 if packing.bits == 4 else BYTES8
     else:

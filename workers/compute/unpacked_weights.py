@@ -1,4 +1,4 @@
-"""Weights of 8 and 4 bits where no kernel of ours multiplies with them as they lie: unpacked by PyTorch."""
+"""Weights of 8 and 4 bits where no kernel of ours multiplies with them as they lie: unpacked before."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ import torch
 from torch import nn
 
 from flexgen_lite.model.packing import COLUMNS, Packing, num_blocks
+from flexgen_lite.workers.compute import prefill_cpu
 from flexgen_lite.workers.compute.product_weights import Weights, weights_of_bits
+from flexgen_lite.workers.compute.unpack_kernels import unpack_blocks
 from flexgen_lite.workers.model.weight_map import packed_weights
+
+SLAB_BYTES = 8 << 20  # of a weight that is unpacked, in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,17 +84,37 @@ def _codes(values: torch.Tensor, packing: Packing, blocks: int) -> torch.Tensor:
 def multiplied(
     multiply: Callable[..., torch.Tensor], rows: torch.Tensor, bits: PackedBits, index: int, bias_N: torch.Tensor | None
 ) -> torch.Tensor:
-    """A product with weight number `index`, unpacked for it; where the order is that for int8, of rows that are rounded
-    to 8 bits, in float32.
+    """A product with weight number `index`, unpacked for it; rows that are to be rounded to 8 bits are multiplied in
+    float32.
 
     Args:
         multiply: rows, weight and bias to the product.
     """
-    if bits.packing.order == "bfloat16":
+    packing = bits.packing
+    if not packing.rounds_rows and rows.dtype != torch.float32:
         return multiply(rows, bits[index], bias_N)
-    weight_NK = unpacked(bits.memory, bits.packing, bits.shape, index, torch.float32)
+    x = rounded(rows.float(), packing.group) if packing.rounds_rows else rows
     bias = None if bias_N is None else bias_N.float()
-    return multiply(rounded(rows.float(), bits.packing.group), weight_NK, bias).to(rows.dtype)
+    if packing.order == "int8" and rows.device.type == "cpu" and prefill_cpu.parallel() is not None:
+        return _in_slabs(x, bits, index, bias).to(rows.dtype)
+    weight_NK = unpacked(bits.memory, packing, bits.shape, index, torch.float32)
+    return multiply(x, weight_NK, bias).to(rows.dtype)
+
+
+def _in_slabs(rows: torch.Tensor, bits: PackedBits, index: int, bias_N: torch.Tensor | None) -> torch.Tensor:
+    """In float32, with some blocks of columns at a time."""
+    _, columns, width = bits.packing.dimensions(bits.shape)
+    x_TK = rows.reshape(-1, width)
+    output_TN = x_TK.new_empty((len(x_TK), columns))
+    blocks = max(1, SLAB_BYTES // (4 * COLUMNS * width))
+    for first in range(0, num_blocks(columns), blocks):
+        count = min(blocks, num_blocks(columns) - first)
+        slab_KN = x_TK.new_empty((width, count * COLUMNS))
+        unpack_blocks(bits.memory, bits.packing, bits.shape, index, first, slab_KN)
+        part = slice(first * COLUMNS, min(columns, (first + count) * COLUMNS))
+        product_TN = torch.mm(x_TK, slab_KN[:, : part.stop - part.start])
+        output_TN[:, part] = product_TN if bias_N is None else product_TN.add_(bias_N[part])
+    return output_TN.view(*rows.shape[:-1], columns)
 
 
 def rounded(rows: torch.Tensor, group: int) -> torch.Tensor:

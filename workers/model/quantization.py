@@ -24,11 +24,17 @@ def is_experts(module: nn.Module) -> bool:
     return hasattr(module, "_apply_gate") and hasattr(module, "is_transposed") and hasattr(module, "down_proj")
 
 
-def packings(model: PreTrainedModel, wanted: Quantization, read: Set[nn.Module]) -> Mapping[str, Packing]:
+def packings(
+    model: PreTrainedModel, wanted: Quantization, read: Set[nn.Module], order: str | None = None
+) -> Mapping[str, Packing]:
     """How each weight is packed, by its parameter's name: those of linear layers and experts, but what `wanted`
     ignores, what modules share, and `read`, whose weights are read by others than their own forward.
 
-    Raises UserError where groups do not divide a weight's width, or an expression is none.
+    Args:
+        order: of the values; None: that of what they are multiplied in.
+
+    Raises:
+        UserError: groups do not divide a weight's width, or an expression is none.
     """
     ignored = _Ignored(wanted.ignore)
     found = {name: weight for name, weight in _weights(model, read) if not ignored(name.rpartition(".")[0])}
@@ -38,7 +44,9 @@ def packings(model: PreTrainedModel, wanted: Quantization, read: Set[nn.Module])
     group = _group(wanted, widths)
     has_zeros = wanted.bits == 4
     return {
-        name: Packing(wanted.bits, group, wanted.activations, "bfloat16", has_zeros, turned)
+        name: Packing(
+            wanted.bits, group, order or wanted.activations, "bfloat16", has_zeros, turned, wanted.activations == "int8"
+        )
         for name, (_, turned) in found.items()
     }
 

@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 
 from flexgen_lite.model.packing import Packing
 from flexgen_lite.workers import simd
-from flexgen_lite.workers.compute import product_amx
+from flexgen_lite.workers.compute import product_amx, unpacked_weights
 from flexgen_lite.workers.compute.product_weights import segments, serves_width, weights_of_bits
 from flexgen_lite.workers.compute.unpacked_weights import PackedBits, multiplied, rounded, unpacked
 from flexgen_lite.workers.model.weight_map import packed_weights
@@ -99,7 +99,7 @@ def test_in_whole_numbers(bits: int, has_zeros: bool) -> None:
     """Exact but for sums of float32, of rows that are rounded group by group."""
     for columns, width, group in SHAPES:
         for scale_dtype, count in (("bfloat16", 1), ("float32", 3)):
-            packing = Packing(bits, group, "int8", scale_dtype, has_zeros)
+            packing = Packing(bits, group, "int8", scale_dtype, has_zeros, rounds_rows=True)
             shape = (count, columns, width)
             memory, weights_ENK = made(shape, group, packing)
             weights = weights_of_bits(memory, packing, shape)
@@ -125,15 +125,25 @@ def test_rounding_of_rows() -> None:
     assert rounded(x_TK, 16)[0, 18:].tolist() == [0.0] * 14  # ties to even
 
 
+@pytest.mark.parametrize("rounds_rows", [False, True])
 @pytest.mark.parametrize("order", ["bfloat16", "int8"])
-def test_where_no_kernel_serves(order: str) -> None:
-    packing = Packing(4, 32, order, "bfloat16", True)
-    memory, weights_ENK = made((2, 70, 96), 32, packing)
-    module = nn.Module()
-    packed_weights(module)["weight"] = memory
-    bits = PackedBits(module, "weight", packing, (2, 70, 96), torch.float32)
-    assert bits.ours() is None
-    x_TK, bias_N = torch.randn(5, 96), torch.randn(70)
-    rows_TK = rounded(x_TK, 32) if order == "int8" else x_TK
-    expected = rows_TK @ weights_ENK[1].t() + bias_N
-    assert torch.allclose(multiplied(linear, x_TK, bits, 1, bias_N), expected, atol=1e-4)
+@pytest.mark.parametrize("has_zeros", [False, True])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_where_no_kernel_serves(
+    bits: int, has_zeros: bool, order: str, rounds_rows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unpacked_weights, "SLAB_BYTES", 64 * 1024)  # some of the shapes in several slabs
+    for columns, width, group in SHAPES:
+        for scale_dtype in ("bfloat16", "float32"):
+            packing = Packing(bits, group, order, scale_dtype, has_zeros, rounds_rows=rounds_rows)
+            memory, weights_ENK = made((2, columns, width), group, packing)
+            module = nn.Module()
+            packed_weights(module)["weight"] = memory
+            weight = PackedBits(module, "weight", packing, (2, columns, width), torch.float32)
+            assert weight.ours() is None
+            x_TK, bias_N = torch.randn(5, width), torch.randn(columns)
+            rows_TK = rounded(x_TK, group) if rounds_rows else x_TK
+            expected = rows_TK.double() @ weights_ENK[1].double().t() + bias_N
+            magnitude = rows_TK.double().abs() @ weights_ENK[1].double().abs().t() + 1
+            error = (multiplied(linear, x_TK, weight, 1, bias_N).double() - expected).abs()
+            assert bool((error <= magnitude * 2**-18).all())
