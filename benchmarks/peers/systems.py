@@ -86,24 +86,19 @@ def _batch_sizes(workload: Workload) -> list[int]:
     return sorted({min(size, workload.num_prompts) for size in (64, 32, 16, 8)}, reverse=True)[:3]
 
 
+OPENVINO_FAMILIES = ("opt", "llama", "qwen3_moe")  # those of the shapes' that optimum-intel converts
 GGUF_FAMILIES = ("llama", "olmoe", "qwen3_moe")  # those that `convert_llama_cpp` writes
 SYSTEMS = {
     system.name: system
     for system in (
         System("ours", "flexgen-lite", "", "run_ours", "checkpoint", _ours),
-        System(
-            "ours-int8", "flexgen-lite, int8 weights", "", "run_ours", "checkpoint", _ours_with(quantization="int8")
-        ),
-        System(
-            "ours-w8a8",
-            "flexgen-lite, int8 weights and activations",
-            "",
-            "run_ours",
-            "checkpoint",
-            _ours_with(quantization="int8", activations="int8"),
-        ),
-        System(
-            "ours-int4", "flexgen-lite, int4 weights", "", "run_ours", "checkpoint", _ours_with(quantization="int4")
+        *(
+            System(name, f"flexgen-lite, {title}", "", "run_ours", "checkpoint", _ours_with(**keys))
+            for name, title, keys in (
+                ("ours-int8", "int8 weights", {"quantization": "int8"}),
+                ("ours-w8a8", "int8 weights and activations", {"quantization": "int8", "activations": "int8"}),
+                ("ours-int4", "int4 weights", {"quantization": "int4"}),
+            )
         ),
         System(
             "transformers", "Transformers generate", "transformers", "run_transformers", "checkpoint", _transformers
@@ -117,9 +112,14 @@ SYSTEMS = {
             _accelerate,
             only_in_memory_group=True,
         ),
-        System("openvino", "OpenVINO GenAI, bf16", "openvino", "run_openvino", "openvino", _openvino),
-        System("openvino-int8", "OpenVINO GenAI, int8 weights", "openvino", "run_openvino", "openvino-int8", _openvino),
-        System("openvino-int4", "OpenVINO GenAI, int4 weights", "openvino", "run_openvino", "openvino-int4", _openvino),
+        *(
+            System(name, title, "openvino", "run_openvino", name, _openvino, families=OPENVINO_FAMILIES)
+            for name, title in (
+                ("openvino", "OpenVINO GenAI, bf16"),
+                ("openvino-int8", "OpenVINO GenAI, int8 weights"),
+                ("openvino-int4", "OpenVINO GenAI, int4 weights"),
+            )
+        ),
         System(
             "ctranslate2",
             "CTranslate2, int8",
