@@ -94,6 +94,8 @@ def _qwen3_moe(
         "max_position_embeddings": 40960,
         "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},
         "vocab_size": 151936,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,  # OpenVINO GenAI wants one
     }
     return Shape(name, "qwen3_moe", config, group_bytes)
 

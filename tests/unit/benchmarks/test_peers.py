@@ -26,6 +26,7 @@ def small(name: str) -> Shape:
     """A tiny shape with fewer of everything."""
     shape = SHAPES[name]
     few = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2}
+    few |= {"bos_token_id": 1, "eos_token_id": 2}
     return dataclasses.replace(shape, config={**shape.config, **few})
 
 
