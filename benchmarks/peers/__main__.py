@@ -47,8 +47,10 @@ def main() -> None:
         tune_again=args.tune_again,
         given_options=parse_options(args.options),
         make_reference=not args.no_reference,
-        keys={name: f"{conditions['processor']} {found[name]}" for name in args.systems if name != "ours"}
-        | {"ours": f"{conditions['processor']} {conditions['commit']}"},
+        keys={
+            name: f"{conditions['processor']} {found[name] if SYSTEMS[name].environment else conditions['commit']}"
+            for name in args.systems
+        },
     )
     args.results.mkdir(parents=True, exist_ok=True)
     files = report.new_files(args.results, f"{datetime.date.today().isoformat()}-{args.name}")

@@ -1,4 +1,4 @@
-"""A checkpoint as an OpenVINO model: CHECKPOINT FOLDER {bf16,int8}; runs in OpenVINO's environment."""
+"""A checkpoint as an OpenVINO model: CHECKPOINT FOLDER {bf16,int8,int4}; runs in OpenVINO's environment."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ from pathlib import Path
 
 from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
 
+WEIGHTS = {
+    "bf16": None,
+    "int8": OVWeightQuantizationConfig(bits=8),
+    "int4": OVWeightQuantizationConfig(bits=4, group_size=32),
+}
+
 
 def convert(checkpoint: str, folder: str, weights: str) -> None:
-    quantisation = OVWeightQuantizationConfig(bits=8) if weights == "int8" else None
     model = OVModelForCausalLM.from_pretrained(
-        checkpoint, export=True, compile=False, load_in_8bit=False, quantization_config=quantisation, dtype="auto"
+        checkpoint, export=True, compile=False, load_in_8bit=False, quantization_config=WEIGHTS[weights], dtype="auto"
     )
     model.save_pretrained(folder)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from benchmarks.peers.commands import run_command
 
+TILE_CONFIG = Path(__file__).with_name("tile_config.h")
 REQUIREMENTS = {
     "transformers": ["torch==2.13.0", "transformers==5.23.0", "accelerate==1.15.0"],
     "openvino": [
@@ -19,7 +20,8 @@ REQUIREMENTS = {
     "llama-cpp": ["llama-cpp-python==0.3.36", "gguf==0.19.0", "safetensors==0.8.0", "ml-dtypes"],
 }
 # llama.cpp is compiled for this processor.
-BUILD = {"llama-cpp": {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DLLAMA_CURL=OFF"}}
+FOR_LLAMA_CPP = f"-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DLLAMA_CURL=OFF -DCMAKE_CXX_FLAGS=-include{TILE_CONFIG}"
+BUILD = {"llama-cpp": {"CMAKE_ARGS": FOR_LLAMA_CPP}}
 # A dependency that language models do not use, and whose builds for CUDA break the import beside PyTorch for CPUs.
 UNWANTED = {"openvino": ["torchvision"]}
 REPORTED = (

@@ -18,7 +18,7 @@ class System:
     script: str  # module in this package
     model_format: str  # key of `models.FORMATS`; "checkpoint": as it is
     options: Callable[[Workload, Shape], list[Options]]
-    families: tuple[str, ...] = ("opt", "llama")
+    families: tuple[str, ...] = ("opt", "llama", "olmoe", "qwen3_moe")
     only_in_memory_group: bool = False
 
     def refusal(self, workload: Workload, shape: Shape) -> str | None:
@@ -38,6 +38,11 @@ def _ours(workload: Workload, shape: Shape) -> list[Options]:
         {"dtype": "bfloat16", "max_sequences": workload.num_prompts, "max_model_len": length},
         {"dtype": "bfloat16", "max_sequences": workload.num_prompts, "max_model_len": length, "layer_slots": 2},
     ]
+
+
+def _ours_with(**keys: str) -> Callable[[Workload, Shape], list[Options]]:
+    """Ours with further keys of its configuration."""
+    return lambda workload, shape: [{**options, **keys} for options in _ours(workload, shape)]
 
 
 def _transformers(workload: Workload, shape: Shape) -> list[Options]:
@@ -81,10 +86,20 @@ def _batch_sizes(workload: Workload) -> list[int]:
     return sorted({min(size, workload.num_prompts) for size in (64, 32, 16, 8)}, reverse=True)[:3]
 
 
+OPENVINO_FAMILIES = ("opt", "llama", "qwen3_moe")  # those of the shapes' that optimum-intel converts
+GGUF_FAMILIES = ("llama", "olmoe", "qwen3_moe")  # those that `convert_llama_cpp` writes
 SYSTEMS = {
     system.name: system
     for system in (
         System("ours", "flexgen-lite", "", "run_ours", "checkpoint", _ours),
+        *(
+            System(name, f"flexgen-lite, {title}", "", "run_ours", "checkpoint", _ours_with(**keys))
+            for name, title, keys in (
+                ("ours-int8", "int8 weights", {"quantization": "int8"}),
+                ("ours-w8a8", "int8 weights and activations", {"quantization": "int8", "activations": "int8"}),
+                ("ours-int4", "int4 weights", {"quantization": "int4"}),
+            )
+        ),
         System(
             "transformers", "Transformers generate", "transformers", "run_transformers", "checkpoint", _transformers
         ),
@@ -97,9 +112,30 @@ SYSTEMS = {
             _accelerate,
             only_in_memory_group=True,
         ),
-        System("openvino", "OpenVINO GenAI, bf16", "openvino", "run_openvino", "openvino", _openvino),
-        System("openvino-int8", "OpenVINO GenAI, int8 weights", "openvino", "run_openvino", "openvino-int8", _openvino),
-        System("ctranslate2", "CTranslate2, int8", "ctranslate2", "run_ctranslate2", "ctranslate2-int8", _ctranslate2),
-        System("llama-cpp", "llama.cpp, bf16", "llama-cpp", "run_llama_cpp", "gguf", _llama_cpp, families=("llama",)),
+        *(
+            System(name, title, "openvino", "run_openvino", name, _openvino, families=OPENVINO_FAMILIES)
+            for name, title in (
+                ("openvino", "OpenVINO GenAI, bf16"),
+                ("openvino-int8", "OpenVINO GenAI, int8 weights"),
+                ("openvino-int4", "OpenVINO GenAI, int4 weights"),
+            )
+        ),
+        System(
+            "ctranslate2",
+            "CTranslate2, int8",
+            "ctranslate2",
+            "run_ctranslate2",
+            "ctranslate2-int8",
+            _ctranslate2,
+            families=("opt", "llama"),
+        ),
+        *(
+            System(name, title, "llama-cpp", "run_llama_cpp", model_format, _llama_cpp, families=GGUF_FAMILIES)
+            for name, title, model_format in (
+                ("llama-cpp", "llama.cpp, bf16", "gguf"),
+                ("llama-cpp-q8_0", "llama.cpp, Q8_0", "gguf-q8_0"),
+                ("llama-cpp-q4_0", "llama.cpp, Q4_0", "gguf-q4_0"),
+            )
+        ),
     )
 }
