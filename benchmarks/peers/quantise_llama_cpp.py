@@ -15,6 +15,7 @@ FILE_TYPES = {
     "q4_0": c.LLAMA_FTYPE_MOSTLY_Q4_0,
     "q4_k_m": c.LLAMA_FTYPE_MOSTLY_Q4_K_M,
 }
+BF16 = 30  # of ggml's types, which the bindings do not name
 
 
 def quantise(source: str, file: str, kind: str) -> None:
@@ -23,7 +24,7 @@ def quantise(source: str, file: str, kind: str) -> None:
     params.nthread = len(os.sched_getaffinity(0))
     params.ftype = FILE_TYPES[name]
     if dash:
-        params.output_tensor_type = params.token_embedding_type = c.GGML_TYPE_BF16
+        params.output_tensor_type = params.token_embedding_type = BF16
     code = c.llama_model_quantize(source.encode(), file.encode(), params)
     if code:
         raise RuntimeError(f"llama_model_quantize returned {code}")
