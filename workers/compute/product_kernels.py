@@ -29,7 +29,7 @@ from flexgen_lite.workers.compute import product_tiles as tiles
 from flexgen_lite.workers.compute.prefill_packing import OPTIONS
 from flexgen_lite.workers.compute.product_byte_kernels import multiply_in_bytes, round_row
 from flexgen_lite.workers.compute.product_bytes import GROUP_FIELDS
-from flexgen_lite.workers.compute.product_panels import BYTES8, PACKED, kernel, panel_of
+from flexgen_lite.workers.compute.product_panels import PACKED, kernel, panel_of
 from flexgen_lite.workers.compute.product_scratch import PASS_ROWS, first_row, num_passes, scratch_at
 from flexgen_lite.workers.compute.product_tiles import COLUMNS, LINE, ROW, STEP
 from flexgen_lite.workers.kernel_cache import from_cache
@@ -288,51 +288,75 @@ def _beginning(call, item, spans):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _multiply_item(call, segment, block, last, following, at):  # type: ignore[no-untyped-def]
-    """Blocks up to `last`; `following` is where the next item begins, `at` the thread's scratch memory."""
-    weight = segment.weight
-    while block < last:
-        ahead = _block_address(call, weight, block + 1) if block + 1 < last else following
-        if call.storage >= BYTES8:
-            multiply_in_bytes(call, weight, block, ahead, segment.rows, at)
-        elif call.tiles != 0:
-            _multiply_in_tiles(call, weight, block, ahead, segment.rows, at)
-        else:
-            _multiply_in_vectors(call, weight, block, ahead, segment.rows, at)
-        _write(call, segment, block, at.sums, at.line)
-        block += 1
+def _pack_segment(call, segment, at):  # type: ignore[no-untyped-def]
+    if call.tiles != 0:
+        _pack_row_tiles(call, segment, at.words)
+    else:
+        _pack_rows(call, segment, at.words, at.line)
+
+
+@kernel
+def _multiply_block(call, weight, block, following, rows, at):  # type: ignore[no-untyped-def]
+    if call.tiles != 0:
+        _multiply_in_tiles(call, weight, block, following, rows, at)
+    else:
+        _multiply_in_vectors(call, weight, block, following, rows, at)
+
+
+def _part_of(pack_segment: Any, multiply_block: Any) -> Any:
+    """One thread's part, with these two."""
+
+    @kernel
+    def multiply_item(call, segment, block, last, following, at):  # type: ignore[no-untyped-def]
+        """Blocks up to `last`; `following` is where the next item begins, `at` the thread's scratch memory."""
+        weight = segment.weight
+        while block < last:
+            ahead = _block_address(call, weight, block + 1) if block + 1 < last else following
+            multiply_block(call, weight, block, ahead, segment.rows, at)
+            _write(call, segment, block, at.sums, at.line)
+            block += 1
+
+    @kernel
+    def part(address):  # type: ignore[no-untyped-def]
+        call = _call(address)
+        base = call.scratch + simd.fetch_add(address) * call.scratch_bytes
+        at = scratch_at(base, call.most_rows, call.steps, call.chunk, call.storage, call.group)
+        blocks = (call.columns + COLUMNS - 1) // COLUMNS
+        spans = (blocks + call.span - 1) // call.span
+        items, packed = call.num_segments * spans, -1
+        item = simd.fetch_add(address + 8)
+        if item >= items:
+            return
+        if call.tiles != 0:
+            _configure(call.tiles)
+        while item < items:
+            following = simd.fetch_add(address + 8)
+            segment = _segment(call.segments + item // spans * SEGMENT_BYTES)
+            if item // spans != packed:
+                packed = item // spans
+                pack_segment(call, segment, at)
+            block = item % spans * call.span
+            ahead = _beginning(call, min(following, items - 1), spans)
+            multiply_item(call, segment, block, min(block + call.span, blocks), ahead, at)
+            item = following
+        if call.tiles != 0:
+            _release()
+
+    return part
+
+
+_part = _part_of(_pack_segment, _multiply_block)
+_part_in_bytes = _part_of(_pack_bytes, multiply_in_bytes)
 
 
 def multiply(address: int) -> None:
     """One thread's part."""
-    call = _call(address)
-    base = call.scratch + simd.fetch_add(address) * call.scratch_bytes
-    at = scratch_at(base, call.most_rows, call.steps, call.chunk, call.storage, call.group)
-    blocks = (call.columns + COLUMNS - 1) // COLUMNS
-    spans = (blocks + call.span - 1) // call.span
-    items, packed = call.num_segments * spans, -1
-    item = simd.fetch_add(address + 8)
-    if item >= items:
-        return
-    if call.tiles != 0:
-        _configure(call.tiles)
-    while item < items:
-        following = simd.fetch_add(address + 8)
-        segment = _segment(call.segments + item // spans * SEGMENT_BYTES)
-        if item // spans != packed:
-            packed = item // spans
-            if call.storage >= BYTES8:
-                _pack_bytes(call, segment, at)
-            elif call.tiles != 0:
-                _pack_row_tiles(call, segment, at.words)
-            else:
-                _pack_rows(call, segment, at.words, at.line)
-        block = item % spans * call.span
-        ahead = _beginning(call, min(following, items - 1), spans)
-        _multiply_item(call, segment, block, min(block + call.span, blocks), ahead, at)
-        item = following
-    if call.tiles != 0:
-        _release()
+    _part(address)
+
+
+def multiply_bytes(address: int) -> None:
+    """The same with weights in the order for int8."""
+    _part_in_bytes(address)
 
 
 def pack(address: int) -> None:
@@ -349,6 +373,6 @@ def pack(address: int) -> None:
 
 
 @cache
-def compiled() -> tuple[Any, Any]:
-    """`multiply` and `pack` as C functions, `void f(CALL *)`, to be run by every thread."""
-    return from_cache(lambda: tuple(cfunc(types.void(types.int64), cache=True, **OPTIONS)(f) for f in (multiply, pack)))
+def compiled(function: Any) -> Any:
+    """One of `multiply`, `multiply_bytes` and `pack` as a C function, `void f(CALL *)`, to be run by every thread."""
+    return from_cache(lambda: cfunc(types.void(types.int64), cache=True, **OPTIONS)(function))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any
@@ -109,8 +109,9 @@ class Weights:
         chunk = _chunk(steps, FEW_ROWS_CHUNK if is_unpacked and most_rows <= FEW_ROWS else CHUNK)
         scratch_bytes = scratch(0, most_rows, steps, chunk, self.storage, self.group).end
         blocks = -(-self.columns // COLUMNS)
+        in_bytes = self.storage in (BYTES8, BYTES4)
         _call(
-            0, threads, scratch_bytes,
+            product_kernels.multiply_bytes if in_bytes else product_kernels.multiply, threads, scratch_bytes,
             x=x.data_ptr(), x_rows=_address(x_rows), y=output.data_ptr(), y_rows=_address(y_rows),
             segments=parts.ctypes.data, num_segments=len(parts),
             weights=self.address, weight_bytes=_weight_bytes(self.storage, self.columns, self.width),
@@ -118,7 +119,7 @@ class Weights:
             bias=_address(bias), storage=self.storage, step_bytes=STEP_BYTES.get(self.storage, 0),
             columns=self.columns, steps=steps, chunk=chunk,
             span=max(1, min(MAX_SPAN, len(parts) * blocks // (8 * threads))),
-            most_rows=most_rows, tiles=amx.CONFIG if amx.allowed() else 0,
+            most_rows=most_rows, tiles=amx.CONFIG if amx.allowed() and not in_bytes else 0,
         )  # fmt: skip
 
     def pack(self) -> Weights:
@@ -126,17 +127,17 @@ class Weights:
         assert self.storage == ROWS and fills_panels(self.columns)
         steps = self.width // 2
         _call(
-            1, torch.get_num_threads(), 2 * self.width * COLUMNS + LANES * ROW,
+            product_kernels.pack, torch.get_num_threads(), 2 * self.width * COLUMNS + LANES * ROW,
             weights=self.address, storage=ROWS, columns=self.count * self.columns, steps=steps, chunk=steps,
         )  # fmt: skip
         return self.in_panels()
 
 
-def _call(function: int, threads: int, scratch_bytes: int, **fields: int) -> None:
+def _call(function: Callable[[int], None], threads: int, scratch_bytes: int, **fields: int) -> None:
     """Runs one of the kernels on `threads` threads."""
     fields |= {"scratch": prefill_cpu.scratch_address(threads * scratch_bytes), "scratch_bytes": scratch_bytes}
     _FIELDS.pack_into(_record, 0, *(fields.get(name, 0) for name in _NAMES))
-    prefill_cpu.parallel()(_functions()[function], _record_address, threads, 0)
+    prefill_cpu.parallel()(_address_of(function), _record_address, threads, 0)
 
 
 _NAMES = CALL.names or ()
@@ -205,9 +206,8 @@ def _weight_bytes(storage: int, columns: int, width: int) -> int:
 
 
 @cache
-def _functions() -> tuple[ctypes.c_void_p, ctypes.c_void_p]:
-    multiply, pack = product_kernels.compiled()
-    return ctypes.c_void_p(multiply.address), ctypes.c_void_p(pack.address)
+def _address_of(function: Callable[[int], None]) -> ctypes.c_void_p:
+    return ctypes.c_void_p(product_kernels.compiled(function).address)
 
 
 def _chunk(steps: int, most: int) -> int:
