@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexgen_lite.model.checkpoint import Checkpoint, check_config, open_checkpoint
+from flexgen_lite.model.compressed_tensors import StoredQuantization
 from flexgen_lite.model.files import CheckpointError, check_files, is_there
 from flexgen_lite.model.spec import ModelSpec
 from flexgen_lite.wire.worker_messages import OpenModel
@@ -24,7 +25,7 @@ from flexgen_lite.workers.compute.latents import projections
 from flexgen_lite.workers.compute.products import Products
 from flexgen_lite.workers.compute.trial import find_text_path, outside
 from flexgen_lite.workers.model import builder as model_builder
-from flexgen_lite.workers.model.quantization import packings
+from flexgen_lite.workers.model.quantization import holds_bits, packings
 from flexgen_lite.workers.model.tokenizer import TOKENIZER_FILES, ModelTokenizer, open_tokenizer
 from flexgen_lite.workers.model.weight_map import Binding, map_weights
 from flexgen_lite.workers.serve import UserError, first_line
@@ -63,7 +64,7 @@ def open_model(order: OpenModel, device: Device, run_dir: str) -> OpenedModel:
 
 
 def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> OpenedModel:
-    check_config(directory)
+    stored = check_config(directory)
     check_files(directory, (*TOKENIZER_FILES, "generation_config.json"))
     config = model_builder.load_config(directory)
     attention_call.register()
@@ -73,15 +74,18 @@ def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> Op
     is_known = config.model_type in probe.TESTED_TYPES and not order.always_probe
     keeps_latents = is_known or probe.prove(config)
     checkpoint = None if order.load_format == "dummy" else open_checkpoint(directory)
+    _check_quantization(order, stored)
     dtype = _dtype(order.dtype, config, checkpoint, device)
     model = model_builder.build(config, dtype)
     path = find_text_path(model, keeps_latents)
     layers, text = path.layers, model_builder.text_config(config)
     read = projections(model.modules())
-    if order.activations == "int8" and order.quantization is None:
-        raise UserError("activations=int8 needs weights in few bits: give quantization as well, int8 or int4")
-    packed = packings(model, order.quantization, read) if order.quantization is not None else {}
-    units, warnings = map_weights(model, layers, checkpoint, dtype, path.unused, packed)
+    wanted = packings(model, order.quantization, read) if order.quantization is not None else {}
+    products_in = "int8" if order.activations == "int8" else "bfloat16"
+    units, warnings = map_weights(
+        model, layers, checkpoint, dtype, path.unused, wanted, holds_bits(model, read), products_in
+    )
+    packed = {tensor.name: tensor.packing for unit in units for tensor in unit.tensors if tensor.packing is not None}
     limit, warning = model_builder.max_length(text, path.has_indexers)
     tokenizer = open_tokenizer(directory, run_dir)
     if order.max_model_len is not None and order.max_model_len > limit:
@@ -108,10 +112,32 @@ def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> Op
         held_bytes=path.held_bytes,
         pass_bytes=path.pass_bytes,
         head_copy_bytes=products.copied_bytes(outside(model, layers)),
-        warnings=(*warnings, *([warning] if warning else []), *tokenizer.warnings),
+        warnings=(*warnings, *_rounding(stored, order), *([warning] if warning else []), *tokenizer.warnings),
     )
     binding, head = Binding(model, layers, units), Head(model, layers)
     return OpenedModel(model, layers, binding, products, head, spec, tokenizer)
+
+
+def _check_quantization(order: OpenModel, stored: StoredQuantization | None) -> None:
+    """Raises UserError where weights are in few bits already, or ought to be."""
+    if stored is not None and order.quantization is not None:
+        raise UserError(
+            f"quantization: the checkpoint in {order.model} is quantised already: leave the key out, or give the "
+            "unquantised model"
+        )
+    if stored is not None and order.load_format == "dummy":
+        raise UserError(
+            f"load_format=dummy: the checkpoint in {order.model} is quantised: give the config.json of the unquantised "
+            "model, and quantization with it"
+        )
+    if order.activations == "int8" and order.quantization is None and stored is None:
+        raise UserError("activations=int8 needs weights in few bits: give quantization as well, int8 or int4")
+
+
+def _rounding(stored: StoredQuantization | None, order: OpenModel) -> list[str]:
+    if stored is None or not stored.rounds_activations or order.activations == "int8":
+        return []
+    return ["the checkpoint is meant for activations in few bits; they are not rounded here"]
 
 
 def fingerprint(opened: OpenedModel) -> str:
