@@ -7,12 +7,12 @@ where it is not symmetric, `X.weight_zero_point` (stored_tensor.py says how they
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from flexgen_lite.model.files import CheckpointError
-from flexgen_lite.model.packing import STEP
+from flexgen_lite.model.packing import STEP, Packing
 from flexgen_lite.model.stored_tensor import StoredBits, StoredTensor
 from flexgen_lite.text.shown import shown, shown_text
 
@@ -168,3 +168,22 @@ def _names(target: str, layer: str) -> bool:
 
 def _is_class(target: str) -> bool:
     return not target.startswith("re:") and "." not in target
+
+
+def section_of(packing: Packing, ignored: Sequence[str]) -> dict[str, Any]:
+    """The `quantization_config` of a checkpoint whose linear layers, but those `ignored`, are packed alike."""
+    weights = {
+        "num_bits": packing.bits, "type": "int", "symmetric": not packing.has_zeros, "strategy": "group",
+        "group_size": packing.group, "block_structure": None, "dynamic": False, "actorder": None, "observer": None,
+        "observer_kwargs": {},
+    }  # fmt: skip
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    return {
+        "quant_method": METHOD,
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": list(ignored),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }

@@ -53,7 +53,7 @@ class OpenedModel:
 def open_model(order: OpenModel, device: Device, run_dir: str) -> OpenedModel:
     """Raises UserError or CheckpointError, whatever is in the model's directory: all of it is the user's."""
     try:
-        return _open(order, _directory(order.model), device, run_dir)
+        return _open(order, model_directory(order.model), device, run_dir)
     except (UserError, CheckpointError):
         raise
     except Exception as error:  # Transformers raises whatever its code runs into
@@ -162,7 +162,8 @@ def _widest(layers: Sequence[nn.Module], experts: int) -> int:
     return max(max(p.shape[-2:]) * experts if p.dim() == 3 else p.shape[0] for p in parameters)
 
 
-def _directory(model: str) -> Path:
+def model_directory(model: str) -> Path:
+    """Of a directory, or of a model on the hub. Raises UserError where there is none."""
     path = Path(model)
     if path.is_dir():
         return path
