@@ -10,7 +10,11 @@ from flexgen_lite.cli.terminal import signals_interrupt
 from flexgen_lite.model.quantization import IGNORED, Quantization
 from flexgen_lite.text.sizes import format_size
 
-_KEYS = {"quantization_group_size=": "--group-size ", "quantization_ignore": "--ignore"}
+_KEYS = {
+    "quantization_group_size=": "--group-size ",
+    "quantization_ignore": "--ignore",
+    "leave `quantization` out": "use it as it is, or ignore less",
+}
 
 
 def write_quantized(
@@ -39,11 +43,16 @@ def write_quantized(
             made = quantize(model_directory(model), output, wanted, console.interval, told)
     except UserError as error:
         raise ValueError(_as_flags(str(error))) from error
+    if made.has_zero_experts:
+        console.warn(
+            "experts of 4 bits have zeros, which vLLM and Transformers do not read (dense layers' they do): for those, "
+            "write int8"
+        )
     text = (
-        f"{output}: {made.num_layers} weights in {bits} bits, {format_size(made.num_bytes)} instead of "
+        f"{output}: {made.num_weights} weights in {bits} bits, {format_size(made.num_bytes)} instead of "
         f"{format_size(made.source_bytes)}"
     )
-    values = {"num_bytes": made.num_bytes, "source_bytes": made.source_bytes, "num_weights": made.num_layers}
+    values = {"num_bytes": made.num_bytes, "source_bytes": made.source_bytes, "num_weights": made.num_weights}
     console.done(f"{text}; it was there already" if made.is_old else text, values)
 
 

@@ -32,6 +32,7 @@ from flexgen_lite.workers.serve import UserError
 BEGUN = "quantize.part.json"
 """In a directory that is not finished: what is being made there."""
 PART = ".part"
+MAX_BYTES = 4_000_000_000  # of a file, but for a tensor that is larger
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
 
 Told = Callable[[int, int], None]
@@ -41,8 +42,9 @@ Told = Callable[[int, int], None]
 class Written:
     num_bytes: int  # of the new weights
     source_bytes: int
-    num_layers: int  # that are in few bits
+    num_weights: int  # that are in few bits
     is_old: bool  # all was there already
+    has_zero_experts: bool  # others than this engine may not read it
 
 
 def quantize(source: Path, target: Path, wanted: Quantization, interval: float, told: Told) -> Written:
@@ -56,15 +58,16 @@ def quantize(source: Path, target: Path, wanted: Quantization, interval: float, 
     """
     found = open_source(source, wanted)
     digest = _digest(found, wanted)
-    shards = plan_shards(found.items, digest)
+    shards = plan_shards(found.items, digest, MAX_BYTES)
     written = Written(
         sum(shard.num_bytes for shard in shards),
         sum(item.source.num_bytes for item in found.items),
         sum(item.packing is not None for item in found.items),
-        False,
+        _is_done(target, shards),
+        found.has_experts and found.packing.has_zeros,
     )
-    if _is_done(target, shards):
-        return Written(written.num_bytes, written.source_bytes, written.num_layers, True)
+    if written.is_old:
+        return written
     with _claimed(target, digest, found):
         missing = [shard for shard in shards if not _is_whole(target / shard.name, shard)]
         others = _other_files(found)

@@ -12,7 +12,6 @@ from flexgen_lite.model.packing import Packing
 from flexgen_lite.model.spec import ITEM_BYTES
 from flexgen_lite.model.stored_tensor import StoredTensor
 
-MAX_BYTES = 4_000_000_000  # of a file, but for a tensor that is larger
 ALIGN = 8
 _DTYPES = {
     "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int64": "I64", "int32": "I32", "uint8": "U8",
@@ -70,8 +69,8 @@ class Shard:
     num_bytes: int
 
 
-def plan_shards(items: Iterable[Item], digest: str, max_bytes: int = MAX_BYTES) -> list[Shard]:
-    """Files for `items`, in their order."""
+def plan_shards(items: Iterable[Item], digest: str, max_bytes: int) -> list[Shard]:
+    """Files for `items`, in their order, of at most `max_bytes` each, but where one item takes more."""
     runs: list[list[Item]] = [[]]
     size = 0
     for item in items:

@@ -19,7 +19,7 @@ from flexgen_lite.workers.compute.latents import projections
 from flexgen_lite.workers.compute.trial import find_text_path
 from flexgen_lite.workers.conversion.shards import Item
 from flexgen_lite.workers.model import builder
-from flexgen_lite.workers.model.quantization import packings
+from flexgen_lite.workers.model.quantization import is_experts, packings
 from flexgen_lite.workers.model.weight_map import map_weights
 from flexgen_lite.workers.serve import UserError
 
@@ -34,6 +34,7 @@ class SourceModel:
         packing: of those that are packed.
         ignored: the layers that are not, by their modules' names; where a module holds what are several layers in the
             checkpoint, by the names that these have there.
+        has_experts: whether experts are among what is packed.
     """
 
     directory: Path
@@ -41,6 +42,7 @@ class SourceModel:
     items: tuple[Item, ...]
     packing: Packing
     ignored: tuple[str, ...]
+    has_experts: bool
 
 
 def open_source(directory: Path, wanted: Quantization) -> SourceModel:
@@ -75,6 +77,7 @@ def open_source(directory: Path, wanted: Quantization) -> SourceModel:
         tuple(Item(stored, sources.get(stored.name)) for stored in ordered),
         next(iter(sources.values())),
         tuple(sorted(kept, key=lambda name: (order.get(name, len(order)), name))),
+        any(is_experts(model.get_submodule(name.rpartition(".")[0])) for name in packed),
     )
 
 

@@ -49,9 +49,9 @@ class ChunkOfBits:
         row_bytes = part.row_bytes(width, self.dtype)
         lines = np.ndarray((self.num_bytes // row_bytes, row_bytes), np.uint8, bounce, bounce_offset)
         if part.kind == "values":
-            word, put = order_kernels.of_values(packing)
-            steps = row_bytes // word().itemsize
-            put(_words(lines, word), _places(blocks, rows % columns, steps), values.view(word))
+            put, word, item = order_kernels.of_values(packing)
+            steps = row_bytes // item().itemsize
+            put(_words(lines, word), _places(blocks, rows % columns, steps), values.view(item))
             return
         places = _places(blocks, rows % columns, width // part.group)
         if part.kind == "scales":
