@@ -46,7 +46,9 @@ def parts_of(q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bi
         "weight_shape": torch.tensor(q.shape),
     }
     if zero is not None:
-        found["weight_zero_point"] = packed((zero + middle).numpy().T, bits).T.contiguous()
+        found["weight_zero_point"] = torch.from_numpy(
+            np.array(packed((zero + middle).numpy().T, bits).numpy().T, order="C")
+        )
     return found
 
 

@@ -96,6 +96,19 @@ def test_checkpoints_of_others(family: str, form: Form, tmp_path: Path) -> None:
     assert answers(tmp_path / "packed", prompts, layer_slots=2) == expected
 
 
+def test_quantised_projection_of_latents(tmp_path: Path) -> None:
+    """Nobody but its own forward can read it: keys and values are kept, not what they are made of."""
+    model, prompts = make_model("deepseek-v3", tmp_path / "model"), ragged_prompts(5, longest=30)
+    left = compress(model, tmp_path / "packed", Form(4, 16))
+    (tmp_path / "rounded").mkdir()
+    save_file(left, tmp_path / "rounded" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "rounded" / "config.json").write_text((model / "config.json").read_text())
+    assert answers(tmp_path / "packed", prompts) == reference_tokens(tmp_path / "rounded", prompts, 12)
+    spec, unpacked = spec_of(tmp_path / "packed"), spec_of(model)
+    assert spec.attention[0].num_kv_heads == 4 and unpacked.attention[0].num_kv_heads == 1
+    assert any("kv_b_proj" in warning for warning in spec.warnings)
+
+
 def test_layers_that_stay(tmp_path: Path) -> None:
     """Are named in config.json, and are what they were."""
     model = make_model("qwen3-moe", tmp_path / "model")
@@ -167,7 +180,7 @@ def change_section(**changes: Any) -> Callable[[Path], None]:
 
 
 def pack_embedding(tensors: dict[str, torch.Tensor]) -> None:
-    scales = tensors.pop(EMBEDDING)[:, :2]
+    scales = tensors.pop(EMBEDDING)[:, :2].contiguous()
     tensors |= {f"{EMBEDDING}_packed": torch.zeros(160, 8, dtype=torch.int32), f"{EMBEDDING}_scale": scales}
 
 

@@ -30,6 +30,10 @@ from flexgen_lite.workers.model.tokenizer import TOKENIZER_FILES, ModelTokenizer
 from flexgen_lite.workers.model.weight_map import Binding, map_weights
 from flexgen_lite.workers.serve import UserError, first_line
 
+_OF_BITS = (
+    "kv_b_proj is quantised in the checkpoint, so keys and values are kept, not the latents that they are made of: a "
+    "checkpoint that leaves it in 16 bits has room for many more tokens"
+)
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -73,11 +77,12 @@ def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> Op
     model_builder.check_sizes(directory, config)
     is_known = config.model_type in probe.TESTED_TYPES and not order.always_probe
     keeps_latents = is_known or probe.prove(config)
-    checkpoint = None if order.load_format == "dummy" else open_checkpoint(directory)
     _check_quantization(order, stored)
+    checkpoint = None if order.load_format == "dummy" else open_checkpoint(directory)
+    of_bits = keeps_latents and checkpoint is not None and _has_projections_of_bits(checkpoint)
     dtype = _dtype(order.dtype, config, checkpoint, device)
     model = model_builder.build(config, dtype)
-    path = find_text_path(model, keeps_latents)
+    path = find_text_path(model, keeps_latents and not of_bits)
     layers, text = path.layers, model_builder.text_config(config)
     read = projections(model.modules())
     wanted = packings(model, order.quantization, read) if order.quantization is not None else {}
@@ -112,7 +117,13 @@ def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> Op
         held_bytes=path.held_bytes,
         pass_bytes=path.pass_bytes,
         head_copy_bytes=products.copied_bytes(outside(model, layers)),
-        warnings=(*warnings, *_rounding(stored, order), *([warning] if warning else []), *tokenizer.warnings),
+        warnings=(
+            *warnings,
+            *_rounding(stored, order),
+            *([_OF_BITS] if of_bits else []),
+            *([warning] if warning else []),
+            *tokenizer.warnings,
+        ),
     )
     binding, head = Binding(model, layers, units), Head(model, layers)
     return OpenedModel(model, layers, binding, products, head, spec, tokenizer)
@@ -132,6 +143,11 @@ def _check_quantization(order: OpenModel, stored: StoredQuantization | None) -> 
         )
     if order.activations == "int8" and order.quantization is None and stored is None:
         raise UserError("activations=int8 needs weights in few bits: give quantization as well, int8 or int4")
+
+
+def _has_projections_of_bits(checkpoint: Checkpoint) -> bool:
+    """Whether a weight that makes keys and values of latents (latents.py) can be read by its own forward alone."""
+    return any(t.bits is not None and t.name.endswith(".kv_b_proj.weight") for t in checkpoint.tensors.values())
 
 
 def _rounding(stored: StoredQuantization | None, order: OpenModel) -> list[str]:
