@@ -109,6 +109,13 @@ def test_quantised_projection_of_latents(tmp_path: Path) -> None:
     assert any("kv_b_proj" in warning for warning in spec.warnings)
 
 
+def test_layers_that_stay_unless_others_are_named(tmp_path: Path) -> None:
+    kept = {"llama": {"lm_head"}, "qwen3-moe": {"lm_head", *(f"model.layers.{layer}.mlp.gate" for layer in range(4))}}
+    for family, names in kept.items():
+        target = written(make_model(family, tmp_path / family), 4)
+        assert set(json.loads((target / "config.json").read_text())["quantization_config"]["ignore"]) == names
+
+
 def test_layers_that_stay(tmp_path: Path) -> None:
     """Are named in config.json, and are what they were."""
     model = make_model("qwen3-moe", tmp_path / "model")
