@@ -216,7 +216,7 @@ def quantize(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a model's weights once in 8 or 4 bits, as vLLM and Transformers read them too.
+    """Write a model's weights once in 8 or 4 bits, in the format of compressed-tensors.
 
     Given the same arguments again, it goes on where it stopped.
     """

@@ -253,6 +253,11 @@ def test_where_it_cannot_be_written(packed: Path, monkeypatch: pytest.MonkeyPatc
         written(model, 4, group_size=16)
     with pytest.raises(UserError, match="is to be quantised"):
         quantize(model, model, Quantization(4), 1.0, lambda *_: None)
+    (packed / "model").mkdir()
+    with run._claimed(packed / "model", "digest", spec := run.open_source(model, Quantization(4))):  # noqa: SIM117
+        with pytest.raises(UserError, match="another process"), run._claimed(packed / "model", "digest", spec):
+            pass
     monkeypatch.setattr(run.shutil, "disk_usage", lambda path: run.shutil._ntuple_diskusage(0, 0, 1 << 20))
     with pytest.raises(UserError, match=r"its disk has 1\.0 MiB: make room"):
         written(model, 8)
+    assert not (packed.parent / "model-int8").exists()

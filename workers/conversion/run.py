@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -68,10 +69,10 @@ def quantize(source: Path, target: Path, wanted: Quantization, interval: float, 
     )
     if written.is_old:
         return written
+    others = _other_files(found)
+    _check_room(target, [shard for shard in shards if not _is_whole(target / shard.name, shard)], others)
     with _claimed(target, digest, found):
         missing = [shard for shard in shards if not _is_whole(target / shard.name, shard)]
-        others = _other_files(found)
-        _check_room(target, missing, others)
         _write_shards(found, target, missing, written.source_bytes, interval, told)
         _check_unchanged(found)
         for path in others:
@@ -101,7 +102,7 @@ def _is_whole(path: Path, shard: Shard) -> bool:
     try:
         with path.open("rb") as file:
             return os.fstat(file.fileno()).st_size == shard.num_bytes and file.read(len(shard.header)) == shard.header
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 
@@ -157,11 +158,13 @@ def _other_files(source: SourceModel) -> list[Path]:
 
 def _check_room(target: Path, missing: list[Shard], others: list[Path]) -> None:
     needed = sum(shard.num_bytes for shard in missing) + sum(path.stat().st_size for path in others) + (1 << 20)
-    free = shutil.disk_usage(target).free
+    there = next(path for path in (target.absolute(), *target.absolute().parents) if path.is_dir())
+    unfinished = sum(path.stat().st_size for path in target.glob(f"*{PART}"))
+    free = shutil.disk_usage(there).free + unfinished
     if needed > free:
         raise UserError(
-            f"{shown_path(target)}: {format_size(needed)} are needed, and its disk has {format_size(free)}: make room, "
-            "or give a directory on another disk"
+            f"{shown_path(target)}: {format_size(needed, math.ceil)} are needed, and its disk has "
+            f"{format_size(free, math.floor)}: make room, or give a directory on another disk"
         )
 
 
@@ -170,13 +173,14 @@ def _write_shards(
 ) -> None:
     done = total - sum(item.source.num_bytes for shard in shards for item in shard.items)
     files = Source(source.checkpoint.files)
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="quantize")
     try:
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="quantize") as pool:
-            for shard in shards:
-                for num_bytes in _write_shard(shard, files, target, pool, interval):
-                    told(done + num_bytes, total)
-                done += sum(item.source.num_bytes for item in shard.items)
+        for shard in shards:
+            for num_bytes in _write_shard(shard, files, target, pool, interval):
+                told(done + num_bytes, total)
+            done += sum(item.source.num_bytes for item in shard.items)
     finally:
+        pool.shutdown(cancel_futures=True)
         files.close()
 
 
