@@ -58,6 +58,10 @@ class Console:
         """How far it is: in a line, in numbers, and what the engine does."""
         self.log(text)
 
+    def share(self, text: str, values: dict[str, Any]) -> None:
+        """How far a command without an engine is."""
+        self.log(text)
+
     def done(self, text: str, values: dict[str, Any]) -> None:
         self.say(text)
 
@@ -95,6 +99,9 @@ class JsonConsole(Console):
 
     def progress(self, text: str, values: dict[str, Any], status: Status) -> None:
         self._tell("progress", **values, status=asdict(status))
+
+    def share(self, text: str, values: dict[str, Any]) -> None:
+        self._tell("progress", **values)
 
     def done(self, text: str, values: dict[str, Any]) -> None:
         self._tell("done", **values)
@@ -158,9 +165,15 @@ class LiveConsole(Console):
             new = None if total is None else total - values["earlier"]
             left = seconds_left(counters["done"], new, elapsed, self._window.rate("done"))
             batch = BatchView(values["done"], values["failed"], total, elapsed, left)
+        self._show(render(engine, batch))
+
+    def share(self, text: str, values: dict[str, Any]) -> None:
+        self._show(text)
+
+    def _show(self, view: Any) -> None:
         if not self._live.is_started:
             self._live.start()
-        self._live.update(render(engine, batch), refresh=True)
+        self._live.update(view, refresh=True)
 
 
 def make_console(quiet: bool, as_json: bool) -> Console:

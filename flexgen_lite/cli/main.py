@@ -205,6 +205,31 @@ def serve(
 
 
 @app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="Hugging Face model directory or hub id.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory to make.")],
+    quantization: Annotated[str, typer.Option(help="int8 or int4.")] = "int4",
+    group_size: Annotated[int | None, typer.Option(min=16, help="Inputs of a layer that share a scale.")] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Layers that stay: names, or regular expressions behind re:.")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a model's weights once in 8 or 4 bits, in the format of compressed-tensors.
+
+    Given the same arguments again, it goes on where it stopped.
+    """
+    from flexgen_lite.cli.console import errors_told, make_console
+    from flexgen_lite.cli.quantize import write_quantized
+
+    with make_console(quiet, as_json) as console, errors_told(console):
+        if quantization not in ("int8", "int4"):
+            raise ValueError(f"--quantization {quantization} is not allowed: give int8 or int4")
+        write_quantized(model, output, 8 if quantization == "int8" else 4, group_size, ignore, console)
+
+
+@app.command()
 def demo(
     records: Annotated[int, typer.Option(min=1, max=1_000_000, help="Number of records to label.")] = 300,
     ram: Ram = None,

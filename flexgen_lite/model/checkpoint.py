@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from flexgen_lite.model.compressed_tensors import METHOD, StoredQuantization, join_parts, read_quantization
 from flexgen_lite.model.files import CheckpointError, is_there, open_file, parse_object, read, read_json
 from flexgen_lite.model.spec import ITEM_BYTES, FileStamp
+from flexgen_lite.model.stored_tensor import StoredTensor
 from flexgen_lite.text.shown import shown, shown_names, shown_path, shown_text
 
 WEIGHTS_NAME = "model.safetensors"
@@ -47,28 +49,36 @@ _OTHER_FORMATS = (
 
 
 @dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """A tensor as it lies in a file: row-major, `num_bytes` at `offset` from the start of `files[file]`."""
-
-    name: str
-    file: int
-    offset: int
-    num_bytes: int
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Checkpoint:
+    """
+    Attributes:
+        quantization: of weights that are stored in few bits; these are in `tensors` under the names that they would
+            have without.
+    """
+
     files: tuple[str, ...]
     stamps: tuple[FileStamp, ...]  # of the files, taken before their headers were read
     tensors: dict[str, StoredTensor]
+    quantization: StoredQuantization | None = None
 
 
 def open_checkpoint(directory: str | Path) -> Checkpoint:
     """Read the headers of the model in `directory`. Raises CheckpointError."""
     directory = Path(directory).absolute()
-    check_config(directory)
+    quantization = check_config(directory)
+    found = _open_files(directory)
+    if quantization is None:
+        return found
+    tensors = join_parts(found.tensors, quantization, found.files)
+    if not any(tensor.bits for tensor in tensors.values()):
+        raise CheckpointError(
+            f"{directory}: config.json says that the checkpoint is quantised, but none of its weights is: download the "
+            "model again"
+        )
+    return Checkpoint(found.files, found.stamps, tensors, quantization)
+
+
+def _open_files(directory: Path) -> Checkpoint:
     # Transformers prefers the single file too, where both are there.
     if is_there(directory / WEIGHTS_NAME):
         return _collect((directory / WEIGHTS_NAME,), {})
@@ -77,8 +87,8 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     raise CheckpointError(_no_safetensors(directory))
 
 
-def check_config(directory: Path) -> None:
-    """Whether there is a config.json, of a model that is not quantised. Raises CheckpointError."""
+def check_config(directory: Path) -> StoredQuantization | None:
+    """Whether there is a config.json, and how its checkpoint is quantised, where it is. Raises CheckpointError."""
     if not directory.is_dir():
         raise CheckpointError(
             f"{shown_path(directory)} is not a directory: give the directory that holds the model's config.json"
@@ -90,13 +100,17 @@ def check_config(directory: Path) -> None:
     nested = config.get("text_config")
     for part in (config, nested if isinstance(nested, dict) else {}):
         quantization = part.get("quantization_config") or part.get("compression_config")
-        if quantization:
-            method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-            raise CheckpointError(
-                f"{path}: the checkpoint is quantised ({shown_text(method)}), which is not supported: use the "
-                "unquantised model, or "
-                f"dequantise it: {_SAVE_AGAIN}"
-            )
+        if not quantization:
+            continue
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+        if method == METHOD:
+            return read_quantization(quantization, str(path))
+        raise CheckpointError(
+            f"{path}: the checkpoint is quantised ({shown_text(method)}), which is not supported: use the "
+            "unquantised model, or "
+            f"dequantise it: {_SAVE_AGAIN}"
+        )
+    return None
 
 
 def _no_safetensors(directory: Path) -> str:

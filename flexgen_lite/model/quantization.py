@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 GROUPS = {8: 128, 4: 32}  # items of K with one scale, where nothing else is asked for
-IGNORED = ("lm_head", r"re:.*\.(gate|router|wg|shared_expert_gate)(\..*)?")
+IGNORED = ("lm_head", r"re:.*\.(gate|router|wg|shared_expert_gate)(\..*)?$")
 """Layers that stay in 16 bits: the head, and what chooses experts. In the manner of compressed-tensors: names, or
 regular expressions behind "re:"."""
 

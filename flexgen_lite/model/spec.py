@@ -23,12 +23,32 @@ class FileStamp:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredPart:
+    """Which part of a weight in few bits a source is (stored_tensor.py): "values", "scales" or "zeros"."""
+
+    kind: str
+    num_bits: int
+    group: int
+
+    @property
+    def rows(self) -> int:
+        """Of the weight, that share the words of one row of the source."""
+        return 32 // self.num_bits if self.kind == "zeros" else 1
+
+    def row_bytes(self, width: int, dtype: str) -> int:
+        """Of one row of the source, whose items are of `dtype`."""
+        return width * self.num_bits // 8 if self.kind == "values" else width // self.group * ITEM_BYTES[dtype]
+
+
+@dataclass(frozen=True, slots=True)
 class SourcePiece:
     """One source tensor of a checkpoint, and the part of a parameter that it fills.
 
     The source is read as `source_shape`, taken through the `views` in order, and assigned to `parameter[region]`.
     A view is a tuple whose first item is its name: ("transpose", dim0, dim1), ("reshape", *shape) or
     ("slice", dim, start, stop). An empty region means the whole parameter.
+
+    With `part` the source is a part of a weight in few bits, and `source_shape` that of the weight.
     """
 
     file: int  # index into ModelSpec.files
@@ -39,6 +59,7 @@ class SourcePiece:
     source_shape: tuple[int, ...]
     views: tuple[tuple[str | int, ...], ...] = ()
     region: tuple[tuple[int, int], ...] = ()
+    part: StoredPart | None = None
 
 
 @dataclass(frozen=True, slots=True)

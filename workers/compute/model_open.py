@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +14,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexgen_lite.model.checkpoint import Checkpoint, check_config, open_checkpoint
+from flexgen_lite.model.compressed_tensors import StoredQuantization
 from flexgen_lite.model.files import CheckpointError, check_files, is_there
-from flexgen_lite.model.packing import STEP, Packing
+from flexgen_lite.model.packing import STEP
 from flexgen_lite.model.spec import ModelSpec
 from flexgen_lite.wire.worker_messages import OpenModel
 from flexgen_lite.workers.compute import attention_call, experts, probe
@@ -26,11 +27,15 @@ from flexgen_lite.workers.compute.product_weights import serves_width
 from flexgen_lite.workers.compute.products import Products
 from flexgen_lite.workers.compute.trial import find_text_path, outside
 from flexgen_lite.workers.model import builder as model_builder
-from flexgen_lite.workers.model.quantization import packings
+from flexgen_lite.workers.model.quantization import holds_bits, packings
 from flexgen_lite.workers.model.tokenizer import TOKENIZER_FILES, ModelTokenizer, open_tokenizer
 from flexgen_lite.workers.model.weight_map import Binding, map_weights
 from flexgen_lite.workers.serve import UserError, first_line
 
+_OF_BITS = (
+    "kv_b_proj is quantised in the checkpoint, so keys and values are kept, not the latents that they are made of: a "
+    "checkpoint that leaves it in 16 bits has room for many more tokens"
+)
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -54,7 +59,7 @@ class OpenedModel:
 def open_model(order: OpenModel, device: Device, run_dir: str) -> OpenedModel:
     """Raises UserError or CheckpointError, whatever is in the model's directory: all of it is the user's."""
     try:
-        return _open(order, _directory(order.model), device, run_dir)
+        return _open(order, model_directory(order.model), device, run_dir)
     except (UserError, CheckpointError):
         raise
     except Exception as error:  # Transformers raises whatever its code runs into
@@ -65,7 +70,7 @@ def open_model(order: OpenModel, device: Device, run_dir: str) -> OpenedModel:
 
 
 def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> OpenedModel:
-    check_config(directory)
+    stored = check_config(directory)
     check_files(directory, (*TOKENIZER_FILES, "generation_config.json"))
     config = model_builder.load_config(directory)
     attention_call.register()
@@ -74,16 +79,21 @@ def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> Op
     model_builder.check_sizes(directory, config)
     is_known = config.model_type in probe.TESTED_TYPES and not order.always_probe
     keeps_latents = is_known or probe.prove(config)
+    _check_quantization(order, stored)
     checkpoint = None if order.load_format == "dummy" else open_checkpoint(directory)
+    of_bits = keeps_latents and checkpoint is not None and _has_projections_of_bits(checkpoint)
     dtype = _dtype(order.dtype, config, checkpoint, device)
     model = model_builder.build(config, dtype)
-    path = find_text_path(model, keeps_latents)
+    path = find_text_path(model, keeps_latents and not of_bits)
     layers, text = path.layers, model_builder.text_config(config)
     read = projections(model.modules())
-    if order.activations == "int8" and order.quantization is None:
-        raise UserError("activations=int8 needs weights in few bits: give quantization as well, int8 or int4")
-    packed = _packings(order, model, read, dtype, device)
-    units, warnings = map_weights(model, layers, checkpoint, dtype, path.unused, packed)
+    rounds_rows = order.activations == "int8"
+    bits_order = "int8" if rounds_rows or _unpacked_first(dtype, device) else "bfloat16"
+    wanted = packings(model, order.quantization, read, bits_order) if order.quantization is not None else {}
+    units, warnings = map_weights(
+        model, layers, checkpoint, dtype, path.unused, wanted, holds_bits(model, read), bits_order, rounds_rows
+    )
+    packed = {tensor.name: tensor.packing for unit in units for tensor in unit.tensors if tensor.packing is not None}
     limit, warning = model_builder.max_length(text, path.has_indexers)
     tokenizer = open_tokenizer(directory, run_dir)
     if order.max_model_len is not None and order.max_model_len > limit:
@@ -110,20 +120,48 @@ def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> Op
         held_bytes=path.held_bytes,
         pass_bytes=path.pass_bytes,
         head_copy_bytes=products.copied_bytes(outside(model, layers)),
-        warnings=(*warnings, *([warning] if warning else []), *tokenizer.warnings),
+        warnings=(
+            *warnings,
+            *_rounding(stored, order),
+            *([_OF_BITS] if of_bits else []),
+            *([warning] if warning else []),
+            *tokenizer.warnings,
+        ),
     )
     binding, head = Binding(model, layers, units), Head(model, layers)
     return OpenedModel(model, layers, binding, products, head, spec, tokenizer)
 
 
-def _packings(
-    order: OpenModel, model: PreTrainedModel, read: Set[nn.Module], dtype: torch.dtype, device: Device
-) -> Mapping[str, Packing]:
-    """How weights are packed: in the order of the kernels that multiply with them here."""
-    if order.quantization is None:
-        return {}
-    unpacked_first = device.torch_device.type == "cpu" and not (dtype == torch.bfloat16 and serves_width(STEP * 2))
-    return packings(model, order.quantization, read, "int8" if unpacked_first else None)
+def _unpacked_first(dtype: torch.dtype, device: Device) -> bool:
+    """Whether no kernel multiplies with weights in few bits as they lie: they are unpacked in slabs of columns then."""
+    return device.torch_device.type == "cpu" and not (dtype == torch.bfloat16 and serves_width(2 * STEP))
+
+
+def _check_quantization(order: OpenModel, stored: StoredQuantization | None) -> None:
+    """Raises UserError where weights are in few bits already, or ought to be."""
+    if stored is not None and order.quantization is not None:
+        raise UserError(
+            f"quantization: the checkpoint in {order.model} is quantised already: leave the key out, or give the "
+            "unquantised model"
+        )
+    if stored is not None and order.load_format == "dummy":
+        raise UserError(
+            f"load_format=dummy: the checkpoint in {order.model} is quantised: give the config.json of the unquantised "
+            "model, and quantization with it"
+        )
+    if order.activations == "int8" and order.quantization is None and stored is None:
+        raise UserError("activations=int8 needs weights in few bits: give quantization as well, int8 or int4")
+
+
+def _has_projections_of_bits(checkpoint: Checkpoint) -> bool:
+    """Whether a weight that makes keys and values of latents (latents.py) can be read by its own forward alone."""
+    return any(t.bits is not None and t.name.endswith(".kv_b_proj.weight") for t in checkpoint.tensors.values())
+
+
+def _rounding(stored: StoredQuantization | None, order: OpenModel) -> list[str]:
+    if stored is None or not stored.rounds_activations or order.activations == "int8":
+        return []
+    return ["the checkpoint is meant for activations in few bits; they are not rounded here"]
 
 
 def fingerprint(opened: OpenedModel) -> str:
@@ -148,7 +186,8 @@ def _widest(layers: Sequence[nn.Module], experts: int) -> int:
     return max(max(p.shape[-2:]) * experts if p.dim() == 3 else p.shape[0] for p in parameters)
 
 
-def _directory(model: str) -> Path:
+def model_directory(model: str) -> Path:
+    """Of a directory, or of a model on the hub. Raises UserError where there is none."""
     path = Path(model)
     if path.is_dir():
         return path

@@ -18,6 +18,7 @@ import numpy as np
 
 from flexgen_lite.model.files import CheckpointError
 from flexgen_lite.model.spec import ITEM_BYTES, SourcePiece, TensorSpec, UnitSpec
+from flexgen_lite.workers.loader.stored_bits import ChunkOfBits, cannot_be_read, chunks_of_bits
 from flexgen_lite.workers.loader.weight_cast import Bits, bits_type, copy_cast
 from flexgen_lite.workers.loader.weight_packing import PackedTensor
 
@@ -61,6 +62,9 @@ class Chunk:
         copy_cast(apply_views(source, self.views), self.source_dtype, target, self.target_dtype)
 
 
+AnyChunk = Chunk | ChunkOfBits
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Chunks that are read at once: `num_bytes` at `offset` of the file, both multiples of 4096."""
@@ -68,7 +72,7 @@ class Batch:
     file: int
     offset: int
     num_bytes: int
-    chunks: tuple[Chunk, ...]
+    chunks: tuple[AnyChunk, ...]
 
 
 def plan_batches(unit: UnitSpec, max_bytes: int) -> list[Batch]:
@@ -102,7 +106,7 @@ def apply_views(source: Bits, views: Iterable[tuple[str | int, ...]]) -> Bits:
     return source
 
 
-def _chunks(tensor: TensorSpec, piece: SourcePiece, limit: int) -> Iterator[Chunk]:
+def _chunks(tensor: TensorSpec, piece: SourcePiece, limit: int) -> Iterator[AnyChunk]:
     whole = np.lib.stride_tricks.as_strided(  # of the tensor's shape and strides, over one element
         np.empty(1, bits_type(tensor.dtype)), tensor.shape, _strides(tensor.shape, ITEM_BYTES[tensor.dtype])
     )
@@ -133,6 +137,12 @@ def _chunks(tensor: TensorSpec, piece: SourcePiece, limit: int) -> Iterator[Chun
         )
 
     turned = _in_source_order(target, piece)
+    if piece.part is not None:
+        if turned is None or turned[1][1:] != ((0, piece.source_shape[-1]),):
+            raise cannot_be_read(tensor)
+        target, (rows_taken, _) = turned
+        yield from chunks_of_bits(tensor, piece, piece.part, target, _address(target) - base, rows_taken, limit)
+        return
     if turned is None:
         yield chunk(piece.offset, piece.source_shape, piece.views, target)
         return
@@ -202,9 +212,9 @@ def _shape_after(shape: tuple[int, ...], view: tuple[str | int, ...]) -> tuple[i
     return tuple(changed)
 
 
-def _batches(chunks: list[Chunk], max_bytes: int) -> Iterator[Batch]:
+def _batches(chunks: list[AnyChunk], max_bytes: int) -> Iterator[Batch]:
     chunks.sort(key=lambda chunk: (chunk.file, chunk.offset))
-    members: list[Chunk] = []
+    members: list[AnyChunk] = []
     start = end = 0
     for chunk in chunks:
         chunk_end = -(-(chunk.offset + chunk.num_bytes) // BLOCK_BYTES) * BLOCK_BYTES

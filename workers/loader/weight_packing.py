@@ -65,7 +65,7 @@ class PackedTensor:
             rows, first = begins // width, begins % width
         length = runs.shape[-1]
         runs = runs.reshape(-1, length)
-        values, scales, zeros = self._parts(arena, slot_offset + self.offset, count)
+        values, scales, zeros = self.parts(arena, slot_offset, count)
         scratch = np.empty((SCRATCH_ROWS + 3 * packing.group) * LANES, np.uint32)
         step = max(1, _PART_ELEMENTS // length // LANES) * LANES
         for start in range(0, len(runs), step):
@@ -77,8 +77,9 @@ class PackedTensor:
                 packing.group, packing.order == "int8", columns, width, values, scales, zeros, scratch,
             )  # fmt: skip
 
-    def _parts(self, arena: mmap.mmap, start: int, count: int) -> tuple[Bits, Bits, Bits]:
-        packing, shape = self.packing, self.shape
+    def parts(self, arena: mmap.mmap, slot_offset: int, count: int) -> tuple[Bits, Bits, Bits]:
+        """Values as words of 32 bits, scales and zeros of the `count` weights of the tensor."""
+        packing, shape, start = self.packing, self.shape, slot_offset + self.offset
         scales = count * packing.num_scales(shape)
         return (
             np.ndarray(packing.scales_at(shape) // 4, np.uint32, arena, start),

@@ -94,8 +94,6 @@ def language_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
         raise UserError(f"{cls.__name__} keeps other state than a KV cache, which is not supported")
     if other := sorted(kinds - ATTENTION_LAYERS):
         raise UserError(f"{cls.__name__} has layers of type {', '.join(other)}, which are not supported")
-    if getattr(config, "quantization_config", None) is not None:
-        raise UserError(f"{kind} checkpoint is quantised, which is not supported: give one in bfloat16 or float16")
     return cls
 
 

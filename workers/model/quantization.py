@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from flexgen_lite.model.files import CheckpointError
 from flexgen_lite.model.packing import Packing, fitting_groups
 from flexgen_lite.model.quantization import GROUPS, Quantization
+from flexgen_lite.workers.model.weight_trace import Part
 from flexgen_lite.workers.serve import UserError
 
 EXPERTS = ("gate_up_proj", "up_proj", "down_proj")
@@ -49,6 +51,45 @@ def packings(
         )
         for name, (_, turned) in found.items()
     }
+
+
+def holds_bits(model: PreTrainedModel, read: Set[nn.Module]) -> dict[str, bool]:
+    """The parameters that can be kept in few bits, and whether the model has each as `[K, N]`. `read` as above."""
+    return {name: is_transposed for name, (_, is_transposed) in _weights(model, read)}
+
+
+def stored_packing(
+    name: str, parts: Sequence[Part], holds: Mapping[str, bool], order: str, rounds_rows: bool
+) -> Packing | None:
+    """How the parameter `name` is kept that the checkpoint's `parts` fill; None: they are not in few bits.
+
+    Args:
+        holds: what `holds_bits` says.
+
+    Raises:
+        CheckpointError: some are in few bits, and the parameter cannot be kept so.
+    """
+    stored = [part.stored.bits for part in parts]
+    first = next((bits for bits in stored if bits is not None), None)
+    if first is None:
+        return None
+    if name not in holds:
+        raise CheckpointError(
+            f"{name} is quantised in the checkpoint, and only weights of linear layers and experts can be kept so that "
+            "nobody else reads: use the unquantised model with `quantization`"
+        )
+    kinds = {
+        None if bits is None else (bits.num_bits, bits.group, bits.scales.dtype, bits.zeros is not None)
+        for bits in stored
+    }
+    if len(kinds) > 1:
+        raise CheckpointError(
+            f"{name} is joined from tensors that are not all quantised alike: use the unquantised model with "
+            "`quantization`"
+        )
+    scale_dtype = "bfloat16" if first.scales.dtype == "bfloat16" else "float32"
+    has_zeros = first.zeros is not None
+    return Packing(first.num_bits, first.group, order, scale_dtype, has_zeros, holds[name], rounds_rows)
 
 
 def _weights(model: PreTrainedModel, read: Set[nn.Module]) -> Iterator[tuple[str, Any]]:

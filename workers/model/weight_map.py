@@ -18,13 +18,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from flexgen_lite.memory.slot_layout import TensorSource, layout_unit
-from flexgen_lite.model.checkpoint import Checkpoint, StoredTensor
+from flexgen_lite.model.checkpoint import Checkpoint
 from flexgen_lite.model.files import CheckpointError, open_file, read
 from flexgen_lite.model.packing import Packing
 from flexgen_lite.model.spec import ITEM_BYTES, UnitSpec
+from flexgen_lite.model.stored_tensor import StoredTensor
 from flexgen_lite.text.shown import shown_names
+from flexgen_lite.workers.model.quantization import stored_packing
 from flexgen_lite.workers.model.weight_sources import FoundWeights, TargetDtypes, dtype_name, find_weights
-from flexgen_lite.workers.model.weight_trace import to_piece
+from flexgen_lite.workers.model.weight_trace import to_pieces
 
 _COMPARE_BYTES = 8 << 20
 Place = tuple[nn.Module, str]
@@ -46,19 +48,24 @@ def map_weights(
     dtype: torch.dtype,
     unused: frozenset[str] = frozenset(),
     packings: Mapping[str, Packing] | None = None,
+    holds: Mapping[str, bool] | None = None,
+    order: str = "bfloat16",
+    rounds_rows: bool = False,
 ) -> tuple[tuple[UnitSpec, ...], tuple[str, ...]]:
     """The units of `model`, whose parameters are on the meta device, and warnings for the user.
 
     `model` must have been built with `dtype` as the default dtype, and its weights tied: a tensor that its
     class makes in another dtype, or keeps in float32, stays so. Units `0 .. len(layers) - 1` are the layers,
     the last one is the rest. Without a checkpoint the tensors have no pieces. `unused` names tensors that the model has
-    no more: the checkpoint may have them; `packings` those that are kept in few bits. Raises CheckpointError.
+    no more: the checkpoint may have them; `packings` those that are quantised while they are loaded. What is in few
+    bits in the checkpoint stays so, in `order` and with `rounds_rows` (packing.py); `holds` names what can
+    (quantization.py). Raises CheckpointError.
     """
     floats = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     if floats and dtype not in floats:
         raise ValueError(f"the model was built in {floats}, not in {dtype}")
     dtypes = TargetDtypes(model, dtype)
-    packings = packings or {}
+    packings, holds = packings or {}, holds or {}
     units: list[list[TensorSource]] = [[] for _ in range(len(layers) + 1)]
     found = None if checkpoint is None else find_weights(model, checkpoint, dtypes, unused)
     missing: list[str] = []
@@ -74,8 +81,9 @@ def map_weights(
             missing.append(shared.names[0])
         for name in names:
             traced = found.traced[name]
-            pieces = tuple(to_piece(part, shape) for part in traced.parts)
-            units[shared.unit].append(TensorSource(name, dtype_name(traced.dtype), shape, pieces, packings.get(name)))
+            pieces = tuple(piece for part in traced.parts for piece in to_pieces(part, shape))
+            packing = stored_packing(name, traced.parts, holds, order, rounds_rows) or packings.get(name)
+            units[shared.unit].append(TensorSource(name, dtype_name(traced.dtype), shape, pieces, packing))
     if missing and checkpoint is not None:
         raise CheckpointError(_missing_message(missing, checkpoint))
     paths = {module: path for path, module in model.named_modules()}
@@ -126,7 +134,7 @@ def _equal(found: FoundWeights, checkpoint: Checkpoint, name: str, other: str) -
     a, b = parts[0].stored, others[0].stored
     if a == b:
         return True
-    if a.dtype != b.dtype or a.shape != b.shape:
+    if a.dtype != b.dtype or a.shape != b.shape or a.bits or b.bits:
         return False
     return all(x == y for x, y in zip(_contents(checkpoint, a), _contents(checkpoint, b), strict=True))
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from flexgen_lite.model.checkpoint import StoredTensor
-from flexgen_lite.model.spec import ITEM_BYTES, SourcePiece
+from flexgen_lite.model.spec import ITEM_BYTES, SourcePiece, StoredPart
+from flexgen_lite.model.stored_tensor import StoredBits, StoredTensor
 
 Region = tuple[tuple[int, int], ...]
 View = tuple[str | int, ...]
@@ -79,8 +79,35 @@ def trace(stored: StoredTensor, dtype: torch.dtype) -> TracedTensor:
     return TracedTensor(torch.empty(stored.shape, dtype=dtype, device="meta"), (Part(stored, (), whole),))
 
 
-def to_piece(part: Part, shape: Sequence[int]) -> SourcePiece:
-    """The part as a SourcePiece of a parameter of `shape`; leading reshapes and row slices become file offsets."""
+def to_pieces(part: Part, shape: Sequence[int]) -> tuple[SourcePiece, ...]:
+    """The part as SourcePieces of a parameter of `shape`: one, or values, scales and zeros of a weight in few bits."""
+    if part.stored.bits is not None:
+        return _pieces_of_bits(part, part.stored.bits, shape)
+    return (_to_piece(part, shape),)
+
+
+def _pieces_of_bits(part: Part, bits: StoredBits, shape: Sequence[int]) -> tuple[SourcePiece, ...]:
+    whole = part.region == tuple((0, size) for size in shape)
+    sources = {"values": bits.values, "scales": bits.scales, "zeros": bits.zeros}
+    return tuple(
+        SourcePiece(
+            file=source.file,
+            offset=source.offset,
+            num_bytes=source.num_bytes,
+            source_name=source.name,
+            source_dtype=source.dtype,
+            source_shape=part.stored.shape,
+            views=part.views,
+            region=() if whole else part.region,
+            part=StoredPart(kind, bits.num_bits, bits.group),
+        )
+        for kind, source in sources.items()
+        if source is not None
+    )
+
+
+def _to_piece(part: Part, shape: Sequence[int]) -> SourcePiece:
+    """Leading reshapes and row slices become file offsets."""
     stored, views = part.stored, list(part.views)
     offset, source_shape = stored.offset, stored.shape
     while views:
