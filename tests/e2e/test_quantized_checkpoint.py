@@ -78,6 +78,15 @@ def test_same_tokens(family: str, bits: int, tmp_path: Path) -> None:
         assert answers(written(model, bits), prompts, layer_slots=2, verify_weights=True) == expected
 
 
+@pytest.mark.parametrize("settings", [{"activations": "int8"}, {"dtype": "bfloat16"}], ids=str)
+def test_in_other_orders(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Of values: that of products in 8 bits, and that of products in bfloat16."""
+    model, prompts = make_model("qwen3-moe", tmp_path / "model"), ragged_prompts(5, longest=30)
+    for bits in (4, 8):
+        expected = answers(model, prompts, quantization=f"int{bits}", **settings)
+        assert answers(written(model, bits), prompts, layer_slots=2, **settings) == expected
+
+
 FORMS = [
     Form(4, 32, True, torch.float16), Form(4, 16, False), Form(4, None, False), Form(8, 32, False, torch.float32),
     Form(8, None, True),

@@ -27,7 +27,7 @@ from flexgen_lite.workers.compute.product_weights import serves_width
 from flexgen_lite.workers.compute.products import Products
 from flexgen_lite.workers.compute.trial import find_text_path, outside
 from flexgen_lite.workers.model import builder as model_builder
-from flexgen_lite.workers.model.quantization import holds_bits, packings
+from flexgen_lite.workers.model.quantization import HeldBits, holds_bits, packings
 from flexgen_lite.workers.model.tokenizer import TOKENIZER_FILES, ModelTokenizer, open_tokenizer
 from flexgen_lite.workers.model.weight_map import Binding, map_weights
 from flexgen_lite.workers.serve import UserError, first_line
@@ -87,12 +87,10 @@ def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> Op
     path = find_text_path(model, keeps_latents and not of_bits)
     layers, text = path.layers, model_builder.text_config(config)
     read = projections(model.modules())
-    rounds_rows = order.activations == "int8"
-    bits_order = "int8" if rounds_rows or _unpacked_first(dtype, device) else "bfloat16"
-    wanted = packings(model, order.quantization, read, bits_order) if order.quantization is not None else {}
-    units, warnings = map_weights(
-        model, layers, checkpoint, dtype, path.unused, wanted, holds_bits(model, read), bits_order, rounds_rows
-    )
+    value_order = _value_order(order, dtype, device)
+    wanted = packings(model, order.quantization, read, value_order) if order.quantization is not None else {}
+    held = HeldBits(holds_bits(model, read), value_order, order.activations == "int8")
+    units, warnings = map_weights(model, layers, checkpoint, dtype, path.unused, wanted, held)
     packed = {tensor.name: tensor.packing for unit in units for tensor in unit.tensors if tensor.packing is not None}
     limit, warning = model_builder.max_length(text, path.has_indexers)
     tokenizer = open_tokenizer(directory, run_dir)
@@ -132,11 +130,6 @@ def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> Op
     return OpenedModel(model, layers, binding, products, head, spec, tokenizer)
 
 
-def _unpacked_first(dtype: torch.dtype, device: Device) -> bool:
-    """Whether no kernel multiplies with weights in few bits as they lie: they are unpacked in slabs of columns then."""
-    return device.torch_device.type == "cpu" and not (dtype == torch.bfloat16 and serves_width(2 * STEP))
-
-
 def _check_quantization(order: OpenModel, stored: StoredQuantization | None) -> None:
     """Raises UserError where weights are in few bits already, or ought to be."""
     if stored is not None and order.quantization is not None:
@@ -162,6 +155,12 @@ def _rounding(stored: StoredQuantization | None, order: OpenModel) -> list[str]:
     if stored is None or not stored.rounds_activations or order.activations == "int8":
         return []
     return ["the checkpoint is meant for activations in few bits; they are not rounded here"]
+
+
+def _value_order(order: OpenModel, dtype: torch.dtype, device: Device) -> str:
+    """Of the values of weights in few bits: that of the kernels that multiply with them here."""
+    unpacked_first = device.torch_device.type == "cpu" and not (dtype == torch.bfloat16 and serves_width(STEP * 2))
+    return "int8" if unpacked_first or order.activations == "int8" else "bfloat16"
 
 
 def fingerprint(opened: OpenedModel) -> str:

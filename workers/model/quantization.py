@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,13 +59,23 @@ def holds_bits(model: PreTrainedModel, read: Set[nn.Module]) -> dict[str, bool]:
     return {name: is_transposed for name, (_, is_transposed) in _weights(model, read)}
 
 
-def stored_packing(
-    name: str, parts: Sequence[Part], holds: Mapping[str, bool], order: str, rounds_rows: bool
-) -> Packing | None:
-    """How the parameter `name` is kept that the checkpoint's `parts` fill; None: they are not in few bits.
+@dataclass(frozen=True, slots=True)
+class HeldBits:
+    """How weights are kept that are in few bits in the checkpoint.
 
-    Args:
-        holds: what `holds_bits` says.
+    Attributes:
+        is_transposed: what `holds_bits` says.
+        order: of the values.
+        rounds_rows: as in Packing.
+    """
+
+    is_transposed: Mapping[str, bool]
+    order: str
+    rounds_rows: bool
+
+
+def stored_packing(name: str, parts: Sequence[Part], held: HeldBits) -> Packing | None:
+    """How the parameter `name` is kept that the checkpoint's `parts` fill; None: they are not in few bits.
 
     Raises:
         CheckpointError: some are in few bits, and the parameter cannot be kept so.
@@ -73,7 +84,7 @@ def stored_packing(
     first = next((bits for bits in stored if bits is not None), None)
     if first is None:
         return None
-    if name not in holds:
+    if name not in held.is_transposed:
         raise CheckpointError(
             f"{name} is quantised in the checkpoint, and only weights of linear layers and experts can be kept so that "
             "nobody else reads: use the unquantised model with `quantization`"
@@ -88,8 +99,10 @@ def stored_packing(
             "`quantization`"
         )
     scale_dtype = "bfloat16" if first.scales.dtype == "bfloat16" else "float32"
-    has_zeros = first.zeros is not None
-    return Packing(first.num_bits, first.group, order, scale_dtype, has_zeros, holds[name], rounds_rows)
+    is_transposed = held.is_transposed[name]
+    return Packing(
+        first.num_bits, first.group, held.order, scale_dtype, first.zeros is not None, is_transposed, held.rounds_rows
+    )
 
 
 def _weights(model: PreTrainedModel, read: Set[nn.Module]) -> Iterator[tuple[str, Any]]:

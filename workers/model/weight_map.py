@@ -24,7 +24,7 @@ from flexgen_lite.model.packing import Packing
 from flexgen_lite.model.spec import ITEM_BYTES, UnitSpec
 from flexgen_lite.model.stored_tensor import StoredTensor
 from flexgen_lite.text.shown import shown_names
-from flexgen_lite.workers.model.quantization import stored_packing
+from flexgen_lite.workers.model.quantization import HeldBits, stored_packing
 from flexgen_lite.workers.model.weight_sources import FoundWeights, TargetDtypes, dtype_name, find_weights
 from flexgen_lite.workers.model.weight_trace import to_pieces
 
@@ -48,9 +48,7 @@ def map_weights(
     dtype: torch.dtype,
     unused: frozenset[str] = frozenset(),
     packings: Mapping[str, Packing] | None = None,
-    holds: Mapping[str, bool] | None = None,
-    order: str = "bfloat16",
-    rounds_rows: bool = False,
+    held: HeldBits | None = None,
 ) -> tuple[tuple[UnitSpec, ...], tuple[str, ...]]:
     """The units of `model`, whose parameters are on the meta device, and warnings for the user.
 
@@ -58,14 +56,13 @@ def map_weights(
     class makes in another dtype, or keeps in float32, stays so. Units `0 .. len(layers) - 1` are the layers,
     the last one is the rest. Without a checkpoint the tensors have no pieces. `unused` names tensors that the model has
     no more: the checkpoint may have them; `packings` those that are quantised while they are loaded. What is in few
-    bits in the checkpoint stays so, in `order` and with `rounds_rows` (packing.py); `holds` names what can
-    (quantization.py). Raises CheckpointError.
+    bits in the checkpoint stays so, as `held` says. Raises CheckpointError.
     """
     floats = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     if floats and dtype not in floats:
         raise ValueError(f"the model was built in {floats}, not in {dtype}")
     dtypes = TargetDtypes(model, dtype)
-    packings, holds = packings or {}, holds or {}
+    packings, held = packings or {}, held or HeldBits({}, "bfloat16", False)
     units: list[list[TensorSource]] = [[] for _ in range(len(layers) + 1)]
     found = None if checkpoint is None else find_weights(model, checkpoint, dtypes, unused)
     missing: list[str] = []
@@ -82,7 +79,7 @@ def map_weights(
         for name in names:
             traced = found.traced[name]
             pieces = tuple(piece for part in traced.parts for piece in to_pieces(part, shape))
-            packing = stored_packing(name, traced.parts, holds, order, rounds_rows) or packings.get(name)
+            packing = stored_packing(name, traced.parts, held) or packings.get(name)
             units[shared.unit].append(TensorSource(name, dtype_name(traced.dtype), shape, pieces, packing))
     if missing and checkpoint is not None:
         raise CheckpointError(_missing_message(missing, checkpoint))
