@@ -38,6 +38,7 @@ from flexgen_lite.config.values import (
 from flexgen_lite.text.shown import MAX_SHOWN, shown, shown_path, shown_text
 
 MOST_TOLD = 5  # problems in one message
+MOST_NAMED = 20  # keys
 MAX_WORKERS, MAX_THREADS = 128, 1024  # beyond any machine; a slip is told before it starts processes
 
 
@@ -363,7 +364,10 @@ def _nearest(key: str, known: Iterable[str]) -> str:
 
     names = list(known)
     close = get_close_matches(key[:MAX_SHOWN].replace("-", "_").lower(), names, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"the keys are {', '.join(names)}"
+    if close:
+        return f"did you mean {close[0]}?"
+    rest = f" and {len(names) - MOST_NAMED} more, see docs/configuration.md" if len(names) > MOST_NAMED else ""
+    return f"the keys are {', '.join(names[:MOST_NAMED])}{rest}"
 
 
 def _refusal(key: str, value: object) -> str:

@@ -38,8 +38,10 @@ def rounded_tokens(directory: Path, prompts: Sequence[list[int]], wanted: Quanti
     ]
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "gpt-oss", "qwen3-moe", "gemma2"])
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    ("family", "bits"),
+    [("llama", 8), ("llama", 4), ("opt", 4), ("gpt2", 8), ("gpt-oss", 4), ("qwen3-moe", 8), ("qwen3-moe", 4)],
+)
 def test_same_tokens_as_rounded_weights(family: str, bits: int, tmp_path: Path) -> None:
     model, prompts = make_model(family, tmp_path / "model"), ragged_prompts(6, longest=40)
     expected = rounded_tokens(model, prompts, Quantization(bits))

@@ -303,10 +303,16 @@ def _multiply_block(call, weight, block, following, rows, at):  # type: ignore[n
         _multiply_in_vectors(call, weight, block, following, rows, at)
 
 
-def _part_of(pack_segment: Any, multiply_block: Any) -> Any:
+def _named(function: Any, name: str) -> Any:
+    """With a name that no other has: of functions of one name and one type in two libraries from numba's cache, the
+    linker takes one for both."""
+    function.__name__ = function.__qualname__ = f"{function.__name__}_{name}"
+    return kernel(function)
+
+
+def _part_of(pack_segment: Any, multiply_block: Any, name: str) -> Any:
     """One thread's part, with these two."""
 
-    @kernel
     def multiply_item(call, segment, block, last, following, at):  # type: ignore[no-untyped-def]
         """Blocks up to `last`; `following` is where the next item begins, `at` the thread's scratch memory."""
         weight = segment.weight
@@ -316,7 +322,8 @@ def _part_of(pack_segment: Any, multiply_block: Any) -> Any:
             _write(call, segment, block, at.sums, at.line)
             block += 1
 
-    @kernel
+    multiply_blocks = _named(multiply_item, name)
+
     def part(address):  # type: ignore[no-untyped-def]
         call = _call(address)
         base = call.scratch + simd.fetch_add(address) * call.scratch_bytes
@@ -337,16 +344,16 @@ def _part_of(pack_segment: Any, multiply_block: Any) -> Any:
                 pack_segment(call, segment, at)
             block = item % spans * call.span
             ahead = _beginning(call, min(following, items - 1), spans)
-            multiply_item(call, segment, block, min(block + call.span, blocks), ahead, at)
+            multiply_blocks(call, segment, block, min(block + call.span, blocks), ahead, at)
             item = following
         if call.tiles != 0:
             _release()
 
-    return part
+    return _named(part, name)
 
 
-_part = _part_of(_pack_segment, _multiply_block)
-_part_in_bytes = _part_of(_pack_bytes, multiply_in_bytes)
+_part = _part_of(_pack_segment, _multiply_block, "floats")
+_part_in_bytes = _part_of(_pack_bytes, multiply_in_bytes, "bytes")
 
 
 def multiply(address: int) -> None:

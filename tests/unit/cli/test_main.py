@@ -171,7 +171,11 @@ def test_the_demo_gets_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     module.run_demo = lambda **options: calls.append(options)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flexgen_lite.cli.demo", module)
     assert run("demo", "--records", "20", "--ram", "300MB") == (0, "")
-    assert calls == [{"records": 20, "ram": "300MB"}]
+    assert run("demo", "--quantization", "int4") == (0, "")
+    assert calls == [
+        {"records": 20, "ram": "300MB", "quantization": None},
+        {"records": 300, "ram": None, "quantization": "int4"},
+    ]
 
 
 def loaded_by(code: str) -> set[str]:
