@@ -1,21 +1,53 @@
 """Kernels from numba's cache on disk. What it lacks is compiled by a child process: a compiler's memory, some 65 MiB
 that do not come back, goes with the child and is not the worker's for life.
+
+By itself numba looks whether the file of a compiled function has changed, and not those that it calls: after an upgrade
+it would go on with old code. `watch_sources`, called before anything is taken from the cache, has it look at all of
+them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
 
-from numba.core import event
+from numba.core import caching, event
 
 _PR_SET_PDEATHSIG = 1
 _T = TypeVar("_T")
+_FOLDER = Path(__file__).resolve().parent
+_Locator: Any = caching._SourceFileBackedLocatorMixin
+_stamp_of_file = _Locator.get_source_stamp
+
+
+def watch_sources() -> None:
+    """Has what numba knows a function's source by change with any file of kernels here."""
+    _Locator.get_source_stamp = _stamp_with_sources
+
+
+def _stamp_with_sources(locator: Any) -> Any:
+    stamp = _stamp_of_file(locator)
+    is_ours = _FOLDER in Path(locator._py_file).resolve().parents
+    return (stamp, _digest_of_sources()) if is_ours else stamp
+
+
+@cache
+def _digest_of_sources() -> str:
+    """Of all files that kernels are made of."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(_FOLDER.rglob("*.py")):
+        content = path.read_bytes()
+        if b"numba" in content or b"simd" in content:
+            digest.update(content)
+    return digest.hexdigest()
 
 
 class _NotCachedError(BaseException):
@@ -42,6 +74,7 @@ def from_cache(load: Callable[[], _T]) -> _T:
     Where a kernel is not in the cache, a child calls `load` first. Where the cache cannot be written, the kernels are
     compiled here.
     """
+    watch_sources()
     with contextlib.suppress(_NotCachedError), _refusing_to_compile():
         return load()
     parent = os.getpid()

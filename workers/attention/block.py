@@ -2,8 +2,6 @@
 
 How keys and values lie in a page is said in tiles.py; `kept` is the kind of what is there. Scores are kept in base 2:
 multiplied by log2(e), so that softmax needs 2**x only.
-
-Numba's disk cache watches attention/kernels.py alone: touch that file after an edit here.
 """
 
 from __future__ import annotations

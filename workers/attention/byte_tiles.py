@@ -5,8 +5,6 @@ rest of the smallest items alone, else scale * (65536 a + 256 b + c); the scale 
 of four items, a word of each plane after another; behind them, at planes_end(), is what the sums of each plane begin
 with, int32, and the scale, float32. The processor wants keys without a sign: 128 is added to each, and the sums begin
 with that much less.
-
-Numba's disk cache watches attention/kernels.py alone: touch that file after an edit here.
 """
 
 from __future__ import annotations

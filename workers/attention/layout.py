@@ -1,7 +1,4 @@
-"""What the attention kernels work on: a layer's shape, units of queries, and a thread's scratch memory.
-
-Numba's disk cache watches attention/kernels.py alone: touch that file after an edit here.
-"""
+"""What the attention kernels work on: a layer's shape, units of queries, and a thread's scratch memory."""
 
 from __future__ import annotations
 

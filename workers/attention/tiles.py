@@ -7,8 +7,6 @@ the even columns and the odd ones; for keys of 8 bits four in the same way, for 
 columns. All sums are float32. Behind a group's keys or values of 8 bits are the scales of its tokens, a vector.
 
 Memory is named by address, strides are in bytes; kinds are those of simd.py.
-
-Numba's disk cache watches attention/kernels.py alone: touch that file after an edit here.
 """
 
 from __future__ import annotations

@@ -14,6 +14,9 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from flexgen_lite.workers.kernel_cache import watch_sources
+
+watch_sources()
 U16, U32 = np.uint16, np.uint32
 
 
