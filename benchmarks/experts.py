@@ -15,15 +15,13 @@ import os
 os.environ["OMP_WAIT_POLICY"] = "passive"  # as in the workers
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
+from benchmarks.rounds import seconds_per_call
 from flexgen_lite.workers.compute import experts
 from flexgen_lite.workers.compute.product_weights import Weights, weights_in_rows
 from flexgen_lite.workers.compute.products import Products
@@ -63,19 +61,6 @@ def dense_of(hidden: int, inner: int, count: int) -> list[tuple[Weights, Weights
     return found
 
 
-def seconds_per_call(calls: dict[str, Callable[[int], object]], seconds: float) -> dict[str, float]:
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    end, i = time.perf_counter() + seconds, -1
-    while i < 3 or time.perf_counter() < end:
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call(i)
-            if i >= 0:
-                taken[name].append(time.perf_counter() - start)
-        i += 1
-    return {name: statistics.median(times) for name, times in taken.items()}
-
-
 def measure(layers: dict[str, list[Any]], dense: list[Any], tokens: int, seconds: float) -> str:
     """A line of the table."""
     module = layers["ours"][0]
@@ -98,6 +83,7 @@ def measure(layers: dict[str, list[Any]], dense: list[Any], tokens: int, seconds
             "theirs": lambda i: layers["theirs"][i % LAYERS](x, chosen, share),
         },
         seconds,
+        least=3,
     )
     ours, best, theirs = times["ours"], times["dense"], times["theirs"]
     flops, size = 6e-9 * tokens * TOP_K * hidden * inner, 6e-9 * used * hidden * inner

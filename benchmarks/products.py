@@ -1,11 +1,11 @@
-"""Products of few rows with weights in RAM on this CPU: our kernel, oneDNN with packed weights, F.linear.
+"""Products with weights in RAM on this CPU: our kernels, in bfloat16 and with weights in few bits, oneDNN, F.linear.
 
     python -m benchmarks.products [--threads N] [--seconds N] [--rows 1,4,16] [--shapes 2048x2048,...]
 
-bfloat16, shapes are N x K. Each call takes another weight, of WEIGHT_BYTES in all, as the layers of a model do. A round
-goes through all the contestants, so that what else the machine does meets them alike, and each takes a weight that none
-has read for long; the median of the rounds counts.
-GB/s are of weights, beside the rate at which memory can be read at all.
+Shapes are N x K. "int8" and "int4" are weights in groups of 128 and 32, multiplied in bfloat16, "w8a8" and "w4a8" with
+rows in 8 bits; the other contestants are bfloat16, with weights in panels where they are ours. Each call takes another
+weight, of WEIGHT_BYTES in all, as the layers of a model do. A round goes through all the contestants, so that what else
+the machine does meets them alike, and each takes a weight that none has read for long; the median of the rounds counts.
 """
 
 from __future__ import annotations
@@ -24,49 +24,64 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from flexgen_lite.workers.compute.product_weights import packed_weight
+from benchmarks.rounds import seconds_per_call
+from flexgen_lite.model.packing import Packing
+from flexgen_lite.workers.compute.product_weights import Weights, weights_in_rows, weights_of_bits
 
 WEIGHT_BYTES = 512 << 20
 SHAPES = ("6144x2048", "2048x2048", "8192x2048", "2048x8192", "5632x2048", "50272x2048")
-ROWS = "1,2,4,6,8,12,16,24,32,48,64"
+ROWS = "1,2,4,8,16,32,64,256,1024"
+KINDS = {
+    "int8": Packing(8, 128, "bfloat16", "bfloat16"),
+    "int4": Packing(4, 32, "bfloat16", "bfloat16", has_zeros=True),
+    "w8a8": Packing(8, 128, "int8", "bfloat16", rounds_rows=True),
+    "w4a8": Packing(4, 32, "int8", "bfloat16", has_zeros=True, rounds_rows=True),
+}
+NAMES = ("ours", *KINDS, "oneDNN", "F.linear")
 
 Contestants = dict[str, Callable[[int], object]]  # what to call with a round's number
 
 
-def weights_of(columns: int, width: int) -> tuple[list[torch.Tensor], list[Any]]:
-    """The same weights row by row and packed."""
-    count = max(2, -(-WEIGHT_BYTES // (columns * width * 2)))
-    first = torch.randn(columns, width).bfloat16()
-    plain = [first.clone() for _ in range(count)]
-    return plain, [torch.ops.mkldnn._reorder_linear_weight(weight) for weight in plain]
+class Contest:
+    """Weights of one shape in all their forms."""
 
+    def __init__(self, columns: int, width: int) -> None:
+        self._width = width
+        count = max(2, -(-WEIGHT_BYTES // (columns * width * 2)))
+        first = torch.randn(columns, width).bfloat16()
+        self._plain = [first.clone() for _ in range(count)]
+        self._by_onednn: list[Any] = [torch.ops.mkldnn._reorder_linear_weight(weight) for weight in self._plain]
+        self._memory = [first.clone() for _ in range(count)]
+        rows = [weights_in_rows(weight) for weight in self._memory]
+        self._ours = {"ours": [weight.pack() for weight in rows if weight is not None and columns % 64 == 0]}
+        for name, packing in KINDS.items():
+            self._ours[name] = self._of_bits(packing, (columns, width), count)
 
-def contestants(plain: list[torch.Tensor], packed: list[Any], rows: int) -> Contestants:
-    ops: Any = torch.ops.mkldnn
-    ours = [packed_weight(ops.data_ptr(weight), ops._nbytes(weight), weight.shape) for weight in packed]
-    x = torch.randn(rows, plain[0].shape[1]).bfloat16()
-    calls: Contestants = {}
-    if (kernel := ours[0]) is not None:
-        calls["ours"] = lambda i: (ours[i % len(ours)] or kernel).multiply(x, None)
-    apart = len(packed) // 2  # or the second would find in the cache what the first has read
-    calls["oneDNN"] = lambda i: ops._linear_pointwise.default(
-        x, packed[(i + apart) % len(packed)], None, "none", [], ""
-    )
-    calls["F.linear"] = lambda i: linear(x, plain[i % len(plain)])
-    return calls
+    def _of_bits(self, packing: Packing, shape: tuple[int, int], count: int) -> list[Weights]:
+        found = []
+        for _ in range(count * 16 // packing.bits):
+            memory = torch.randint(0, 256, (packing.num_bytes(shape),), dtype=torch.uint8)
+            scales = memory[packing.scales_at(shape) : packing.zeros_at(shape)].view(torch.bfloat16)
+            scales.fill_(0.01)
+            self._memory.append(memory)
+            weight = weights_of_bits(memory, packing, shape)
+            found += [weight] if weight is not None else []
+        return found
 
-
-def seconds_per_call(calls: Contestants, seconds: float) -> dict[str, float]:
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    end, i = time.perf_counter() + seconds, -1
-    while i < 5 or time.perf_counter() < end:
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call(i)
-            if i >= 0:
-                taken[name].append(time.perf_counter() - start)
-        i += 1
-    return {name: statistics.median(times) for name, times in taken.items()}
+    def contestants(self, rows: int) -> Contestants:
+        ops: Any = torch.ops.mkldnn
+        x = torch.randn(rows, self._width).bfloat16()
+        calls: Contestants = {
+            name: lambda i, weights=weights: weights[i % len(weights)].multiply(x, None)  # type: ignore[misc]
+            for name, weights in self._ours.items()
+            if weights
+        }
+        apart = len(self._plain) // 2  # or the second would find in the cache what the first has read
+        calls["oneDNN"] = lambda i: ops._linear_pointwise.default(
+            x, self._by_onednn[(i + apart) % len(self._by_onednn)], None, "none", [], ""
+        )
+        calls["F.linear"] = lambda i: linear(x, self._plain[i % len(self._plain)])
+        return calls
 
 
 def read_rate(repeats: int = 7) -> float:
@@ -90,16 +105,16 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     print(f"{platform.processor() or platform.machine()}, {args.threads} threads, torch {torch.__version__}")
     print(f"memory is read at {read_rate() / 1e9:.1f} GB/s")
-    print(f"{'N x K':>12}{'rows':>6}   {'ours':^16}{'oneDNN':^16}{'F.linear':^16}  ours / oneDNN")
+    print("milliseconds, and GFLOP/s")
+    print(f"{'N x K':>12}{'rows':>6}  " + "".join(f"{name:^16}" for name in NAMES))
     for shape in args.shapes.split(","):
         columns, width = map(int, shape.split("x"))
-        plain, packed = weights_of(columns, width)
+        contest = Contest(columns, width)
         for rows in map(int, args.rows.split(",")):
-            times = seconds_per_call(contestants(plain, packed, rows), args.seconds)
-            flops, size = 2e-9 * rows * columns * width, 2e-9 * columns * width
-            cells = [f"{flops / t:5.0f} G {size / t:4.1f} GB" if t else "" for t in map(times.get, ("ours", "oneDNN", "F.linear"))]  # fmt: skip # noqa: E501
-            ratio = f"{times['oneDNN'] / times['ours']:.2f}" if "ours" in times else ""
-            print(f"{shape:>12}{rows:>6}   " + "".join(f"{cell:16}" for cell in cells) + f"  {ratio}", flush=True)
+            times = seconds_per_call(contest.contestants(rows), args.seconds)
+            flops = 2e-9 * rows * columns * width
+            cells = [f"{t * 1e3:7.2f} {flops / t:5.0f} G" if t else "" for t in map(times.get, NAMES)]
+            print(f"{shape:>12}{rows:>6}  " + "".join(f"{cell:16}" for cell in cells), flush=True)
 
 
 if __name__ == "__main__":
