@@ -2,9 +2,6 @@
 
 A `Vector` holds LANES float32. Memory is named by address, an int64. Functions that differ by how items are stored take
 a *kind* as their last argument, a value whose type alone counts: float32, uint16 for bfloat16, int16 for float16, int8.
-
-Numba's disk cache watches the files of the kernels alone: touch attention/kernels.py, and prefill_kernels.py,
-product_kernels.py and workspace.py in compute/, after an edit here.
 """
 
 from __future__ import annotations
@@ -144,7 +141,7 @@ def _larger(builder: Any, x: Any, y: Any) -> Any:
     return builder.select(builder.fcmp_ordered(">", x, y), x, y)
 
 
-def _reduce(builder: Any, x: Any, combine: Callable[[Any, Any, Any], Any]) -> Any:
+def reduced(builder: Any, x: Any, combine: Callable[[Any, Any, Any], Any]) -> Any:
     """All lanes combined, in an order that depends on nothing."""
     width = LANES // 2
     while width:
@@ -172,6 +169,16 @@ def turned(builder: Any, rows: list[Any]) -> list[Any]:
             )
         width *= 2
     return rows
+
+
+def turn(builder: Any, source: Any, stride: Any, target: Any, target_stride: int) -> None:
+    """LANES rows of LANES words, `stride` bytes apart, to their columns, `target_stride` bytes apart."""
+    rows = []
+    for _ in range(LANES):
+        rows.append(load_from(builder, source, WORDS))
+        source = builder.add(source, stride)
+    for i, column in enumerate(turned(builder, rows)):
+        store_to(builder, column, builder.add(target, target.type(i * target_stride)))
 
 
 def _hide(builder: Any, x: Any, first: Any, last: Any, value: Any) -> Any:
@@ -262,8 +269,8 @@ maximum = operation(_larger, vector, vector, vector)
 any_above = operation(_any_above, types.boolean, vector, vector)  # whether x > y in any lane
 hide = operation(_hide, vector, vector, types.int64, types.int64, types.float32)  # value in lanes not in first .. last
 exp2 = operation(_exp2, vector, vector)  # for -1e38 < x < 127
-largest = operation(lambda b, x: _reduce(b, x, _larger), types.float32, vector)  # of the lanes
-total = operation(lambda b, x: _reduce(b, x, lambda b, x, y: b.fadd(x, y)), types.float32, vector)  # of the lanes
+largest = operation(lambda b, x: reduced(b, x, _larger), types.float32, vector)  # of the lanes
+total = operation(lambda b, x: reduced(b, x, lambda b, x, y: b.fadd(x, y)), types.float32, vector)  # of the lanes
 first = operation(lambda b, x: b.extract_element(x, I32(0)), types.float32, vector)
 
 

@@ -1,8 +1,8 @@
 """Mixtures of experts on the CPU: rows sorted by expert once, all experts' products in one call.
 
 Transformers' classes of experts find their forward through an interface, as attention does; `register` puts ours there.
-A class keeps the weights of all experts in 3-D parameters and says how they lie (`is_transposed`,
-`has_gate`, `has_bias`).
+A class keeps the weights of all experts in 3-D parameters and says how they lie
+(`is_transposed`, `has_gate`, `has_bias`).
 
 Shapes: T tokens, K experts for each, S = T * K rows, E experts, H hidden, N outputs of the first product.
 """
@@ -26,6 +26,8 @@ from flexgen_lite.workers.model.quantization import EXPERTS
 GROUP_ROWS = 4096
 """Rows of experts that go through both products before the next ones do: what is between these stays in the cache."""
 SUM_TOKENS = 256
+_Others = tuple[torch.Tensor, ...] | torch.Tensor | PackedBits
+"""Weights that our own kernels do not serve, one by one: as oneDNN keeps them, as they lie, in few bits."""
 
 
 def register() -> None:
@@ -79,26 +81,42 @@ def _packed(weight: torch.Tensor, is_transposed: bool, in_order: bool) -> Packed
     return PackedExperts(ours.in_panels() if in_order else ours.pack(), (), weight)
 
 
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows of x sorted by expert, and where what becomes of them goes.
+
+    Attributes:
+        numbers: which rows of `x` they are; None: all in order.
+        counts: expert and number of rows.
+        target, target_numbers: where results go, and to which rows of that; None: new memory, in order.
+    """
+
+    x: torch.Tensor
+    numbers: torch.Tensor | None
+    counts: list[tuple[int, int]]
+    target: torch.Tensor | None = None
+    target_numbers: torch.Tensor | None = None
+
+
 def forward(module: Any, hidden_TH: torch.Tensor, expert_TK: torch.Tensor, share_TK: torch.Tensor) -> torch.Tensor:
     """What Transformers' `grouped_mm` gives, each row by itself. `share_TK`: the weights of the experts' outputs."""
-    if hidden_TH.device.type != "cpu":
+    if hidden_TH.device.type != "cpu" and not hasattr(module, "_bits"):
         grouped: torch.Tensor = grouped_mm_experts_forward(module, hidden_TH, expert_TK, share_TK)
         return grouped
     tokens, top_k = expert_TK.shape
     counts = torch.bincount(expert_TK.reshape(-1), minlength=module.num_experts)
     order_S = torch.argsort(expert_TK.reshape(-1), stable=True)
     token_S = order_S // top_k
-    make = (
-        hidden_TH.new_empty if len(counts) == module.num_experts else hidden_TH.new_zeros
-    )  # those beyond give nothing
+    is_whole = len(counts) == module.num_experts  # else there are rows of no expert, which give nothing
+    make = hidden_TH.new_empty if is_whole else hidden_TH.new_zeros
     output_SH = make((tokens * top_k, hidden_TH.shape[-1]))
     hidden_TH = hidden_TH.contiguous()
     first = "gate_up_proj" if module.has_gate else "up_proj"
     for begin, rows in _groups(counts[: module.num_experts].tolist()):
-        end = begin + sum(count for _, count in rows)
-        inner = _multiply(module, first, hidden_TH, token_S[begin:end], rows, None)
+        part = slice(begin, begin + sum(count for _, count in rows))
+        inner = _multiply(module, first, _Rows(hidden_TH, token_S[part], rows))
         inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-        _multiply(module, "down_proj", inner.contiguous(), None, rows, (output_SH, order_S[begin:end]))
+        _multiply(module, "down_proj", _Rows(inner.contiguous(), None, rows, output_SH, order_S[part]))
     if module.has_post_expert_norm:
         output_SH = module.post_expert_norm(output_SH)
     return _sum(output_SH.view(tokens, top_k, -1), share_TK).to(hidden_TH.dtype)
@@ -119,64 +137,41 @@ def _groups(counts: list[int]) -> list[tuple[int, list[tuple[int, int]]]]:
     return groups
 
 
-def _multiply(
-    module: Any,
-    name: str,
-    x: torch.Tensor,
-    x_rows: torch.Tensor | None,
-    rows: list[tuple[int, int]],
-    to: tuple[torch.Tensor, torch.Tensor] | None,
-) -> torch.Tensor:
-    """A product of sorted rows with their experts' weights.
-
-    Args:
-        x_rows: which rows of `x` they are; None: in order.
-        rows: expert and number of rows.
-        to: where results go, and to which rows of that; None: new memory, in order.
-    """
+def _multiply(module: Any, name: str, rows: _Rows) -> torch.Tensor:
+    """A product of rows with their experts' weights."""
     bias = module._parameters.get(f"{name}_bias") if module.has_bias else None
     bits: PackedBits | None = getattr(module, "_bits", {}).get(name)
-    if bits is not None:
-        weight_of_bits = bits.ours()
-        if weight_of_bits is None or x.dtype != torch.bfloat16:
-            return _one_by_one(module, bits, bias, x, x_rows, rows, to)
-        return _in_one_call(weight_of_bits, bias, x, x_rows, rows, to)
     packed: PackedExperts | None = getattr(module, "_packed_experts", {}).get(name)
     weight = module._parameters[name].data
-    ours = packed.ours if packed is not None else weights_in_rows(weight, module.is_transposed)
+    others: _Others
+    if bits is not None:
+        ours, others = bits.ours(), bits
+    elif packed is not None:
+        ours, others = packed.ours, packed.by_onednn
+    else:
+        ours, others = weights_in_rows(weight, module.is_transposed), weight
     if ours is None:
-        return _one_by_one(module, packed.by_onednn if packed is not None else weight, bias, x, x_rows, rows, to)
-    return _in_one_call(ours, bias, x, x_rows, rows, to)
-
-
-def _in_one_call(
-    weights: Weights,
-    bias: torch.Tensor | None,
-    x: torch.Tensor,
-    x_rows: torch.Tensor | None,
-    rows: list[tuple[int, int]],
-    to: tuple[torch.Tensor, torch.Tensor] | None,
-) -> torch.Tensor:
-    output, y_rows = to or (x.new_empty((sum(count for _, count in rows), weights.columns)), None)
-    weights.multiply_segments(output, x, bias, product_weights.segments(rows, weights.most_rows), x_rows, y_rows)
+        return _one_by_one(module, others, bias, rows)
+    output = rows.target
+    if output is None:
+        output = rows.x.new_empty((sum(count for _, count in rows.counts), ours.columns))
+    parts = product_weights.segments(rows.counts, ours.most_rows)
+    ours.multiply_segments(output, rows.x, bias, parts, rows.numbers, rows.target_numbers)
     return output
 
 
 def _one_by_one(
     module: Any,
-    weights: tuple[torch.Tensor, ...] | torch.Tensor | PackedBits,
+    weights: _Others,
     bias: torch.Tensor | None,
-    x: torch.Tensor,
-    x_rows: torch.Tensor | None,
-    rows: list[tuple[int, int]],
-    to: tuple[torch.Tensor, torch.Tensor] | None,
+    rows: _Rows,
 ) -> torch.Tensor:
     """The same by oneDNN or PyTorch, expert by expert."""
     multiply = product_onednn.multiply if hasattr(module, "_packed_experts") else linear
     is_turned = module.is_transposed and isinstance(weights, torch.Tensor)
-    x = x if x_rows is None else x[x_rows]
+    x = rows.x if rows.numbers is None else rows.x[rows.numbers]
     parts, begin = [], 0
-    for expert, count in rows:
+    for expert, count in rows.counts:
         part, bias_N = x[begin : begin + count], None if bias is None else bias[expert]
         if isinstance(weights, PackedBits):
             parts.append(multiplied(multiply, part, weights, expert, bias_N))
@@ -185,10 +180,10 @@ def _one_by_one(
             parts.append(multiply(part, weight_NK, bias_N))
         begin += count
     output = torch.cat(parts)
-    if to is None:
+    if rows.target is None:
         return output
-    to[0][to[1]] = output
-    return to[0]
+    rows.target[rows.target_numbers] = output
+    return rows.target
 
 
 def _sum(output_TKH: torch.Tensor, share_TK: torch.Tensor) -> torch.Tensor:

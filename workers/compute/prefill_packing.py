@@ -3,8 +3,6 @@
 q, k, v come as rows of stored items, at strides of their own; the output is `[row][head][column]`. The products want
 words (see prefill_tiles.py): `unit` is the kind of the items that q and k are seen as, which are words already where
 these are pairs; `stored` the kind of the output.
-
-Numba's disk cache watches prefill_kernels.py alone: touch that file after an edit here.
 """
 
 from __future__ import annotations

@@ -3,8 +3,6 @@
 A *word* is the 32 bits that one step of a product takes per lane: a float32, or a pair of bfloat16 of neighbouring
 steps. LLVM's loop vectoriser does not keep a tile of sums in registers by itself, so the products are spelled out.
 Strides are in bytes; vectors, addresses and kinds are those of simd.py.
-
-Numba's disk cache watches prefill_kernels.py alone: touch that file after an edit here.
 """
 
 from __future__ import annotations

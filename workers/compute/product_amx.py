@@ -3,8 +3,6 @@
 A tile register holds 16 rows of 64 bytes. Rows of x lie in *row tiles*, `[K / 32][16][32]` each; a block of weights is
 `[K / 2][COLUMNS][2]`, as everywhere here, of which 16 steps by 16 columns are a tile. A *tile step* is 32 items of K.
 Sums are `[row][COLUMNS]` of float32.
-
-Numba's disk cache watches product_kernels.py alone: touch that file after an edit here.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 Rows are taken in passes of as many as the registers hold sums for. Of a pass, packed rows are `[step][row]` words, and
 the numbers of its groups `[group][field][row]`.
-
-Numba's disk cache watches product_kernels.py alone: touch that file after an edit here.
 """
 
 from __future__ import annotations
@@ -18,46 +16,28 @@ from flexgen_lite.workers.compute.product_scratch import first_row, num_passes
 from flexgen_lite.workers.compute.product_tiles import COLUMNS
 
 if simd.BYTES:
-    _tile_1, _tile_2, _tile_3, _tile_4, _tile_5, _tile_6 = (ops.byte_tile(rows, False) for rows in range(1, 7))
-    _zero_1, _zero_2, _zero_3, _zero_4, _zero_5, _zero_6 = (ops.byte_tile(rows, True) for rows in range(1, 7))
+    _tile_1, _tile_2, _tile_3, _tile_4, _tile_5, _tile_6 = (ops.byte_tile(rows) for rows in range(1, 7))
 
     @kernel
-    def _multiply_tile(rows, words, weights, scales, numbers, groups, steps, sums, keep, ahead, lines):  # type: ignore[no-untyped-def]
+    def _multiply_tile(rows, words, weights, scales, zeros, numbers, groups, steps, sums, keep, ahead, lines):  # type: ignore[no-untyped-def]
         if rows == 1:
-            _tile_1(words, weights, scales, numbers, groups, steps, sums, keep, ahead, lines)
+            _tile_1(words, weights, scales, zeros, numbers, groups, steps, sums, keep, ahead, lines)
         elif rows == 2:
-            _tile_2(words, weights, scales, numbers, groups, steps, sums, keep, ahead, lines)
+            _tile_2(words, weights, scales, zeros, numbers, groups, steps, sums, keep, ahead, lines)
         elif rows == 3:
-            _tile_3(words, weights, scales, numbers, groups, steps, sums, keep, ahead, lines)
+            _tile_3(words, weights, scales, zeros, numbers, groups, steps, sums, keep, ahead, lines)
         elif rows == 4:
-            _tile_4(words, weights, scales, numbers, groups, steps, sums, keep, ahead, lines)
+            _tile_4(words, weights, scales, zeros, numbers, groups, steps, sums, keep, ahead, lines)
         elif rows == 5:
-            _tile_5(words, weights, scales, numbers, groups, steps, sums, keep, ahead, lines)
+            _tile_5(words, weights, scales, zeros, numbers, groups, steps, sums, keep, ahead, lines)
         else:
-            _tile_6(words, weights, scales, numbers, groups, steps, sums, keep, ahead, lines)
-
-    @kernel
-    def _multiply_tile_with_zeros(rows, words, weights, scales, numbers, groups, steps, sums, keep, ahead, lines):  # type: ignore[no-untyped-def]
-        if rows == 1:
-            _zero_1(words, weights, scales, numbers, groups, steps, sums, keep, ahead, lines)
-        elif rows == 2:
-            _zero_2(words, weights, scales, numbers, groups, steps, sums, keep, ahead, lines)
-        elif rows == 3:
-            _zero_3(words, weights, scales, numbers, groups, steps, sums, keep, ahead, lines)
-        elif rows == 4:
-            _zero_4(words, weights, scales, numbers, groups, steps, sums, keep, ahead, lines)
-        elif rows == 5:
-            _zero_5(words, weights, scales, numbers, groups, steps, sums, keep, ahead, lines)
-        else:
-            _zero_6(words, weights, scales, numbers, groups, steps, sums, keep, ahead, lines)
+            _tile_6(words, weights, scales, zeros, numbers, groups, steps, sums, keep, ahead, lines)
 
 else:
 
     @kernel
-    def _multiply_tile(rows, words, weights, scales, numbers, groups, steps, sums, keep, ahead, lines):  # type: ignore[no-untyped-def]
+    def _multiply_tile(rows, words, weights, scales, zeros, numbers, groups, steps, sums, keep, ahead, lines):  # type: ignore[no-untyped-def]
         pass
-
-    _multiply_tile_with_zeros = _multiply_tile
 
 
 @kernel
@@ -104,10 +84,7 @@ def multiply_in_bytes(call, weight, block, following, num_rows, scratch):  # typ
             words = scratch.words + row * width + 4 * rows * first * steps
             numbers = scratch.numbers + 4 * GROUP_FIELDS * (row * groups + rows * first)
             sums, keep = scratch.sums + 4 * row * COLUMNS, 0 if first == 0 else 1
-            if call.zeros == 0:
-                _multiply_tile(rows, words, panel, scratch.line, numbers, last - first, steps, sums, keep, ahead, lines)
-            else:
-                _multiply_tile_with_zeros(
-                    rows, words, panel, scratch.line, numbers, last - first, steps, sums, keep, ahead, lines
-                )
+            _multiply_tile(
+                rows, words, panel, scratch.line, call.zeros, numbers, last - first, steps, sums, keep, ahead, lines
+            )
             ahead += (last - first) * lines * 64

@@ -5,8 +5,6 @@ bits in int32; scales make the sums of a group float32.
 
 Weights are without a sign (packing.py's order for int8), rows have one: what the bias of the weights adds is taken off
 where a group's sum begins. A *step* is four items of K, of which a word holds a row's or a column's.
-
-Numba's disk cache watches product_kernels.py alone: touch that file after an edit here.
 """
 
 from __future__ import annotations
@@ -31,19 +29,24 @@ def _forward(builder: Any, address: Any, offset: int) -> Any:
     return builder.add(address, address.type(offset)) if offset else address
 
 
+def _larger_bits(builder: Any, x: Any, y: Any) -> Any:
+    return builder.select(builder.icmp_signed(">", x, y), x, y)
+
+
 def _round_group(builder: Any, source: Any, count: Any, middle: Any, target: Any, numbers: Any, stride: Any) -> None:
-    """`count` bfloat16 of a row, a multiple of LANES, to as many bytes; GROUP_FIELDS numbers, `stride` bytes apart.
+    """`count` bfloat16 of a row, a multiple of LANES, to as many bytes; GROUP_FIELDS numbers, `stride` bytes apart. The
+    scale is no number where an item is none, or infinite.
 
     Args:
         middle: what is added to the weights' numbers.
     """
     size = builder.udiv(count, count.type(LANES))
-    most = cgutils.alloca_once_value(builder, simd.same(0.0))
+    most = cgutils.alloca_once_value(builder, simd.same(0, WORDS))  # bits: what is no number is larger than any
     with cgutils.for_range(builder, size) as loop:
         x = simd.load_widened(builder, True, builder.add(source, builder.mul(loop.index, size.type(2 * LANES))))
         bits = builder.and_(builder.bitcast(x, WORDS), simd.same(0x7FFFFFFF, WORDS))
-        builder.store(simd._larger(builder, builder.bitcast(bits, VECTOR), builder.load(most)), most)
-    largest = simd._reduce(builder, builder.load(most), simd._larger)
+        builder.store(_larger_bits(builder, bits, builder.load(most)), most)
+    largest = builder.bitcast(simd.reduced(builder, builder.load(most), _larger_bits), FLOAT)
     scale = builder.fdiv(largest, ir.Constant(FLOAT, 127.0))
     is_positive = builder.fcmp_ordered(">", largest, ir.Constant(FLOAT, 0.0))
     inverse = builder.select(is_positive, builder.fdiv(ir.Constant(FLOAT, 127.0), largest), ir.Constant(FLOAT, 0.0))
@@ -55,7 +58,7 @@ def _round_group(builder: Any, source: Any, count: Any, middle: Any, target: Any
         builder.store(builder.add(builder.load(sums), whole), sums)
         to = builder.add(target, builder.mul(loop.index, size.type(LANES)))
         simd.store_to(builder, builder.trunc(whole, _BYTES), to, align=1)
-    total = simd._reduce(builder, builder.load(sums), lambda b, x, y: b.add(x, y))
+    total = simd.reduced(builder, builder.load(sums), lambda b, x, y: b.add(x, y))
     begin = builder.mul(total, builder.neg(builder.trunc(middle, I32)))
     simd.store_to(builder, scale, numbers)
     numbers = builder.add(numbers, stride)
@@ -90,16 +93,16 @@ def _unpack_halves(builder: Any, values: Any, runs: Any, panel: Any, ahead: Any)
             simd.store_to(builder, high, _forward(builder, to, STEP + group * ROW))
 
 
-def byte_tile(rows: int, has_zeros: bool) -> Any:
-    """tile(words, weights, scales, numbers, groups, steps, sums, keep, ahead, lines): sums = keep * sums + rows .
-    weights.
+def byte_tile(rows: int) -> Any:
+    """tile(words, weights, scales, zeros, numbers, groups, steps, sums, keep, ahead, lines): sums = keep * sums +
+    rows . weights.
 
     Of `rows` rows, packed as `[step][rows]` words, a block of columns `[step][COLUMNS]`, and `groups` groups of `steps`
-    steps. `numbers` are `[group][field][rows]`, scales `[group][scale or offset][COLUMNS]`. `lines` cache lines are
-    fetched from `ahead` on for each group.
+    steps. `numbers` are `[group][field][rows]`, scales `[group][scale or offset][COLUMNS]`, offsets only where `zeros`
+    is not 0. `lines` cache lines are fetched from `ahead` on for each group.
     """
 
-    def build(b: Any, words: Any, weights: Any, scales: Any, numbers: Any, groups: Any, steps: Any, sums: Any, keep: Any, ahead: Any, lines: Any) -> None:  # fmt: skip # noqa: E501
+    def build(b: Any, words: Any, weights: Any, scales: Any, zeros: Any, numbers: Any, groups: Any, steps: Any, sums: Any, keep: Any, ahead: Any, lines: Any) -> None:  # fmt: skip # noqa: E501
         totals = [cgutils.alloca_once_value(b, simd.same(0.0)) for _ in range(rows * _VECTORS)]
         with b.if_then(b.icmp_unsigned("!=", keep, keep.type(0)), likely=True):
             for i, total in enumerate(totals):
@@ -131,16 +134,18 @@ def byte_tile(rows: int, has_zeros: bool) -> Any:
                     row_scale = simd.spread(b, simd.load_from(b, _forward(b, numbers_at, 4 * i), FLOAT))
                     total, place = totals[i * _VECTORS + v], places[i * _VECTORS + v]
                     product = b.fmul(scale, row_scale)
-                    value = simd.fused(b, b.sitofp(b.load(place), VECTOR), product, b.load(total))
-                    if has_zeros:
-                        offset = simd.load_from(b, _forward(b, scales_at, (_VECTORS + v) * ROW))
+                    b.store(simd.fused(b, b.sitofp(b.load(place), VECTOR), product, b.load(total)), total)
+            with b.if_then(b.icmp_unsigned("!=", zeros, zeros.type(0))):
+                for v in range(_VECTORS):
+                    offset = simd.load_from(b, _forward(b, scales_at, (_VECTORS + v) * ROW))
+                    for i in range(rows):
                         shift = simd.load_from(b, _forward(b, numbers_at, 4 * (2 * rows + i)), FLOAT)
-                        value = simd.fused(b, offset, simd.spread(b, shift), value)
-                    b.store(value, total)
+                        total = totals[i * _VECTORS + v]
+                        b.store(simd.fused(b, offset, simd.spread(b, shift), b.load(total)), total)
         for i, total in enumerate(totals):
             simd.store_to(b, b.load(total), _forward(b, sums, i * ROW))
 
-    return simd.operation(build, types.void, *[types.int64] * 10)
+    return simd.operation(build, types.void, *[types.int64] * 11)
 
 
 round_group = simd.operation(_round_group, types.void, *[types.int64] * 6)

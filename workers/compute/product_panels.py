@@ -2,8 +2,6 @@
 
 A panel is a run of steps of a block of columns, `[step][COLUMNS]` words (see product_tiles.py). Weights that lie in
 that order already, block by block, are their own panels.
-
-Numba's disk cache watches product_kernels.py alone: touch that file after an edit here.
 """
 
 from __future__ import annotations
@@ -34,16 +32,6 @@ STEP_BYTES = {
 kernel: Any = njit(**OPTIONS)
 
 
-def _turn(builder: Any, source: Any, stride: Any, target: Any) -> None:
-    """LANES rows of LANES words, `stride` bytes apart, to `[word]` vectors of all rows, a step of a panel apart."""
-    rows = []
-    for _ in range(LANES):
-        rows.append(simd.load_from(builder, source, WORDS))
-        source = builder.add(source, stride)
-    for i, vector in enumerate(simd.turned(builder, rows)):
-        simd.store_to(builder, vector, builder.add(target, target.type(i * STEP)))
-
-
 def _interleave(builder: Any, first: Any, second: Any, target: Any) -> None:
     """LANES items of one row of the transpose and of the next, to words."""
     low, high = (builder.zext(simd.load_from(builder, at, HALVES, align=2), WORDS) for at in (first, second))
@@ -55,7 +43,9 @@ def _interleave_item(builder: Any, first: Any, second: Any, target: Any) -> None
     simd.store_to(builder, builder.or_(low, builder.shl(high, simd.I32(16))), target)
 
 
-_turn_words = simd.operation(_turn, types.void, types.int64, types.int64, types.int64)
+_turn_words = simd.operation(
+    lambda b, source, stride, to: simd.turn(b, source, stride, to, STEP), types.void, *[types.int64] * 3
+)
 _interleave_rows = simd.operation(_interleave, types.void, *[types.int64] * 3)
 _interleave_items = simd.operation(_interleave_item, types.void, *[types.int64] * 3)
 _copy_line = simd.operation(

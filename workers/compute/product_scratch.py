@@ -1,7 +1,4 @@
-"""How a segment's rows go in passes, and where things lie in a thread's scratch memory.
-
-Numba's disk cache watches product_kernels.py alone: touch that file after an edit here.
-"""
+"""How a segment's rows go in passes, and where things lie in a thread's scratch memory."""
 
 from __future__ import annotations
 

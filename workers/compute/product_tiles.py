@@ -2,8 +2,6 @@
 
 A *step* is two neighbouring items of K, of which a *word* holds a row's or a column's. A block of weights is
 `[step][COLUMNS]` words, rows are packed as `[step][rows]` words, and sums are `[row][COLUMNS]` of float32.
-
-Numba's disk cache watches product_kernels.py alone: touch that file after an edit here.
 """
 
 from __future__ import annotations

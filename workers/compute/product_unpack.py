@@ -3,8 +3,6 @@ weight had been made bfloat16 before.
 
 The order of the values is that of packing.py for bfloat16: a vector of words has eight columns, each with the even and
 the odd items of K, so that two vectors of float32, narrowed together, are the words of sixteen columns in a panel.
-
-Numba's disk cache watches product_kernels.py alone: touch that file after an edit here.
 """
 
 from __future__ import annotations

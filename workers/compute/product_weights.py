@@ -78,8 +78,6 @@ class Weights:
 
     def multiply(self, x: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:
         """y `[..., N]` of the first weight and x `[..., K]`, contiguous and not empty."""
-        assert x.dtype == torch.bfloat16 and x.is_contiguous() and x.shape[-1] == self.width
-        assert bias_N is None or bias_N.dtype == torch.bfloat16
         output = x.new_empty((*x.shape[:-1], self.columns))
         self.multiply_segments(output, x, bias_N, _rows_in_order(x.numel() // self.width, self.most_rows))
         return output
@@ -102,6 +100,8 @@ class Weights:
             x_rows: numbers of rows of `x`, int64; None: its rows in order.
             y_rows: likewise of `output`.
         """
+        assert x.dtype == output.dtype == torch.bfloat16 and x.is_contiguous() and x.shape[-1] == self.width
+        assert bias is None or bias.dtype == torch.bfloat16
         if not len(parts):
             return
         steps, threads, most_rows = self.width // 2, torch.get_num_threads(), int(parts["rows"].max())

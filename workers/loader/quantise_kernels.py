@@ -57,22 +57,15 @@ def _joined(items: list[list[int]], bits: int) -> Any:
     return simd.operation(build, types.void, types.int64, types.int64)
 
 
-def _turn(builder: Any, source: Any, stride: Any, target: Any) -> None:
-    rows = []
-    for _ in range(LANES):
-        rows.append(simd.load_from(builder, source, WORDS))
-        source = builder.add(source, stride)
-    for i, turned in enumerate(simd.turned(builder, rows)):
-        simd.store_to(builder, turned, builder.add(target, target.type(i * ROW)))
-
-
 _rounded = simd.operation(_rint, vector, vector)
 _to_bf16 = simd.operation(_to_nearest_bfloat16, vector, vector)
 _if_less = simd.operation(_less, vector, vector, vector, vector, vector)  # of x < y: a third, else a fourth
 _absolute = simd.operation(
     lambda b, x: b.bitcast(b.and_(b.bitcast(x, WORDS), simd.same(0x7FFFFFFF, WORDS)), VECTOR), vector, vector
 )
-_turned = simd.operation(_turn, types.void, *[types.int64] * 3)
+_turned = simd.operation(
+    lambda b, source, stride, to: simd.turn(b, source, stride, to, ROW), types.void, *[types.int64] * 3
+)
 _PAIRS = [[2 * part + word for part in range(8)] for word in range(2)]
 _join_8 = _joined([pair[:4] for pair in _PAIRS], 8)
 _join_4 = _joined(_PAIRS, 4)

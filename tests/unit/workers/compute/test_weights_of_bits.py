@@ -119,6 +119,19 @@ def test_in_whole_numbers(bits: int, has_zeros: bool) -> None:
                     assert bool((error <= expected.abs() * 2**-8 + magnitude * 2**-19).all())
 
 
+@pytest.mark.skipif(not serves_width(32) or not simd.BYTES, reason="not on this processor")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_shows_in_its_row_alone(value: float) -> None:
+    packing = Packing(4, 32, "int8", "bfloat16", True, rounds_rows=True)
+    memory, _ = made((1, 64, 64), 32, packing)
+    weight = weights_of_bits(memory, packing, (1, 64, 64))
+    assert weight is not None
+    x_TK = torch.randn(8, 64).bfloat16()
+    x_TK[3, 5] = value
+    output = weight.multiply(x_TK, None)
+    assert bool(output[3].isnan().all() and output[[0, 1, 2, 4, 5, 6, 7]].isfinite().all())
+
+
 def test_rounding_of_rows() -> None:
     x_TK = torch.tensor([[0.0] * 16 + [127.0, -63.4] + [0.5] * 14])
     assert torch.equal(rounded(x_TK, 16)[0, :18], torch.tensor([0.0] * 16 + [127.0, -63.0]))
