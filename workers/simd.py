@@ -16,6 +16,10 @@ from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic, models, register_model
 
+from flexgen_lite.workers.kernel_cache import guard
+
+guard()
+
 _features = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
 WIDE = "+avx512f" in _features
 PAIRS = "+avx512bf16" in _features  # whether there are products of bfloat16 pairs

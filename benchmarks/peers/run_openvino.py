@@ -1,7 +1,8 @@
 """OpenVINO GenAI with continuous batching, all prompts submitted at once; runs in its own environment.
 
 Options: batched_tokens (most of a step), cache_gb, sequences (most at once), split_fuse (0: prompts in one piece),
-kv (type of the KV cache; u8 by default), prefix_caching.
+kv (type of the KV cache; u8 by default), prefix_caching, precision (bf16 by default; with f32, rows that meet weights in
+few bits are rounded to 8 bits, "dynamic quantization").
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ def measure(job: Job) -> Measurement:
     scheduler.max_num_seqs = int(job.options.get("sequences", 256))
     scheduler.dynamic_split_fuse = bool(job.options.get("split_fuse", 1))
     scheduler.enable_prefix_caching = bool(job.options.get("prefix_caching", 0))
-    properties = {"INFERENCE_PRECISION_HINT": "bf16", "INFERENCE_NUM_THREADS": job.num_threads}
+    precision = str(job.options.get("precision", "bf16"))
+    properties = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": job.num_threads}
+    if precision == "f32":
+        properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 128
     if "kv" in job.options:
         properties["KV_CACHE_PRECISION"] = str(job.options["kv"])
     pipe = genai.ContinuousBatchingPipeline(job.model, scheduler, "CPU", properties)

@@ -67,6 +67,11 @@ def _openvino(workload: Workload, shape: Shape) -> list[Options]:
     return [{"batched_tokens": size, "cache_gb": cache, **caching} for size in (256, 1024, 8192)]
 
 
+def _openvino_few_bits(workload: Workload, shape: Shape) -> list[Options]:
+    """In bfloat16, and in float32, where OpenVINO rounds rows to 8 bits."""
+    return [{**options, **kind} for options in _openvino(workload, shape) for kind in ({}, {"precision": "f32"})]
+
+
 def _ctranslate2(workload: Workload, shape: Shape) -> list[Options]:
     if workload.in_memory_group:
         return [{"batch": size} for size in (8, 4, 2)]
@@ -113,11 +118,11 @@ SYSTEMS = {
             only_in_memory_group=True,
         ),
         *(
-            System(name, title, "openvino", "run_openvino", name, _openvino, families=OPENVINO_FAMILIES)
-            for name, title in (
-                ("openvino", "OpenVINO GenAI, bf16"),
-                ("openvino-int8", "OpenVINO GenAI, int8 weights"),
-                ("openvino-int4", "OpenVINO GenAI, int4 weights"),
+            System(name, title, "openvino", "run_openvino", name, options, families=OPENVINO_FAMILIES)
+            for name, title, options in (
+                ("openvino", "OpenVINO GenAI, bf16", _openvino),
+                ("openvino-int8", "OpenVINO GenAI, int8 weights", _openvino_few_bits),
+                ("openvino-int4", "OpenVINO GenAI, int4 weights", _openvino_few_bits),
             )
         ),
         System(

@@ -35,10 +35,7 @@ from flexgen_lite.workers.attention.block import (
 )
 from flexgen_lite.workers.attention.layout import BLOCK, CHUNK
 from flexgen_lite.workers.attention.tiles import ROW
-from flexgen_lite.workers.kernel_cache import watch_sources
 from flexgen_lite.workers.simd import LANES
-
-watch_sources()
 
 _F = np.float32
 _ZERO, _ONE = _F(0), _F(1)

@@ -19,7 +19,7 @@ _SHAPE = layout.Shape(
 def warm_up(dtype: str, kv_dtype: str) -> None:
     """Runs each kernel once. Where they are not in the cache they are compiled, which takes some seconds."""
     check_dtypes(dtype, kv_dtype)
-    from_cache(lambda: _run(dtype, kv_dtype))
+    from_cache(lambda: _run(dtype, kv_dtype), f"attention-{dtype}-{kv_dtype}")
 
 
 def _run(dtype: str, kv_dtype: str) -> None:

@@ -295,4 +295,4 @@ def attend_widened(address: int) -> None:
 @cache
 def compiled(function: Any) -> Any:
     """One of the three above as a C function: its `address` is that of `void f(CALL *)`, to be run by every thread."""
-    return from_cache(lambda: cfunc(types.void(types.int64), cache=True, **OPTIONS)(function))
+    return from_cache(lambda: cfunc(types.void(types.int64), cache=True, **OPTIONS)(function), function.__name__)

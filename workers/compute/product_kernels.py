@@ -382,4 +382,4 @@ def pack(address: int) -> None:
 @cache
 def compiled(function: Any) -> Any:
     """One of `multiply`, `multiply_bytes` and `pack` as a C function, `void f(CALL *)`, to be run by every thread."""
-    return from_cache(lambda: cfunc(types.void(types.int64), cache=True, **OPTIONS)(function))
+    return from_cache(lambda: cfunc(types.void(types.int64), cache=True, **OPTIONS)(function), function.__name__)

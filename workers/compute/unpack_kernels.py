@@ -105,7 +105,7 @@ def unpack(address: int) -> None:
 @cache
 def compiled() -> Any:
     """`unpack` as a C function, `void f(CALL *)`, to be run by every thread."""
-    return from_cache(lambda: cfunc(types.void(types.int64), cache=True, **OPTIONS)(unpack))
+    return from_cache(lambda: cfunc(types.void(types.int64), cache=True, **OPTIONS)(unpack), unpack.__name__)
 
 
 _FIELDS = struct.Struct(f"{len(CALL.names or ())}q")

@@ -143,7 +143,8 @@ def prepare() -> tuple[Any, Any]:
         lambda: (
             cfunc(number(number, number, number), cache=True, **OPTIONS)(allocate),
             cfunc(types.void(number, number), cache=True, **OPTIONS)(release),
-        )
+        ),
+        "workspace",
     )
 
 

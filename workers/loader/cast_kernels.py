@@ -14,9 +14,10 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from flexgen_lite.workers.kernel_cache import watch_sources
+from flexgen_lite.workers.kernel_cache import guard
 
-watch_sources()
+guard()
+
 U16, U32 = np.uint16, np.uint32
 
 
