@@ -28,6 +28,7 @@ SPANS_BYTES = 20 * MIB  # what an attention worker takes beyond what it has at t
 ZYGOTE_BYTES = 48 * MIB  # what it does not share with the compute worker
 ALLOCATOR_SLACK = 1.25  # what the allocator keeps beyond what is in use
 PRODUCTS_BYTES = 80 * MIB  # on a CPU: programs that oneDNN keeps (KEPT_PRODUCTS), results on their way
+UNPACKING_BYTES = {"cpu": 40 * MIB, "gpu": 160 * MIB}  # of a weight in few bits, some columns at a time
 SAMPLING_BYTES = 64  # for each entry of the vocabulary, to draw from a row of logits: sorted, in double precision
 PAGE_TOKENS = 16
 DEVICE_RING = 3  # slots of a GPU through which layers come: one in use, one being copied, one ready
@@ -78,7 +79,7 @@ class Need:
         region = region_bytes(self.spec.attention, tokens, ITEM_BYTES[self.spec.dtype])
         return {
             **self.processes,
-            "workspace": _workspace_bytes(self.spec, tokens, count),
+            "workspace": _workspace_bytes(self.spec, tokens, count, self.on_gpu),
             **({} if self.on_gpu else {"products": PRODUCTS_BYTES}),
             "exchange": count * region,
             "embeddings and head": self.spec.units[-1].num_bytes,
@@ -152,9 +153,13 @@ def need_of(
 
 
 def _loader_bytes(spec: ModelSpec) -> int:
-    if any(tensor.packing is not None for unit in spec.units for tensor in unit.tensors):
+    if _has_few_bits(spec):
         return QUANTISING_LOADER_BYTES
     return CONVERTING_LOADER_BYTES if any(unit.converted for unit in spec.units) else LOADER_BYTES
+
+
+def _has_few_bits(spec: ModelSpec) -> bool:
+    return any(tensor.packing is not None for unit in spec.units for tensor in unit.tensors)
 
 
 def _pages_of_use(
@@ -172,8 +177,9 @@ def _pages_of_use(
     return min(most, max(typical, longest)), most
 
 
-def _workspace_bytes(spec: ModelSpec, tokens: int, count: int) -> int:
-    """Temporaries of the compute worker: one running micro-batch, the suspended ones, logits and attention scores."""
+def _workspace_bytes(spec: ModelSpec, tokens: int, count: int, on_gpu: bool) -> int:
+    """Temporaries of the compute worker: one running micro-batch, the suspended ones, a weight that is unpacked, logits
+    and attention scores."""
     item = ITEM_BYTES[spec.dtype]
     width = max(layer.exchange_width for layer in spec.attention)
     heads = max(layer.num_heads for layer in spec.attention)
@@ -183,4 +189,5 @@ def _workspace_bytes(spec: ModelSpec, tokens: int, count: int) -> int:
     # As the model gives them and once more, in float32, which of them are larger than another, one row to draw from.
     logits = spec.vocab_size * (rows * (2 * item + 4 + 1) + SAMPLING_BYTES)
     scores = heads * 128 * min(tokens, spec.max_length) * 4 * 2
-    return int((running + suspended + max(logits, scores)) * ALLOCATOR_SLACK)
+    unpacking = UNPACKING_BYTES["gpu" if on_gpu else "cpu"] if _has_few_bits(spec) else 0
+    return int((running + suspended + max(logits, scores)) * ALLOCATOR_SLACK) + unpacking

@@ -119,7 +119,7 @@ def forward(module: Any, hidden_TH: torch.Tensor, expert_TK: torch.Tensor, share
         _multiply(module, "down_proj", _Rows(inner.contiguous(), None, rows, output_SH, order_S[part]))
     if module.has_post_expert_norm:
         output_SH = module.post_expert_norm(output_SH)
-    return _sum(output_SH.view(tokens, top_k, -1), share_TK).to(hidden_TH.dtype)
+    return _sum(output_SH.view(tokens, top_k, output_SH.shape[-1]), share_TK).to(hidden_TH.dtype)
 
 
 def _groups(counts: list[int]) -> list[tuple[int, list[tuple[int, int]]]]:

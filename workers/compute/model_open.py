@@ -171,7 +171,7 @@ def fingerprint(opened: OpenedModel) -> str:
     config.pop("_name_or_path", None)
     digest = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode(), digest_size=8)
     files = [(Path(file).name, stamp.size) for file, stamp in zip(spec.files, spec.stamps, strict=True)]
-    packed = sorted({str(tensor.packing) for unit in spec.units for tensor in unit.tensors if tensor.packing})
+    packed = sorted((t.name, str(t.packing)) for unit in spec.units for t in unit.tensors if t.packing)
     digest.update(repr(packed).encode() if packed else b"")
     digest.update(repr((spec.dtype, spec.max_length, spec.eos_token_ids, files)).encode())
     if opened.tokenizer.file is not None:

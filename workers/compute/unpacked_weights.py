@@ -1,4 +1,5 @@
-"""Weights of 8 and 4 bits where no kernel of ours multiplies with them as they lie: unpacked before."""
+"""Weights of 8 and 4 bits where no kernel of ours multiplies with them as they lie: unpacked before, some columns at a
+time, so that a weight of any size takes no more memory than the plan has for it (plan/need.py, UNPACKING_BYTES)."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from flexgen_lite.workers.compute.product_weights import Weights, weights_of_bit
 from flexgen_lite.workers.compute.unpack_kernels import unpack_blocks
 from flexgen_lite.workers.model.weight_map import packed_weights
 
-SLAB_BYTES = 8 << 20  # of a weight that is unpacked, in float32
+SLAB_ITEMS = {"cpu": 2 << 20, "cuda": 8 << 20}  # of a weight, unpacked at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,29 +43,36 @@ class PackedBits:
             return None
         return weights_of_bits(self.memory, self.packing, self.shape)
 
-    def __getitem__(self, index: int) -> torch.Tensor:
-        """One of the weights, `[N, K]`."""
-        return unpacked(self.memory, self.packing, self.shape, index, self.dtype)
-
 
 def unpacked(
-    memory: torch.Tensor, packing: Packing, shape: tuple[int, ...], index: int, dtype: torch.dtype
+    memory: torch.Tensor,
+    packing: Packing,
+    shape: tuple[int, ...],
+    index: int,
+    dtype: torch.dtype,
+    first: int = 0,
+    count: int | None = None,
 ) -> torch.Tensor:
-    """Weight number `index`, `[N, K]` in `dtype`: (q - zero) * scale, rounded once."""
+    """Weight number `index`, `[N, K]` in `dtype`: (q - zero) * scale, rounded once.
+
+    Args:
+        first, count: blocks of columns; None: all that follow.
+    """
     _, columns, width = packing.dimensions(shape)
     blocks, groups, middle = num_blocks(columns), width // packing.group, 8 if packing.bits == 4 else 128
-    size, num_scales = packing.value_bytes(shape), packing.num_scales(shape)
+    count = blocks - first if count is None else count
+    begin, size = index * blocks + first, packing.value_bytes(shape) // blocks
 
     def by_column(start: int, kind: torch.dtype) -> torch.Tensor:
-        begin = start + index * num_scales * kind.itemsize
-        found = memory[begin : begin + num_scales * kind.itemsize].view(kind)
-        return found.view(blocks, groups, COLUMNS).transpose(1, 2).reshape(-1, groups, 1).float()
+        block_bytes = groups * COLUMNS * kind.itemsize
+        found = memory[start + begin * block_bytes : start + (begin + count) * block_bytes].view(kind)
+        return found.view(count, groups, COLUMNS).transpose(1, 2).reshape(-1, groups, 1).float()
 
-    codes = _codes(memory[index * size : (index + 1) * size], packing, blocks)
+    codes = _codes(memory[begin * size : (begin + count) * size], packing, count)
     values = codes.view(-1, groups, packing.group).float()
-    values = values - (by_column(packing.zeros_at(shape), torch.uint8) if packing.has_zeros else middle)
-    values = values * by_column(packing.scales_at(shape), getattr(torch, packing.scale_dtype))
-    return values.view(-1, width)[:columns].to(dtype)
+    values -= by_column(packing.zeros_at(shape), torch.uint8) if packing.has_zeros else middle
+    values *= by_column(packing.scales_at(shape), getattr(torch, packing.scale_dtype))
+    return values.view(-1, width)[: columns - first * COLUMNS].to(dtype)
 
 
 def _codes(values: torch.Tensor, packing: Packing, blocks: int) -> torch.Tensor:
@@ -90,31 +98,28 @@ def multiplied(
     Args:
         multiply: rows, weight and bias to the product.
     """
-    packing = bits.packing
-    if not packing.rounds_rows and rows.dtype != torch.float32:
-        return multiply(rows, bits[index], bias_N)
+    packing, memory = bits.packing, bits.memory
+    _, columns, width = packing.dimensions(bits.shape)
     x = rounded(rows.float(), packing.group) if packing.rounds_rows else rows
-    bias = None if bias_N is None else bias_N.float()
-    if packing.order == "int8" and rows.device.type == "cpu" and prefill_cpu.parallel() is not None:
-        return _in_slabs(x, bits, index, bias).to(rows.dtype)
-    weight_NK = unpacked(bits.memory, packing, bits.shape, index, torch.float32)
-    return multiply(x, weight_NK, bias).to(rows.dtype)
-
-
-def _in_slabs(rows: torch.Tensor, bits: PackedBits, index: int, bias_N: torch.Tensor | None) -> torch.Tensor:
-    """In float32, with some blocks of columns at a time."""
-    _, columns, width = bits.packing.dimensions(bits.shape)
-    x_TK = rows.reshape(-1, width)
-    output_TN = x_TK.new_empty((len(x_TK), columns))
-    blocks = max(1, SLAB_BYTES // (4 * COLUMNS * width))
+    x_TK = x.reshape(-1, width)
+    has_kernel = x.dtype == torch.float32 and packing.order == "int8" and memory.device.type == "cpu"
+    has_kernel = has_kernel and prefill_cpu.parallel() is not None
+    blocks = max(1, SLAB_ITEMS.get(memory.device.type, SLAB_ITEMS["cpu"]) // (COLUMNS * width))
+    parts = []
     for first in range(0, num_blocks(columns), blocks):
         count = min(blocks, num_blocks(columns) - first)
-        slab_KN = x_TK.new_empty((width, count * COLUMNS))
-        unpack_blocks(bits.memory, bits.packing, bits.shape, index, first, slab_KN)
         part = slice(first * COLUMNS, min(columns, (first + count) * COLUMNS))
-        product_TN = torch.mm(x_TK, slab_KN[:, : part.stop - part.start])
-        output_TN[:, part] = product_TN if bias_N is None else product_TN.add_(bias_N[part])
-    return output_TN.view(*rows.shape[:-1], columns)
+        bias = None if bias_N is None else bias_N[part].to(x.dtype)
+        if has_kernel:
+            slab_KN = x_TK.new_empty((width, count * COLUMNS))
+            unpack_blocks(memory, packing, bits.shape, index, first, slab_KN)
+            product_TN = torch.mm(x_TK, slab_KN[:, : part.stop - part.start])
+            parts.append(product_TN if bias is None else product_TN.add_(bias))
+        else:
+            weight_NK = unpacked(memory, packing, bits.shape, index, x.dtype, first, count)
+            parts.append(multiply(x_TK, weight_NK, bias))
+    output_TN = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    return output_TN.to(rows.dtype).view(*rows.shape[:-1], columns)
 
 
 def rounded(rows: torch.Tensor, group: int) -> torch.Tensor:
@@ -122,6 +127,7 @@ def rounded(rows: torch.Tensor, group: int) -> torch.Tensor:
     parts = rows.unflatten(-1, (-1, group))
     most = parts.abs().amax(-1, keepdim=True)
     factor = torch.where(most > 0, torch.full_like(most, 127) / most, 0)
+    factor.clamp_(max=torch.finfo(most.dtype).max)  # of tiny items it is infinite
     near: torch.Tensor = ((parts * factor).round() * (most / 127)).flatten(-2)
     return near
 

@@ -136,6 +136,8 @@ def test_rounding_of_rows() -> None:
     x_TK = torch.tensor([[0.0] * 16 + [127.0, -63.4] + [0.5] * 14])
     assert torch.equal(rounded(x_TK, 16)[0, :18], torch.tensor([0.0] * 16 + [127.0, -63.0]))
     assert rounded(x_TK, 16)[0, 18:].tolist() == [0.0] * 14  # ties to even
+    tiny = torch.tensor([[3e-37] + [0.0] * 15])
+    assert torch.allclose(rounded(tiny, 16), tiny, rtol=0.5, atol=0)
 
 
 @pytest.mark.parametrize("rounds_rows", [False, True])
@@ -145,7 +147,7 @@ def test_rounding_of_rows() -> None:
 def test_where_no_kernel_serves(
     bits: int, has_zeros: bool, order: str, rounds_rows: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(unpacked_weights, "SLAB_BYTES", 64 * 1024)  # some of the shapes in several slabs
+    monkeypatch.setattr(unpacked_weights, "SLAB_ITEMS", {"cpu": 16 * 1024})  # some of the shapes in several slabs
     for columns, width, group in SHAPES:
         for scale_dtype in ("bfloat16", "float32"):
             packing = Packing(bits, group, order, scale_dtype, has_zeros, rounds_rows=rounds_rows)

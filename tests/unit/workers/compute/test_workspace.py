@@ -32,8 +32,8 @@ forks = multiprocessing.get_context("forkserver")
 forks.set_forkserver_preload(["torch"])
 
 
-def run(body: str) -> None:
-    process = forks.Process(target=exec, args=(CHECK + body, {}), daemon=True)
+def run(body: str, before: str = CHECK) -> None:
+    process = forks.Process(target=exec, args=(before + body, {}), daemon=True)
     process.start()
     try:
         process.join(120)
@@ -125,4 +125,31 @@ for thread in threads: thread.start()
 for thread in threads: thread.join()
 assert used() == 0
 """
+    )
+
+
+def test_a_weight_in_few_bits_is_unpacked_in_what_is_planned_for_it() -> None:
+    run(
+        """
+import torch
+from torch import nn
+from torch.nn.functional import linear
+from flexgen_lite.model.packing import Packing
+from flexgen_lite.plan.need import UNPACKING_BYTES
+from flexgen_lite.workers.compute.unpacked_weights import PackedBits, multiplied
+from flexgen_lite.workers.compute.workspace import Workspace
+from flexgen_lite.workers.model.weight_map import packed_weights
+
+shape, packing = (8192, 4096), Packing(4, 32, "bfloat16", "float32", has_zeros=True)
+module = nn.Module()
+packed_weights(module)["weight"] = torch.zeros(packing.num_bytes(shape), dtype=torch.uint8)
+weight = PackedBits(module, "weight", packing, shape, torch.bfloat16)
+assert weight.ours() is None
+workspace = Workspace(512 << 20)
+assert workspace.install()
+product = multiplied(linear, torch.ones(4, 4096).bfloat16(), weight, 0, None)
+assert product.shape == (4, 8192)
+assert 8 << 20 < workspace.peak_bytes <= UNPACKING_BYTES["cpu"], workspace.peak_bytes
+""",
+        before="",
     )
