@@ -1,8 +1,8 @@
 """OpenVINO GenAI with continuous batching, all prompts submitted at once; runs in its own environment.
 
 Options: batched_tokens (most of a step), cache_gb, sequences (most at once), split_fuse (0: prompts in one piece),
-kv (type of the KV cache; u8 by default), prefix_caching, precision (bf16 by default; with f32, rows that meet weights in
-few bits are rounded to 8 bits, "dynamic quantization").
+kv (type of the KV cache; u8 by default), prefix_caching, precision (bf16 by default; with f32, rows that meet weights
+in few bits are rounded to 8 bits, "dynamic quantization").
 """
 
 from __future__ import annotations

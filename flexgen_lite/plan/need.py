@@ -28,6 +28,8 @@ SPANS_BYTES = 20 * MIB  # what an attention worker takes beyond what it has at t
 ZYGOTE_BYTES = 48 * MIB  # what it does not share with the compute worker
 ALLOCATOR_SLACK = 1.25  # what the allocator keeps beyond what is in use
 PRODUCTS_BYTES = 80 * MIB  # on a CPU: programs that oneDNN keeps (KEPT_PRODUCTS), results on their way
+PRODUCTS_OTHER_BYTES = 32 * MIB  # of them, beside what the threads have of their own
+THREAD_ROWS_BYTES = 192  # of a thread, for each item of a row: 64 rows of 16 bits, weights that are put in order
 UNPACKING_BYTES = {"cpu": 40 * MIB, "gpu": 160 * MIB}  # of a weight in few bits, some columns at a time
 SAMPLING_BYTES = 64  # for each entry of the vocabulary, to draw from a row of logits: sorted, in double precision
 PAGE_TOKENS = 16
@@ -73,6 +75,7 @@ class Need:
     most_pages: int  # that can ever be of use
     on_gpu: bool
     device_bytes: int  # of RAM, where the CPU plays the device's part
+    compute_threads: int
 
     def fixed(self, tokens: int, count: int) -> dict[str, int]:
         """Bytes per part that do not depend on what is left of the budget."""
@@ -80,7 +83,7 @@ class Need:
         return {
             **self.processes,
             "workspace": _workspace_bytes(self.spec, tokens, count, self.on_gpu),
-            **({} if self.on_gpu else {"products": PRODUCTS_BYTES}),
+            **({} if self.on_gpu else {"products": _products_bytes(self.spec, self.compute_threads)}),
             "exchange": count * region,
             "embeddings and head": self.spec.units[-1].num_bytes,
             **({"device slots": self.device_bytes} if self.device_bytes else {}),
@@ -101,6 +104,10 @@ def num_attention_workers(config: EngineConfig, machine: Machine) -> int:
     if config.attention_workers is not None:
         return config.attention_workers
     return len(config.attention_cpus) if config.attention_cpus else min(machine.numa_nodes, machine.num_threads)
+
+
+def num_compute_threads(config: EngineConfig, machine: Machine, on_gpu: bool) -> int:
+    return config.compute_threads or (min(4, machine.num_threads) if on_gpu else machine.num_threads)
 
 
 def need_of(
@@ -149,7 +156,13 @@ def need_of(
             if on_cpu_slots
             else 0
         ),
+        compute_threads=num_compute_threads(config, machine, on_gpu),
     )
+
+
+def _products_bytes(spec: ModelSpec, threads: int) -> int:
+    widest = max(spec.intermediate_size, spec.hidden_size)
+    return max(PRODUCTS_BYTES, PRODUCTS_OTHER_BYTES + threads * THREAD_ROWS_BYTES * widest)
 
 
 def _loader_bytes(spec: ModelSpec) -> int:

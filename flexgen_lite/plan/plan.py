@@ -150,7 +150,7 @@ def make_plan(
         region_bytes=fixed["exchange"] // count,
         attention_workers=need.workers,
         attention_threads=threads,
-        compute_threads=config.compute_threads or (min(4, machine.num_threads) if on_gpu else machine.num_threads),
+        compute_threads=need.compute_threads,
         loader_threads=config.loader_threads or 4,
         attention_cpus=config.attention_cpus or ((),) * need.workers,
         compute_cpus=config.compute_cpus or (),

@@ -28,7 +28,8 @@ WORKER_FLOORS = (
     ("conversion",),
     ("loader", "attention", "compute"),
     ("model",),
-    ("serve", "team", "simd", "kernel_cache"),
+    ("serve", "team", "simd"),
+    ("kernel_cache",),
     ("zygote",),
 )
 OF_USE_TO_WORKERS = ("memory", "wire", "model", "text", "chat.environment", "schedule.segment_queue")
