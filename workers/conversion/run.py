@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -18,6 +19,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from flexgen_lite.model.checkpoint import INDEX_NAME, stamp
 from flexgen_lite.model.compressed_tensors import section_of
@@ -33,6 +36,7 @@ from flexgen_lite.workers.serve import UserError
 BEGUN = "quantize.part.json"
 """In a directory that is not finished: what is being made there."""
 PART = ".part"
+VERSION = 1  # of what is written; another, where the same source would come to other bytes
 MAX_BYTES = 4_000_000_000  # of a file, but for a tensor that is larger
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
 
@@ -69,14 +73,14 @@ def quantize(source: Path, target: Path, wanted: Quantization, interval: float, 
     )
     if written.is_old:
         return written
-    others = _other_files(found)
+    others = _other_files(found.directory)
     _check_room(target, [shard for shard in shards if not _is_whole(target / shard.name, shard)], others)
-    with _claimed(target, digest, found):
+    with _full_disk_told(target), _claimed(target, digest, found):
         missing = [shard for shard in shards if not _is_whole(target / shard.name, shard)]
         _write_shards(found, target, missing, written.source_bytes, interval, told)
         _check_unchanged(found)
         for path in others:
-            _put(target / path.name, path.read_bytes())
+            _put(target / path.relative_to(found.directory), path.read_bytes())
         _put(target / INDEX_NAME, _text(index_of(shards)))
         config = read_json(found.directory / "config.json")
         _put(target / "config.json", _text(config | {"quantization_config": section_of(found.packing, found.ignored)}))
@@ -90,7 +94,7 @@ def _digest(source: SourceModel, wanted: Quantization) -> str:
     files = [(Path(path).name, s.size, s.mtime_ns) for path, s in zip(checkpoint.files, checkpoint.stamps, strict=True)]
     packed = [(item.source.name, item.packing) for item in source.items]
     config = (source.directory / "config.json").read_bytes()
-    return hashlib.blake2b(repr((files, packed, wanted.ignore, config)).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(repr((VERSION, files, packed, wanted.ignore, config)).encode(), digest_size=16).hexdigest()
 
 
 def _is_done(target: Path, shards: list[Shard]) -> bool:
@@ -127,15 +131,15 @@ def _claimed(target: Path, digest: str, source: SourceModel) -> Iterator[None]:
         except BlockingIOError:
             raise UserError(f"another process is writing into {shown_path(target)}: let it finish") from None
         file.seek(0)
-        text = json.dumps({"made_of": str(source.directory), "digest": digest})
-        if before := file.read():
-            if before != text and json.loads(before).get("digest") != digest:
-                raise UserError(
-                    f"{shown_path(target)} holds the beginning of what was to be made of another model, or with other "
-                    "settings: give the same again, or another directory, or remove it"
-                )
-        else:
-            file.write(text)
+        before = _digest_in(file.read())
+        if before not in (None, digest):
+            raise UserError(
+                f"{shown_path(target)} holds the beginning of what was to be made of another model, or with other "
+                "settings: give the same again, or another directory, or remove it"
+            )
+        if before is None:
+            file.truncate(0)
+            file.write(json.dumps({"made_of": str(source.directory), "digest": digest}))
             file.flush()
             os.fsync(file.fileno())
         for path in target.glob(f"*{PART}"):
@@ -143,11 +147,33 @@ def _claimed(target: Path, digest: str, source: SourceModel) -> Iterator[None]:
         yield
 
 
-def _other_files(source: SourceModel) -> list[Path]:
+def _digest_in(note: str) -> str | None:
+    """None where there is no note, or one whose writing was cut off, before which nothing else was written."""
+    try:
+        digest: str | None = json.loads(note)["digest"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return digest
+
+
+@contextlib.contextmanager
+def _full_disk_told(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"{shown_path(target)}: {os.strerror(error.errno)}: make room and give the same command again, it goes on "
+            "behind the files that are complete"
+        ) from None
+
+
+def _other_files(directory: Path) -> list[Path]:
     """What a model directory has beside weights and config.json: the tokenizer's files and the like."""
     return [
         path
-        for path in sorted(source.directory.iterdir())
+        for path in sorted([*directory.iterdir(), *(directory / CHAT_TEMPLATE_DIR).glob("*")])
         if path.is_file()
         and not path.name.startswith(".")
         and path.suffix not in WEIGHTS
@@ -159,7 +185,7 @@ def _other_files(source: SourceModel) -> list[Path]:
 def _check_room(target: Path, missing: list[Shard], others: list[Path]) -> None:
     needed = sum(shard.num_bytes for shard in missing) + sum(path.stat().st_size for path in others) + (1 << 20)
     there = next(path for path in (target.absolute(), *target.absolute().parents) if path.is_dir())
-    unfinished = sum(path.stat().st_size for path in target.glob(f"*{PART}"))
+    unfinished = sum(512 * path.stat().st_blocks for path in target.glob(f"*{PART}"))
     free = shutil.disk_usage(there).free + unfinished
     if needed > free:
         raise UserError(
@@ -217,6 +243,7 @@ def _check_unchanged(source: SourceModel) -> None:
 
 
 def _put(path: Path, data: bytes) -> None:
+    path.parent.mkdir(exist_ok=True)
     part = path.with_name(path.name + PART)
     with part.open("wb") as file:
         file.write(data)

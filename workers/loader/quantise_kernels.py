@@ -36,6 +36,12 @@ def _to_nearest_bfloat16(builder: Any, x: Any) -> Any:
     return builder.bitcast(builder.shl(bits, simd.same(16, WORDS)), VECTOR)
 
 
+def _larger(builder: Any, x: Any, y: Any) -> Any:
+    """Of two that are not negative; what is no number is larger than any."""
+    a, b = builder.bitcast(x, WORDS), builder.bitcast(y, WORDS)
+    return builder.select(builder.icmp_signed(">", a, b), x, y)
+
+
 def _less(builder: Any, x: Any, y: Any, then: Any, other: Any) -> Any:
     return builder.select(builder.fcmp_ordered("<", x, y), then, other)
 
@@ -60,6 +66,7 @@ def _joined(items: list[list[int]], bits: int) -> Any:
 _rounded = simd.operation(_rint, vector, vector)
 _to_bf16 = simd.operation(_to_nearest_bfloat16, vector, vector)
 _if_less = simd.operation(_less, vector, vector, vector, vector, vector)  # of x < y: a third, else a fourth
+_the_larger = simd.operation(_larger, vector, vector, vector)
 _absolute = simd.operation(
     lambda b, x: b.bitcast(b.and_(b.bitcast(x, WORDS), simd.same(0x7FFFFFFF, WORDS)), VECTOR), vector, vector
 )
@@ -132,8 +139,7 @@ def _quantise_4(group: Any, count: Any, best: Any, trial: Any, codes: Any) -> No
 def _quantise_8(group: Any, count: Any, best: Any, codes: Any, bias: Any) -> None:
     most, tiny = splat(F32(0)), splat(F32(1e-30))
     for i in range(count):
-        size = _absolute(load(group + i * ROW))
-        most = _if_less(size, most, most, size)  # what is no number stays
+        most = _the_larger(_absolute(load(group + i * ROW)), most)
     scale = simd.multiply(most, splat(F32(1 / 127)))
     scale = _to_bf16(_if_less(scale, tiny, tiny, scale))
     store(scale, best + ROW)
