@@ -210,6 +210,10 @@ def quantize(
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory to make.")],
     quantization: Annotated[str, typer.Option(help="int8 or int4.")] = "int4",
     group_size: Annotated[int | None, typer.Option(min=16, help="Inputs of a layer that share a scale.")] = None,
+    symmetric: Annotated[
+        bool | None,
+        typer.Option("--symmetric/--no-symmetric", help="int4 without zeros, or with. Neither: experts alone without."),
+    ] = None,
     ignore: Annotated[
         list[str] | None, typer.Option(help="Layers that stay: names, or regular expressions behind re:.")
     ] = None,
@@ -226,7 +230,8 @@ def quantize(
     with make_console(quiet, as_json) as console, errors_told(console):
         if quantization not in ("int8", "int4"):
             raise ValueError(f"--quantization {quantization} is not allowed: give int8 or int4")
-        write_quantized(model, output, 8 if quantization == "int8" else 4, group_size, ignore, console)
+        bits = 8 if quantization == "int8" else 4
+        write_quantized(model, output, bits, group_size, symmetric, ignore, console)
 
 
 @app.command()

@@ -7,18 +7,27 @@ from pathlib import Path
 
 from flexgen_lite.cli.console import Console
 from flexgen_lite.cli.terminal import signals_interrupt
+from flexgen_lite.model.files import CheckpointError
 from flexgen_lite.model.quantization import IGNORED, Quantization
 from flexgen_lite.text.sizes import format_size
 
 _KEYS = {
     "quantization_group_size=": "--group-size ",
+    "quantization_symmetric=false": "--no-symmetric",
+    "quantization_symmetric=true": "--symmetric",
     "quantization_ignore": "--ignore",
     "leave `quantization` out": "use it as it is, or ignore less",
 }
 
 
 def write_quantized(
-    model: str, output: Path, bits: int, group_size: int | None, ignore: list[str] | None, console: Console
+    model: str,
+    output: Path,
+    bits: int,
+    group_size: int | None,
+    symmetric: bool | None,
+    ignore: list[str] | None,
+    console: Console,
 ) -> None:
     """
     Raises:
@@ -28,7 +37,7 @@ def write_quantized(
     from flexgen_lite.workers.conversion.run import quantize
     from flexgen_lite.workers.serve import UserError
 
-    wanted = Quantization(bits, group_size, IGNORED if ignore is None else tuple(ignore))
+    wanted = Quantization(bits, group_size, IGNORED if ignore is None else tuple(ignore), symmetric=symmetric)
     begun = time.monotonic()
 
     def told(done: int, total: int) -> None:
@@ -41,13 +50,10 @@ def write_quantized(
     try:
         with signals_interrupt():
             made = quantize(model_directory(model), output, wanted, console.interval, told)
-    except UserError as error:
+    except (CheckpointError, UserError) as error:
         raise ValueError(_as_flags(str(error))) from error
     if made.has_zero_experts:
-        console.warn(
-            "experts of 4 bits have zeros, which vLLM and Transformers do not read (dense layers' they do): for those, "
-            "write int8"
-        )
+        console.warn("Transformers does not read experts of 4 bits with zeros: for it, leave --no-symmetric out")
     text = (
         f"{output}: {made.num_weights} weights in {bits} bits, {format_size(made.num_bytes)} instead of "
         f"{format_size(made.source_bytes)}"

@@ -34,6 +34,7 @@ from flexgen_lite.config.values import (
     Switch,
     count,
     expects,
+    switch,
 )
 from flexgen_lite.text.shown import MAX_SHOWN, shown, shown_path, shown_text
 
@@ -107,6 +108,10 @@ class EngineConfig(BaseModel):
         "Inputs of a layer that share a scale, a multiple of 16 that divides their number. `auto`: 128 for `int8`, 32 "
         "for `int4`, or the largest below that fits the model.",
     )
+    quantization_symmetric: Switch = switch(
+        "Groups of `int4` have no zeros, which costs some quality; other programs read more of such checkpoints. "
+        "`auto`: those of experts have none, all others have."
+    )
     quantization_ignore: Names = Field(
         default=None,
         description="Layers that stay in 16 bits, in the manner of compressed-tensors: names, or regular expressions "
@@ -119,11 +124,9 @@ class EngineConfig(BaseModel):
         "`int8`: activations are rounded to 8 bits as they come, group by group. `auto`: `bfloat16`.",
         json_schema_extra=expects('"auto", "bfloat16" or "int8"'),
     )
-    verify_weights: Switch = Field(
-        default=None,
-        description="Compare weights, whenever they are read, with the checksums that were recorded when they were "
-        "first loaded; a difference ends the engine with an error that names the file. `auto`: `false`.",
-        json_schema_extra=expects('true, false or "auto"'),
+    verify_weights: Switch = switch(
+        "Compare weights, whenever they are read, with the checksums that were recorded when they were first loaded; a "
+        "difference ends the engine with an error that names the file. `auto`: `false`."
     )
     ram: Size = Field(
         default=None,
@@ -162,11 +165,9 @@ class EngineConfig(BaseModel):
         description="Tokens of one KV page. `auto`: 16.",
         json_schema_extra=expects('a power of two from 16 to 256, or "auto"'),
     )
-    prefix_caching: Switch = Field(
-        default=None,
-        description="Prompts that begin alike share the KV pages of their beginning, which is computed once. In "
-        "bfloat16 and float16 an answer's rounding then depends on what else runs; `auto`: in float32 only.",
-        json_schema_extra=expects('true, false or "auto"'),
+    prefix_caching: Switch = switch(
+        "Prompts that begin alike share the KV pages of their beginning, which is computed once. In bfloat16 and "
+        "float16 an answer's rounding then depends on what else runs; `auto`: in float32 only."
     )
     layer_slots: Count = count(
         2,
@@ -215,11 +216,9 @@ class EngineConfig(BaseModel):
         description="Of the disk loader. `auto`: not bound.",
         json_schema_extra=CPUS_EXPECTED,
     )
-    stage_weights: Switch = Field(
-        default=None,
-        description="Copy each layer to a slot on the device before use. `auto`: on CUDA only; leave it so, except to"
-        " try the staging path on a CPU.",
-        json_schema_extra=expects('true, false or "auto"'),
+    stage_weights: Switch = switch(
+        "Copy each layer to a slot on the device before use. `auto`: on CUDA only; leave it so, except to try the "
+        "staging path on a CPU."
     )
     trace: PathValue = Field(
         default=None,

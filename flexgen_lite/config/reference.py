@@ -31,6 +31,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "kv_dtype",
         "quantization",
         "quantization_group_size",
+        "quantization_symmetric",
         "quantization_ignore",
         "activations",
         "device",

@@ -120,6 +120,10 @@ def count(low: int, description: str, high: int = MAX_COUNT) -> Any:
     )
 
 
+def switch(description: str) -> Any:
+    return Field(default=None, description=description, json_schema_extra=expects('true, false or "auto"'))
+
+
 SIZE_EXPECTED = expects(
     f'a size such as "8GiB", "500MB" or a number of bytes, above 0 and up to {MAX_BYTES}, or "auto"'
 )

@@ -359,4 +359,5 @@ def _quantization(config: EngineConfig) -> Quantization | None:
         group_size=config.quantization_group_size,
         ignore=IGNORED if config.quantization_ignore is None else config.quantization_ignore,
         activations="int8" if config.activations == "int8" else "bfloat16",
+        symmetric=config.quantization_symmetric,
     )

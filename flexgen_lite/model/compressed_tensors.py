@@ -21,6 +21,9 @@ VALUES, SCALES, ZEROS, SHAPE, ORDER = (
     f".weight_{part}" for part in ("packed", "scale", "zero_point", "shape", "g_idx")
 )
 BITS = (4, 8)
+LINEAR = "Linear"
+EXPERTS = r"re:.*\.experts\..*"
+"""The target for experts one by one, by the name that they have in all known checkpoints. Transformers looks for it."""
 _REMEDY = "use the unquantised model with `quantization`"
 _FLOATS = ("float32", "bfloat16", "float16")
 
@@ -170,20 +173,42 @@ def _is_class(target: str) -> bool:
     return not target.startswith("re:") and "." not in target
 
 
-def section_of(packing: Packing, ignored: Sequence[str]) -> dict[str, Any]:
-    """The `quantization_config` of a checkpoint whose linear layers, but those `ignored`, are packed alike."""
+def section_of(packings: Mapping[str, Packing], ignored: Sequence[str]) -> dict[str, Any]:
+    """The `quantization_config` of a checkpoint.
+
+    Args:
+        packings: by layer. They are alike, but that experts may have no zeros where others have.
+        ignored: layers that are not packed.
+
+    Raises:
+        CheckpointError: a layer's name does not tell whether it belongs to experts.
+    """
+    kinds = {packing.has_zeros: packing for packing in packings.values()}
+    if len(kinds) == 1:
+        groups = [_group(LINEAR, packing) for packing in kinds.values()]
+    else:
+        for layer, packing in packings.items():
+            if _names(EXPERTS, layer) == packing.has_zeros:
+                raise CheckpointError(
+                    f"{shown_text(layer)} is not told from experts by its name, so that it cannot be stored in another "
+                    "way: give quantization_symmetric=true or quantization_symmetric=false"
+                )
+        groups = [_group(LINEAR, kinds[True]), _group(EXPERTS, kinds[False])]
+    return {
+        "quant_method": METHOD,
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
+        "ignore": list(ignored),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def _group(target: str, packing: Packing) -> dict[str, Any]:
     weights = {
         "num_bits": packing.bits, "type": "int", "symmetric": not packing.has_zeros, "strategy": "group",
         "group_size": packing.group, "block_structure": None, "dynamic": False, "actorder": None, "observer": None,
         "observer_kwargs": {},
     }  # fmt: skip
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
-    return {
-        "quant_method": METHOD,
-        "format": FORMAT,
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": list(ignored),
-        "kv_cache_scheme": None,
-        "global_compression_ratio": None,
-    }
+    return {"targets": [target], "weights": weights, "input_activations": None, "output_activations": None}

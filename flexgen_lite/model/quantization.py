@@ -17,9 +17,15 @@ class Quantization:
         group_size: None: that of GROUPS, or the largest that divides all widths.
         ignore: layers that stay as they are.
         activations: "bfloat16" or "int8": what the weights are multiplied in.
+        symmetric: weights of 4 bits have no zeros; None: those of experts have none, for few other programs read them.
     """
 
     bits: int
     group_size: int | None = None
     ignore: tuple[str, ...] = IGNORED
     activations: str = "bfloat16"
+    symmetric: bool | None = None
+
+    def has_zeros(self, of_experts: bool) -> bool:
+        """Whether the groups of a weight have zeros."""
+        return self.bits == 4 and not (of_experts if self.symmetric is None else self.symmetric)

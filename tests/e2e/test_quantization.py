@@ -73,6 +73,14 @@ def test_activations_in_8_bits(family: str, tmp_path: Path) -> None:
     assert torch.allclose(scores("bfloat16"), rounded, rtol=0.05, atol=1)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gpt-oss"])
+def test_with_zeros_or_without(family: str, symmetric: bool, tmp_path: Path) -> None:
+    model, prompts = make_model(family, tmp_path / "model"), ragged_prompts(6, longest=40)
+    expected = rounded_tokens(model, prompts, Quantization(4, symmetric=symmetric))
+    assert answers(model, prompts, quantization="int4", quantization_symmetric=symmetric) == expected
+
+
 def test_on_its_way_through_device_slots(tmp_path: Path) -> None:
     model, prompts = make_model("qwen3-moe", tmp_path / "model"), ragged_prompts(6, longest=40)
     expected = rounded_tokens(model, prompts, Quantization(4))
@@ -106,6 +114,7 @@ def test_the_plan_and_the_fingerprint_tell_of_it(tmp_path: Path) -> None:
         {"quantization": "auto"},
         {"quantization": "int8"},
         {"quantization": "int4"},
+        {"quantization": "int4", "quantization_symmetric": True},
         {"quantization": "int4", "quantization_ignore": ["lm_head", "re:.*self_attn.*"]},
         {"quantization": "int4", "quantization_ignore": ["lm_head", "re:.*[qk]_proj"]},
     ):
@@ -113,8 +122,8 @@ def test_the_plan_and_the_fingerprint_tell_of_it(tmp_path: Path) -> None:
         with FlexGenLite(model, **settings) as engine, Client(engine.endpoint) as client:
             fingerprints.add(client.welcome.fingerprint)
             plans.add(client.welcome.plan)
-    assert len(fingerprints) == 5
-    assert len(plans) >= 4
+    assert len(fingerprints) == 6
+    assert len(plans) >= 5
 
 
 @pytest.mark.parametrize(
@@ -123,6 +132,7 @@ def test_the_plan_and_the_fingerprint_tell_of_it(tmp_path: Path) -> None:
         ({"quantization": "int4", "quantization_group_size": 48}, ("quantization_group_size=48", "16, 32, 64")),
         ({"quantization": "int8", "quantization_ignore": ["re:("]}, ("re:(", "regular expression")),
         ({"quantization": "int8", "quantization_ignore": ["re:.*"]}, ("no layer", "quantization")),
+        ({"quantization": "int8", "quantization_symmetric": False}, ("quantization_symmetric=false", "8 bits")),
         ({"activations": "int8"}, ("activations", "quantization")),
         ({"quantization": "int2"}, ("quantization", '"int8" or "int4"')),
     ],

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import mmap
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from flexgen_lite import EngineError, FlexGenLite
+from flexgen_lite.model.compressed_tensors import EXPERTS
 from flexgen_lite.model.files import CheckpointError
-from flexgen_lite.model.quantization import Quantization
+from flexgen_lite.model.quantization import IGNORED, Quantization
 from flexgen_lite.model.spec import ModelSpec
 from flexgen_lite.wire.worker_messages import AttachLoader, Load, OpenModel
 from flexgen_lite.workers.compute.device import open_device
@@ -60,10 +62,13 @@ def loaded(spec: ModelSpec) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "qwen3-moe", "mixtral", "deepseek-v3"])
-@pytest.mark.parametrize("bits", [8, 4])
-def test_what_is_read_is_what_is_quantised_while_loading(family: str, bits: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("bits", "symmetric"), [(8, None), (4, None), (4, True), (4, False)])
+def test_what_is_read_is_what_is_quantised_while_loading(
+    family: str, bits: int, symmetric: bool | None, tmp_path: Path
+) -> None:
     model = make_model(family, tmp_path / "model", torch.bfloat16)
-    then, now = spec_of(model, Quantization(bits)), spec_of(written(model, bits))
+    then = spec_of(model, Quantization(bits, symmetric=symmetric))
+    now = spec_of(written(model, bits, symmetric=symmetric))
     assert {t.name: t.packing for u in then.units for t in u.tensors} == {
         t.name: t.packing for u in now.units for t in u.tensors
     }
@@ -85,6 +90,35 @@ def test_in_other_orders(settings: dict[str, Any], tmp_path: Path) -> None:
     for bits in (4, 8):
         expected = answers(model, prompts, quantization=f"int{bits}", **settings)
         assert answers(written(model, bits), prompts, layer_slots=2, **settings) == expected
+
+
+def groups_of(model: Path) -> dict[str, bool]:
+    """Whether each target's weights are symmetric."""
+    groups = json.loads((model / "config.json").read_text())["quantization_config"]["config_groups"].values()
+    return {target: group["weights"]["symmetric"] for group in groups for target in group["targets"]}
+
+
+@pytest.mark.parametrize(
+    ("family", "bits", "symmetric", "groups"),
+    [
+        ("llama", 4, None, {"Linear": False}),
+        ("llama", 4, True, {"Linear": True}),
+        ("qwen3-moe", 8, None, {"Linear": True}),
+        ("qwen3-moe", 4, None, {"Linear": False, EXPERTS: True}),
+        ("qwen3-moe", 4, True, {"Linear": True}),
+        ("qwen3-moe", 4, False, {"Linear": False}),
+    ],
+)
+def test_what_config_json_says_of_zeros(
+    family: str, bits: int, symmetric: bool | None, groups: dict[str, bool], tmp_path: Path
+) -> None:
+    target = written(make_model(family, tmp_path / "model"), bits, symmetric=symmetric)
+    assert groups_of(target) == groups
+    with safe_open(target / "model-00001-of-00001.safetensors", "pt") as new:
+        layers = {name.rpartition(".")[0] for name in new.keys() if name.endswith("weight_packed")}  # noqa: SIM118
+        for layer in layers:
+            is_symmetric = groups[EXPERTS if ".experts." in layer and EXPERTS in groups else "Linear"]
+            assert (f"{layer}.weight_zero_point" in new.keys()) != is_symmetric  # noqa: SIM118
 
 
 FORMS = [
@@ -147,18 +181,38 @@ def test_layers_that_stay(tmp_path: Path) -> None:
     assert answers(target, prompts) == answers(model, prompts, **settings)
 
 
+def assert_same_weights(theirs: Any, model: Path, wanted: Quantization) -> None:
+    """Their products with scales are in the scales' bfloat16."""
+    unread = (*IGNORED, "kv_b_proj")  # which has other readers than its own forward
+    expected = quantised_model(model, replace(wanted, ignore=unread))
+    for name, ours in expected.named_parameters():
+        found = theirs.get_parameter(name)
+        assert torch.equal(found, ours) or torch.equal(found, ours.bfloat16().float()), name
+
+
 @pytest.mark.skipif(not has_package, reason="needs the package compressed-tensors")
-@pytest.mark.parametrize(("family", "bits"), [("llama", 4), ("llama", 8), ("opt", 4), ("opt", 8), ("qwen3-moe", 8)])
-def test_read_by_transformers(family: str, bits: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("symmetric", [None, True])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("family", ["llama", "opt", "qwen3-moe", "mixtral", "deepseek-v3"])
+def test_read_by_transformers(family: str, bits: int, symmetric: bool | None, tmp_path: Path) -> None:
     from transformers import CompressedTensorsConfig
 
     model = make_model(family, tmp_path / "model")
-    target, expected = written(model, bits), quantised_model(model, Quantization(bits))
+    target = written(model, bits, symmetric=symmetric)
     config = CompressedTensorsConfig(dequantize=True)
-    theirs: Any = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32, quantization_config=config)
-    for name, parameter in theirs.named_parameters():  # their products with scales are in the scales' bfloat16
-        ours = expected.get_parameter(name)
-        assert torch.equal(parameter, ours) or torch.equal(parameter, ours.bfloat16().float()), name
+    theirs = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32, quantization_config=config)
+    assert_same_weights(theirs, model, Quantization(bits, symmetric=symmetric))
+
+
+@pytest.mark.skipif(not has_package, reason="needs the package compressed-tensors")
+@pytest.mark.parametrize(("family", "bits"), [("llama", 4), ("qwen3-moe", 4), ("mixtral", 4), ("mixtral", 8)])
+@torch.inference_mode()
+def test_read_by_transformers_in_few_bits(family: str, bits: int, tmp_path: Path) -> None:
+    """Which unpacks them at the first forward."""
+    model = make_model(family, tmp_path / "model")
+    theirs: Any = AutoModelForCausalLM.from_pretrained(written(model, bits, symmetric=True), dtype=torch.float32)
+    theirs(torch.tensor([[1, 2, 3]]))
+    assert_same_weights(theirs, model, Quantization(bits, symmetric=True))
 
 
 def refused(model: Path, *words: str, **settings: Any) -> None:
@@ -258,8 +312,11 @@ def test_where_it_cannot_be_written(packed: Path, monkeypatch: pytest.MonkeyPatc
     target = written(model, 4)
     before = {path: path.stat().st_mtime_ns for path in target.iterdir()}
     assert written(model, 4) == target and before == {path: path.stat().st_mtime_ns for path in target.iterdir()}
-    with pytest.raises(UserError, match="holds something else"):
-        written(model, 4, group_size=16)
+    for others in ({"group_size": 16}, {"symmetric": True}):
+        with pytest.raises(UserError, match="holds something else"):
+            written(model, 4, **others)
+    with pytest.raises(UserError, match="weights in 8 bits have no zeros"):
+        written(model, 8, symmetric=False)
     with pytest.raises(UserError, match="is to be quantised"):
         quantize(model, model, Quantization(4), 1.0, lambda *_: None)
     (packed / "model").mkdir()

@@ -62,8 +62,9 @@ def test_killed_and_gone_on_with(tmp_path: Path) -> None:
     assert quantize(model, target, 60).returncode == -signal.SIGKILL
     kept = {path: path.stat().st_ino for path in target.glob("*.safetensors")}
     assert kept and (target / BEGUN).exists() and not (target / "config.json").exists()
-    other = quantize(model, target, 0, "--group-size", "16")
-    assert other.returncode == 2 and "with other settings" in other.stderr and "Traceback" not in other.stderr
+    for options in (("--group-size", "16"), ("--symmetric",)):
+        other = quantize(model, target, 0, *options)
+        assert other.returncode == 2 and "with other settings" in other.stderr and "Traceback" not in other.stderr
     full = quantize(model, target, 30, full=True)
     assert full.returncode == 2 and "make room and give the same command again" in full.stderr, full.stderr
     (target / BEGUN).write_text('{"made_of": "', encoding="utf-8")  # its writing was cut off

@@ -23,7 +23,6 @@ from pathlib import Path
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from flexgen_lite.model.checkpoint import INDEX_NAME, stamp
-from flexgen_lite.model.compressed_tensors import section_of
 from flexgen_lite.model.files import CheckpointError, read_json
 from flexgen_lite.model.quantization import Quantization
 from flexgen_lite.text.shown import shown_path
@@ -49,7 +48,7 @@ class Written:
     source_bytes: int
     num_weights: int  # that are in few bits
     is_old: bool  # all was there already
-    has_zero_experts: bool  # others than this engine may not read it
+    has_zero_experts: bool  # few others read it
 
 
 def quantize(source: Path, target: Path, wanted: Quantization, interval: float, told: Told) -> Written:
@@ -69,7 +68,7 @@ def quantize(source: Path, target: Path, wanted: Quantization, interval: float, 
         sum(item.source.num_bytes for item in found.items),
         sum(item.packing is not None for item in found.items),
         _is_done(target, shards),
-        found.has_experts and found.packing.has_zeros,
+        found.has_zero_experts,
     )
     if written.is_old:
         return written
@@ -83,7 +82,7 @@ def quantize(source: Path, target: Path, wanted: Quantization, interval: float, 
             _put(target / path.relative_to(found.directory), path.read_bytes())
         _put(target / INDEX_NAME, _text(index_of(shards)))
         config = read_json(found.directory / "config.json")
-        _put(target / "config.json", _text(config | {"quantization_config": section_of(found.packing, found.ignored)}))
+        _put(target / "config.json", _text(config | {"quantization_config": found.section}))
         (target / BEGUN).unlink()
     return written
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from flexgen_lite.model.checkpoint import Checkpoint, check_config, open_checkpoint
+from flexgen_lite.model.compressed_tensors import section_of
 from flexgen_lite.model.files import CheckpointError
 from flexgen_lite.model.packing import Packing
 from flexgen_lite.model.quantization import Quantization
@@ -31,18 +33,16 @@ class SourceModel:
     """
     Attributes:
         items: all tensors of the checkpoint, in the order of its files.
-        packing: of those that are packed.
-        ignored: the layers that are not, by their modules' names; where a module holds what are several layers in the
-            checkpoint, by the names that these have there.
-        has_experts: whether experts are among what is packed.
+        section: the `quantization_config` of the new checkpoint. Layers that are not packed are named in it as modules
+            are; where a module holds what are several layers in the checkpoint, by the names that these have there.
+        has_zero_experts: experts are among what is packed, with zeros.
     """
 
     directory: Path
     checkpoint: Checkpoint
     items: tuple[Item, ...]
-    packing: Packing
-    ignored: tuple[str, ...]
-    has_experts: bool
+    section: dict[str, Any]
+    has_zero_experts: bool
 
 
 def open_source(directory: Path, wanted: Quantization) -> SourceModel:
@@ -71,13 +71,13 @@ def open_source(directory: Path, wanted: Quantization) -> SourceModel:
     kept = {name for name in linear if f"{name}.weight" not in packed}
     kept.update(_kept_layers(model, [tensor for tensor in tensors if tensor.packing is None], checkpoint))
     order = {name: number for number, name in enumerate([*linear, *checkpoint.tensors])}
+    ignored = sorted(kept, key=lambda name: (order.get(name, len(order)), name))
     return SourceModel(
         directory,
         checkpoint,
         tuple(Item(stored, sources.get(stored.name)) for stored in ordered),
-        next(iter(sources.values())),
-        tuple(sorted(kept, key=lambda name: (order.get(name, len(order)), name))),
-        any(is_experts(model.get_submodule(name.rpartition(".")[0])) for name in packed),
+        section_of({name.removesuffix(".weight"): packing for name, packing in sources.items()}, ignored),
+        any(packed[name].has_zeros and is_experts(model.get_submodule(name.rpartition(".")[0])) for name in packed),
     )
 
 

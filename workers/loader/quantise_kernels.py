@@ -1,8 +1,9 @@
 """Weights of 16 bits into 8 and 4 bits: scales and zeros that fit a group best, and values in the order of packing.py.
 
-8 bits are symmetric: the largest item is 127 scales from zero. 4 bits have a zero: of some ranges between the smallest
-and the largest item, and scales by least squares for the codes that come of them, the one with the least error counts.
-LANES groups are worked on at once, one in each lane of a vector.
+8 bits are symmetric: the largest item is 127 scales from zero. 4 bits may have a zero: of some ranges between the
+smallest and the largest item, or without a zero up to the one that is farthest from it, and scales by least squares for
+the codes that come of them, the one with the least error counts. LANES groups are worked on at once, one in each lane
+of a vector.
 
 Imported only where weights are to be quantised.
 """
@@ -20,6 +21,7 @@ from flexgen_lite.workers.simd import LANES as LANES
 from flexgen_lite.workers.simd import VECTOR, WORDS, load, splat, store, vector
 
 RANGES = (1.0, 0.92, 0.84, 0.76)
+MIDDLE = 8  # what is added to values of 4 bits
 COLUMNS = 64
 ROW = 4 * LANES
 F32, U8 = np.float32, np.uint8
@@ -117,20 +119,24 @@ def _try_4(group: Any, count: Any, scale: Any, zero: Any, best: Any, trial: Any,
 
 
 @_kernel  # type: ignore[untyped-decorator]
-def _quantise_4(group: Any, count: Any, best: Any, trial: Any, codes: Any) -> None:
-    """LANES groups; what `best` has then see `_try_4`. What is not finite gets a scale that is no number."""
-    low, high, tiny = splat(F32(0)), splat(F32(0)), splat(F32(1e-30))
+def _quantise_4(group: Any, count: Any, has_zeros: Any, best: Any, trial: Any, codes: Any) -> None:
+    """LANES groups; what `best` has then see `_try_4`. What is not finite gets a scale that is no number, and so do
+    items whose squares are not."""
+    low, high, tiny, zero = splat(F32(0)), splat(F32(0)), splat(F32(1e-30)), splat(F32(MIDDLE))
     store(splat(F32(np.inf)), best)
     store(splat(F32(np.nan)), best + ROW)
-    store(splat(F32(8)), best + 2 * ROW)
+    store(zero, best + 2 * ROW)
     for i in range(count):
         x = load(group + i * ROW)
         low, high = _if_less(x, low, x, low), _if_less(high, x, x, high)
-        store(splat(F32(8)), codes + i * ROW)
+        store(zero, codes + i * ROW)
+    steps = 15 if has_zeros else 7
+    span = simd.subtract(high, low) if has_zeros else simd.maximum(high, simd.subtract(splat(F32(0)), low))
     for shrink in RANGES:
-        size = simd.multiply(simd.subtract(high, low), splat(F32(shrink / 15)))
+        size = simd.multiply(span, splat(F32(shrink / steps)))
         scale = _to_bf16(_if_less(tiny, size, size, tiny))
-        zero = _rounded(simd.divide(simd.multiply(low, splat(F32(-shrink))), scale))
+        if has_zeros:
+            zero = _rounded(simd.divide(simd.multiply(low, splat(F32(-shrink))), scale))
         scale = _try_4(group, count, scale, zero, best, trial, codes)
         _try_4(group, count, scale, zero, best, trial, codes)
 
@@ -179,6 +185,7 @@ def _quantise(
     blocks, groups, block_words = (columns + COLUMNS - 1) // COLUMNS, width // group, COLUMNS * width * bits // 32
     num_words = 1 if for_int8 else 2  # of a column's run
     items = num_words * 32 // bits
+    has_zeros = zeros.size > 0
     best = scratch.ctypes.data
     words = best + 4 * ROW
     part = words + 2 * ROW
@@ -198,7 +205,7 @@ def _quantise(
             if bits == 8:
                 _quantise_8(part, group, best, codes, F32(128 if for_int8 else 0))
             else:
-                _quantise_4(part, group, best, trial, codes)
+                _quantise_4(part, group, has_zeros, best, trial, codes)
             for i in range(0, group, items):
                 _join(codes + i * ROW, bits, for_int8, words)
                 step = (k + i) // items * COLUMNS * num_words
@@ -208,7 +215,7 @@ def _quantise(
             for lane in range(count):
                 place = scale_at[lane] + k // group * COLUMNS
                 scales[place] = _to_bfloat16(scratch[LANES + lane])
-                if bits == 4:
+                if has_zeros:
                     zeros[place] = U8(simd.load_float(best + 2 * ROW + 4 * lane))
 
 

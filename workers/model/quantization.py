@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -37,26 +36,32 @@ def packings(
         order: of the values; None: that of what they are multiplied in.
 
     Raises:
-        UserError: groups do not divide a weight's width, or an expression is none.
+        UserError: groups do not divide a weight's width, an expression is none, or 8 bits are to have zeros.
     """
+    if wanted.bits == 8 and wanted.symmetric is False:
+        raise UserError("quantization_symmetric=false: weights in 8 bits have no zeros: leave it out, or take int4")
     ignored = _Ignored(wanted.ignore)
-    found = {name: weight for name, weight in _weights(model, read) if not ignored(name.rpartition(".")[0])}
-    widths = {name: weight.shape[-2 if turned else -1] for name, (weight, turned) in found.items()}
+    found = {name: weight for name, weight in _weights(model, read).items() if not ignored(name.rpartition(".")[0])}
     if not found:
         raise UserError("no layer of the model can be quantised: leave `quantization` out")
-    group = _group(wanted, widths)
-    has_zeros = wanted.bits == 4
+    group = _group(wanted, {name: weight.width for name, weight in found.items()})
     return {
         name: Packing(
-            wanted.bits, group, order or wanted.activations, "bfloat16", has_zeros, turned, wanted.activations == "int8"
+            bits=wanted.bits,
+            group=group,
+            order=order or wanted.activations,
+            scale_dtype="bfloat16",
+            has_zeros=wanted.has_zeros(weight.of_experts),
+            is_transposed=weight.is_transposed,
+            rounds_rows=wanted.activations == "int8",
         )
-        for name, (_, turned) in found.items()
+        for name, weight in found.items()
     }
 
 
 def holds_bits(model: PreTrainedModel, read: Set[nn.Module]) -> dict[str, bool]:
     """The parameters that can be kept in few bits, and whether the model has each as `[K, N]`. `read` as above."""
-    return {name: is_transposed for name, (_, is_transposed) in _weights(model, read)}
+    return {name: weight.is_transposed for name, weight in _weights(model, read).items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +110,21 @@ def stored_packing(name: str, parts: Sequence[Part], held: HeldBits) -> Packing 
     )
 
 
-def _weights(model: PreTrainedModel, read: Set[nn.Module]) -> Iterator[tuple[str, Any]]:
+@dataclass(frozen=True, slots=True)
+class _Weight:
+    shape: torch.Size
+    is_transposed: bool
+    of_experts: bool
+
+    @property
+    def width(self) -> int:
+        return self.shape[-2 if self.is_transposed else -1]
+
+
+def _weights(model: PreTrainedModel, read: Set[nn.Module]) -> dict[str, _Weight]:
+    """What may be in few bits, by the parameters' names."""
     readers = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    found = {}
     for path, module in model.named_modules():
         if type(module) in (nn.Linear, Conv1D) and module not in read:
             names, is_transposed = ["weight"], type(module) is Conv1D
@@ -117,7 +135,8 @@ def _weights(model: PreTrainedModel, read: Set[nn.Module]) -> Iterator[tuple[str
         for name in names:
             weight: torch.Tensor | None = module._parameters.get(name)
             if weight is not None and readers[id(weight)] == 1:
-                yield f"{path}.{name}", (weight, is_transposed)
+                found[f"{path}.{name}"] = _Weight(weight.shape, is_transposed, is_experts(module))
+    return found
 
 
 class _Ignored:
