@@ -52,8 +52,8 @@ def write_quantized(
             made = quantize(model_directory(model), output, wanted, console.interval, told)
     except (CheckpointError, UserError) as error:
         raise ValueError(_as_flags(str(error))) from error
-    if made.has_zero_experts:
-        console.warn("Transformers does not read experts of 4 bits with zeros: for it, leave --no-symmetric out")
+    for warning in made.warnings:
+        console.warn(_as_flags(warning))
     text = (
         f"{output}: {made.num_weights} weights in {bits} bits, {format_size(made.num_bytes)} instead of "
         f"{format_size(made.source_bytes)}"

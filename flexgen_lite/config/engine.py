@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
+from flexgen_lite.config.checks import conflicts
 from flexgen_lite.config.file import StrictLoader, YamlError, read_yaml
 from flexgen_lite.config.values import (
     CPU_SETS_EXPECTED,
@@ -259,27 +260,9 @@ class EngineConfig(BaseModel):
             raise ConfigError(_problems(error)) from None
 
     @model_validator(mode="after")
-    def _no_open_port(self) -> Self:
-        if self.endpoint is not None and self.endpoint.startswith("tcp://") and self.key_file is None:
-            raise ConfigError(
-                {
-                    "endpoint": f"endpoint={shown_text(self.endpoint)} needs a key_file, for whoever reaches the port "
-                    "could use the engine: make one with `flexgen-lite keygen FILE` and give it to the engine and its "
-                    "clients"
-                }
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _one_cpu_set_per_worker(self) -> Self:
-        workers, cpus = self.attention_workers, self.attention_cpus
-        if workers is not None and cpus is not None and len(cpus) != workers:
-            raise ConfigError(
-                {
-                    "attention_cpus": f"attention_cpus has {len(cpus)} entries for attention_workers={workers}: "
-                    "give one entry per worker"
-                }
-            )
+    def _no_conflicts(self) -> Self:
+        if found := conflicts(self):
+            raise ConfigError(found)
         return self
 
     @classmethod

@@ -34,6 +34,7 @@ class Scheme:
 
     targets: tuple[str, ...]
     num_bits: int
+    is_symmetric: bool  # there are no zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +50,16 @@ class StoredQuantization:
 
     def num_bits(self, layer: str) -> int | None:
         """Of a layer's weight; None where no scheme or several may be meant."""
-        named = [s for s in self.schemes if any(_names(target, layer) for target in s.targets)]
-        found = named[:1] or [s for s in self.schemes if any(_is_class(target) for target in s.targets)]
-        bits = {scheme.num_bits for scheme in found or self.schemes}
+        bits = {scheme.num_bits for scheme in self._schemes(layer)}
         return bits.pop() if len(bits) == 1 else None
+
+    def has_zeros(self, layer: str) -> bool:
+        """Whether whatever scheme may be meant for a layer has zeros."""
+        return not any(scheme.is_symmetric for scheme in self._schemes(layer))
+
+    def _schemes(self, layer: str) -> Sequence[Scheme]:
+        named = [s for s in self.schemes if any(_names(target, layer) for target in s.targets)]
+        return named[:1] or [s for s in self.schemes if any(_is_class(t) for t in s.targets)] or self.schemes
 
 
 def read_quantization(section: Mapping[str, Any], where: str) -> StoredQuantization:
@@ -102,7 +109,7 @@ def _scheme(group: Mapping[str, Any], section: Mapping[str, Any], where: str) ->
             re.compile(target.removeprefix("re:"))
         except re.error as error:
             raise CheckpointError(f"{where}: {shown(target)} is no regular expression: {error}") from None
-    return Scheme(tuple(targets), bits)
+    return Scheme(tuple(targets), bits, weights.get("symmetric") is not False)
 
 
 def join_parts(
@@ -139,6 +146,10 @@ def _joined(
         raise CheckpointError(f"{where}: config.json does not say how many bits its weight has: download both again")
     if scales is None:
         raise CheckpointError(f"{where} has no weight_scale: download the model again")
+    if zeros is None and quantization.has_zeros(layer):
+        raise CheckpointError(
+            f"{where} has no weight_zero_point, and config.json says that it is not symmetric: download both again"
+        )
     if values.dtype != "int32" or len(values.shape) != 2 or scales.dtype not in _FLOATS or len(scales.shape) != 2:
         raise CheckpointError(
             f"{where}: weight_packed is {values.dtype} {list(values.shape)} and weight_scale {scales.dtype} "

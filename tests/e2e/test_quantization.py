@@ -134,6 +134,9 @@ def test_the_plan_and_the_fingerprint_tell_of_it(tmp_path: Path) -> None:
         ({"quantization": "int8", "quantization_ignore": ["re:.*"]}, ("no layer", "quantization")),
         ({"quantization": "int8", "quantization_symmetric": False}, ("quantization_symmetric=false", "8 bits")),
         ({"activations": "int8"}, ("activations", "quantization")),
+        ({"quantization_group_size": 64}, ("quantization_group_size=64", "give quantization as well")),
+        ({"quantization_symmetric": True}, ("quantization_symmetric=", "give quantization as well")),
+        ({"quantization_ignore": ["lm_head"]}, ("quantization_ignore=", "give quantization as well")),
         ({"quantization": "int2"}, ("quantization", '"int8" or "int4"')),
     ],
 )

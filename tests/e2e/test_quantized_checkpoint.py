@@ -275,6 +275,10 @@ EMBEDDING = "model.embed_tokens.weight"
             ("does not belong to these weights",),
         ),
         (change_tensors(lambda t: t.pop(Q + "weight_scale")), ("q_proj has no weight_scale",)),
+        (
+            change_section(config_groups={"a": {"targets": [], "weights": {"num_bits": 4, "symmetric": False}}}),
+            ("has no weight_zero_point", "not symmetric"),
+        ),
         (change_tensors(lambda t: t.update({Q + "weight_g_idx": torch.arange(64)})), ("weight_g_idx", "actorder")),
         (change_tensors(lambda t: t.update({Q + "weight": torch.zeros(64, 64)})), ("there twice",)),
         (

@@ -27,7 +27,7 @@ from flexgen_lite.workers.compute.product_weights import serves_width
 from flexgen_lite.workers.compute.products import Products
 from flexgen_lite.workers.compute.trial import find_text_path, outside
 from flexgen_lite.workers.model import builder as model_builder
-from flexgen_lite.workers.model.quantization import HeldBits, holds_bits, packings
+from flexgen_lite.workers.model.quantization import HeldBits, holds_bits, packings, warnings_of
 from flexgen_lite.workers.model.tokenizer import TOKENIZER_FILES, ModelTokenizer, open_tokenizer
 from flexgen_lite.workers.model.weight_map import Binding, map_weights
 from flexgen_lite.workers.serve import UserError, first_line
@@ -121,6 +121,7 @@ def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> Op
         warnings=(
             *warnings,
             *_rounding(stored, order),
+            *(warnings_of(model, order.quantization) if order.quantization is not None else []),
             *([_OF_BITS] if of_bits else []),
             *([warning] if warning else []),
             *tokenizer.warnings,

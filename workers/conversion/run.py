@@ -48,7 +48,7 @@ class Written:
     source_bytes: int
     num_weights: int  # that are in few bits
     is_old: bool  # all was there already
-    has_zero_experts: bool  # few others read it
+    warnings: tuple[str, ...]
 
 
 def quantize(source: Path, target: Path, wanted: Quantization, interval: float, told: Told) -> Written:
@@ -68,7 +68,7 @@ def quantize(source: Path, target: Path, wanted: Quantization, interval: float, 
         sum(item.source.num_bytes for item in found.items),
         sum(item.packing is not None for item in found.items),
         _is_done(target, shards),
-        found.has_zero_experts,
+        found.warnings,
     )
     if written.is_old:
         return written

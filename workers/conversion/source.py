@@ -21,10 +21,13 @@ from flexgen_lite.workers.compute.latents import projections
 from flexgen_lite.workers.compute.trial import find_text_path
 from flexgen_lite.workers.conversion.shards import Item
 from flexgen_lite.workers.model import builder
-from flexgen_lite.workers.model.quantization import is_experts, packings
+from flexgen_lite.workers.model.quantization import is_experts, packings, warnings_of
 from flexgen_lite.workers.model.weight_map import map_weights
 from flexgen_lite.workers.serve import UserError
 
+_ZERO_EXPERTS = (
+    "Transformers does not read experts of 4 bits with zeros: for it, leave quantization_symmetric=false out"
+)
 _INSTEAD = "quantise it while it is loaded: give the engine this model and `quantization`"
 
 
@@ -35,14 +38,14 @@ class SourceModel:
         items: all tensors of the checkpoint, in the order of its files.
         section: the `quantization_config` of the new checkpoint. Layers that are not packed are named in it as modules
             are; where a module holds what are several layers in the checkpoint, by the names that these have there.
-        has_zero_experts: experts are among what is packed, with zeros.
+        warnings: what whoever wants it so may not know.
     """
 
     directory: Path
     checkpoint: Checkpoint
     items: tuple[Item, ...]
     section: dict[str, Any]
-    has_zero_experts: bool
+    warnings: tuple[str, ...]
 
 
 def open_source(directory: Path, wanted: Quantization) -> SourceModel:
@@ -72,12 +75,16 @@ def open_source(directory: Path, wanted: Quantization) -> SourceModel:
     kept.update(_kept_layers(model, [tensor for tensor in tensors if tensor.packing is None], checkpoint))
     order = {name: number for number, name in enumerate([*linear, *checkpoint.tensors])}
     ignored = sorted(kept, key=lambda name: (order.get(name, len(order)), name))
+    has_zero_experts = any(
+        packing.has_zeros and is_experts(model.get_submodule(name.rpartition(".")[0]))
+        for name, packing in packed.items()
+    )
     return SourceModel(
         directory,
         checkpoint,
         tuple(Item(stored, sources.get(stored.name)) for stored in ordered),
         section_of({name.removesuffix(".weight"): packing for name, packing in sources.items()}, ignored),
-        any(packed[name].has_zeros and is_experts(model.get_submodule(name.rpartition(".")[0])) for name in packed),
+        (*warnings_of(model, wanted), *([_ZERO_EXPERTS] if has_zero_experts else [])),
     )
 
 

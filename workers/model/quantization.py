@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from flexgen_lite.model.files import CheckpointError
 from flexgen_lite.model.packing import Packing, fitting_groups
-from flexgen_lite.model.quantization import GROUPS, Quantization
+from flexgen_lite.model.quantization import GROUPS, IGNORED, Quantization
+from flexgen_lite.text.shown import shown_text
 from flexgen_lite.workers.model.weight_trace import Part
 from flexgen_lite.workers.serve import UserError
 
@@ -57,6 +58,19 @@ def packings(
         )
         for name, weight in found.items()
     }
+
+
+def warnings_of(model: PreTrainedModel, wanted: Quantization) -> list[str]:
+    """What `wanted` says that has no effect."""
+    layers = [path for path, module in model.named_modules() if is_experts(module) or not any(module.children())]
+    idle = [pattern for pattern in _Ignored(wanted.ignore).nothing(layers) if pattern not in IGNORED]
+    if not idle:
+        return []
+    example = next(path for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D))
+    return [
+        f"quantization_ignore: no layer is named by {shown_text(', '.join(idle))}: names are like {example}, or its "
+        "last part; what stands behind re: is compared from the beginning of the whole name on"
+    ]
 
 
 def holds_bits(model: PreTrainedModel, read: Set[nn.Module]) -> dict[str, bool]:
@@ -141,20 +155,28 @@ def _weights(model: PreTrainedModel, read: Set[nn.Module]) -> dict[str, _Weight]
 
 class _Ignored:
     def __init__(self, patterns: tuple[str, ...]) -> None:
-        self._names = {pattern for pattern in patterns if not pattern.startswith("re:")}
-        self._expressions = []
+        self._patterns: dict[str, re.Pattern[str] | None] = dict.fromkeys(patterns)
         for pattern in patterns:
             if pattern.startswith("re:"):
                 try:
-                    self._expressions.append(re.compile(pattern[3:]))
+                    self._patterns[pattern] = re.compile(pattern[3:])
                 except re.error as error:
                     raise UserError(
                         f"quantization_ignore has {pattern}, which is no regular expression: {error}"
                     ) from None
 
     def __call__(self, path: str) -> bool:
-        names = (path, path.rpartition(".")[2])
-        return any(name in self._names for name in names) or any(e.match(path) for e in self._expressions)
+        return any(self._names(pattern, path) for pattern in self._patterns)
+
+    def nothing(self, paths: Sequence[str]) -> list[str]:
+        """Patterns that name none of them."""
+        return [pattern for pattern in self._patterns if not any(self._names(pattern, path) for path in paths)]
+
+    def _names(self, pattern: str, path: str) -> bool:
+        expression = self._patterns[pattern]
+        if expression is None:
+            return pattern in (path, path.rpartition(".")[2])
+        return expression.match(path) is not None
 
 
 def _group(wanted: Quantization, widths: Mapping[str, int]) -> int:

@@ -19,6 +19,7 @@ from flexgen_lite.demo.pretrained import MODEL
 from flexgen_lite.memory.usage import resident_bytes
 from flexgen_lite.model.checkpoint import WEIGHTS_NAME, open_checkpoint
 from flexgen_lite.model.files import CheckpointError
+from flexgen_lite.model.quantization import Quantization
 from flexgen_lite.wire.codec import Codec
 from flexgen_lite.wire.worker_messages import FromCompute, ModelOpened, OpenModel
 from flexgen_lite.workers.compute import model_open, trial
@@ -37,12 +38,11 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def opened(model: Path, load_format: str = "auto") -> OpenedModel:
+def opened(model: Path, load_format: str = "auto", quantization: Quantization | None = None) -> OpenedModel:
     """And sent to the coordinator, which takes but what the messages allow."""
     (model.parent / "run").mkdir(exist_ok=True)
-    found = open_model(
-        OpenModel(str(model), load_format, "float32", "cpu", False, None), open_device("cpu"), str(model.parent / "run")
-    )
+    order = OpenModel(str(model), load_format, "float32", "cpu", False, None, quantization=quantization)
+    found = open_model(order, open_device("cpu"), str(model.parent / "run"))
     codec, tokenizer = Codec(FromCompute), found.tokenizer
     message = ModelOpened(found.spec, fingerprint(found), tokenizer.file, tokenizer.chat_template, "cpu", 0, 1)
     assert codec.decode(codec.encode(message)) == message
@@ -172,6 +172,13 @@ def test_the_fingerprint_tells_other_files_apart(model: Path) -> None:
     with (model / "model.safetensors").open("ab") as file:
         file.write(b"\0")
     assert fingerprint(opened(model)) != before
+
+
+def test_names_of_no_layer_are_told(model: Path) -> None:
+    assert not opened(model, quantization=Quantization(8)).spec.warnings
+    ignore = ("lm_head", "q_proj", "re:.*layers.1.*", "lm_haed", "model.layers.0.mlp", "re:layers.0.*")
+    (warning,) = opened(model, quantization=Quantization(8, ignore=ignore)).spec.warnings
+    assert "lm_haed, model.layers.0.mlp, re:layers.0.*: names are like model." in warning
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])

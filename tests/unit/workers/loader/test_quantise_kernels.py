@@ -1,4 +1,4 @@
-"""Weights put into 4 bits, item by item as NumPy would do it."""
+"""Weights put into 4 bits, item by item as NumPy would do it, and what is no number."""
 
 from __future__ import annotations
 
@@ -95,13 +95,18 @@ def test_every_bit(has_zeros: bool, order: str) -> None:
             assert torch.equal(ours.view(dtype).nan_to_num(-1), theirs.view(dtype).nan_to_num(-1))
 
 
-def test_no_scale_is_negative_and_what_is_not_finite_stays_so() -> None:
-    packing, weight = Packing(4, 32, "bfloat16", "bfloat16"), weights()
+@pytest.mark.parametrize("order", ["bfloat16", "int8"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_no_scale_is_negative_and_what_is_not_finite_stays_so(bits: int, order: str) -> None:
+    packing, weight = Packing(bits, 32, order, "bfloat16"), weights()
+    weight[50, 0], weight[51, 31], weight[52, 40] = np.nan, np.nan, -np.nan
     data = quantised(weight, packing)
     scales = torch.frombuffer(bytearray(data[packing.scales_at(weight.shape) :]), dtype=torch.bfloat16).float()
     assert bool(((scales > 0) | scales.isnan()).all())
     found = unpacked(torch.frombuffer(bytearray(data), dtype=torch.uint8), packing, weight.shape, 0, torch.float32)
-    assert found[4, :32].isnan().all() and found[5, 32:64].isnan().all() and found[6, 64:].isnan().all()
+    is_finite = np.isfinite(weight).reshape(len(weight), -1, 32).all(-1).repeat(32, axis=1)
+    rows = [4, 5, 6, 50, 51, 52]
+    assert np.array_equal(np.isfinite(found[rows].numpy()), is_finite[rows])
     assert not found[:4].isnan().any() and not found[1].any()
 
 

@@ -1,0 +1,35 @@
+"""What keys of the configuration ask for together and cannot have."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flexgen_lite.text.shown import shown, shown_text
+
+if TYPE_CHECKING:
+    from flexgen_lite.config.engine import EngineConfig
+
+_OF_QUANTIZATION = ("quantization_group_size", "quantization_symmetric", "quantization_ignore")
+
+
+def conflicts(config: EngineConfig) -> dict[str, str]:
+    """Per key, what is wrong with it."""
+    found = {}
+    if config.endpoint is not None and config.endpoint.startswith("tcp://") and config.key_file is None:
+        found["endpoint"] = (
+            f"endpoint={shown_text(config.endpoint)} needs a key_file, for whoever reaches the port could use the "
+            "engine: make one with `flexgen-lite keygen FILE` and give it to the engine and its clients"
+        )
+    workers, cpus = config.attention_workers, config.attention_cpus
+    if workers is not None and cpus is not None and len(cpus) != workers:
+        found["attention_cpus"] = (
+            f"attention_cpus has {len(cpus)} entries for attention_workers={workers}: give one entry per worker"
+        )
+    for key in _OF_QUANTIZATION:
+        value = getattr(config, key)
+        if value is not None and config.quantization == "auto":
+            found[key] = (
+                f"{key}={shown(value)} is for weights that are quantised here: give quantization as well, int8 or "
+                "int4, or leave it out"
+            )
+    return found
