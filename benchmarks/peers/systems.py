@@ -103,6 +103,7 @@ SYSTEMS = {
                 ("ours-int8", "int8 weights", {"quantization": "int8"}),
                 ("ours-w8a8", "int8 weights and activations", {"quantization": "int8", "activations": "int8"}),
                 ("ours-int4", "int4 weights", {"quantization": "int4"}),
+                ("ours-w4a8", "int4 weights, int8 activations", {"quantization": "int4", "activations": "int8"}),
             )
         ),
         System(
