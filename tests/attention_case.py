@@ -7,6 +7,7 @@ of v.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +17,10 @@ from flexgen_lite.model.spec import ITEM_BYTES, AttentionSpec
 from flexgen_lite.wire.arena_specs import ExchangeSpec, KvGroup, PageRun
 from flexgen_lite.wire.worker_messages import AttachAttention, Attend, BeginAttention, KvBatch, KvSpan
 from flexgen_lite.workers.attention.state import STORAGE, AttentionState
-from flexgen_lite.workers.simd import LANES
+from flexgen_lite.workers.simd import BYTES, LANES
 
 Floats = npt.NDArray[np.float64]
+T = TypeVar("T", np.float32, np.float64)
 
 # The relative step of each dtype: the output is rounded to it once, everything else is float32.
 EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -38,20 +40,47 @@ def encode(values: Floats, dtype: str) -> npt.NDArray[np.generic]:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-def rounded(values: Floats, dtype: str) -> Floats:
-    """Of the rows `[..., D]`, what a cache of `dtype` keeps."""
+def rounded(values: Floats, dtype: str, order: int) -> Floats:
+    """Of the rows `[..., D]`, what a cache of `dtype` keeps; `order`: of the matrices, in int8."""
     if dtype != "int8":
         return decode(encode(values, dtype), dtype)
-    items, scales = in_int8(values)
-    return items.astype(np.float64) * scales[..., None].astype(np.float64)
+    return from_int8(*in_int8(values, order), order)
 
 
-def in_int8(values: Floats) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+def in_int8(values: Floats, order: int) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
     """Items `[..., D]` and scales `[...]` of rows of float32 or narrower numbers."""
-    rows = values.astype(np.float32)
+    rows = hadamard(values.astype(np.float32), order)
     scales = np.abs(rows).max(axis=-1, initial=0) / np.float32(127)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.nan_to_num(np.rint(rows / scales[..., None])).astype(np.int8), scales
+        items = np.nan_to_num(np.rint(rows / scales[..., None])).astype(np.int8)
+    return items, scales / np.float32(order)
+
+
+def from_int8(items: npt.NDArray[np.int8], scales: npt.NDArray[np.float32], order: int) -> Floats:
+    return hadamard(items.astype(np.float64) * scales[..., None].astype(np.float64), order)
+
+
+def hadamard(rows: npt.NDArray[T], order: int) -> npt.NDArray[T]:
+    """Times the matrix of workers/hadamard.py, with sums in the order in which the kernels have them."""
+    size = 1
+    while 4 * size <= order:
+        parts = rows.reshape(*rows.shape[:-1], -1, 4, size)
+        a, b, c, d = (parts[..., i, :] for i in range(4))
+        rows = (((a + b) + (c + d))[..., None, :] - 2 * parts).reshape(rows.shape)
+        size *= 4
+    if size < order:
+        pairs = rows.reshape(*rows.shape[:-1], -1, 2, size)
+        low, high = pairs[..., 0, :], pairs[..., 1, :]
+        rows = np.stack((low + high, low - high), axis=-2).reshape(rows.shape)
+    return rows
+
+
+def split_query(rows: Floats, order: int) -> Floats:
+    """What is left of queries of bfloat16 as two planes of bytes."""
+    rows = hadamard(rows, order)
+    top = np.abs(rows).max(axis=-1, keepdims=True) * (1 + 2.0**-7)
+    step = 2.0 ** (np.floor(np.log2(np.maximum(top, 1e-30))) - 14)
+    return hadamard(np.rint(rows / step) * step, order) / order
 
 
 def reference(spec: AttentionSpec, q_HD: Floats, k_TGD: Floats, v_TGE: Floats, sinks_H: Floats) -> Floats:
@@ -95,6 +124,7 @@ class Case:
         kv_dtype: str | None = None,
     ) -> None:
         self.spec, self.sequences, self.dtype, self.kv_dtype = spec, sequences, dtype, kv_dtype or dtype
+        self.orders = dict(zip(("key", "value"), kv_layout.hadamard_orders(spec), strict=True))
         self.random = np.random.default_rng(seed)
         self.num_rows = sum(s.rows for s in sequences) + 2  # rows of nobody, before and behind
         itemsize = ITEM_BYTES[dtype]
@@ -134,8 +164,8 @@ class Case:
         self.q[:] = encode(self.q_RHD, self.dtype)
         keys = [self._rounded(s.past + s.rows, *self.k.shape[1:]) for s in self.sequences]
         values = [self._rounded(s.past + s.rows, *self.v.shape[1:]) for s in self.sequences]
-        self.keys = [rounded(rows_TGD, self.kv_dtype) for rows_TGD in keys]
-        self.values = [rounded(rows_TGE, self.kv_dtype) for rows_TGE in values]
+        self.keys = [rounded(rows_TGD, self.kv_dtype, self.orders["key"]) for rows_TGD in keys]
+        self.values = [rounded(rows_TGE, self.kv_dtype, self.orders["value"]) for rows_TGE in values]
         if spec.values_in_keys:
             self.values = [keys_TGD[..., : spec.value_dim] for keys_TGD in self.keys]
         row, self.spans = 1, []
@@ -194,12 +224,12 @@ class Case:
         rows = self.rows(part, pages, token).reshape(self.spec.num_kv_heads, -1)[:, : self._width(part)]
         if self.kv_dtype != "int8":
             return decode(rows, self.dtype)
-        return rows.astype(np.float64) * self.scales(part, pages, token).astype(np.float64)[:, None]
+        return from_int8(rows.view(np.int8), self.scales(part, pages, token).view(np.float32), self.orders[part])
 
     def write(self, part: str, pages: tuple[int, ...], token: int, rows: Floats) -> None:
         """Keeps a token's keys or values; what is behind the row in its last word is zero then."""
         if self.kv_dtype == "int8":
-            items, self.scales(part, pages, token)[:] = in_int8(rows)
+            items, self.scales(part, pages, token)[:] = in_int8(rows, self.orders[part])
         else:
             items = encode(rows, self.dtype)
         target = self.rows(part, pages, token)
@@ -228,6 +258,8 @@ class Case:
                 if not sequence.attend:
                     continue
                 q_HD = self.q_RHD[span.row + i]
+                if self.kv_dtype == "int8" and self.dtype == "bfloat16" and BYTES:
+                    q_HD = split_query(q_HD, self.orders["key"])
                 expected = reference(self.spec, q_HD, k_TGD[:stop], v_TGE[:stop], self.sinks_H.astype(np.float64))
                 actual = decode(self.out[span.row + i], self.dtype)
                 step = EPSILON[self.dtype] * np.abs(expected) + 2e-5 * (1 + np.abs(v_TGE[:stop]).max())

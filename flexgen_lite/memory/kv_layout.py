@@ -71,6 +71,15 @@ def token_bytes_by_window(columns: Sequence[AttentionSpec], dtype: str) -> dict[
     return dict(found)
 
 
+def hadamard_orders(spec: AttentionSpec) -> tuple[int, int]:
+    """Of the matrices that keys and values are multiplied by before they are rounded to int8 (decision 033): the
+    largest power of two that divides the items of a row. Keys that values lie in are divided where these end."""
+    if spec.values_in_keys:
+        both = spec.head_dim | spec.value_dim
+        return both & -both, both & -both
+    return spec.head_dim & -spec.head_dim, spec.value_dim & -spec.value_dim
+
+
 def row_bytes(dim: int, dtype: str) -> int:
     """A row of `dim` items in whole words of 32 bits, with its scale where it has one."""
     if dtype not in KV_ITEM_BYTES:

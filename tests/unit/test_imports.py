@@ -27,7 +27,7 @@ FLOORS = (
 WORKER_FLOORS = (
     ("conversion",),
     ("loader", "attention", "compute"),
-    ("model",),
+    ("model", "hadamard"),
     ("serve", "team", "simd"),
     ("kernel_cache",),
     ("zygote",),

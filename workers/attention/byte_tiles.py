@@ -1,7 +1,7 @@
 """Scores of keys in int8 with the processor's own products of bytes (AVX-512 VNNI), exact in whole numbers.
 
-A query is split into *planes* of bytes with a sign: an item is scale * (256 a + b) where queries are bfloat16, with a
-rest of the smallest items alone, else scale * (65536 a + 256 b + c); the scale is a power of two. A query lies as words
+A query is split into *planes* of bytes with a sign: an item is scale * (256 a + b) where queries are bfloat16, else
+scale * (65536 a + 256 b + c), with a rest of half the scale at most; the scale is a power of two. A query lies as words
 of four items, a word of each plane after another; behind them, at planes_end(), is what the sums of each plane begin
 with, int32, and the scale, float32. The processor wants keys without a sign: 128 is added to each, and the sums begin
 with that much less.

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from flexgen_lite.workers import simd
+from flexgen_lite.workers import hadamard, simd
 from flexgen_lite.workers.attention import byte_tiles, layout, tiles
 from flexgen_lite.workers.attention.block import (
     LOG2_E,
@@ -40,6 +40,7 @@ from flexgen_lite.workers.simd import LANES
 _F = np.float32
 _ZERO, _ONE = _F(0), _F(1)
 _MOST = _F(127)  # of an item in int8
+_NEARLY_TWICE = _F(1 + 2**-7)  # ... a power of two is the next one: planes of bytes do not reach as far as twice it
 _LOWEST = _F(-1e30)  # the maximum before the first score
 
 _entry: Any = njit(cache=True, **OPTIONS)
@@ -86,6 +87,7 @@ def _write(region, unit, i, shape, head, sums, m, l, line, kind, kept):  # type:
     size = 4 // per_word
     target = region + shape.out + (row * shape.num_heads + query_head) * shape.value_dim * size
     if tiles.scale_words(kept):
+        hadamard.multiply(sums, shape.value_dim, shape.value_order)
         for e in range(0, shape.value_dim, LANES):
             tiles.write_items(sums + 4 * e, scale, target + e * size, min(shape.value_dim - e, LANES), kind)
         return
@@ -101,28 +103,24 @@ def _write(region, unit, i, shape, head, sums, m, l, line, kind, kept):  # type:
 
 
 @kernel
-def _largest(source, count, kind):  # type: ignore[no-untyped-def]
-    """Of a row of `count` items, without signs; and 0, or NaN where not all of them are finite."""
+def _load_multiplied(source, count, order, to, kind):  # type: ignore[no-untyped-def]
+    """A row of `count` items as float32, times Hadamard matrices; zeros behind."""
     size = 4 // tiles.items_per_word(kind)
-    top, flaw, zero = simd.splat(_ZERO), simd.splat(_ZERO), simd.splat(_ZERO)
     for i in range(0, count, LANES):
-        x = tiles.load_items(source + i * size, min(count - i, LANES), kind)
-        top = simd.maximum(top, simd.maximum(x, simd.subtract(zero, x)))
-        flaw = simd.add(flaw, simd.multiply(x, zero))
-    return simd.largest(top), simd.total(flaw)
+        simd.store(tiles.load_items(source + i * size, min(count - i, LANES), kind), to + 4 * i)
+    hadamard.multiply(to, count, order)
 
 
 @kernel
 def _split_query(source, dim, to, kind):  # type: ignore[no-untyped-def]
-    """A query as planes of bytes."""
-    size, planes = 4 // tiles.items_per_word(kind), byte_tiles.planes(kind)
-    top, flaw = _largest(source, dim, kind)
-    scale = simd.power_below(top) * byte_tiles.unit_of(kind) + flaw
+    """A query of float32 as planes of bytes; `kind` is what it was."""
+    planes = byte_tiles.planes(kind)
+    top, flaw = hadamard.largest(source, dim)
+    scale = simd.power_below(top * _NEARLY_TWICE) * byte_tiles.unit_of(kind) + flaw
     tail = to + _planes_end(words(dim, 4), planes)
     _clear(tail, tail + 4 * planes)
     for d in range(0, dim, LANES):
-        x = tiles.load_items(source + d * size, min(dim - d, LANES), kind)
-        byte_tiles.write_planes(x, scale, to + d * planes, tail, kind)
+        byte_tiles.write_planes(simd.load(source + 4 * d), scale, to + d * planes, tail, kind)
     simd.store_float(scale, tail + 4 * planes)
 
 
@@ -136,7 +134,10 @@ def _load_queries(region, unit, shape, head, at, kind, kept):  # type: ignore[no
         source = region + shape.q + (row * shape.num_heads + query_head) * dim * size
         to = at.query + i * at.query_stride
         if tiles.has_planes(kept):
-            _split_query(source, dim, to, kind)
+            _load_multiplied(source, dim, shape.key_order, at.row, kind)
+            _split_query(at.row, dim, to, kind)
+        elif tiles.scale_words(kept):
+            _load_multiplied(source, dim, shape.key_order, to, kind)
         elif tiles.is_multiplied_as_words(kept):
             for w in range(words(dim, per_word)):
                 tiles.copy_word(source + 4 * w, dim - w * per_word, to + 4 * w, kind)
@@ -147,20 +148,20 @@ def _load_queries(region, unit, shape, head, at, kind, kept):  # type: ignore[no
 
 
 @kernel
-def _store_rounded(source, count, target, stride, scale_at, kind):  # type: ignore[no-untyped-def]
-    """A row of `count` items in int8, its words `stride` bytes apart. Where not all are finite, the scale is NaN."""
-    size = 4 // tiles.items_per_word(kind)
-    top, flaw = _largest(source, count, kind)
+def _store_rounded(source, count, order, row, target, stride, scale_at, kind):  # type: ignore[no-untyped-def]
+    """A row of `count` items, times Hadamard matrices, in int8, its words `stride` bytes apart. The scale makes good
+    for the factor of two such products; where not all items are finite, it is NaN. `row` is room for the row."""
+    _load_multiplied(source, count, order, row, kind)
+    top, flaw = hadamard.largest(row, count)
     scale = top / _MOST + flaw
     for i in range(0, count, LANES):
-        some = min(count - i, LANES)
-        x = tiles.load_items(source + i * size, some, kind)
-        tiles.write_rounded(x, scale, target + i // 4 * stride, stride, (some + 3) // 4)
-    simd.store_float(scale, scale_at)
+        words_here = (min(count - i, LANES) + 3) // 4
+        tiles.write_rounded(simd.load(row + 4 * i), scale, target + i // 4 * stride, stride, words_here)
+    simd.store_float(scale / _F(order), scale_at)
 
 
 @kernel
-def _store_row(kv, region, shape, pages, head, row, token, kind, kept):  # type: ignore[no-untyped-def]
+def _store_row(kv, region, shape, pages, head, row, token, at, kind, kept):  # type: ignore[no-untyped-def]
     """Has the K and V of one row and head in their place, copied or rounded to int8."""
     heads, per_word, d, e = shape.num_kv_heads, tiles.items_per_word(kind), shape.head_dim, shape.value_dim
     size, within = 4 // per_word, token % LANES
@@ -168,12 +169,14 @@ def _store_row(kv, region, shape, pages, head, row, token, kind, kept):  # type:
         key_words, value_words = row_words(d, kept), row_words(e, kept)
         source = region + shape.k + (row * heads + head) * d * size
         to = key_address(kv, shape, pages, head, token - within, key_words)
-        _store_rounded(source, d, to + within * 4, ROW, to + (key_words - 1) * ROW + within * 4, kind)
+        scale_at = to + (key_words - 1) * ROW + within * 4
+        _store_rounded(source, d, shape.key_order, at.row, to + within * 4, ROW, scale_at, kind)
         if not shape.values_in_keys:
             source = region + shape.v + (row * heads + head) * e * size
             to = value_address(kv, shape, pages, head, token - within, value_words)
             scale_at = to + (value_words - 1) * ROW + within * 4
-            _store_rounded(source, e, to + within * (value_words - 1) * 4, 4, scale_at, kind)
+            to += within * (value_words - 1) * 4
+            _store_rounded(source, e, shape.value_order, at.row, to, 4, scale_at, kind)
         return
     key_words, value_words = words(d, per_word), words(e, per_word)
     source = region + shape.k + (row * heads + head) * d * size
@@ -208,7 +211,7 @@ def _attend_item(kv, region, all_pages, unit, shape, head, at, partials, kind, k
     heads, count, stride = shape.num_heads // shape.num_kv_heads, unit.last - unit.first, at.sum_stride
     pages = all_pages[unit.pages :]
     if unit.stores:
-        _store_row(kv, region, shape, pages, head, unit.row, unit.position, kind, kept)
+        _store_row(kv, region, shape, pages, head, unit.row, unit.position, at, kind, kept)
     _load_queries(region, unit, shape, head, at, kind, kept)
     end = unit.position + (unit.last - 1) // heads + 1
     begin = first_seen(shape, unit.position + unit.first // heads)
@@ -294,11 +297,12 @@ def join(region, units, joins, shape, scratch, partials, counter, kind, kept):  
 
 
 @_entry
-def store(kv, region, pages, pieces, shape, counter, kind, kept):  # type: ignore[no-untyped-def]
+def store(kv, region, pages, pieces, shape, scratch, counter, kind, kept):  # type: ignore[no-untyped-def]
     """One thread's part in storing a micro-batch's K and V rows in their pages; arguments as above.
 
     pieces: int64 `[P, 4]`: first row, number of rows, position of the first, where the sequence's pages begin.
     """
+    at = _places(scratch, shape.head_dim, shape.value_dim, tiles.items_per_word(kept), shape.values_in_keys)
     while True:
         index = simd.fetch_add(counter)
         if index >= len(pieces):
@@ -307,4 +311,4 @@ def store(kv, region, pages, pieces, shape, counter, kind, kept):  # type: ignor
         own = pages[pieces[index, 3] :]
         for head in range(shape.num_kv_heads):
             for i in range(num_rows):
-                _store_row(kv, region, shape, own, head, row + i, position + i, kind, kept)
+                _store_row(kv, region, shape, own, head, row + i, position + i, at, kind, kept)

@@ -24,6 +24,8 @@ class Shape(NamedTuple):
     num_kv_heads: int
     head_dim: int
     value_dim: int
+    key_order: int  # of the matrices that keys and queries are multiplied by in int8, see hadamard.py
+    value_order: int
     page_bytes: int
     page_shift: int  # log2 of the tokens of a page
     window: int  # tokens a query sees, itself included; 0: all
@@ -72,6 +74,7 @@ class Places(NamedTuple):
     total_l: int
     line: int
     values: int  # of a block, as rows of tokens, where they lie in the keys
+    row: int  # float32, of a key, value or query
     end: int
 
 
@@ -90,10 +93,11 @@ def places(base: int, head_dim: int, value_dim: int, per_word: int, values_in_ke
     total_l = total_m + QUERIES * 4
     line = total_l + QUERIES * 4
     values = line + ROW
-    end = values + (BLOCK * ((value_dim + per_word - 1) // per_word) * 4 if values_in_keys else 0)
+    row = values + (BLOCK * ((value_dim + per_word - 1) // per_word) * 4 if values_in_keys else 0)
+    end = row + (max(head_dim, value_dim) + LANES - 1) // LANES * ROW
     return Places(
         query_stride, BLOCK * 4, sum_stride, base, where, score, sums, total,
-        m, sum_of_weights, total_m, total_l, line, values, end,
+        m, sum_of_weights, total_m, total_l, line, values, row, end,
     )  # fmt: skip
 
 

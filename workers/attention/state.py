@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flexgen_lite.memory import exchange as exchange_layout
-from flexgen_lite.memory.kv_layout import KV_ITEM_BYTES
+from flexgen_lite.memory.kv_layout import KV_ITEM_BYTES, hadamard_orders
 from flexgen_lite.model.spec import ITEM_BYTES, first_seen
 from flexgen_lite.wire.arena_specs import PageRun
 from flexgen_lite.wire.worker_messages import AttachAttention, Attend, BeginAttention, KvBatch, KvSpan
@@ -135,7 +135,7 @@ class AttentionState:
         plan = batch.units[key]
         self._share(
             len(pieces) if key.stores else 0,
-            lambda member: kernels.store(kv, region, pages, pieces, shape, counter, *kinds),
+            lambda member: kernels.store(kv, region, pages, pieces, shape, scratch[member], counter, *kinds),
         )
         self._share(
             len(plan.units),
@@ -164,11 +164,14 @@ class AttentionState:
                 f"column {column} needs exchange regions of {at.num_bytes} bytes, "
                 f"they have {self._attach.exchange.region_bytes}"
             )
+        key_order, value_order = hadamard_orders(spec)
         return layout.Shape(
             num_heads=spec.num_heads,
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
             value_dim=spec.value_dim,
+            key_order=key_order,
+            value_order=value_order,
             page_bytes=kv.page_bytes,
             page_shift=kv.groups[kv.group_of[column]].page_tokens.bit_length() - 1,
             window=spec.sliding_window or 0,

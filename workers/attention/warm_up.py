@@ -10,8 +10,8 @@ from flexgen_lite.workers.attention.state import KINDS, check_dtypes
 from flexgen_lite.workers.kernel_cache import from_cache
 
 _SHAPE = layout.Shape(
-    num_heads=1, num_kv_heads=1, head_dim=8, value_dim=8, page_bytes=2048, page_shift=4, window=0, attention_chunk=0,
-    has_sinks=True, values_in_keys=False,
+    num_heads=1, num_kv_heads=1, head_dim=8, value_dim=8, key_order=8, value_order=8, page_bytes=2048, page_shift=4,
+    window=0, attention_chunk=0, has_sinks=True, values_in_keys=False,
     scaling=np.float32(1), softcap=np.float32(0), keys=0, values=1024, q=0, k=64, v=128, out=192, sinks=256,
 )  # fmt: skip
 
@@ -34,7 +34,7 @@ def _run(dtype: str, kv_dtype: str) -> None:
     memory = np.zeros(layout.places(0, 8, 8, per_word, False).end + 64, np.uint8)
     scratch = -(-memory.ctypes.data // 64) * 64
     here, at = region.ctypes.data, counter.ctypes.data
-    kernels.store(kv.ctypes.data, here, pages, pieces, _SHAPE, at, kind, kept)
+    kernels.store(kv.ctypes.data, here, pages, pieces, _SHAPE, scratch, at, kind, kept)
     counter[0] = 0
     kernels.attend(kv.ctypes.data, here, pages, units, _SHAPE, scratch, partials.ctypes.data, at, kind, kept)
     counter[0] = 0

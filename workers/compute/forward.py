@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from flexgen_lite.memory.kv_layout import hadamard_orders
 from flexgen_lite.model.spec import ModelSpec
 from flexgen_lite.wire.sampling import Sample
 from flexgen_lite.wire.worker_messages import TokenBatch
@@ -198,13 +199,16 @@ class Forward(ModelGreenlet):
             out_THE[:attended] = from_workers
         if latents is None:
             if self._kv_in_int8:
-                key_BGTD, value_BGTE = rounded(call.key_BGTD), rounded(call.value_BGTE)
+                key_order, value_order = hadamard_orders(self._columns[self._reached])
+                key_BGTD = rounded(call.key_BGTD, key_order)
+                value_BGTE = rounded(call.value_BGTE, value_order)
                 call = dataclasses.replace(call, key_BGTD=key_BGTD, value_BGTE=value_BGTE)
             prompt_attention(call, prompts, out_THE)
             return out_THE
         latent_B1TR, rotary_B1TP = latents.latent_B1TR[:, :, attended:], latents.rotary_B1TP[:, :, attended:]
         if self._kv_in_int8:
-            row_B1TK = rounded(torch.cat((latent_B1TR, rotary_B1TP), dim=-1))
+            order, _ = hadamard_orders(self._columns[self._reached])
+            row_B1TK = rounded(torch.cat((latent_B1TR, rotary_B1TP), dim=-1), order)
             latent_B1TR, rotary_B1TP = row_B1TK.split([latent_B1TR.shape[-1], rotary_B1TP.shape[-1]], dim=-1)
         key_BHTD, value_BHTE = latents.expand(latent_B1TR, rotary_B1TP)
         expanded = dataclasses.replace(

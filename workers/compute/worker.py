@@ -17,7 +17,7 @@ from flexgen_lite.text.sizes import format_size
 from flexgen_lite.wire import worker_messages
 from flexgen_lite.wire.doorbells import Note, ring
 from flexgen_lite.workers import serve
-from flexgen_lite.workers.compute import prefill_attention
+from flexgen_lite.workers.compute import int8_rows, prefill_attention
 from flexgen_lite.workers.compute.device import Device, open_device
 from flexgen_lite.workers.compute.exchange_region import ExchangeRegion
 from flexgen_lite.workers.compute.forward import Forward, stop_at_layers
@@ -91,6 +91,8 @@ class ComputeWorker(serve.Worker):
         bounds = [*order.slot_offsets, order.arena_bytes]
         self._streaming = order.streaming
         self._kv_in_int8 = order.kv_dtype == "int8"
+        if self._kv_in_int8:
+            int8_rows.prepare(self._device.torch_device, getattr(torch, self._opened.spec.dtype))
         self._device.limit_memory(order.device_budget)
         self._slots = [weights[bounds[i] : bounds[i + 1]] for i in range(len(order.slot_offsets))]
         if order.device_slots:

@@ -131,6 +131,14 @@ def test_kv_of_an_unknown_dtype_is_an_error() -> None:
         kv_layout.page_bytes(SPECS, 16, "int4")
 
 
+def test_rows_in_int8_are_multiplied_by_matrices_that_divide_them() -> None:
+    for dims, orders in [((128, 128), (128, 128)), ((80, 96), (16, 32)), ((7, 12), (1, 4)), ((576, 512), (64, 512))]:
+        spec = AttentionSpec(4, 1, *dims, 1.0, None, None, False)
+        assert kv_layout.hadamard_orders(spec) == orders
+    latents = AttentionSpec(4, 1, 576, 512, 1.0, None, None, False, values_in_keys=True)
+    assert kv_layout.hadamard_orders(latents) == (64, 64), "a block does not reach beyond the values"
+
+
 def test_rows_are_whole_words_and_those_of_int8_have_a_scale() -> None:
     assert [kv_layout.row_bytes(dim, "int8") for dim in (0, 1, 4, 5, 128)] == [0, 8, 8, 12, 132]
     assert [kv_layout.row_bytes(dim, "bfloat16") for dim in (0, 1, 4, 5, 128)] == [0, 4, 8, 12, 256]

@@ -119,6 +119,15 @@ def test_output_is_rounded_to_nearest_even(dtype: str) -> None:
     assert (case.out[1, 0] == expected).all()
 
 
+@pytest.mark.parametrize("dtype", STORAGE)
+def test_a_query_just_below_a_power_of_two_has_room_in_its_bytes(dtype: str) -> None:
+    case = Case(AttentionSpec(1, 1, 16, 16, 20.0, None, None, False), [Sequence(40, 1)], dtype, 16, kv_dtype="int8")
+    case.q[1, 0] = encode(np.array([255 / 128, 0.0074, *[0.0] * 14]), dtype)
+    case.q_RHD = decode(case.q, dtype)
+    case.run()
+    case.check()
+
+
 def test_what_does_not_fit_is_named() -> None:
     case = Case(PLAIN, [Sequence(3, 1)], "bfloat16", 16)
     case.begin()
