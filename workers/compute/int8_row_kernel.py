@@ -112,7 +112,7 @@ def round_bfloat16(address: int) -> None:
 @cache
 def compiled(function: Any) -> Any:
     """One of the two above as a C function, `void f(CALL *)`, to be run by every thread."""
-    return from_cache(lambda: cfunc(types.void(types.int64), cache=True, **OPTIONS)(function))
+    return from_cache(lambda: cfunc(types.void(types.int64), cache=True, **OPTIONS)(function), function.__name__)
 
 
 def prepare(dtype: torch.dtype) -> None:
