@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from flexgen_lite.model.quantization import Quantization
 from flexgen_lite.workers.conversion import run
 from flexgen_lite.workers.conversion.run import BEGUN
 from flexgen_lite.workers.conversion.shards import Shard
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.timeout(240)
 KILLED = """
 import errno, os, signal, sys
 from flexgen_lite.cli import main
+from flexgen_lite.model.quantization import Quantization
 from flexgen_lite.workers.conversion import run
 run.MAX_BYTES, left, write = 40_000, int(sys.argv.pop(1)), run.NewFile.write
 
@@ -39,12 +41,10 @@ main.main()
 """
 
 
-def quantize(
-    model: Path, target: Path, writes: int, *options: str, full: bool = False
-) -> subprocess.CompletedProcess[str]:
+def quantize(model: Path, target: Path, writes: int, full: bool = False) -> subprocess.CompletedProcess[str]:
     """Killed at its write number `writes`, or the disk is `full` then; 0: not at all."""
     program = KILLED.replace("FULL", str(full))
-    command = [sys.executable, "-c", program, str(writes), "quantize", str(model), "-o", str(target), *options]
+    command = [sys.executable, "-c", program, str(writes), "quantize", str(model), "-o", str(target)]
     return subprocess.run(command, capture_output=True, text=True, timeout=200)
 
 
@@ -62,11 +62,12 @@ def test_killed_and_gone_on_with(tmp_path: Path) -> None:
     assert quantize(model, target, 60).returncode == -signal.SIGKILL
     kept = {path: path.stat().st_ino for path in target.glob("*.safetensors")}
     assert kept and (target / BEGUN).exists() and not (target / "config.json").exists()
-    for options in (("--group-size", "16"), ("--symmetric",)):
-        other = quantize(model, target, 0, *options)
-        assert other.returncode == 2 and "with other settings" in other.stderr and "Traceback" not in other.stderr
+    for other in (Quantization(4, 16), Quantization(4, symmetric=True)):
+        with pytest.raises(UserError, match="with other settings"):
+            run.quantize(model, target, other, 1.0, lambda *_: None)
     full = quantize(model, target, 30, full=True)
     assert full.returncode == 2 and "make room and give the same command again" in full.stderr, full.stderr
+    assert "Traceback" not in full.stderr
     (target / BEGUN).write_text('{"made_of": "', encoding="utf-8")  # its writing was cut off
     assert quantize(model, target, 0).returncode == 0
     assert contents(target) == contents(whole)

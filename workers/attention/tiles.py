@@ -119,7 +119,7 @@ def lines_of(kind: str) -> int:
 
 def takes_words(kind: str) -> bool:
     """Whether the processor multiplies words of this kind as they are; else queries are widened to float32."""
-    return kind == "bfloat16" and simd.PAIRS
+    return kind == "bfloat16" and simd.PAIRS_PAY
 
 
 def is_multiplied_by_bytes(kind: str) -> bool:

@@ -16,7 +16,7 @@ import torch
 
 from flexgen_lite.workers.compute import prefill_kernels as kernels
 from flexgen_lite.workers.compute.attention_call import AttentionCall
-from flexgen_lite.workers.simd import PAIRS
+from flexgen_lite.workers.simd import PAIRS_PAY
 
 DTYPES = (torch.float32, torch.bfloat16)
 NO_WINDOW = 1 << 30
@@ -79,7 +79,7 @@ def _choose(dtype: torch.dtype, depth: int) -> tuple[Any, int]:
     """The kernel for queries of `depth` items, and how many of these it takes for one."""
     if dtype == torch.float32:
         return kernels.attend_float32, 1
-    return (kernels.attend_bfloat16, 2) if PAIRS and depth % 2 == 0 else (kernels.attend_widened, 1)
+    return (kernels.attend_bfloat16, 2) if PAIRS_PAY and depth % 2 == 0 else (kernels.attend_widened, 1)
 
 
 def scratch_address(num_bytes: int) -> int:

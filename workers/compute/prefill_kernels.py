@@ -283,7 +283,7 @@ def attend_float32(address: int) -> None:
 
 
 def attend_bfloat16(address: int) -> None:
-    """Products of pairs: for an even depth, which is half of it here, where PAIRS."""
+    """Products of pairs: for an even depth, which is half of it here, where PAIRS_PAY."""
     _attend(address, _ZERO, np.uint16(0), np.uint16(0))
 
 

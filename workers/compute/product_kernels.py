@@ -31,7 +31,7 @@ from flexgen_lite.workers.compute.product_byte_kernels import multiply_in_bytes,
 from flexgen_lite.workers.compute.product_bytes import GROUP_FIELDS
 from flexgen_lite.workers.compute.product_panels import PACKED, kernel, panel_of
 from flexgen_lite.workers.compute.product_scratch import PASS_ROWS, first_row, num_passes, scratch_at
-from flexgen_lite.workers.compute.product_tiles import COLUMNS, LINE, ROW, STEP
+from flexgen_lite.workers.compute.product_tiles import COLUMNS, LINE, ROW, STEP, WIDENED, WORD_BYTES, widen
 from flexgen_lite.workers.kernel_cache import from_cache
 from flexgen_lite.workers.simd import LANES
 
@@ -140,11 +140,12 @@ def _copy(source, target, num_bytes):  # type: ignore[no-untyped-def]
 
 @kernel
 def _pack_rows(call, segment, target, line):  # type: ignore[no-untyped-def]
-    """`[pass][step][row of the pass]` words of x; `line` has room for a pass's rows."""
-    passes, stride = num_passes(segment.rows), 4 * call.steps
+    """`[pass][step][row of the pass]` words of x, in WORD_BYTES each; `line` has room for a pass's rows."""
+    passes, stride, size = num_passes(segment.rows), 4 * call.steps, WORD_BYTES * call.steps
     for turn in range(passes):
         first, last = first_row(segment.rows, passes, turn), first_row(segment.rows, passes, turn + 1)
-        rows, to = last - first, target + first * stride
+        rows, to = last - first, target + first * size
+        words = to + rows * (size - stride)
         source = call.x + (segment.first + first) * stride
         if call.x_rows != 0:
             for i in range(rows):
@@ -152,7 +153,9 @@ def _pack_rows(call, segment, target, line):  # type: ignore[no-untyped-def]
                 _copy(at, line + i * stride, stride)
             source = line
         for step in range(0, call.steps, LANES):
-            _pack_steps(rows, source + 4 * step, stride, to + 4 * rows * step)
+            _pack_steps(rows, source + 4 * step, stride, words + 4 * rows * step)
+        if WIDENED:
+            widen(words, to, rows * call.steps)
 
 
 @kernel
@@ -233,7 +236,7 @@ def _multiply_in_vectors(call, weight, block, following, rows, scratch):  # type
         for turn in range(passes):
             first, last = first_row(rows, passes, turn), first_row(rows, passes, turn + 1)
             lines = _lines(passes, turn) if call.storage == PACKED else 0
-            source = scratch.words + 4 * first * call.steps + 4 * (last - first) * start
+            source = scratch.words + WORD_BYTES * (first * call.steps + (last - first) * start)
             to, keep = scratch.sums + 4 * first * COLUMNS, 0 if start == 0 else 1
             _multiply_tile(last - first, lines, source, at, stop - start, to, keep, ahead)
             ahead += (stop - start) * lines * LINE
@@ -327,7 +330,7 @@ def _part_of(pack_segment: Any, multiply_block: Any, name: str) -> Any:
     def part(address):  # type: ignore[no-untyped-def]
         call = _call(address)
         base = call.scratch + simd.fetch_add(address) * call.scratch_bytes
-        at = scratch_at(base, call.most_rows, call.steps, call.chunk, call.storage, call.group)
+        at = scratch_at(base, call.most_rows, call.steps, call.chunk, call.storage, call.group, call.tiles)
         blocks = (call.columns + COLUMNS - 1) // COLUMNS
         spans = (blocks + call.span - 1) // call.span
         items, packed = call.num_segments * spans, -1

@@ -27,7 +27,7 @@ from flexgen_lite.workers.compute import product_amx as amx
 from flexgen_lite.workers.compute.product_kernels import CALL, SEGMENT
 from flexgen_lite.workers.compute.product_panels import BYTES4, BYTES8, INT4, INT8, PACKED, ROWS, STEP_BYTES, TRANSPOSED
 from flexgen_lite.workers.compute.product_scratch import scratch
-from flexgen_lite.workers.compute.product_tiles import COLUMNS, ROW
+from flexgen_lite.workers.compute.product_tiles import COLUMNS, ROW, WIDENED
 from flexgen_lite.workers.simd import LANES
 
 MAX_ROWS = 64  # of a segment, for vectors
@@ -70,7 +70,7 @@ class Weights:
 
     def is_faster(self, num_rows: int) -> bool:
         """Whether the kernel computes so many rows faster than oneDNN."""
-        return amx.allowed() or num_rows <= MAX_ROWS
+        return are_fastest() or num_rows <= MAX_ROWS
 
     def in_panels(self) -> Weights:
         """The same where another process has put them into panels already."""
@@ -107,9 +107,10 @@ class Weights:
         steps, threads, most_rows = self.width // 2, torch.get_num_threads(), int(parts["rows"].max())
         is_unpacked = self.storage in (INT8, INT4, BYTES4)
         chunk = _chunk(steps, FEW_ROWS_CHUNK if is_unpacked and most_rows <= FEW_ROWS else CHUNK)
-        scratch_bytes = scratch(0, most_rows, steps, chunk, self.storage, self.group).end
-        blocks = -(-self.columns // COLUMNS)
         in_bytes = self.storage in (BYTES8, BYTES4)
+        tiles = amx.CONFIG if amx.allowed() and not in_bytes else 0
+        scratch_bytes = scratch(0, most_rows, steps, chunk, self.storage, self.group, tiles).end
+        blocks = -(-self.columns // COLUMNS)
         _call(
             product_kernels.multiply_bytes if in_bytes else product_kernels.multiply, threads, scratch_bytes,
             x=x.data_ptr(), x_rows=_address(x_rows), y=output.data_ptr(), y_rows=_address(y_rows),
@@ -119,7 +120,7 @@ class Weights:
             bias=_address(bias), storage=self.storage, step_bytes=STEP_BYTES.get(self.storage, 0),
             columns=self.columns, steps=steps, chunk=chunk,
             span=max(1, min(MAX_SPAN, len(parts) * blocks // (8 * threads))),
-            most_rows=most_rows, tiles=amx.CONFIG if amx.allowed() and not in_bytes else 0,
+            most_rows=most_rows, tiles=tiles,
         )  # fmt: skip
 
     def pack(self) -> Weights:
@@ -226,6 +227,11 @@ def weight_of_onednn(address: int, num_bytes: int, shape: torch.Size) -> Weights
     if num_bytes != _weight_bytes(PACKED, columns, width) or not serves_width(width) or not _is_order_of_onednn():
         return None
     return Weights(address, PACKED, columns, width)
+
+
+def are_fastest() -> bool:
+    """Whether the kernels are faster than oneDNN with any number of rows: oneDNN widens no weights."""
+    return amx.allowed() or WIDENED
 
 
 def serves_width(width: int) -> bool:

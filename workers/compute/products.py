@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from flexgen_lite.model.packing import Packing
-from flexgen_lite.workers.compute import experts, product_amx, product_onednn, product_weights
+from flexgen_lite.workers.compute import experts, product_onednn, product_weights
 from flexgen_lite.workers.compute.product_weights import Weights, weights_in_rows
 from flexgen_lite.workers.compute.unpacked_weights import PackedBits, bits_of, multiplied
 from flexgen_lite.workers.model.quantization import is_experts
@@ -125,7 +125,7 @@ def _pack(module: nn.Module, wanted: _Wanted, in_order: bool = False) -> None:
     weight_NK = target if is_linear else target.t()
     if not target.is_contiguous():
         return
-    if product_amx.allowed() and (ours := weights_in_rows(target.view(weight_NK.shape))) is not None:
+    if product_weights.are_fastest() and (ours := weights_in_rows(target.view(weight_NK.shape))) is not None:
         if not product_weights.fills_panels(ours.columns):
             return
         if not is_linear and not in_order:
@@ -143,7 +143,7 @@ def _pack(module: nn.Module, wanted: _Wanted, in_order: bool = False) -> None:
 
 def _packed_copy(module: nn.Linear, wanted: _Wanted) -> _Product:
     weight_NK = module.weight.data
-    if not product_amx.allowed() or weights_in_rows(weight_NK) is None:
+    if not product_weights.are_fastest() or weights_in_rows(weight_NK) is None:
         packed = _ops._reorder_linear_weight(weight_NK)
         return _Product(module, wanted, packed, _of_onednn(_ops.data_ptr(packed), packed))
     columns, width = weight_NK.shape
