@@ -23,7 +23,7 @@ NO_WINDOW = 1 << 30
 _ALIGN = 64
 
 
-_scratch = np.empty(0, np.uint8)
+_scratch, _scratch_address = np.empty(0, np.uint8), 0
 
 
 def prepare(dtype: torch.dtype) -> None:
@@ -84,10 +84,11 @@ def _choose(dtype: torch.dtype, depth: int) -> tuple[Any, int]:
 
 def scratch_address(num_bytes: int) -> int:
     """Memory for one call, shared by all kernels here: its address, a multiple of 64."""
-    global _scratch
+    global _scratch, _scratch_address
     if _scratch.size < num_bytes + _ALIGN:
         _scratch = np.empty(num_bytes + _ALIGN, np.uint8)
-    return -(-_scratch.ctypes.data // _ALIGN) * _ALIGN
+        _scratch_address = -(-_scratch.ctypes.data // _ALIGN) * _ALIGN
+    return _scratch_address
 
 
 def _with_whole_rows(x: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -79,7 +79,7 @@ class Weights:
     def multiply(self, x: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:
         """y `[..., N]` of the first weight and x `[..., K]`, contiguous and not empty."""
         output = x.new_empty((*x.shape[:-1], self.columns))
-        self.multiply_segments(output, x, bias_N, _rows_in_order(x.numel() // self.width, self.most_rows))
+        self._multiply(output, x, bias_N, *_rows_in_order(x.numel() // self.width, self.most_rows))
         return output
 
     def multiply_segments(
@@ -100,45 +100,83 @@ class Weights:
             x_rows: numbers of rows of `x`, int64; None: its rows in order.
             y_rows: likewise of `output`.
         """
+        if len(parts):
+            most_rows, address = int(parts["rows"].max()), parts.ctypes.data
+            self._multiply(output, x, bias, _Segments(address, len(parts), most_rows), parts, x_rows, y_rows)
+
+    def _multiply(
+        self,
+        output: torch.Tensor,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        segments: _Segments,
+        parts: npt.NDArray[Any],
+        x_rows: torch.Tensor | None = None,
+        y_rows: torch.Tensor | None = None,
+    ) -> None:
+        """`parts` is what `segments` points into."""
         assert x.dtype == output.dtype == torch.bfloat16 and x.is_contiguous() and x.shape[-1] == self.width
         assert bias is None or bias.dtype == torch.bfloat16
-        if not len(parts):
-            return
-        steps, threads, most_rows = self.width // 2, torch.get_num_threads(), int(parts["rows"].max())
-        is_unpacked = self.storage in (INT8, INT4, BYTES4)
-        chunk = _chunk(steps, FEW_ROWS_CHUNK if is_unpacked and most_rows <= FEW_ROWS else CHUNK)
-        in_bytes = self.storage in (BYTES8, BYTES4)
-        tiles = amx.CONFIG if amx.allowed() and not in_bytes else 0
-        scratch_bytes = scratch(0, most_rows, steps, chunk, self.storage, self.group, tiles).end
-        blocks = -(-self.columns // COLUMNS)
-        _call(
-            product_kernels.multiply_bytes if in_bytes else product_kernels.multiply, threads, scratch_bytes,
-            x=x.data_ptr(), x_rows=_address(x_rows), y=output.data_ptr(), y_rows=_address(y_rows),
-            segments=parts.ctypes.data, num_segments=len(parts),
-            weights=self.address, weight_bytes=_weight_bytes(self.storage, self.columns, self.width),
-            scales=self.scales, scale_bytes=self.scale_bytes, zeros=self.zeros, group=self.group,
-            bias=_address(bias), storage=self.storage, step_bytes=STEP_BYTES.get(self.storage, 0),
-            columns=self.columns, steps=steps, chunk=chunk,
-            span=max(1, min(MAX_SPAN, len(parts) * blocks // (8 * threads))),
-            most_rows=most_rows, tiles=tiles,
+        threads, most_rows = torch.get_num_threads(), segments.most_rows
+        tiles = amx.CONFIG if amx.allowed() and self.storage not in (BYTES8, BYTES4) else 0
+        call = _layout(self.storage, self.columns, self.width, self.group, most_rows, segments.count, threads, tiles)
+        _FIELDS.pack_into(
+            _record, 0, 0, 0,
+            x.data_ptr(), _address(x_rows), output.data_ptr(), _address(y_rows), segments.address, segments.count,
+            prefill_cpu.scratch_address(threads * call.scratch_bytes), call.scratch_bytes,
+            self.address, call.weight_bytes, self.scales, self.scale_bytes, self.zeros, self.group,
+            _address(bias), self.storage, call.step_bytes,
+            self.columns, self.width // 2, call.chunk, call.span, most_rows, tiles,
         )  # fmt: skip
+        prefill_cpu.parallel()(call.function, _record_address, threads, 0)
 
     def pack(self) -> Weights:
         """These weights, which lie row by row, put into panels where they lie."""
         assert self.storage == ROWS and fills_panels(self.columns)
-        steps = self.width // 2
-        _call(
-            product_kernels.pack, torch.get_num_threads(), 2 * self.width * COLUMNS + LANES * ROW,
-            weights=self.address, storage=ROWS, columns=self.count * self.columns, steps=steps, chunk=steps,
-        )  # fmt: skip
+        threads, scratch_bytes = torch.get_num_threads(), 2 * self.width * COLUMNS + LANES * ROW
+        fields = {
+            "scratch": prefill_cpu.scratch_address(threads * scratch_bytes), "scratch_bytes": scratch_bytes,
+            "weights": self.address, "storage": ROWS, "columns": self.count * self.columns, "steps": self.width // 2,
+            "chunk": self.width // 2,
+        }  # fmt: skip
+        _FIELDS.pack_into(_record, 0, *(fields.get(name, 0) for name in _NAMES))
+        prefill_cpu.parallel()(_address_of(product_kernels.pack), _record_address, threads, 0)
         return self.in_panels()
 
 
-def _call(function: Callable[[int], None], threads: int, scratch_bytes: int, **fields: int) -> None:
-    """Runs one of the kernels on `threads` threads."""
-    fields |= {"scratch": prefill_cpu.scratch_address(threads * scratch_bytes), "scratch_bytes": scratch_bytes}
-    _FIELDS.pack_into(_record, 0, *(fields.get(name, 0) for name in _NAMES))
-    prefill_cpu.parallel()(_address_of(function), _record_address, threads, 0)
+class _Segments(NamedTuple):
+    address: int
+    count: int
+    most_rows: int  # of one
+
+
+class _Layout(NamedTuple):
+    """What a call has beside addresses, see product_kernels.CALL."""
+
+    function: ctypes.c_void_p
+    scratch_bytes: int
+    weight_bytes: int
+    step_bytes: int
+    chunk: int
+    span: int
+
+
+@lru_cache(maxsize=1024)
+def _layout(
+    storage: int, columns: int, width: int, group: int, most_rows: int, num_segments: int, threads: int, tiles: int
+) -> _Layout:
+    steps, blocks = width // 2, -(-columns // COLUMNS)
+    is_unpacked = storage in (INT8, INT4, BYTES4)
+    chunk = _chunk(steps, FEW_ROWS_CHUNK if is_unpacked and most_rows <= FEW_ROWS else CHUNK)
+    function = product_kernels.multiply_bytes if storage in (BYTES8, BYTES4) else product_kernels.multiply
+    return _Layout(
+        _address_of(function),
+        scratch(0, most_rows, steps, chunk, storage, group, tiles).end,
+        _weight_bytes(storage, columns, width),
+        STEP_BYTES.get(storage, 0),
+        chunk,
+        max(1, min(MAX_SPAN, num_segments * blocks // (8 * threads))),
+    )
 
 
 _NAMES = CALL.names or ()
@@ -160,6 +198,11 @@ def weights_in_rows(weight: torch.Tensor, is_transposed: bool = False) -> Weight
 def weights_of_bits(memory: torch.Tensor, packing: Packing, shape: tuple[int, ...]) -> Weights | None:
     """Weights of 8 and 4 bits; `memory` are the bytes of a parameter of `shape`. None where the kernels do not serve
     them."""
+    return _weights_of_bits(memory.data_ptr(), packing, shape)
+
+
+@lru_cache(maxsize=4096)  # those of all layers, wherever they come to lie
+def _weights_of_bits(address: int, packing: Packing, shape: tuple[int, ...]) -> Weights | None:
     count, columns, width = packing.dimensions(shape)
     if packing.group % STEP or not serves_width(width):
         return None
@@ -171,7 +214,6 @@ def weights_of_bits(memory: torch.Tensor, packing: Packing, shape: tuple[int, ..
         if packing.has_zeros and packing.scale_dtype == "float32":  # zero * scale is not exact then
             return None
         storage = INT4 if packing.bits == 4 else INT8
-    address = memory.data_ptr()
     return Weights(
         address, storage, columns, width, count,
         scales=address + packing.scales_at(shape), scale_bytes=SCALE_BYTES[packing.scale_dtype],
@@ -192,8 +234,9 @@ def segments(rows: Iterable[tuple[int, int]], most_rows: int) -> npt.NDArray[Any
 
 
 @lru_cache(maxsize=64)
-def _rows_in_order(count: int, most_rows: int) -> npt.NDArray[Any]:
-    return segments([(0, count)], most_rows)
+def _rows_in_order(count: int, most_rows: int) -> tuple[_Segments, npt.NDArray[Any]]:
+    parts = segments([(0, count)], most_rows)
+    return _Segments(parts.ctypes.data, len(parts), int(parts["rows"].max())), parts
 
 
 def _address(tensor: torch.Tensor | None) -> int:

@@ -39,9 +39,10 @@ class PackedBits:
 
     def ours(self) -> Weights | None:
         """As our own kernels see it; None where they do not serve it."""
-        if self.dtype != torch.bfloat16 or self.memory.device.type != "cpu":
+        memory = self.memory
+        if self.dtype != torch.bfloat16 or memory.device.type != "cpu":
             return None
-        return weights_of_bits(self.memory, self.packing, self.shape)
+        return weights_of_bits(memory, self.packing, self.shape)
 
 
 def unpacked(
