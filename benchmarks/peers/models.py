@@ -30,6 +30,8 @@ class Format:
 
 
 FORMATS = {
+    "ours-int8": Format("", "quantise_ours", ("int8",), 0.6),
+    "ours-int4": Format("", "quantise_ours", ("int4",), 0.4),
     "openvino": Format("openvino", "convert_openvino", ("bf16",)),
     "openvino-int8": Format("openvino", "convert_openvino", ("int8",), 0.6),
     "openvino-int4": Format("openvino", "convert_openvino", ("int4",), 0.4),

@@ -98,12 +98,12 @@ SYSTEMS = {
     for system in (
         System("ours", "flexgen-lite", "", "run_ours", "checkpoint", _ours),
         *(
-            System(name, f"flexgen-lite, {title}", "", "run_ours", "checkpoint", _ours_with(**keys))
-            for name, title, keys in (
-                ("ours-int8", "int8 weights", {"quantization": "int8"}),
-                ("ours-w8a8", "int8 weights and activations", {"quantization": "int8", "activations": "int8"}),
-                ("ours-int4", "int4 weights", {"quantization": "int4"}),
-                ("ours-w4a8", "int4 weights, int8 activations", {"quantization": "int4", "activations": "int8"}),
+            System(name, f"flexgen-lite, {title}", "", "run_ours", model_format, _ours_with(**keys))
+            for name, title, model_format, keys in (
+                ("ours-int8", "int8 weights", "ours-int8", {}),
+                ("ours-w8a8", "int8 weights and activations", "ours-int8", {"activations": "int8"}),
+                ("ours-int4", "int4 weights", "ours-int4", {}),
+                ("ours-w4a8", "int4 weights, int8 activations", "ours-int4", {"activations": "int8"}),
             )
         ),
         System(

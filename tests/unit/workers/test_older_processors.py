@@ -1,4 +1,4 @@
-"""The kernels as processors with fewer instructions than this one would run them."""
+"""The kernels as processors with fewer instructions than this one would run them, or with others that pay."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from flexgen_lite.workers import simd
 from tests.compiled_kernels import ROOT, kernels_folder
 
 AVX2 = (
@@ -17,7 +18,10 @@ AVX2 = (
     "+pclmul,+popcnt,+rdrnd,+sahf,+sse,+sse2,+sse3,+sse4.1,+sse4.2,+ssse3,+xsave,+xsaveopt"
 )
 AVX512 = f"{AVX2},+avx512f,+avx512bw,+avx512cd,+avx512dq,+avx512vl"
-PROCESSORS = {"haswell": AVX2, "skylake-avx512": AVX512}
+PAIRS = f"{AVX512},+avx512bf16,+avx512vnni"
+PROCESSORS = {"haswell": AVX2, "skylake-avx512": AVX512, "sapphirerapids" if simd.PAIRS_PAY else "znver4": PAIRS}
+FLAGS = {f"+{flag}": flag for flag in ("avx2", "fma", "f16c", "avx512f", "avx512bw")}
+FLAGS |= {"+avx512bf16": "avx512_bf16", "+avx512vnni": "avx512_vnni"}  # as the kernel names them
 KERNEL_TESTS = (
     "tests/unit/workers/attention/test_kernels.py",
     "tests/property/test_prefill_attention.py",
@@ -26,7 +30,10 @@ KERNEL_TESTS = (
 )
 # Each pair of types takes its time to compile. Where vectors are as wide as here, only products of bfloat16 and bytes
 # are done in another way.
+PRODUCTS_OF_PAIRS = "bfloat16-bfloat16 or prefill or float64 or any_order or depend_on_others"
 CHOSEN = {
+    "sapphirerapids": PRODUCTS_OF_PAIRS,
+    "znver4": PRODUCTS_OF_PAIRS,
     "haswell": "not (float16-int8 or float32-int8 or test_unpacking)",
     "skylake-avx512": "bfloat16-int8 or bfloat16-bfloat16 or prefill or no_kernel_serves",
 }
@@ -36,7 +43,7 @@ CHOSEN = {
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_kernels(name: str) -> None:
     features = PROCESSORS[name]
-    needed = {feature.lstrip("+") for feature in features.split(",")} & {"avx2", "fma", "f16c", "avx512f", "avx512bw"}
+    needed = {FLAGS[name] for name in features.split(",") if name in FLAGS}
     if platform.machine() != "x86_64" or not needed <= set(_cpu_flags()):
         pytest.skip(f"this processor lacks some of {', '.join(sorted(needed))}")
     environment = {
