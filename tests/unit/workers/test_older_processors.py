@@ -26,6 +26,7 @@ KERNEL_TESTS = (
     "tests/unit/workers/attention/test_kernels.py",
     "tests/property/test_prefill_attention.py",
     "tests/unit/workers/compute/test_weights_of_bits.py",
+    "tests/unit/workers/compute/test_product_kernels.py",
     "tests/unit/workers/loader/test_quantise_kernels.py",
 )
 # Each pair of types takes its time to compile. Where vectors are as wide as here, only what bytes and pairs of bfloat16
