@@ -125,19 +125,21 @@ def test_systems_name_environments_formats_and_families_that_exist() -> None:
         assert system.model_format == "checkpoint" or system.model_format in models.FORMATS
         assert set(system.families) <= set(ARCHITECTURES)
     for form in models.FORMATS.values():
-        assert form.environment in REQUIREMENTS
+        assert form.environment == "" or form.environment in REQUIREMENTS
         assert form.source == "checkpoint" or form.source in models.FORMATS
 
 
 def test_ours_in_fewer_bits_differs_from_ours_in_those_keys_alone() -> None:
     workload, shape = WORKLOADS["D"], SHAPES["olmoe"]
-    for name, keys in (
-        ("ours-int8", {"quantization": "int8"}),
-        ("ours-w8a8", {"quantization": "int8", "activations": "int8"}),
-        ("ours-int4", {"quantization": "int4"}),
+    for name, model_format, keys in (
+        ("ours-int8", "ours-int8", {}),
+        ("ours-w8a8", "ours-int8", {"activations": "int8"}),
+        ("ours-int4", "ours-int4", {}),
+        ("ours-w4a8", "ours-int4", {"activations": "int8"}),
     ):
         plain = SYSTEMS["ours"].options(workload, shape)
         assert SYSTEMS[name].options(workload, shape) == [{**options, **keys} for options in plain]
+        assert SYSTEMS[name].model_format == model_format
 
 
 def test_systems_refuse_families_that_they_do_not_serve() -> None:
