@@ -119,10 +119,10 @@ class Weights:
         assert bias is None or bias.dtype == torch.bfloat16
         threads, most_rows = torch.get_num_threads(), segments.most_rows
         tiles = amx.CONFIG if amx.allowed() and self.storage not in (BYTES8, BYTES4) else 0
-        call = _layout(self.storage, self.columns, self.width, self.group, most_rows, segments.count, threads, tiles)
+        call = _layout(self.storage, self.columns, self.width, self.group, most_rows, segments.number, threads, tiles)
         _FIELDS.pack_into(
             _record, 0, 0, 0,
-            x.data_ptr(), _address(x_rows), output.data_ptr(), _address(y_rows), segments.address, segments.count,
+            x.data_ptr(), _address(x_rows), output.data_ptr(), _address(y_rows), segments.address, segments.number,
             prefill_cpu.scratch_address(threads * call.scratch_bytes), call.scratch_bytes,
             self.address, call.weight_bytes, self.scales, self.scale_bytes, self.zeros, self.group,
             _address(bias), self.storage, call.step_bytes,
@@ -146,7 +146,7 @@ class Weights:
 
 class _Segments(NamedTuple):
     address: int
-    count: int
+    number: int
     most_rows: int  # of one
 
 
