@@ -85,9 +85,8 @@ def _add_floats(builder: Any, rows: int, words: Any, weights: Any, places: list[
     """The same in float32, with two vectors of columns at a time: registers are left for no more. Where LLVM may load a
     row's items once for all four, it keeps sums in memory instead."""
     for first in range(0, _VECTORS, 2):
-        builder.asm(
-            ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], side_effect=True
-        )  # nothing is kept over it
+        # Nothing that was loaded before this is taken for what is loaded behind it.
+        builder.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], side_effect=True)
         vectors = range(first, first + 2)
         columns = [simd.load_from(builder, _forward(builder, weights, v * ROW), WORDS, align=4) for v in vectors]
         parts = [_widened(builder, column) for column in columns]
