@@ -149,6 +149,11 @@ def _larger(builder: Any, x: Any, y: Any) -> Any:
     return builder.select(builder.fcmp_ordered(">", x, y), x, y)
 
 
+def _smaller(builder: Any, x: Any, y: Any) -> Any:
+    """The same."""
+    return builder.select(builder.fcmp_ordered("<", x, y), x, y)
+
+
 def reduced(builder: Any, x: Any, combine: Callable[[Any, Any, Any], Any]) -> Any:
     """All lanes combined, in an order that depends on nothing."""
     width = LANES // 2
@@ -228,12 +233,16 @@ def narrow(builder: Any, x: Any) -> Any:
     return builder.trunc(builder.lshr(whole, same(16, WORDS)), HALVES)
 
 
+def widen(builder: Any, halves: Any) -> Any:
+    """16-bit integers that are bfloat16 to float32 lanes."""
+    return builder.bitcast(builder.shl(builder.zext(halves, WORDS), same(16, WORDS)), VECTOR)
+
+
 def load_widened(builder: Any, half: bool, address: Any) -> Any:
     """LANES stored items as float32."""
     if not half:
         return load_from(builder, address)
-    bits = builder.zext(load_from(builder, address, HALVES, align=2), WORDS)
-    return builder.bitcast(builder.shl(bits, same(16, WORDS)), VECTOR)
+    return widen(builder, load_from(builder, address, HALVES, align=2))
 
 
 def _store_narrowed(builder: Any, half: bool, x: Any, address: Any) -> None:
@@ -274,6 +283,8 @@ multiply = operation(lambda b, x, y: b.fmul(x, y), vector, vector, vector)
 divide = operation(lambda b, x, y: b.fdiv(x, y), vector, vector, vector)
 multiply_add = operation(fused, vector, vector, vector, vector)  # x * y + z
 maximum = operation(_larger, vector, vector, vector)
+minimum = operation(_smaller, vector, vector, vector)
+rounded = operation(lambda b, x: widen(b, narrow(b, x)), vector, vector)  # to the nearest bfloat16
 any_above = operation(_any_above, types.boolean, vector, vector)  # whether x > y in any lane
 hide = operation(_hide, vector, vector, types.int64, types.int64, types.float32)  # value in lanes not in first .. last
 exp2 = operation(_exp2, vector, vector)  # for -1e38 < x < 127

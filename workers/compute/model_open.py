@@ -19,7 +19,7 @@ from flexgen_lite.model.files import CheckpointError, check_files, is_there
 from flexgen_lite.model.packing import STEP
 from flexgen_lite.model.spec import ModelSpec
 from flexgen_lite.wire.worker_messages import OpenModel
-from flexgen_lite.workers.compute import attention_call, experts, probe
+from flexgen_lite.workers.compute import attention_call, experts, fused, probe
 from flexgen_lite.workers.compute.device import Device
 from flexgen_lite.workers.compute.head import Head
 from flexgen_lite.workers.compute.latents import projections
@@ -97,6 +97,7 @@ def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> Op
     if order.max_model_len is not None and order.max_model_len > limit:
         raise UserError(f"max_model_len {order.max_model_len} is over the model's limit of {limit}: lower it")
     products = Products(model, dtype, device.torch_device, read, packed)
+    fused.fuse(model, dtype, device.torch_device)
     spec = ModelSpec(
         model_type=config.model_type,
         class_name=type(model).__name__,

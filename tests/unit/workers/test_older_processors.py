@@ -25,6 +25,7 @@ FLAGS |= {"+avx512bf16": "avx512_bf16", "+avx512vnni": "avx512_vnni"}  # as the 
 KERNEL_TESTS = (
     "tests/unit/workers/attention/test_kernels.py",
     "tests/property/test_prefill_attention.py",
+    "tests/unit/workers/compute/test_fused.py",
     "tests/unit/workers/compute/test_weights_of_bits.py",
     "tests/unit/workers/compute/test_product_kernels.py",
     "tests/unit/workers/loader/test_quantise_kernels.py",
@@ -36,7 +37,7 @@ CHOSEN = {
     "sapphirerapids": PRODUCTS_OF_PAIRS,
     "znver4": PRODUCTS_OF_PAIRS,
     "haswell": "not (float16-float16 or float16-int8 or float32-int8 or test_unpacking or test_product_kernels)",
-    "skylake-avx512": "bfloat16-int8 or no_kernel_serves",
+    "skylake-avx512": "bfloat16-int8 or no_kernel_serves or test_fused",
 }
 
 
