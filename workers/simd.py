@@ -245,6 +245,14 @@ def load_widened(builder: Any, half: bool, address: Any) -> Any:
     return widen(builder, load_from(builder, address, HALVES, align=2))
 
 
+def load_stored(builder: Any, kind: str, address: Any) -> Any:
+    """LANES items of float32, bfloat16 or float16 as float32."""
+    if kind != "float16":
+        return load_widened(builder, kind == "bfloat16", address)
+    halves = load_from(builder, address, ir.VectorType(ir.HalfType(), LANES), align=2)
+    return builder.fpext(halves, VECTOR)
+
+
 def _store_narrowed(builder: Any, half: bool, x: Any, address: Any) -> None:
     store_to(builder, narrow(builder, x) if half else x, address, align=2 if half else 4)
 

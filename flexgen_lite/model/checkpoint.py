@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from flexgen_lite.model.compressed_tensors import METHOD, StoredQuantization, join_parts, read_quantization
 from flexgen_lite.model.files import CheckpointError, is_there, open_file, parse_object, read, read_json
-from flexgen_lite.model.spec import ITEM_BYTES, FileStamp
-from flexgen_lite.model.stored_tensor import StoredTensor
+from flexgen_lite.model.formats.joined import join_layers
+from flexgen_lite.model.formats.section import Section, read_section
+from flexgen_lite.model.spec import ITEM_BYTES, FileStamp, SmallSource
+from flexgen_lite.model.stored_tensor import StoredBits, StoredTensor
 from flexgen_lite.text.shown import shown, shown_names, shown_path, shown_text
 
 WEIGHTS_NAME = "model.safetensors"
@@ -27,8 +29,13 @@ _DTYPES = {
     "F32": "float32",
     "BF16": "bfloat16",
     "F16": "float16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
     "I64": "int64",
     "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
     "U8": "uint8",
     "BOOL": "bool",
 }
@@ -52,30 +59,38 @@ _OTHER_FORMATS = (
 class Checkpoint:
     """
     Attributes:
-        quantization: of weights that are stored in few bits; these are in `tensors` under the names that they would
-            have without.
+        tensors: weights that are stored in few bits are there under the names that they would have without.
+        section: what the files beside it say of these.
+        metadata: of the files' headers.
     """
 
     files: tuple[str, ...]
     stamps: tuple[FileStamp, ...]  # of the files, taken before their headers were read
     tensors: dict[str, StoredTensor]
-    quantization: StoredQuantization | None = None
+    section: Section = field(default_factory=Section)
+    metadata: tuple[Mapping[str, str], ...] = ()
+
+    @property
+    def in_few_bits(self) -> tuple[StoredBits, ...]:
+        """How the weights are stored that are."""
+        tensors = (one for tensor in self.tensors.values() for one in (tensor, *tensor.members))
+        return tuple(tensor.bits for tensor in tensors if tensor.bits is not None)
 
 
 def open_checkpoint(directory: str | Path) -> Checkpoint:
     """Read the headers of the model in `directory`. Raises CheckpointError."""
     directory = Path(directory).absolute()
-    quantization = check_config(directory)
+    section = check_config(directory)
     found = _open_files(directory)
-    if quantization is None:
-        return found
-    tensors = join_parts(found.tensors, quantization, found.files)
-    if not any(tensor.bits for tensor in tensors.values()):
-        raise CheckpointError(
-            f"{directory}: config.json says that the checkpoint is quantised, but none of its weights is: download the "
-            "model again"
-        )
-    return Checkpoint(found.files, found.stamps, tensors, quantization)
+
+    def read_small(source: SmallSource) -> bytes:
+        path = Path(found.files[source.file])
+        with open_file(path) as stream:
+            stream.seek(source.offset)
+            return read(stream, path, source.num_bytes)
+
+    tensors = join_layers(found.tensors, section, found.files, found.metadata, read_small)
+    return replace(found, tensors=tensors, section=section)
 
 
 def _open_files(directory: Path) -> Checkpoint:
@@ -87,8 +102,8 @@ def _open_files(directory: Path) -> Checkpoint:
     raise CheckpointError(_no_safetensors(directory))
 
 
-def check_config(directory: Path) -> StoredQuantization | None:
-    """Whether there is a config.json, and how its checkpoint is quantised, where it is. Raises CheckpointError."""
+def check_config(directory: Path) -> Section:
+    """Whether there is a config.json, and what is said of how its checkpoint is quantised. Raises CheckpointError."""
     if not directory.is_dir():
         raise CheckpointError(
             f"{shown_path(directory)} is not a directory: give the directory that holds the model's config.json"
@@ -96,21 +111,7 @@ def check_config(directory: Path) -> StoredQuantization | None:
     path = directory / "config.json"
     if not is_there(path):
         raise CheckpointError(f"{directory} has no config.json: it is not a Hugging Face model directory")
-    config = read_json(path)
-    nested = config.get("text_config")
-    for part in (config, nested if isinstance(nested, dict) else {}):
-        quantization = part.get("quantization_config") or part.get("compression_config")
-        if not quantization:
-            continue
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-        if method == METHOD:
-            return read_quantization(quantization, str(path))
-        raise CheckpointError(
-            f"{path}: the checkpoint is quantised ({shown_text(method)}), which is not supported: use the "
-            "unquantised model, or "
-            f"dequantise it: {_SAVE_AGAIN}"
-        )
-    return None
+    return read_section(directory, read_json(path))
 
 
 def _no_safetensors(directory: Path) -> str:
@@ -155,11 +156,12 @@ def _open_shards(directory: Path) -> Checkpoint:
 
 def _collect(paths: tuple[Path, ...], weight_map: dict[str, str]) -> Checkpoint:
     tensors: dict[str, StoredTensor] = {}
-    stamps = []
+    stamps, metadata = [], []
     for file, path in enumerate(paths):
         with open_file(path) as stream:
             stamps.append(stamp(os.fstat(stream.fileno())))
-            header = _read_header(path, stream, file, stamps[-1].size)
+            header, about = _read_header(path, stream, file, stamps[-1].size)
+        metadata.append(about)
         for stored in header:
             other = tensors.get(stored.name)
             if other is None or weight_map.get(stored.name) == path.name:
@@ -170,15 +172,16 @@ def _collect(paths: tuple[Path, ...], weight_map: dict[str, str]) -> Checkpoint:
                     f"{INDEX_NAME} names neither: "
                     "download the model again"
                 )
-    return Checkpoint(tuple(str(path) for path in paths), tuple(stamps), tensors)
+    files = tuple(str(path) for path in paths)
+    return Checkpoint(files, tuple(stamps), tensors, metadata=tuple(metadata))
 
 
 def stamp(status: os.stat_result) -> FileStamp:
     return FileStamp(status.st_size, status.st_mtime_ns, status.st_ino)
 
 
-def _read_header(path: Path, stream: BinaryIO, file: int, size: int) -> list[StoredTensor]:
-    """The tensors of one safetensors file: 8 bytes of header length, the JSON header, then the data."""
+def _read_header(path: Path, stream: BinaryIO, file: int, size: int) -> tuple[list[StoredTensor], dict[str, str]]:
+    """The tensors of one safetensors file, and its metadata: 8 bytes of header length, the JSON header, then the data."""
     again = "download it again"
     start = read(stream, path, 8)
     length = int.from_bytes(start, "little")
@@ -202,7 +205,8 @@ def _read_header(path: Path, stream: BinaryIO, file: int, size: int) -> list[Sto
         if stored.num_bytes and stored.offset < end:
             raise CheckpointError(f"{path}: tensor {shown_text(stored.name)} overlaps the tensor before it; {again}")
         end = max(end, stored.offset + stored.num_bytes)
-    return tensors
+    about = header.get("__metadata__")
+    return tensors, about if isinstance(about, dict) else {}
 
 
 def _stored(path: Path, file: int, base: int, name: str, entry: Any) -> StoredTensor:

@@ -1,16 +1,24 @@
 """How weights of 8 and 4 bits lie in memory: blocks of columns in the order of the kernels that multiply with them.
 
-A weight `[N, K]` has whole numbers q and, for every `group` items of K of a column n, a scale and perhaps a zero:
-w = (q - zero) * scale. Of several weights `[E, N, K]`, the values of all come first, then the scales of all, then the
-zeros of all. N is filled up to whole blocks of COLUMNS.
+A weight `[N, K]` has a code for each item and, for every `group` items of K of a column n, a scale and perhaps a zero or
+an offset. The *kind* says what a code's value is:
 
-    order       bits  values of a block
-    bfloat16       8  [K / 8][column][2][4]     byte i of word p: q[8 s + 2 i + p], two's complement
-    bfloat16       4  [K / 16][column][2]       half byte i of word p: q[16 s + 2 i + p] + 8
-    int8           8  [K / 4][column][4]        byte i: q[4 s + i] + 128
-    int8           4  [K / 8][column][4]        byte i: q[8 s + i] + 8, and above it q[8 s + 4 + i] + 8
+    int      q, a whole number with a sign:  w = (q - zero) * scale
+    uint     4 bits without a sign
+    e2m1, nf4, fp4   4 bits, a place in one of TABLES
+    e4m3     8 bits, a number in floating point
 
-Scales are `[block][K / group][column]`; so are zeros, a byte each: zero + 8, or + 128 where q has 8 bits.
+and w = value * scale + offset, rounded once. Of several weights `[E, N, K]`, the codes of all come first, then the scales
+of all, then the zeros or offsets of all. N is filled up to whole blocks of COLUMNS.
+
+    order       bits  codes of a block
+    bfloat16       8  [K / 8][column][2][4]     byte i of word p: that of item 8 s + 2 i + p; q in two's complement
+    bfloat16       4  [K / 16][column][2]       half byte i of word p: that of item 16 s + 2 i + p; q + 8
+    int8           8  [K / 4][column][4]        byte i: item 4 s + i; q + 128
+    int8           4  [K / 8][column][4]        byte i: item 8 s + i, and above it item 8 s + 4 + i; q + 8
+
+Scales are `[block][K / group][column]`; so are zeros, a byte each: zero + 8, or + 128 where q has 8 bits; and offsets, in
+float32.
 """
 
 from __future__ import annotations
@@ -19,7 +27,24 @@ from dataclasses import dataclass
 
 COLUMNS = 64  # of a block
 STEP = 16  # items of K in which groups are counted
-SCALE_BYTES = {"bfloat16": 2, "float32": 4}
+SCALE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+ZERO_BYTES = {"": 0, "uint8": 1, "float32": 4}
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+TABLES: dict[str, tuple[float, ...]] = {
+    "int": tuple(float(code - 8) for code in range(16)),
+    "uint": tuple(float(code) for code in range(16)),
+    "e2m1": (*_E2M1, *(-value for value in _E2M1)),
+    "nf4": (
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ),
+    "fp4": (
+        0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5, 0.1666666716337204, 0.25,
+        -0.0, -0.0052083334885537624, -0.6666666865348816, -1.0, -0.3333333432674408, -0.5, -0.1666666716337204, -0.25,
+    ),
+}  # fmt: skip
+"""What codes of 4 bits stand for: bitsandbytes' nf4 and fp4, and the E2M1 of MXFP4 and NVFP4 (OCP Microscaling Formats)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,18 +52,26 @@ class Packing:
     """
     Attributes:
         group: items of K with one scale.
-        order: of the values, see above.
+        order: of the codes, see above.
+        zeros: "uint8": there are zeros; "float32": there are offsets; "": neither.
         is_transposed: the model has the weight as `[K, N]`.
         rounds_rows: rows that the weight is multiplied with are rounded to 8 bits, group by group.
+        kind: of the codes.
     """
 
     bits: int
     group: int
     order: str
     scale_dtype: str
-    has_zeros: bool = False
+    zeros: str = ""
     is_transposed: bool = False
     rounds_rows: bool = False
+    kind: str = "int"
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether there are zeros, whole numbers as the codes are."""
+        return self.zeros == "uint8"
 
     def dimensions(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         """E, N and K of a parameter's shape; E is 1 for a single weight."""
@@ -60,14 +93,14 @@ class Packing:
         return self.dimensions(shape)[0] * self.value_bytes(shape)
 
     def zeros_at(self, shape: tuple[int, ...]) -> int:
-        """Where the zeros begin, in bytes, if there are any."""
+        """Where the zeros or offsets begin, in bytes, if there are any."""
         count = self.dimensions(shape)[0] * self.num_scales(shape)
         return self.scales_at(shape) + count * SCALE_BYTES[self.scale_dtype]
 
     def num_bytes(self, shape: tuple[int, ...]) -> int:
         """Of all of it."""
-        zeros = self.dimensions(shape)[0] * self.num_scales(shape) if self.has_zeros else 0
-        return self.zeros_at(shape) + zeros
+        count = self.dimensions(shape)[0] * self.num_scales(shape)
+        return self.zeros_at(shape) + count * ZERO_BYTES[self.zeros]
 
 
 def num_blocks(columns: int) -> int:

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 
 from flexgen_lite.model.packing import Packing
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
+ITEM_BYTES = {
+    "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e8m0fnu": 1,
+    "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,21 +26,34 @@ class FileStamp:
 
 
 @dataclass(frozen=True, slots=True)
+class SmallSource:
+    """A few bytes of a file that are needed to read others: one scale for all, a table."""
+
+    file: int
+    offset: int
+    num_bytes: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
 class StoredPart:
-    """Which part of a weight in few bits a source is (stored_tensor.py): "values", "scales" or "zeros"."""
+    """Which part of a weight `[N, K]` in few bits a source is, and how it lies.
 
-    kind: str
-    num_bits: int
-    group: int
+    Attributes:
+        fills: "values", "scales", "zeros" or "offsets"; "all": each item has its scale beside it.
+        layout: a name in workers/loader/stored_layouts.py.
+        num_bits: of an item of values or zeros.
+        block: rows and items of K that one item of the source is for.
+        others: what the layout needs beside it, in an order of its own.
+        number: likewise.
+    """
 
-    @property
-    def rows(self) -> int:
-        """Of the weight, that share the words of one row of the source."""
-        return 32 // self.num_bits if self.kind == "zeros" else 1
-
-    def row_bytes(self, width: int, dtype: str) -> int:
-        """Of one row of the source, whose items are of `dtype`."""
-        return width * self.num_bits // 8 if self.kind == "values" else width // self.group * ITEM_BYTES[dtype]
+    fills: str
+    layout: str
+    num_bits: int = 0
+    block: tuple[int, int] = (1, 1)
+    others: tuple[SmallSource, ...] = ()
+    number: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

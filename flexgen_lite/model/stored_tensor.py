@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flexgen_lite.model.spec import StoredPart
+
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A tensor as it lies in a file: row-major, `num_bytes` at `offset` from the start of `files[file]`.
 
-    With `bits` it stands for a weight in few bits: `dtype` and `shape` are those that it has once it is unpacked, and
-    the place in the file is that of its values.
+    With `bits` it stands for a weight `[N, K]` in few bits: `dtype` and `shape` are those that it has once it is unpacked,
+    and the place in the file is that of its values. With `members` it stands for several of these, `[E, N, K]`, or
+    `[E, K, N]` where it `is_turned`.
     """
 
     name: str
@@ -20,21 +23,22 @@ class StoredTensor:
     dtype: str
     shape: tuple[int, ...]
     bits: StoredBits | None = None
+    members: tuple[StoredTensor, ...] = ()
+    is_turned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class StoredBits:
-    """A weight `[N, K]` in the format "pack-quantized" of compressed-tensors, row by row.
+    """A weight `[N, K]` in few bits: how it is kept in memory (packing.py), and from what.
 
     Attributes:
-        group: items of K with one scale.
-        values: `[N, K / (32 / num_bits)]` of int32, q + 8 or q + 128, the first item lowest.
-        scales: `[N, K / group]`.
-        zeros: `[N / (32 / num_bits), K / group]` of int32, rounded up: zero + 8 or + 128 of so many n in each.
+        num_bits: of a code in memory, 4 or 8.
+        parts: each with the tensor that it is read from.
     """
 
+    kind: str
     num_bits: int
     group: int
-    values: StoredTensor
-    scales: StoredTensor
-    zeros: StoredTensor | None
+    scale_dtype: str
+    zeros: str
+    parts: tuple[tuple[StoredPart, StoredTensor], ...]

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from flexgen_lite import EngineError, FlexGenLite
-from flexgen_lite.model.compressed_tensors import EXPERTS
 from flexgen_lite.model.files import CheckpointError
+from flexgen_lite.model.formats.compressed_tensors import EXPERTS
 from flexgen_lite.model.quantization import IGNORED, Quantization
 from flexgen_lite.model.spec import ModelSpec
 from flexgen_lite.wire.worker_messages import AttachLoader, Load, OpenModel

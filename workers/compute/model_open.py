@@ -14,8 +14,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexgen_lite.model.checkpoint import Checkpoint, check_config, open_checkpoint
-from flexgen_lite.model.compressed_tensors import StoredQuantization
 from flexgen_lite.model.files import CheckpointError, check_files, is_there
+from flexgen_lite.model.formats.section import Section
 from flexgen_lite.model.packing import STEP
 from flexgen_lite.model.spec import ModelSpec
 from flexgen_lite.wire.worker_messages import OpenModel
@@ -70,7 +70,7 @@ def open_model(order: OpenModel, device: Device, run_dir: str) -> OpenedModel:
 
 
 def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> OpenedModel:
-    stored = check_config(directory)
+    section = check_config(directory)
     check_files(directory, (*TOKENIZER_FILES, "generation_config.json"))
     config = model_builder.load_config(directory)
     attention_call.register()
@@ -79,8 +79,8 @@ def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> Op
     model_builder.check_sizes(directory, config)
     is_known = config.model_type in probe.TESTED_TYPES and not order.always_probe
     keeps_latents = is_known or probe.prove(config)
-    _check_quantization(order, stored)
     checkpoint = None if order.load_format == "dummy" else open_checkpoint(directory)
+    is_stored = _check_quantization(order, section, checkpoint)
     of_bits = keeps_latents and checkpoint is not None and _has_projections_of_bits(checkpoint)
     dtype = _dtype(order.dtype, config, checkpoint, device)
     model = model_builder.build(config, dtype)
@@ -88,7 +88,8 @@ def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> Op
     layers, text = path.layers, model_builder.text_config(config)
     read = projections(model.modules())
     value_order = _value_order(order, dtype, device)
-    wanted = packings(model, order.quantization, read, value_order) if order.quantization is not None else {}
+    quantization = None if is_stored else order.quantization
+    wanted = packings(model, quantization, read, value_order) if quantization is not None else {}
     held = HeldBits(holds_bits(model, read), value_order, order.activations == "int8")
     units, warnings = map_weights(model, layers, checkpoint, dtype, path.unused, wanted, held)
     packed = {tensor.name: tensor.packing for unit in units for tensor in unit.tensors if tensor.packing is not None}
@@ -121,8 +122,8 @@ def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> Op
         head_copy_bytes=products.copied_bytes(outside(model, layers)),
         warnings=(
             *warnings,
-            *_rounding(stored, order),
-            *(warnings_of(model, order.quantization) if order.quantization is not None else []),
+            *_rounding(section, order, is_stored),
+            *(warnings_of(model, quantization) if quantization is not None else []),
             *([_OF_BITS] if of_bits else []),
             *([warning] if warning else []),
             *tokenizer.warnings,
@@ -132,20 +133,29 @@ def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> Op
     return OpenedModel(model, layers, binding, products, head, spec, tokenizer)
 
 
-def _check_quantization(order: OpenModel, stored: StoredQuantization | None) -> None:
-    """Raises UserError where weights are in few bits already, or ought to be."""
-    if stored is not None and order.quantization is not None:
-        raise UserError(
-            f"quantization: the checkpoint in {order.model} is quantised already: leave the key out, or give the "
-            "unquantised model"
-        )
-    if stored is not None and order.load_format == "dummy":
+def _check_quantization(order: OpenModel, section: Section, checkpoint: Checkpoint | None) -> bool:
+    """Whether weights are stored in few bits. Raises UserError where they are and ought not to be, or the reverse."""
+    stored = () if checkpoint is None else checkpoint.in_few_bits
+    if stored and order.quantization is not None:
+        kinds = {f"{bits.kind}{bits.num_bits}" for bits in stored}
+        if kinds != {f"int{order.quantization.bits}"}:
+            raise UserError(
+                f"quantization: the checkpoint in {order.model} is quantised already ({', '.join(sorted(kinds))}): leave "
+                "the key out, or give the unquantised model"
+            )
+    if section.format and order.load_format == "dummy":
         raise UserError(
             f"load_format=dummy: the checkpoint in {order.model} is quantised: give the config.json of the unquantised "
             "model, and quantization with it"
         )
-    if order.activations == "int8" and order.quantization is None and stored is None:
-        raise UserError("activations=int8 needs weights in few bits: give quantization as well, int8 or int4")
+    if order.activations == "int8":
+        if order.quantization is None and not stored:
+            raise UserError("activations=int8 needs weights in few bits: give quantization as well, int8 or int4")
+        if stored and not any(bits.kind == "int" and bits.zeros != "float32" for bits in stored):
+            raise UserError(
+                f"activations=int8: the weights in {order.model} are no whole numbers: leave the key out, or take bfloat16"
+            )
+    return bool(stored)
 
 
 def _has_projections_of_bits(checkpoint: Checkpoint) -> bool:
@@ -153,10 +163,12 @@ def _has_projections_of_bits(checkpoint: Checkpoint) -> bool:
     return any(t.bits is not None and t.name.endswith(".kv_b_proj.weight") for t in checkpoint.tensors.values())
 
 
-def _rounding(stored: StoredQuantization | None, order: OpenModel) -> list[str]:
-    if stored is None or not stored.rounds_activations or order.activations == "int8":
+def _rounding(section: Section, order: OpenModel, is_stored: bool) -> list[str]:
+    if not is_stored or not section.rounds_activations or order.activations == "int8":
         return []
-    return ["the checkpoint is meant for activations in few bits; they are not rounded here"]
+    return [
+        "the checkpoint is meant for activations in few bits; they are not rounded here, unless activations=int8 asks for it"
+    ]
 
 
 def _value_order(order: OpenModel, dtype: torch.dtype, device: Device) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from flexgen_lite.workers import simd
 from flexgen_lite.workers.compute import product_bytes as ops
 from flexgen_lite.workers.compute.product_bytes import GROUP_FIELDS, SCALES_BYTES
-from flexgen_lite.workers.compute.product_panels import BYTES4, kernel
+from flexgen_lite.workers.compute.product_panels import BFLOAT16, BYTES4, FLOAT32, kernel, scale_bytes
 from flexgen_lite.workers.compute.product_scratch import first_row, num_passes
 from flexgen_lite.workers.compute.product_tiles import COLUMNS
 
@@ -70,10 +70,13 @@ def multiply_in_bytes(call, weight, block, following, num_rows, scratch):  # typ
             zeros = 0 if call.zeros == 0 else call.zeros + place
             to = scratch.line + (group - first) * SCALES_BYTES
             middle = 8 if call.storage == BYTES4 else 128
-            if call.scale_bytes == 2:
-                ops.load_scales(call.scales + 2 * place, zeros, middle, to, np.uint16(0))
+            scales = call.scales + place * scale_bytes(call.scale_kind)
+            if call.scale_kind == BFLOAT16:
+                ops.load_scales(scales, zeros, middle, to, np.uint16(0))
+            elif call.scale_kind == FLOAT32:
+                ops.load_scales(scales, zeros, middle, to, np.float32(0))
             else:
-                ops.load_scales(call.scales + 4 * place, zeros, middle, to, np.float32(0))
+                ops.load_scales(scales, zeros, middle, to, np.int16(0))
         if call.storage == BYTES4:
             panel = scratch.panel
             ops.unpack_halves(stored, (last - first) * call.group // 8, panel, ahead)

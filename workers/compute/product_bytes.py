@@ -66,11 +66,12 @@ def _round_group(builder: Any, source: Any, count: Any, middle: Any, target: Any
     simd.store_to(builder, builder.fmul(scale, builder.sitofp(total, FLOAT)), builder.add(numbers, stride))
 
 
-def _load_scales(builder: Any, half: bool, scales: Any, zeros: Any, middle: Any, target: Any) -> None:
+def _load_scales(builder: Any, kind: str, scales: Any, zeros: Any, middle: Any, target: Any) -> None:
     """A group's scales and -zero * scale of COLUMNS columns; `zeros` 0: there are none."""
     bias = simd.spread(builder, builder.sitofp(builder.trunc(middle, I32), FLOAT))
     for group in range(_VECTORS):
-        scale = simd.load_widened(builder, half, _forward(builder, scales, group * LANES * (2 if half else 4)))
+        size = 4 if kind == "float32" else 2
+        scale = simd.load_stored(builder, kind, _forward(builder, scales, group * LANES * size))
         simd.store_to(builder, scale, _forward(builder, target, group * ROW))
         with builder.if_then(builder.icmp_unsigned("!=", zeros, zeros.type(0))):
             codes = simd.load_from(builder, _forward(builder, zeros, group * LANES), _BYTES, align=1)
@@ -149,5 +150,5 @@ def byte_tile(rows: int) -> Any:
 
 
 round_group = simd.operation(_round_group, types.void, *[types.int64] * 6)
-load_scales = simd.operation_by_kind(_load_scales, types.void, *[types.int64] * 4)
+load_scales = simd.operation_of_kind(_load_scales, types.void, *[types.int64] * 4)
 unpack_halves = simd.operation(_unpack_halves, types.void, *[types.int64] * 4)

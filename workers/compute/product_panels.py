@@ -17,15 +17,18 @@ from flexgen_lite.workers.compute.prefill_packing import OPTIONS
 from flexgen_lite.workers.compute.product_tiles import COLUMNS, ROW, STEP
 from flexgen_lite.workers.simd import HALVES, LANES, WORDS
 
-PACKED, ROWS, TRANSPOSED, INT8, INT4, BYTES8, BYTES4 = range(7)
+PACKED, ROWS, TRANSPOSED, INT8, INT4, BYTES8, BYTES4, E4M3 = range(8)
 """Storages of a weight `[N, K]`: bfloat16 in blocks of columns as they are computed with; row by row; its transpose
-`[K, N]` row by row; 8 and 4 bits as in packing.py, for bfloat16, and for int8."""
+`[K, N]` row by row; 8 and 4 bits as in packing.py, for bfloat16, and for int8; 8 bits in floating point, for bfloat16."""
+FLOAT32, BFLOAT16, FLOAT16 = range(3)
+SCALE_KINDS = {"float32": FLOAT32, "bfloat16": BFLOAT16, "float16": FLOAT16}
 STEP_BYTES = {
     PACKED: STEP,
     INT8: STEP // 2,
     INT4: STEP // 4,
     BYTES8: STEP // 2,
     BYTES4: STEP // 4,
+    E4M3: STEP // 2,
 }
 """Of storages that are blocks of columns."""
 
@@ -90,14 +93,31 @@ def _panel_of_transpose(weight, columns, block, start, stop, panel):  # type: ig
 
 
 if simd.PAIRS:
-    _unpack_4, _unpack_8 = unpack.unpack_4, unpack.unpack_8
+    _unpack_4, _unpack_8, _unpack_e4m3 = unpack.unpack_4, unpack.unpack_8, unpack.unpack_e4m3
 else:
 
     @kernel
-    def _unpack_4(values, scales, runs, panel, ahead):  # type: ignore[no-untyped-def]
+    def _unpack_4(values, scales, table, runs, panel, ahead):  # type: ignore[no-untyped-def]
         pass
 
-    _unpack_8 = _unpack_4
+    _unpack_8 = _unpack_e4m3 = _unpack_4
+
+
+@kernel
+def scale_bytes(kind):  # type: ignore[no-untyped-def]
+    return 4 if kind == FLOAT32 else 2
+
+
+@kernel
+def _load_scales(call, place, line):  # type: ignore[no-untyped-def]
+    middle = 8 if call.storage == INT4 else 128
+    zeros, scales = call.zeros + place * call.zero_bytes, call.scales + place * scale_bytes(call.scale_kind)
+    if call.scale_kind == BFLOAT16:
+        unpack.load_scales(scales, zeros, call.zero_bytes, middle, line, np.uint16(0))
+    elif call.scale_kind == FLOAT32:
+        unpack.load_scales(scales, zeros, call.zero_bytes, middle, line, np.float32(0))
+    else:
+        unpack.load_scales(scales, zeros, call.zero_bytes, middle, line, np.int16(0))
 
 
 @kernel
@@ -110,17 +130,15 @@ def _panel_of_bits(call, weight, block, start, stop, panel, line, ahead):  # typ
     while step < stop:
         group = step // group_steps
         last = min(stop, (group + 1) * group_steps)
-        place = ((weight * blocks + block) * groups + group) * COLUMNS
-        zeros = 0 if call.zeros == 0 else call.zeros + place
-        if call.scale_bytes == 2:
-            unpack.load_scales(call.scales + 2 * place, zeros, 8 if call.storage == INT4 else 128, line, np.uint16(0))
-        else:
-            unpack.load_scales(call.scales + 4 * place, zeros, 8 if call.storage == INT4 else 128, line, np.float32(0))
+        _load_scales(call, ((weight * blocks + block) * groups + group) * COLUMNS, line)
         to, offset = panel + (step - start) * STEP, (step - start) * call.step_bytes
+        values = at + step * call.step_bytes
         if call.storage == INT4:
-            _unpack_4(at + step * call.step_bytes, line, (last - step) // 8, to, ahead + offset)
+            _unpack_4(values, line, call.table, (last - step) // 8, to, ahead + offset)
+        elif call.storage == INT8:
+            _unpack_8(values, line, call.table, (last - step) // 4, to, ahead + offset)
         else:
-            _unpack_8(at + step * call.step_bytes, line, (last - step) // 4, to, ahead + offset)
+            _unpack_e4m3(values, line, call.table, (last - step) // 4, to, ahead + offset)
         step = last
 
 

@@ -1,5 +1,5 @@
-"""Weights of 8 and 4 bits into panels of bfloat16: (q - zero) * scale, exact, is rounded once, as it would be if the
-weight had been made bfloat16 before.
+"""Weights of 8 and 4 bits into panels of bfloat16: value * scale + offset is rounded once, as it would be if the weight had
+been made bfloat16 before.
 
 The order of the values is that of packing.py for bfloat16: a vector of words has eight columns, each with the even and
 the odd items of K, so that two vectors of float32, narrowed together, are the words of sixteen columns in a panel.
@@ -23,53 +23,66 @@ _BYTES = ir.VectorType(ir.IntType(8), LANES)
 _VECTORS = 2 * COLUMNS // LANES  # of words
 _LOW = ir.Constant(WORDS, [lane // 2 for lane in range(LANES)])
 _HIGH = ir.Constant(WORDS, [LANES // 2 + lane // 2 for lane in range(LANES)])
-_FOUR_BITS = ir.Constant(VECTOR, [float(code - 8) for code in range(LANES)]) if simd.WIDE else None
+_NAN, _SUBNORMAL = 0x7F, 8  # of the codes of E4M3 without their sign: no number; the first that is none of these
 
-Decode = Callable[[Any, Any, int], Any]
+Decode = Callable[[Any, Any, int, Any], Any]
 
 
-def _four_bits(builder: Any, words: Any, item: int) -> Any:
+def _four_bits(builder: Any, words: Any, item: int, table: Any) -> Any:
     """The float32 of half byte `item` of each word: a permutation looks at the lowest four bits alone."""
     shifted = builder.lshr(words, simd.same(4 * item, WORDS)) if item else words
-    return simd.call(builder, "llvm.x86.avx512.permvar.sf.512", VECTOR, [_FOUR_BITS, shifted])
+    return simd.call(builder, "llvm.x86.avx512.permvar.sf.512", VECTOR, [table, shifted])
 
 
-def _eight_bits(builder: Any, words: Any, item: int) -> Any:
+def _eight_bits(builder: Any, words: Any, item: int, table: Any) -> Any:
     left = builder.shl(words, simd.same(24 - 8 * item, WORDS)) if item < 3 else words
     return builder.sitofp(builder.ashr(left, simd.same(24, WORDS)), VECTOR)
 
 
-def _load_scales(builder: Any, half: bool, scales: Any, zeros: Any, bias: Any, target: Any) -> None:
-    """A group's scales, and -zero * scale, of COLUMNS columns, each twice: `[scale or offset][column][2]`.
+def _e4m3(builder: Any, words: Any, item: int, table: Any) -> Any:
+    """Byte `item` of each word, a number of 4 bits of exponent and 3 of mantissa."""
+    left = builder.shl(words, simd.same(24 - 8 * item, WORDS)) if item < 3 else words
+    sign = builder.and_(left, simd.same(0x80000000, WORDS))
+    size = builder.and_(builder.lshr(left, simd.same(24, WORDS)), simd.same(0x7F, WORDS))
+    # The exponents' biases differ by 120. Of a subnormal number that makes 2^-7 + m 2^-10 instead of m 2^-9.
+    shifted = builder.add(builder.shl(size, simd.same(20, WORDS)), simd.same(120 << 23, WORDS))
+    value = builder.bitcast(shifted, VECTOR)
+    corrected = simd.fused(builder, value, simd.same(2.0), simd.same(-(2.0**-6)))
+    value = builder.select(builder.icmp_unsigned("<", size, simd.same(_SUBNORMAL, WORDS)), corrected, value)
+    value = builder.select(builder.icmp_unsigned("==", size, simd.same(_NAN, WORDS)), simd.same(float("nan")), value)
+    return builder.bitcast(builder.or_(builder.bitcast(value, WORDS), sign), VECTOR)
+
+
+def _load_scales(builder: Any, kind: str, scales: Any, zeros: Any, zero_bytes: Any, bias: Any, target: Any) -> None:
+    """A group's scales, and offsets or -zero * scale, of COLUMNS columns, each twice: `[scale or offset][column][2]`.
 
     Args:
-        zeros: address of zero + `bias`; 0: there are none.
+        zeros: address of zero + `bias`, or of offsets where `zero_bytes` is 4; 0: there are none.
     """
     middle = builder.sitofp(builder.trunc(bias, simd.I32), simd.FLOAT)
+    size = 4 if kind == "float32" else 2
     for group in range(COLUMNS // LANES):
-        scale = simd.load_widened(builder, half, builder.add(scales, scales.type(group * LANES * (2 if half else 4))))
-        with builder.if_else(builder.icmp_unsigned("!=", zeros, zeros.type(0))) as (given, none):
-            with given:
-                codes = simd.load_from(builder, builder.add(zeros, zeros.type(group * LANES)), _BYTES, align=1)
-                less = builder.fsub(simd.spread(builder, middle), builder.uitofp(codes, VECTOR))
-                offset, from_given = builder.fmul(less, scale), builder.block
-            with none:
-                from_none = builder.block
-        both = builder.phi(VECTOR)
-        both.add_incoming(offset, from_given)
-        both.add_incoming(simd.same(0.0), from_none)
-        for part, vector in enumerate((scale, both)):
+        scale = simd.load_stored(builder, kind, builder.add(scales, scales.type(group * LANES * size)))
+        offset = cgutils.alloca_once_value(builder, simd.same(0.0))
+        with builder.if_then(builder.icmp_unsigned("==", zero_bytes, zero_bytes.type(1))):
+            codes = simd.load_from(builder, builder.add(zeros, zeros.type(group * LANES)), _BYTES, align=1)
+            less = builder.fsub(simd.spread(builder, middle), builder.uitofp(codes, VECTOR))
+            builder.store(builder.fmul(less, scale), offset)
+        with builder.if_then(builder.icmp_unsigned("==", zero_bytes, zero_bytes.type(4))):
+            builder.store(simd.load_from(builder, builder.add(zeros, zeros.type(group * 4 * LANES))), offset)
+        for part, vector in enumerate((scale, builder.load(offset))):
             for half_index, lanes in enumerate((_LOW, _HIGH)):
                 place = target.type((part * _VECTORS + 2 * group + half_index) * ROW)
                 simd.store_to(builder, builder.shuffle_vector(vector, vector, lanes), builder.add(target, place))
 
 
 def _unpack(decode: Decode, items: int) -> Any:
-    """unpack(values, scales, runs, panel, ahead): `runs` runs of 2 * `items` items of K of a block, all of one group,
-    whose scales `load_scales` has left. Meanwhile as much memory from `ahead` on is fetched.
+    """unpack(values, scales, table, runs, panel, ahead): `runs` runs of 2 * `items` items of K of a block, all of one
+    group, whose scales `load_scales` has left. Meanwhile as much memory from `ahead` on is fetched.
     """
 
-    def build(builder: Any, values: Any, scales: Any, runs: Any, panel: Any, ahead: Any) -> None:
+    def build(builder: Any, values: Any, scales: Any, table: Any, runs: Any, panel: Any, ahead: Any) -> None:
+        values_of_codes = simd.load_from(builder, table) if decode is _four_bits else None
         doubled = [
             simd.load_from(builder, builder.add(scales, scales.type(i * ROW)), align=ROW) for i in range(2 * _VECTORS)
         ]
@@ -85,17 +98,22 @@ def _unpack(decode: Decode, items: int) -> Any:
                     prefetch_line(builder, builder.add(ahead_at, place))
                 for item in range(items):
                     low, high = (
-                        simd.fused(builder, decode(builder, word, item), doubled[vector], doubled[_VECTORS + vector])
+                        simd.fused(
+                            builder,
+                            decode(builder, word, item, values_of_codes),
+                            doubled[vector],
+                            doubled[_VECTORS + vector],
+                        )
                         for vector, word in enumerate(words, start=2 * pair)
                     )
                     both = simd.call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", _PAIRS, [high, low])
                     place = panel.type(item * STEP + pair * LINE)
                     simd.store_to(builder, builder.bitcast(both, WORDS), builder.add(panel_at, place))
 
-    return simd.operation(build, types.void, *[types.int64] * 5)
+    return simd.operation(build, types.void, *[types.int64] * 6)
 
 
 SCALES_BYTES = 2 * _VECTORS * ROW  # of a group, as `load_scales` leaves them
-load_scales = simd.operation_by_kind(_load_scales, types.void, *[types.int64] * 4)
+load_scales = simd.operation_of_kind(_load_scales, types.void, *[types.int64] * 5)
 if simd.PAIRS:
-    unpack_4, unpack_8 = _unpack(_four_bits, 8), _unpack(_eight_bits, 4)
+    unpack_4, unpack_8, unpack_e4m3 = _unpack(_four_bits, 8), _unpack(_eight_bits, 4), _unpack(_e4m3, 4)

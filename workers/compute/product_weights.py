@@ -20,12 +20,23 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from flexgen_lite.model.packing import SCALE_BYTES, STEP, Packing
+from flexgen_lite.model.packing import STEP, TABLES, ZERO_BYTES, Packing
 from flexgen_lite.workers import simd
 from flexgen_lite.workers.compute import prefill_cpu, product_kernels
 from flexgen_lite.workers.compute import product_amx as amx
 from flexgen_lite.workers.compute.product_kernels import CALL, SEGMENT
-from flexgen_lite.workers.compute.product_panels import BYTES4, BYTES8, INT4, INT8, PACKED, ROWS, STEP_BYTES, TRANSPOSED
+from flexgen_lite.workers.compute.product_panels import (
+    BYTES4,
+    BYTES8,
+    E4M3,
+    INT4,
+    INT8,
+    PACKED,
+    ROWS,
+    SCALE_KINDS,
+    STEP_BYTES,
+    TRANSPOSED,
+)
 from flexgen_lite.workers.compute.product_scratch import scratch
 from flexgen_lite.workers.compute.product_tiles import COLUMNS, ROW, WIDENED
 from flexgen_lite.workers.simd import LANES
@@ -37,6 +48,7 @@ ALL_WORDS_BYTES = 64 << 20  # of all threads together, likewise
 CHUNK = 512  # steps
 FEW_ROWS, FEW_ROWS_CHUNK = 16, 64  # of weights that are unpacked: a panel that stays in the first-level cache
 MAX_SPAN = 8  # blocks of an item
+_tables = {kind: np.array(values, np.float32) for kind, values in TABLES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +57,10 @@ class Weights:
 
     Attributes:
         scales: address, of weights of 8 and 4 bits.
-        scale_bytes: of one of them: 2 is bfloat16, 4 float32.
-        zeros: address; 0: there are none.
+        scale_kind: of them, see product_panels.py.
+        zeros: address, of zeros or offsets; 0: there are none.
+        zero_bytes: of one of them: 1 are zeros, 4 offsets.
+        table: address of what codes of 4 bits stand for.
         group: items of K that have a scale.
     """
 
@@ -56,8 +70,10 @@ class Weights:
     width: int
     count: int = 1
     scales: int = 0
-    scale_bytes: int = 0
+    scale_kind: int = 0
     zeros: int = 0
+    zero_bytes: int = 0
+    table: int = 0
     group: int = 0
 
     @property
@@ -124,7 +140,8 @@ class Weights:
             _record, 0, 0, 0,
             x.data_ptr(), _address(x_rows), output.data_ptr(), _address(y_rows), segments.address, segments.number,
             prefill_cpu.scratch_address(threads * call.scratch_bytes), call.scratch_bytes,
-            self.address, call.weight_bytes, self.scales, self.scale_bytes, self.zeros, self.group,
+            self.address, call.weight_bytes, self.scales, self.scale_kind, self.zeros,
+            self.zero_bytes, self.table, self.group,
             _address(bias), self.storage, call.step_bytes,
             self.columns, self.width // 2, call.chunk, call.span, most_rows, tiles,
         )  # fmt: skip
@@ -166,7 +183,7 @@ def _layout(
     storage: int, columns: int, width: int, group: int, most_rows: int, num_segments: int, threads: int, tiles: int
 ) -> _Layout:
     steps, blocks = width // 2, -(-columns // COLUMNS)
-    is_unpacked = storage in (INT8, INT4, BYTES4)
+    is_unpacked = storage in (INT8, INT4, BYTES4, E4M3)
     chunk = _chunk(steps, FEW_ROWS_CHUNK if is_unpacked and most_rows <= FEW_ROWS else CHUNK)
     function = product_kernels.multiply_bytes if storage in (BYTES8, BYTES4) else product_kernels.multiply
     return _Layout(
@@ -213,11 +230,12 @@ def _weights_of_bits(address: int, packing: Packing, shape: tuple[int, ...]) -> 
     else:
         if packing.has_zeros and packing.scale_dtype == "float32":  # zero * scale is not exact then
             return None
-        storage = INT4 if packing.bits == 4 else INT8
+        storage = INT4 if packing.bits == 4 else (E4M3 if packing.kind == "e4m3" else INT8)
     return Weights(
         address, storage, columns, width, count,
-        scales=address + packing.scales_at(shape), scale_bytes=SCALE_BYTES[packing.scale_dtype],
-        zeros=address + packing.zeros_at(shape) if packing.has_zeros else 0, group=packing.group,
+        scales=address + packing.scales_at(shape), scale_kind=SCALE_KINDS[packing.scale_dtype],
+        zeros=address + packing.zeros_at(shape) if packing.zeros else 0, zero_bytes=ZERO_BYTES[packing.zeros],
+        table=_tables[packing.kind].ctypes.data if packing.kind in _tables else 0, group=packing.group,
     )  # fmt: skip
 
 

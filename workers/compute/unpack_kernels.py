@@ -21,6 +21,7 @@ from flexgen_lite.model.packing import COLUMNS, SCALE_BYTES, Packing, num_blocks
 from flexgen_lite.workers import simd
 from flexgen_lite.workers.compute import prefill_cpu
 from flexgen_lite.workers.compute.prefill_packing import OPTIONS, kernel
+from flexgen_lite.workers.compute.product_panels import BFLOAT16, FLOAT32, SCALE_KINDS, scale_bytes
 from flexgen_lite.workers.kernel_cache import from_cache
 from flexgen_lite.workers.simd import LANES, VECTOR, WORDS
 
@@ -33,21 +34,22 @@ CALL = np.dtype(
         *((name, np.int64) for name in ("begun", "taken")),  # counters, 0 before a call
         *((name, np.int64) for name in ("values", "scales", "zeros", "target")),  # addresses
         *((name, np.int64) for name in ("first", "blocks")),  # of the weight: which are wanted
-        *((name, np.int64) for name in ("bits", "group", "width", "scale_bytes")),
+        *((name, np.int64) for name in ("bits", "group", "width", "scale_kind")),
     ]
 )
 _call: Any = simd.record(CALL)
 
 
-def _unpack(bits: int, half: bool) -> Any:
-    """unpack(values, scales, zeros, count, target, stride): `count` words' steps of a group of a block, to rows of
+def _unpack(bits: int) -> Any:
+    """unpack(values, scales, zeros, count, target, stride, kind): `count` words' steps of a group of a block, to rows of
     float32 `stride` bytes apart."""
     middle = 8 if bits == 4 else 128
     items = 32 // bits  # of a word
 
-    def build(b: Any, values: Any, scales: Any, zeros: Any, count: Any, target: Any, stride: Any) -> None:
+    def build(b: Any, kind: str, values: Any, scales: Any, zeros: Any, count: Any, target: Any, stride: Any) -> None:
+        size = 4 if kind == "float32" else 2
         for group in range(_VECTORS):
-            scale = simd.load_widened(b, half, b.add(scales, scales.type(group * LANES * (2 if half else 4))))
+            scale = simd.load_stored(b, kind, b.add(scales, scales.type(group * LANES * size)))
             place = cgutils.alloca_once_value(b, simd.same(float(middle)))
             with b.if_then(b.icmp_unsigned("!=", zeros, zeros.type(0))):
                 codes = simd.load_from(b, b.add(zeros, zeros.type(group * LANES)), _BYTES, align=1)
@@ -65,25 +67,19 @@ def _unpack(bits: int, half: bool) -> Any:
                     simd.store_to(b, value, b.add(to, to.type(group * _ROW)))
                     to = b.add(to, stride)
 
-    return simd.operation(build, types.void, *[types.int64] * 6)
+    return simd.operation_of_kind(build, types.void, *[types.int64] * 6)
 
 
-_unpack_8, _unpack_4 = _unpack(8, False), _unpack(4, False)
-_unpack_8_half, _unpack_4_half = _unpack(8, True), _unpack(4, True)
+_unpack_8, _unpack_4 = _unpack(8), _unpack(4)
 
 
 @kernel
-def _unpack_group(call, values, scales, zeros, target, stride):  # type: ignore[no-untyped-def]
+def _unpack_group(call, values, scales, zeros, target, stride, kind):  # type: ignore[no-untyped-def]
     count = call.group * call.bits // 32
     if call.bits == 8:
-        if call.scale_bytes == 2:
-            _unpack_8_half(values, scales, zeros, count, target, stride)
-        else:
-            _unpack_8(values, scales, zeros, count, target, stride)
-    elif call.scale_bytes == 2:
-        _unpack_4_half(values, scales, zeros, count, target, stride)
+        _unpack_8(values, scales, zeros, count, target, stride, kind)
     else:
-        _unpack_4(values, scales, zeros, count, target, stride)
+        _unpack_4(values, scales, zeros, count, target, stride, kind)
 
 
 def unpack(address: int) -> None:
@@ -98,7 +94,13 @@ def unpack(address: int) -> None:
             zeros = 0 if call.zeros == 0 else call.zeros + place
             target = call.target + group * call.group * stride + block * COLUMNS * 4
             at = values + group * COLUMNS * call.group * call.bits // 8
-            _unpack_group(call, at, call.scales + place * call.scale_bytes, zeros, target, stride)
+            scales = call.scales + place * scale_bytes(call.scale_kind)
+            if call.scale_kind == BFLOAT16:
+                _unpack_group(call, at, scales, zeros, target, stride, np.uint16(0))
+            elif call.scale_kind == FLOAT32:
+                _unpack_group(call, at, scales, zeros, target, stride, np.float32(0))
+            else:
+                _unpack_group(call, at, scales, zeros, target, stride, np.int16(0))
         block = simd.fetch_add(address + 8)
 
 
@@ -118,16 +120,16 @@ def unpack_blocks(
     for. Runs on PyTorch's threads."""
     blocks, num_scales = num_blocks(packing.dimensions(shape)[1]), packing.num_scales(shape)
     assert packing.order == "int8" and first + target_KN.shape[1] // COLUMNS <= blocks
-    scale_bytes = SCALE_BYTES[packing.scale_dtype]
+    size = SCALE_BYTES[packing.scale_dtype]
     start = memory.data_ptr()
     record = ctypes.create_string_buffer(
         _FIELDS.pack(
             0, 0,
             start + index * packing.value_bytes(shape),
-            start + packing.scales_at(shape) + index * num_scales * scale_bytes,
+            start + packing.scales_at(shape) + index * num_scales * size,
             start + packing.zeros_at(shape) + index * num_scales if packing.has_zeros else 0,
             target_KN.data_ptr(), first, target_KN.shape[1] // COLUMNS,
-            packing.bits, packing.group, target_KN.shape[0], scale_bytes,
+            packing.bits, packing.group, target_KN.shape[0], SCALE_KINDS[packing.scale_dtype],
         )
     )  # fmt: skip
     prefill_cpu.parallel()(ctypes.c_void_p(compiled().address), record, torch.get_num_threads(), 0)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flexgen_lite.model.packing import COLUMNS, Packing, num_blocks
+from flexgen_lite.model.packing import COLUMNS, TABLES, Packing, num_blocks
 from flexgen_lite.workers.compute import prefill_cpu
 from flexgen_lite.workers.compute.product_weights import Weights, weights_of_bits
 from flexgen_lite.workers.compute.unpack_kernels import unpack_blocks
@@ -54,7 +54,7 @@ def unpacked(
     first: int = 0,
     count: int | None = None,
 ) -> torch.Tensor:
-    """Weight number `index`, `[N, K]` in `dtype`: (q - zero) * scale, rounded once.
+    """Weight number `index`, `[N, K]` in `dtype`: value * scale + offset, rounded once.
 
     Args:
         first, count: blocks of columns; None: all that follow.
@@ -69,19 +69,26 @@ def unpacked(
         found = memory[start + begin * block_bytes : start + (begin + count) * block_bytes].view(kind)
         return found.view(count, groups, COLUMNS).transpose(1, 2).reshape(-1, groups, 1).float()
 
-    codes = _codes(memory[begin * size : (begin + count) * size], packing, count)
-    values = codes.view(-1, groups, packing.group).float()
-    values -= by_column(packing.zeros_at(shape), torch.uint8) if packing.has_zeros else middle
+    codes = _codes(memory[begin * size : (begin + count) * size], packing, count).view(-1, groups, packing.group)
+    if packing.kind == "int":
+        values = codes.float()
+        values -= by_column(packing.zeros_at(shape), torch.uint8) if packing.has_zeros else middle
+    elif packing.bits == 4:
+        values = torch.tensor(TABLES[packing.kind], device=memory.device)[codes.int()]
+    else:
+        values = codes.view(torch.float8_e4m3fn).float()
     values *= by_column(packing.scales_at(shape), getattr(torch, packing.scale_dtype))
+    if packing.zeros == "float32":
+        values += by_column(packing.zeros_at(shape), torch.float32)
     return values.view(-1, width)[: columns - first * COLUMNS].to(dtype)
 
 
 def _codes(values: torch.Tensor, packing: Packing, blocks: int) -> torch.Tensor:
-    """q + 8, or + 128, `[columns of all blocks, K]`, uint8."""
+    """q + 8, or + 128, or what else a code is, `[columns of all blocks, K]`, uint8."""
     if packing.order == "bfloat16":
         words = values.view(blocks, -1, COLUMNS, 2, 4)
         halves = torch.stack((words & 15, words >> 4), dim=-1)
-        codes = words ^ 128 if packing.bits == 8 else halves.flatten(-2)
+        codes = (words ^ 128 if packing.kind == "int" else words) if packing.bits == 8 else halves.flatten(-2)
         codes = codes.permute(0, 2, 1, 4, 3)
     else:
         words = values.view(blocks, -1, COLUMNS, 4)
@@ -103,7 +110,9 @@ def multiplied(
     _, columns, width = packing.dimensions(bits.shape)
     x = rounded(rows.float(), packing.group) if packing.rounds_rows else rows
     x_TK = x.reshape(-1, width)
-    has_kernel = x.dtype == torch.float32 and packing.order == "int8" and memory.device.type == "cpu"
+    has_kernel = (
+        x.dtype == torch.float32 and packing.order == "int8" and packing.kind == "int" and memory.device.type == "cpu"
+    )
     has_kernel = has_kernel and prefill_cpu.parallel() is not None
     blocks = max(1, SLAB_ITEMS.get(memory.device.type, SLAB_ITEMS["cpu"]) // (COLUMNS * width))
     parts = []

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from flexgen_lite.model.compressed_tensors import SCALES, SHAPE, VALUES, ZEROS
+from flexgen_lite.model.formats.compressed_tensors import SCALES, SHAPE, VALUES, ZEROS
 from flexgen_lite.model.packing import Packing
 from flexgen_lite.model.spec import ITEM_BYTES
 from flexgen_lite.model.stored_tensor import StoredTensor

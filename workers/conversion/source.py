@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from flexgen_lite.model.checkpoint import Checkpoint, check_config, open_checkpoint
-from flexgen_lite.model.compressed_tensors import section_of
 from flexgen_lite.model.files import CheckpointError
+from flexgen_lite.model.formats.compressed_tensors import section_of
 from flexgen_lite.model.packing import Packing
 from flexgen_lite.model.quantization import Quantization
 from flexgen_lite.model.spec import TensorSpec
@@ -54,7 +54,7 @@ def open_source(directory: Path, wanted: Quantization) -> SourceModel:
         CheckpointError: the checkpoint is not whole, or cannot be written in few bits.
         UserError: the model is not one that is served, or `wanted` does not fit it.
     """
-    if check_config(directory) is not None:
+    if check_config(directory).format or open_checkpoint(directory).in_few_bits:
         raise CheckpointError(f"{directory} is quantised already: give the unquantised model")
     config = builder.load_config(directory)
     attention_call.register()

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from flexgen_lite.model.compressed_tensors import SCALES, SHAPE, VALUES, ZEROS
 from flexgen_lite.model.files import CheckpointError
+from flexgen_lite.model.formats.compressed_tensors import SCALES, SHAPE, VALUES, ZEROS
 from flexgen_lite.model.packing import COLUMNS, Packing, num_blocks
 from flexgen_lite.model.spec import ITEM_BYTES
 from flexgen_lite.workers.conversion.shards import Item

@@ -18,7 +18,7 @@ import numpy as np
 
 from flexgen_lite.model.files import CheckpointError
 from flexgen_lite.model.spec import ITEM_BYTES, SourcePiece, TensorSpec, UnitSpec
-from flexgen_lite.workers.loader.stored_bits import ChunkOfBits, cannot_be_read, chunks_of_bits
+from flexgen_lite.workers.loader.stored_bits import ChunkOfBits, ReadSmall, cannot_be_read, chunks_of_bits
 from flexgen_lite.workers.loader.weight_cast import Bits, bits_type, copy_cast
 from flexgen_lite.workers.loader.weight_packing import PackedTensor
 
@@ -75,10 +75,13 @@ class Batch:
     chunks: tuple[AnyChunk, ...]
 
 
-def plan_batches(unit: UnitSpec, max_bytes: int) -> list[Batch]:
+def plan_batches(unit: UnitSpec, max_bytes: int, read: ReadSmall | None = None) -> list[Batch]:
     """Every converted tensor's bytes, in file order.
 
     A batch is larger than `max_bytes` only where a piece cannot be cut.
+
+    Args:
+        read: gives a few bytes of a file that are needed to read others.
     """
     limit = max_bytes - 2 * BLOCK_BYTES
     chunks = [
@@ -86,7 +89,7 @@ def plan_batches(unit: UnitSpec, max_bytes: int) -> list[Batch]:
         for index in unit.converted
         for piece in unit.tensors[index].pieces
         if piece.num_bytes
-        for chunk in _chunks(unit.tensors[index], piece, limit)
+        for chunk in _chunks(unit.tensors[index], piece, limit, read)
     ]
     return list(_batches(chunks, max_bytes))
 
@@ -106,7 +109,7 @@ def apply_views(source: Bits, views: Iterable[tuple[str | int, ...]]) -> Bits:
     return source
 
 
-def _chunks(tensor: TensorSpec, piece: SourcePiece, limit: int) -> Iterator[AnyChunk]:
+def _chunks(tensor: TensorSpec, piece: SourcePiece, limit: int, read: ReadSmall | None) -> Iterator[AnyChunk]:
     whole = np.lib.stride_tricks.as_strided(  # of the tensor's shape and strides, over one element
         np.empty(1, bits_type(tensor.dtype)), tensor.shape, _strides(tensor.shape, ITEM_BYTES[tensor.dtype])
     )
@@ -141,7 +144,8 @@ def _chunks(tensor: TensorSpec, piece: SourcePiece, limit: int) -> Iterator[AnyC
         if turned is None or turned[1][1:] != ((0, piece.source_shape[-1]),):
             raise cannot_be_read(tensor)
         target, (rows_taken, _) = turned
-        yield from chunks_of_bits(tensor, piece, piece.part, target, _address(target) - base, rows_taken, limit)
+        begin = _address(target) - base
+        yield from chunks_of_bits(tensor, piece, piece.part, target, begin, rows_taken, limit, read)
         return
     if turned is None:
         yield chunk(piece.offset, piece.source_shape, piece.views, target)

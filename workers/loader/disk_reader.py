@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from flexgen_lite.model.checkpoint import stamp
 from flexgen_lite.model.files import CheckpointError
-from flexgen_lite.model.spec import FileStamp
+from flexgen_lite.model.spec import FileStamp, SmallSource
 from flexgen_lite.workers.loader.checksums import Checksums
 
 READ_BYTES = 8 << 20  # of one read: large enough for full speed, small enough to keep every thread busy
@@ -99,6 +99,24 @@ class DiskReader:
         if self._checksums is not None:
             self._checksums.check(order.file, order.file_offset, order.target[:wanted])
         return wanted
+
+    def read_small(self, source: SmallSource) -> bytes:
+        """Through the page cache, whatever it is. Raises CheckpointError."""
+        opened = self._file(source.file)
+        try:
+            with open(f"/proc/self/fd/{opened.descriptor}", "rb") as file:  # one that may be read at any place
+                file.seek(source.offset)
+                found = file.read(source.num_bytes)
+        except OSError as error:
+            raise CheckpointError(
+                f"{opened.path}: reading {source.num_bytes} bytes at {source.offset} failed: {error.strerror}; check "
+                "the disk"
+            ) from error
+        if len(found) != source.num_bytes:
+            raise CheckpointError(
+                f"{opened.path} ends before byte {source.offset + source.num_bytes}: download it again"
+            )
+        return found
 
     def _read_some(self, opened: _OpenFile, order: ReadOrder, done: int) -> int:
         position = order.file_offset + done

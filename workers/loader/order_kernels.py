@@ -74,12 +74,21 @@ def _put_4(source: Any, places: Any, target: Any) -> None:
 
 
 def _put_8(source: Any, places: Any, target: Any) -> None:
+    _put_8_with(source, places, target, SIGNS)
+
+
+def _put_8_as_they_are(source: Any, places: Any, target: Any) -> None:
+    _put_8_with(source, places, target, U64(0))
+
+
+@_inlined  # type: ignore[untyped-decorator]
+def _put_8_with(source: Any, places: Any, target: Any, signs: Any) -> None:
     for r0 in range(0, source.shape[0], EIGHT):
         for s0 in range(0, source.shape[1], EIGHT):
             for r in range(r0, min(r0 + EIGHT, source.shape[0])):
                 row, at = source[r], U64(places[r]) + U64(s0) * COLUMNS
                 for s in range(U64(s0), U64(min(s0 + EIGHT, source.shape[1]))):
-                    target[at] = _apart_8(row[s] ^ SIGNS)
+                    target[at] = _apart_8(row[s] ^ signs)
                     at += COLUMNS
 
 
@@ -107,15 +116,6 @@ def _put_items(source: Any, places: Any, target: Any) -> None:
                     at += COLUMNS
 
 
-def _put_zeros(source: Any, places: Any, target: Any, skipped: Any, bits: Any) -> None:
-    """Row r is `bits` of the words of row (r + `skipped`) // (32 / `bits`)."""
-    rows, mask = 32 // bits, U32((1 << bits) - 1)
-    for r in range(places.size):
-        line, part = (r + skipped) // rows, U32((r + skipped) % rows * bits)
-        for s in range(source.shape[1]):
-            target[places[r] + s * 64] = U8((source[line, s] >> part) & mask)
-
-
 def _take_4(target: Any, places: Any, source: Any) -> None:
     for r0 in range(0, source.shape[0], EIGHT):
         for s0 in range(0, source.shape[1], EIGHT):
@@ -137,12 +137,18 @@ def _take_8(target: Any, places: Any, source: Any) -> None:
 
 
 put_4, put_8, put_4_bytes = _compiled(_put_4), _compiled(_put_8), _compiled(_put_4_bytes)
-put_items, put_zeros = _compiled(_put_items), _compiled(_put_zeros)
+put_8_as_they_are, put_items = _compiled(_put_8_as_they_are), _compiled(_put_items)
 take_4, take_8 = _compiled(_take_4), _compiled(_take_8)
 
 
-def of_values(packing: Packing) -> tuple[Any, type[np.unsignedinteger[Any]], type[np.unsignedinteger[Any]]]:
-    """The kernel that puts values into the order of `packing`, the words that it takes, and those that it puts."""
+def _put_8_bytes(source: Any, places: Any, target: Any) -> None:
+    put_items(source.view(np.uint32), places, target)
+
+
+def of_values(packing: Packing) -> tuple[Any, type[np.unsignedinteger[Any]]]:
+    """The kernel that puts words of 64 bits into the order of `packing`, and the words that it puts."""
     if packing.order == "bfloat16":
-        return put_4 if packing.bits == 4 else put_8, np.uint64, np.uint64
-    return (put_4_bytes, np.uint64, np.uint32) if packing.bits == 4 else (put_items, np.uint32, np.uint32)
+        if packing.bits == 4:
+            return put_4, np.uint64
+        return (put_8 if packing.kind == "int" else put_8_as_they_are), np.uint64
+    return (put_4_bytes, np.uint32) if packing.bits == 4 else (_put_8_bytes, np.uint32)

@@ -63,7 +63,7 @@ class LoaderState:
             return self._run(self._fill_tasks(self._dummy, order.unit, slot_offset))
         batches = self._batches.get(order.unit)
         if batches is None:
-            batches = self._batches[order.unit] = plan_batches(unit, self._chunk_bytes)
+            batches = self._batches[order.unit] = plan_batches(unit, self._chunk_bytes, self._reader.read_small)
         files = {extent.file for extent in unit.extents} | {batch.file for batch in batches}
         small = [batch for batch in batches if batch.num_bytes <= self._chunk_bytes]
         self._reader.check_unchanged(files)

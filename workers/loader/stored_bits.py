@@ -1,27 +1,32 @@
-"""Puts weights that are in few bits already, as compressed-tensors stores them, into the order of packing.py.
+"""Puts weights that are in few bits already, as they lie in a checkpoint, into the order of packing.py.
 
-Values, scales and zeros are read apart, each in runs of rows: where a row goes does not depend on the others.
+Values, scales and zeros are read apart, each in runs of lines (stored_layouts.py): where a row or an item of K goes does
+not depend on the others.
 """
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from flexgen_lite.model.files import CheckpointError
 from flexgen_lite.model.packing import COLUMNS, num_blocks
-from flexgen_lite.model.spec import ITEM_BYTES, SourcePiece, StoredPart, TensorSpec
-from flexgen_lite.workers.loader.weight_cast import Bits, bits_type, copy_cast
+from flexgen_lite.model.spec import ITEM_BYTES, SmallSource, SourcePiece, StoredPart, TensorSpec
+from flexgen_lite.workers.loader.float_items import from_float32
+from flexgen_lite.workers.loader.stored_layouts import LAYOUTS, Lines, num_lines
+from flexgen_lite.workers.loader.weight_cast import Bits, bits_type
 from flexgen_lite.workers.loader.weight_packing import PackedTensor
+
+ReadSmall = Callable[[SmallSource], bytes]
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkOfBits:
-    """A run of file bytes that has `num_rows` rows of a weight, `skipped` behind the first that its first word has.
+    """A run of a source's lines that has `num_rows` rows of a weight, `skipped` behind the first that its first line has,
+    from item `first` of K on.
 
     Row r of them would begin at `begin` + r * `stride`, in bytes from the start of the tensor, were it in 16 bits.
     """
@@ -31,44 +36,72 @@ class ChunkOfBits:
     num_bytes: int
     dtype: str
     part: StoredPart
+    num_lines: int
     num_rows: int
     skipped: int
+    first: int
     begin: int
     stride: int
     packed: PackedTensor
+    others: tuple[Bits, ...]
 
     def convert(self, bounce: mmap.mmap, bounce_offset: int, arena: mmap.mmap, slot_offset: int) -> None:
         """Put the chunk, whose bytes are at `bounce_offset`, in its place."""
+        packing = self.packed.packing
+        count, columns, width = packing.dimensions(self.packed.shape)
+        shape = (self.num_lines, self.num_bytes // self.num_lines)
+        lines = Lines(
+            np.ndarray(shape, np.uint8, bounce, bounce_offset),
+            self.part, self.dtype, self.others, packing.group, width, self.first,
+        )  # fmt: skip
+        found, part = LAYOUTS[self.part.layout].decode(lines), self.part
+        parts = dict(zip(("values", "scales", part.fills), found, strict=False)) if part.fills == "all" else {}
+        for fills, rows in (parts or {part.fills: found}).items():
+            self._put(fills, rows, self.packed.parts(arena, slot_offset, count))
+
+    def _put(self, fills: str, rows: Bits, targets: tuple[Bits, Bits, Bits]) -> None:
         from flexgen_lite.workers.loader import order_kernels
 
-        packing, part = self.packed.packing, self.part
-        count, columns, width = packing.dimensions(self.packed.shape)
-        values, scales, zeros = self.packed.parts(arena, slot_offset, count)
-        rows = self._rows(columns, width)
-        blocks = rows // columns * num_blocks(columns) + rows % columns // COLUMNS
-        row_bytes = part.row_bytes(width, self.dtype)
-        lines = np.ndarray((self.num_bytes // row_bytes, row_bytes), np.uint8, bounce, bounce_offset)
-        if part.kind == "values":
-            put, word, item = order_kernels.of_values(packing)
-            steps = row_bytes // item().itemsize
-            put(_words(lines, word), _places(blocks, rows % columns, steps), values.view(item))
+        packing, layout = self.packed.packing, LAYOUTS[self.part.layout]
+        _, columns, width = packing.dimensions(self.packed.shape)
+        if not layout.is_turned and self.part.block[0] > 1 and len(rows) < self.skipped + self.num_rows:
+            rows = np.repeat(rows, self.part.block[0], axis=0)
+        rows = np.ascontiguousarray(rows[self.skipped : self.skipped + self.num_rows])
+        values, scales, zeros = targets
+        if fills == "values":
+            put, item = order_kernels.of_values(packing)
+            steps = width * packing.bits // 8 // item().itemsize
+            first = self.first * packing.bits // 8 // item().itemsize
+            put(rows, self._places(steps, first), values.view(item))
             return
-        places = _places(blocks, rows % columns, width // part.group)
-        if part.kind == "scales":
-            source = _words(lines, bits_type(self.dtype))
-            cast = np.empty(source.shape, bits_type(packing.scale_dtype))
-            copy_cast(source, self.dtype, cast, packing.scale_dtype)
-            order_kernels.put_items(cast, places, scales)
+        places = self._places(width // packing.group, self.first // packing.group)
+        if fills == "scales":
+            order_kernels.put_items(_as_stored(rows, packing.scale_dtype), places, scales)
+        elif fills == "zeros":
+            order_kernels.put_items(rows, places, zeros)
         else:
-            order_kernels.put_zeros(_words(lines, np.uint32), places, zeros, self.skipped, part.num_bits)
+            order_kernels.put_items(rows.view(np.uint32), places, zeros.view(np.uint32))
 
-    def _rows(self, columns: int, width: int) -> Bits:
+    def _places(self, steps: int, first: int) -> Bits:
+        """Where item `first` of each row goes, in items of which a row has `steps`; the next goes COLUMNS further."""
+        _, columns, _ = self.packed.packing.dimensions(self.packed.shape)
+        rows = self._rows()
+        blocks = rows // columns * num_blocks(columns) + rows % columns // COLUMNS
+        return np.asarray(blocks * (steps * COLUMNS) + rows % columns % COLUMNS + first * COLUMNS, dtype=np.int64)
+
+    def _rows(self) -> Bits:
         """Their numbers, counted through all weights of the tensor."""
         packed = self.packed
+        _, columns, width = packed.packing.dimensions(packed.shape)
         begins = (self.begin + np.arange(self.num_rows, dtype=np.int64) * self.stride) // ITEM_BYTES[packed.dtype]
         if packed.packing.is_transposed:  # [E, K, N]
             return begins // (columns * width) * columns + begins % columns
         return begins // width
+
+
+def _as_stored(rows: Bits, dtype: str) -> Bits:
+    """Scales as the bits that are kept of them."""
+    return from_float32(rows, dtype) if rows.dtype == np.float32 else rows
 
 
 def chunks_of_bits(
@@ -79,35 +112,49 @@ def chunks_of_bits(
     begin: int,
     rows: tuple[int, int],
     limit: int,
+    read: ReadSmall | None,
 ) -> Iterator[ChunkOfBits]:
     """
     Args:
         target: a strided view of the part of the tensor that the piece fills, as if in 16 bits, in the source's order.
         begin: where it begins in the tensor, in bytes.
         rows: of the source, that `target` takes.
+        read: what `part.others` names.
     """
     packed = PackedTensor.of(tensor)
     assert packed is not None
-    width = piece.source_shape[-1]
+    columns, width = piece.source_shape
     if target.ndim != 2 or target.shape[1] != width or target.strides[1] != packed.group_stride:
         raise cannot_be_read(tensor)
-    row_bytes = part.row_bytes(width, piece.source_dtype)
-    step = max(1, limit // row_bytes) * part.rows
-    first = rows[0] // part.rows * part.rows
-    for start in range(first, rows[1], step):
-        low, high = max(start, rows[0]), min(start + step, rows[1])
-        lines = -(-(high - start) // part.rows)
+    layout, dtype = LAYOUTS[part.layout], piece.source_dtype
+    line_bytes = layout.line_bytes(part, columns, width, dtype)
+    assert read is not None or not part.others
+    others = tuple(np.frombuffer(read(other), bits_type(other.dtype)) for other in part.others)  # type: ignore[misc]
+    unit, covers = layout.unit(part)
+    units = max(1, limit // (line_bytes * unit))
+    end = num_lines(part, columns, width)
+    if not layout.is_turned:
+        first_line, end = rows[0] // covers * unit, -(-rows[1] // covers) * unit
+    else:
+        first_line = 0
+    for line in range(first_line, end, units * unit):
+        count = min(units * unit, end - line)
+        at = line // unit * covers  # row, or item of K
+        low, high = rows if layout.is_turned else (max(at, rows[0]), min(at + count // unit * covers, rows[1]))
         yield ChunkOfBits(
             file=piece.file,
-            offset=piece.offset + start // part.rows * row_bytes,
-            num_bytes=lines * row_bytes,
-            dtype=piece.source_dtype,
+            offset=piece.offset + line * line_bytes,
+            num_bytes=count * line_bytes,
+            dtype=dtype,
             part=part,
+            num_lines=count,
             num_rows=high - low,
-            skipped=low - start,
+            skipped=low - (0 if layout.is_turned else at),
+            first=at if layout.is_turned else 0,
             begin=begin + (low - rows[0]) * target.strides[0],
             stride=target.strides[0],
             packed=packed,
+            others=others,
         )
 
 
@@ -116,16 +163,3 @@ def cannot_be_read(tensor: TensorSpec) -> CheckpointError:
         f"{tensor.name}: the checkpoint has it in few bits, and other than row by row: use the unquantised model with "
         "`quantization`"
     )
-
-
-def _words(lines: Bits, kind: type[np.unsignedinteger[Any]]) -> Bits:
-    """The same bytes as larger words, in memory that these may lie in."""
-    size = kind().itemsize
-    if lines.__array_interface__["data"][0] % size:
-        lines = lines.copy()
-    return lines.view(kind)
-
-
-def _places(blocks: Bits, columns: Bits, steps: int) -> Bits:
-    """Where the first item of each row goes, in items; the next one goes COLUMNS further."""
-    return np.asarray(blocks * (steps * COLUMNS) + columns % COLUMNS, dtype=np.int64)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flexgen_lite.model.packing import Packing
+from flexgen_lite.model.packing import ZERO_BYTES, Packing
 from flexgen_lite.model.spec import ITEM_BYTES, TensorSpec
 from flexgen_lite.workers.loader.weight_cast import Bits, bits_type, copy_cast
 
@@ -78,13 +78,13 @@ class PackedTensor:
             )  # fmt: skip
 
     def parts(self, arena: mmap.mmap, slot_offset: int, count: int) -> tuple[Bits, Bits, Bits]:
-        """Values as words of 32 bits, scales and zeros of the `count` weights of the tensor."""
+        """Values as words of 32 bits, scales, and zeros or offsets as bytes, of the `count` weights of the tensor."""
         packing, shape, start = self.packing, self.shape, slot_offset + self.offset
         scales = count * packing.num_scales(shape)
         return (
             np.ndarray(packing.scales_at(shape) // 4, np.uint32, arena, start),
             np.ndarray(scales, bits_type(packing.scale_dtype), arena, start + packing.scales_at(shape)),
-            np.ndarray(scales if packing.has_zeros else 0, np.uint8, arena, start + packing.zeros_at(shape)),
+            np.ndarray(scales * ZERO_BYTES[packing.zeros], np.uint8, arena, start + packing.zeros_at(shape)),
         )
 
 

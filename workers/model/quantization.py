@@ -52,7 +52,7 @@ def packings(
             group=group,
             order=order or wanted.activations,
             scale_dtype="bfloat16",
-            has_zeros=wanted.has_zeros(weight.of_experts),
+            zeros="uint8" if wanted.has_zeros(weight.of_experts) else "",
             is_transposed=weight.is_transposed,
             rounds_rows=wanted.activations == "int8",
         )
@@ -109,7 +109,7 @@ def stored_packing(name: str, parts: Sequence[Part], held: HeldBits) -> Packing 
             "nobody else reads: use the unquantised model with `quantization`"
         )
     kinds = {
-        None if bits is None else (bits.num_bits, bits.group, bits.scales.dtype, bits.zeros is not None)
+        None if bits is None else (bits.kind, bits.num_bits, bits.group, bits.scale_dtype, bits.zeros)
         for bits in stored
     }
     if len(kinds) > 1:
@@ -117,10 +117,16 @@ def stored_packing(name: str, parts: Sequence[Part], held: HeldBits) -> Packing 
             f"{name} is joined from tensors that are not all quantised alike: use the unquantised model with "
             "`quantization`"
         )
-    scale_dtype = "bfloat16" if first.scales.dtype == "bfloat16" else "float32"
-    is_transposed = held.is_transposed[name]
+    is_whole = first.kind == "int" and first.zeros != "float32"
     return Packing(
-        first.num_bits, first.group, held.order, scale_dtype, first.zeros is not None, is_transposed, held.rounds_rows
+        first.num_bits,
+        first.group,
+        held.order if is_whole else "bfloat16",
+        first.scale_dtype,
+        first.zeros,
+        held.is_transposed[name],
+        held.rounds_rows and is_whole,
+        first.kind,
     )
 
 

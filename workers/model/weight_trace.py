@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from flexgen_lite.model.spec import ITEM_BYTES, SourcePiece, StoredPart
+from flexgen_lite.model.spec import ITEM_BYTES, SourcePiece
 from flexgen_lite.model.stored_tensor import StoredBits, StoredTensor
 
 Region = tuple[tuple[int, int], ...]
@@ -75,12 +75,18 @@ class TracedTensor(torch.Tensor):
 
 def trace(stored: StoredTensor, dtype: torch.dtype) -> TracedTensor:
     """A stand-in for `stored`, cast to `dtype`."""
-    whole = tuple((0, size) for size in stored.shape)
-    return TracedTensor(torch.empty(stored.shape, dtype=dtype, device="meta"), (Part(stored, (), whole),))
+    meta = torch.empty(stored.shape, dtype=dtype, device="meta")
+    sizes = tuple((0, size) for size in stored.shape[-2:])
+    if not stored.members:
+        return TracedTensor(meta, (Part(stored, (), tuple((0, size) for size in stored.shape)),))
+    turn: tuple[View, ...] = (("transpose", 0, 1),) if stored.is_turned else ()
+    views = (*turn, ("reshape", 1, *stored.shape[-2:]))
+    parts = [Part(member, views, ((i, i + 1), *sizes)) for i, member in enumerate(stored.members)]
+    return TracedTensor(meta, parts)
 
 
 def to_pieces(part: Part, shape: Sequence[int]) -> tuple[SourcePiece, ...]:
-    """The part as SourcePieces of a parameter of `shape`: one, or values, scales and zeros of a weight in few bits."""
+    """The part as SourcePieces of a parameter of `shape`: one, or those of a weight in few bits."""
     if part.stored.bits is not None:
         return _pieces_of_bits(part, part.stored.bits, shape)
     return (_to_piece(part, shape),)
@@ -88,7 +94,6 @@ def to_pieces(part: Part, shape: Sequence[int]) -> tuple[SourcePiece, ...]:
 
 def _pieces_of_bits(part: Part, bits: StoredBits, shape: Sequence[int]) -> tuple[SourcePiece, ...]:
     whole = part.region == tuple((0, size) for size in shape)
-    sources = {"values": bits.values, "scales": bits.scales, "zeros": bits.zeros}
     return tuple(
         SourcePiece(
             file=source.file,
@@ -99,10 +104,9 @@ def _pieces_of_bits(part: Part, bits: StoredBits, shape: Sequence[int]) -> tuple
             source_shape=part.stored.shape,
             views=part.views,
             region=() if whole else part.region,
-            part=StoredPart(kind, bits.num_bits, bits.group),
+            part=stored_part,
         )
-        for kind, source in sources.items()
-        if source is not None
+        for stored_part, source in bits.parts
     )
 
 

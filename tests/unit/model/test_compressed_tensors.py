@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from flexgen_lite.model.compressed_tensors import read_quantization, section_of
 from flexgen_lite.model.files import CheckpointError
+from flexgen_lite.model.formats.compressed_tensors import read_quantization, section_of
 from flexgen_lite.model.packing import Packing
 
 WITH, WITHOUT = (Packing(4, 32, "bfloat16", "bfloat16", has_zeros) for has_zeros in (True, False))
