@@ -1,0 +1,246 @@
+"""How the parts of weights in few bits lie in checkpoints, and how a run of their bytes becomes rows.
+
+A source is lines of bytes. In most layouts a line is one or more rows of a weight `[N, K]`, with all its K; in those that
+are *turned* it is some items of K, of all N. Decoded, values are words of 64 bits along K, the first item lowest: codes
+of 4 bits as packing.py counts them (q + 8), or bytes (q + 128, or what a float is stored as). Scales, zeros and offsets
+are one for every `group` items of K.
+
+    layout            lines                                            from
+    stream            codes along K, the first lowest, q + 8 or + 128  compressed-tensors, MXFP4, NVFP4
+    signed            bytes, q in two's complement                     W8A8, bitsandbytes, torchao
+    signed_halves     half bytes, likewise                             torchao
+    swapped_halves    codes along K, the first highest                 bitsandbytes
+    words             turned: bits of the items of a column, the       GPTQ
+                      lowest first, in words of 32 bits
+    awq_words         turned: a word has eight columns                 AWQ
+    items             an item is for a block of items of the weight    scales, zeros and offsets of all
+    turned_items      turned: likewise
+    absmax            one for a run of items, whatever rows they are   bitsandbytes
+    absmax_8          127 times the scale of a row                     bitsandbytes
+    packed_zeros      codes along N, in words of 32 bits               compressed-tensors
+    packed_words      turned: codes along N, in words of 32 bits       GPTQ, version 2
+    lessened_words    the same, each lessened by one                   GPTQ
+    awq_zeros         turned: a word has eight columns                 AWQ
+
+Sources: the packages compressed-tensors, gptqmodel, autoawq, bitsandbytes and torchao, each of which writes its layout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from flexgen_lite.model.spec import ITEM_BYTES, StoredPart
+from flexgen_lite.workers.loader.float_items import to_float32
+from flexgen_lite.workers.loader.weight_cast import Bits
+
+SIGN_BITS = {4: np.uint64(0x8888888888888888), 8: np.uint64(0x8080808080808080)}
+_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # half byte of a word that has column j of its eight
+
+
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """A run of a source's lines.
+
+    Attributes:
+        bytes: uint8 `[lines, bytes of a line]`.
+        dtype: of the source's items.
+        others: arrays of the bits of what `part.others` names.
+        group: items of K with one scale, in memory.
+        width: K.
+        first: item of K that they begin with, where they are turned.
+    """
+
+    bytes: Bits
+    part: StoredPart
+    dtype: str
+    others: Sequence[Bits]
+    group: int
+    width: int
+    first: int = 0
+
+    def words(self, kind: type[np.unsignedinteger[Any]]) -> Bits:
+        """The same bytes as larger words, in memory that these may lie in."""
+        size, lines = kind().itemsize, self.bytes
+        if lines.__array_interface__["data"][0] % size:
+            lines = lines.copy()
+        return lines.view(kind)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """
+    Attributes:
+        decode: rows of words; of scales and offsets rows of float32, or of their own dtype's bits; of zeros rows of bytes.
+        line_bytes: of a part of a weight `[N, K]` whose items are of a dtype.
+        unit: lines that are decoded together, and the rows, or items of K, that they are for.
+    """
+
+    decode: Callable[[Lines], Bits]
+    line_bytes: Callable[[StoredPart, int, int, str], int]
+    unit: Callable[[StoredPart], tuple[int, int]] = lambda part: (1, part.block[0])
+    is_turned: bool = False
+
+
+def _stream(lines: Lines) -> Bits:
+    return lines.words(np.uint64)
+
+
+def _signed(lines: Lines) -> Bits:
+    return np.asarray(lines.words(np.uint64) ^ SIGN_BITS[8])
+
+
+def _signed_halves(lines: Lines) -> Bits:
+    return np.asarray(lines.words(np.uint64) ^ SIGN_BITS[4])
+
+
+def _swapped_halves(lines: Lines) -> Bits:
+    low = np.uint64(0x0F0F0F0F0F0F0F0F)
+    words = lines.words(np.uint64)
+    return np.asarray(((words & low) << np.uint64(4)) | ((words >> np.uint64(4)) & low))
+
+
+def _words(lines: Lines) -> Bits:
+    from flexgen_lite.workers.loader import layout_kernels
+
+    words, bits = lines.words(np.uint32), lines.part.num_bits
+    items = len(words) * 32 // bits
+    rows = np.empty((words.shape[1], items * (8 if bits == 8 else 4) // 64), np.uint64)
+    layout_kernels.turn_words(words, bits, rows)
+    return rows
+
+
+def _awq_words(lines: Lines) -> Bits:
+    from flexgen_lite.workers.loader import layout_kernels
+
+    words = lines.words(np.uint32)
+    rows = np.empty((words.shape[1] * 8, len(words) // 16), np.uint64)
+    layout_kernels.turn_awq_words(words, rows)
+    return rows
+
+
+def _items(lines: Lines) -> Bits:
+    """Of a line, the items that the groups of its rows have: scales as float32, zeros as bytes."""
+    return _spread(_decoded_items(lines), lines)
+
+
+def _turned_items(lines: Lines) -> Bits:
+    items = np.ascontiguousarray(_decoded_items(lines).T)
+    return _spread(items, lines)
+
+
+def _decoded_items(lines: Lines) -> Bits:
+    if lines.part.fills == "zeros":  # bytes with a sign
+        return np.asarray(lines.bytes + np.uint8(1 << (lines.part.num_bits - 1)))
+    items = to_float32(lines.bytes, lines.dtype)
+    for divides, other in zip((False, True), lines.others, strict=False):
+        if other.size:
+            factor = to_float32(other.view(np.uint8), "float32").reshape(-1)[0]
+            items = items / factor if divides else items * factor
+    return items
+
+
+def _spread(items: Bits, lines: Lines) -> Bits:
+    """For each group of K its item."""
+    each = lines.part.block[1]
+    if each == lines.group:
+        return items
+    groups = min(items.shape[1] * each, lines.width - lines.first) // lines.group
+    return np.asarray(items[:, np.arange(groups) * lines.group // each])
+
+
+def _absmax(lines: Lines) -> Bits:
+    """All of them are one line; where they are bytes, these are places in a table whose values are scaled once more."""
+    each, columns = lines.part.block[1], lines.part.block[0]
+    if lines.others:
+        nested, table = (other.view(np.float32) for other in lines.others)
+        codes = lines.bytes.reshape(-1)
+        scales = table[codes] * nested[np.arange(codes.size) // 256] + np.float32(lines.part.number)
+    else:
+        scales = to_float32(lines.bytes, lines.dtype).reshape(-1)
+    begins = np.arange(0, columns * lines.width, lines.group)
+    return np.asarray(scales[begins // each].reshape(columns, -1))
+
+
+def _absmax_8(lines: Lines) -> Bits:
+    return np.asarray(to_float32(lines.bytes, lines.dtype) * np.float32(1 / 127))
+
+
+def _packed_zeros(lines: Lines) -> Bits:
+    """A line has the zeros of 32 / bits rows."""
+    bits, words = lines.part.num_bits, lines.words(np.uint32)
+    shifts = np.arange(32 // bits, dtype=np.uint32)[:, None] * np.uint32(bits)
+    zeros = (words[:, None, :] >> shifts) & np.uint32((1 << bits) - 1)
+    return np.asarray(zeros.reshape(-1, words.shape[1]).astype(np.uint8))
+
+
+def _packed_words(lines: Lines) -> Bits:
+    return _fields(lines.words(np.uint32), lines.part.num_bits)
+
+
+def _lessened_words(lines: Lines) -> Bits:
+    """From a word a one has been taken for each of its fields, with what they borrow of each other."""
+    words, bits = lines.words(np.uint32), lines.part.num_bits
+    if 32 % bits:  # fields that go on in the next word
+        return np.asarray((_fields(words, bits) + np.uint8(1)) & np.uint8((1 << bits) - 1))
+    ones = sum(1 << place for place in range(0, 32, bits))
+    return _fields(words + np.uint32(ones), bits)
+
+
+def _fields(words: Bits, bits: int) -> Bits:
+    """`[fields of a line, lines]`."""
+    digits = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=1, bitorder="little")
+    values = digits.reshape(len(words), -1, bits) @ (1 << np.arange(bits))
+    return np.ascontiguousarray(values.astype(np.uint8).T)
+
+
+def _awq_zeros(lines: Lines) -> Bits:
+    words = lines.words(np.uint32)
+    shifts = 4 * np.array(_AWQ_ORDER, np.uint32)
+    zeros = (words[:, :, None] >> shifts) & np.uint32(15)
+    return np.ascontiguousarray(zeros.reshape(len(words), -1).astype(np.uint8).T)
+
+
+def _along_k(part: StoredPart, columns: int, width: int, dtype: str) -> int:
+    return width * part.num_bits // 8
+
+
+def _along_n(part: StoredPart, columns: int, width: int, dtype: str) -> int:
+    return columns * part.num_bits // 8
+
+
+def _item_line(part: StoredPart, columns: int, width: int, dtype: str) -> int:
+    return -(-width // part.block[1]) * ITEM_BYTES[dtype]
+
+
+LAYOUTS = {
+    "stream": Layout(_stream, _along_k),
+    "signed": Layout(_signed, _along_k),
+    "signed_halves": Layout(_signed_halves, _along_k),
+    "swapped_halves": Layout(_swapped_halves, _along_k),
+    "words": Layout(_words, lambda part, n, k, dtype: 4 * n, lambda part: (part.num_bits, 32), is_turned=True),
+    "awq_words": Layout(_awq_words, _along_n, lambda part: (16, 16), is_turned=True),
+    "items": Layout(_items, _item_line),
+    "turned_items": Layout(
+        _turned_items, lambda part, n, k, dtype: n * ITEM_BYTES[dtype], lambda part: (1, part.block[1]), is_turned=True
+    ),
+    "absmax": Layout(_absmax, lambda part, n, k, dtype: -(-n * k // part.block[1]) * ITEM_BYTES[dtype]),
+    "absmax_8": Layout(_absmax_8, _item_line),
+    "packed_zeros": Layout(
+        _packed_zeros, lambda part, n, k, dtype: k // part.block[1] * 4, lambda part: (1, 32 // part.num_bits)
+    ),
+    "packed_words": Layout(_packed_words, _along_n, lambda part: (1, part.block[1]), is_turned=True),
+    "lessened_words": Layout(_lessened_words, _along_n, lambda part: (1, part.block[1]), is_turned=True),
+    "awq_zeros": Layout(_awq_zeros, _along_n, lambda part: (1, part.block[1]), is_turned=True),
+}
+
+
+def num_lines(part: StoredPart, columns: int, width: int) -> int:
+    """Of all of a part of a weight `[N, K]`."""
+    layout = LAYOUTS[part.layout]
+    lines, covers = layout.unit(part)
+    return math.ceil((width if layout.is_turned else columns) / covers) * lines
