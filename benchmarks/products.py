@@ -33,9 +33,9 @@ SHAPES = ("6144x2048", "2048x2048", "8192x2048", "2048x8192", "5632x2048", "5027
 ROWS = "1,2,4,8,16,32,64,256,1024"
 KINDS = {
     "int8": Packing(8, 128, "bfloat16", "bfloat16"),
-    "int4": Packing(4, 32, "bfloat16", "bfloat16", has_zeros=True),
+    "int4": Packing(4, 32, "bfloat16", "bfloat16", zeros="uint8"),
     "w8a8": Packing(8, 128, "int8", "bfloat16", rounds_rows=True),
-    "w4a8": Packing(4, 32, "int8", "bfloat16", has_zeros=True, rounds_rows=True),
+    "w4a8": Packing(4, 32, "int8", "bfloat16", zeros="uint8", rounds_rows=True),
 }
 NAMES = ("ours", *KINDS, "oneDNN", "F.linear")
 

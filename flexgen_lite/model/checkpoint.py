@@ -181,7 +181,7 @@ def stamp(status: os.stat_result) -> FileStamp:
 
 
 def _read_header(path: Path, stream: BinaryIO, file: int, size: int) -> tuple[list[StoredTensor], dict[str, str]]:
-    """The tensors of one safetensors file, and its metadata: 8 bytes of header length, the JSON header, then the data."""
+    """The tensors of one safetensors file, and its metadata: 8 bytes of header length, the JSON header, the data."""
     again = "download it again"
     start = read(stream, path, 8)
     length = int.from_bytes(start, "little")

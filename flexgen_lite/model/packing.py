@@ -1,15 +1,15 @@
 """How weights of 8 and 4 bits lie in memory: blocks of columns in the order of the kernels that multiply with them.
 
-A weight `[N, K]` has a code for each item and, for every `group` items of K of a column n, a scale and perhaps a zero or
-an offset. The *kind* says what a code's value is:
+A weight `[N, K]` has a code for each item and, for every `group` items of K of a column n, a scale and perhaps a zero
+or an offset. The *kind* says what a code's value is:
 
     int      q, a whole number with a sign:  w = (q - zero) * scale
     uint     4 bits without a sign
     e2m1, nf4, fp4   4 bits, a place in one of TABLES
     e4m3     8 bits, a number in floating point
 
-and w = value * scale + offset, rounded once. Of several weights `[E, N, K]`, the codes of all come first, then the scales
-of all, then the zeros or offsets of all. N is filled up to whole blocks of COLUMNS.
+and w = value * scale + offset, rounded once. Of several weights `[E, N, K]`, the codes of all come first, then the
+scales of all, then the zeros or offsets of all. N is filled up to whole blocks of COLUMNS.
 
     order       bits  codes of a block
     bfloat16       8  [K / 8][column][2][4]     byte i of word p: that of item 8 s + 2 i + p; q in two's complement
@@ -17,8 +17,8 @@ of all, then the zeros or offsets of all. N is filled up to whole blocks of COLU
     int8           8  [K / 4][column][4]        byte i: item 4 s + i; q + 128
     int8           4  [K / 8][column][4]        byte i: item 8 s + i, and above it item 8 s + 4 + i; q + 8
 
-Scales are `[block][K / group][column]`; so are zeros, a byte each: zero + 8, or + 128 where q has 8 bits; and offsets, in
-float32.
+Scales are `[block][K / group][column]`; so are zeros, a byte each: zero + 8, or + 128 where q has 8 bits; and offsets,
+in float32.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ TABLES: dict[str, tuple[float, ...]] = {
         -0.0, -0.0052083334885537624, -0.6666666865348816, -1.0, -0.3333333432674408, -0.5, -0.1666666716337204, -0.25,
     ),
 }  # fmt: skip
-"""What codes of 4 bits stand for: bitsandbytes' nf4 and fp4, and the E2M1 of MXFP4 and NVFP4 (OCP Microscaling Formats)."""
+"""What codes of 4 bits stand for: bitsandbytes' nf4 and fp4, and E2M1 (OCP Microscaling Formats)."""
 
 
 @dataclass(frozen=True, slots=True)

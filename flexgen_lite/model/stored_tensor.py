@@ -11,9 +11,9 @@ from flexgen_lite.model.spec import StoredPart
 class StoredTensor:
     """A tensor as it lies in a file: row-major, `num_bytes` at `offset` from the start of `files[file]`.
 
-    With `bits` it stands for a weight `[N, K]` in few bits: `dtype` and `shape` are those that it has once it is unpacked,
-    and the place in the file is that of its values. With `members` it stands for several of these, `[E, N, K]`, or
-    `[E, K, N]` where it `is_turned`.
+    With `bits` it stands for a weight `[N, K]` in few bits: `dtype` and `shape` are those that it has once it is
+    unpacked, and the place in the file is that of its values. With `members` it stands for several of these,
+    `[E, N, K]`, or `[E, K, N]` where it `is_turned`.
     """
 
     name: str

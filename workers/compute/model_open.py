@@ -140,8 +140,8 @@ def _check_quantization(order: OpenModel, section: Section, checkpoint: Checkpoi
         kinds = {f"{bits.kind}{bits.num_bits}" for bits in stored}
         if kinds != {f"int{order.quantization.bits}"}:
             raise UserError(
-                f"quantization: the checkpoint in {order.model} is quantised already ({', '.join(sorted(kinds))}): leave "
-                "the key out, or give the unquantised model"
+                f"quantization: the checkpoint in {order.model} is quantised already ({', '.join(sorted(kinds))}): "
+                "leave the key out, or give the unquantised model"
             )
     if section.format and order.load_format == "dummy":
         raise UserError(
@@ -152,9 +152,7 @@ def _check_quantization(order: OpenModel, section: Section, checkpoint: Checkpoi
         if order.quantization is None and not stored:
             raise UserError("activations=int8 needs weights in few bits: give quantization as well, int8 or int4")
         if stored and not any(bits.kind == "int" and bits.zeros != "float32" for bits in stored):
-            raise UserError(
-                f"activations=int8: the weights in {order.model} are no whole numbers: leave the key out, or take bfloat16"
-            )
+            raise UserError(f"activations=int8: the weights in {order.model} are no whole numbers: leave the key out")
     return bool(stored)
 
 
@@ -166,9 +164,7 @@ def _has_projections_of_bits(checkpoint: Checkpoint) -> bool:
 def _rounding(section: Section, order: OpenModel, is_stored: bool) -> list[str]:
     if not is_stored or not section.rounds_activations or order.activations == "int8":
         return []
-    return [
-        "the checkpoint is meant for activations in few bits; they are not rounded here, unless activations=int8 asks for it"
-    ]
+    return ["the checkpoint is meant for activations in few bits; they are rounded here only with activations=int8"]
 
 
 def _value_order(order: OpenModel, dtype: torch.dtype, device: Device) -> str:

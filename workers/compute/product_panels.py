@@ -19,7 +19,7 @@ from flexgen_lite.workers.simd import HALVES, LANES, WORDS
 
 PACKED, ROWS, TRANSPOSED, INT8, INT4, BYTES8, BYTES4, E4M3 = range(8)
 """Storages of a weight `[N, K]`: bfloat16 in blocks of columns as they are computed with; row by row; its transpose
-`[K, N]` row by row; 8 and 4 bits as in packing.py, for bfloat16, and for int8; 8 bits in floating point, for bfloat16."""
+`[K, N]` row by row; 8 and 4 bits as in packing.py, for bfloat16, and for int8; 8 bits in floating point."""
 FLOAT32, BFLOAT16, FLOAT16 = range(3)
 SCALE_KINDS = {"float32": FLOAT32, "bfloat16": BFLOAT16, "float16": FLOAT16}
 STEP_BYTES = {

@@ -1,5 +1,5 @@
-"""Weights of 8 and 4 bits into panels of bfloat16: value * scale + offset is rounded once, as it would be if the weight had
-been made bfloat16 before.
+"""Weights of 8 and 4 bits into panels of bfloat16: value * scale + offset is rounded once, as it would be if the weight
+had been made bfloat16 before.
 
 The order of the values is that of packing.py for bfloat16: a vector of words has eight columns, each with the even and
 the odd items of K, so that two vectors of float32, narrowed together, are the words of sixteen columns in a panel.

@@ -41,8 +41,8 @@ _call: Any = simd.record(CALL)
 
 
 def _unpack(bits: int) -> Any:
-    """unpack(values, scales, zeros, count, target, stride, kind): `count` words' steps of a group of a block, to rows of
-    float32 `stride` bytes apart."""
+    """unpack(values, scales, zeros, count, target, stride, kind): `count` words' steps of a group of a block, to rows
+    of float32 `stride` bytes apart."""
     middle = 8 if bits == 4 else 128
     items = 32 // bits  # of a word
 

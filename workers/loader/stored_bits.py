@@ -1,7 +1,7 @@
 """Puts weights that are in few bits already, as they lie in a checkpoint, into the order of packing.py.
 
-Values, scales and zeros are read apart, each in runs of lines (stored_layouts.py): where a row or an item of K goes does
-not depend on the others.
+Values, scales and zeros are read apart, each in runs of lines (stored_layouts.py): where a row or an item of K goes
+does not depend on the others.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ ReadSmall = Callable[[SmallSource], bytes]
 
 @dataclass(frozen=True, slots=True)
 class ChunkOfBits:
-    """A run of a source's lines that has `num_rows` rows of a weight, `skipped` behind the first that its first line has,
-    from item `first` of K on.
+    """A run of a source's lines that has `num_rows` rows of a weight, `skipped` behind the first that its first line
+    has, from item `first` of K on.
 
     Row r of them would begin at `begin` + r * `stride`, in bytes from the start of the tensor, were it in 16 bits.
     """
@@ -48,7 +48,7 @@ class ChunkOfBits:
     def convert(self, bounce: mmap.mmap, bounce_offset: int, arena: mmap.mmap, slot_offset: int) -> None:
         """Put the chunk, whose bytes are at `bounce_offset`, in its place."""
         packing = self.packed.packing
-        count, columns, width = packing.dimensions(self.packed.shape)
+        count, _, width = packing.dimensions(self.packed.shape)
         shape = (self.num_lines, self.num_bytes // self.num_lines)
         lines = Lines(
             np.ndarray(shape, np.uint8, bounce, bounce_offset),
@@ -63,7 +63,7 @@ class ChunkOfBits:
         from flexgen_lite.workers.loader import order_kernels
 
         packing, layout = self.packed.packing, LAYOUTS[self.part.layout]
-        _, columns, width = packing.dimensions(self.packed.shape)
+        _, _, width = packing.dimensions(self.packed.shape)
         if not layout.is_turned and self.part.block[0] > 1 and len(rows) < self.skipped + self.num_rows:
             rows = np.repeat(rows, self.part.block[0], axis=0)
         rows = np.ascontiguousarray(rows[self.skipped : self.skipped + self.num_rows])

@@ -1,9 +1,9 @@
 """How the parts of weights in few bits lie in checkpoints, and how a run of their bytes becomes rows.
 
-A source is lines of bytes. In most layouts a line is one or more rows of a weight `[N, K]`, with all its K; in those that
-are *turned* it is some items of K, of all N. Decoded, values are words of 64 bits along K, the first item lowest: codes
-of 4 bits as packing.py counts them (q + 8), or bytes (q + 128, or what a float is stored as). Scales, zeros and offsets
-are one for every `group` items of K.
+A source is lines of bytes. In most layouts a line is one or more rows of a weight `[N, K]`, with all its K; in those
+that are *turned* it is some items of K, of all N. Decoded, values are words of 64 bits along K, the first item lowest:
+codes of 4 bits as packing.py counts them (q + 8), or bytes (q + 128, or what a float is stored as). Scales, zeros and
+offsets are one for every `group` items of K.
 
     layout            lines                                            from
     stream            codes along K, the first lowest, q + 8 or + 128  compressed-tensors, MXFP4, NVFP4
@@ -75,7 +75,7 @@ class Lines:
 class Layout:
     """
     Attributes:
-        decode: rows of words; of scales and offsets rows of float32, or of their own dtype's bits; of zeros rows of bytes.
+        decode: rows of words; of scales and offsets rows of float32; of zeros rows of bytes.
         line_bytes: of a part of a weight `[N, K]` whose items are of a dtype.
         unit: lines that are decoded together, and the rows, or items of K, that they are for.
     """

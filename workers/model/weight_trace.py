@@ -80,7 +80,7 @@ def trace(stored: StoredTensor, dtype: torch.dtype) -> TracedTensor:
     if not stored.members:
         return TracedTensor(meta, (Part(stored, (), tuple((0, size) for size in stored.shape)),))
     turn: tuple[View, ...] = (("transpose", 0, 1),) if stored.is_turned else ()
-    views = (*turn, ("reshape", 1, *stored.shape[-2:]))
+    views: tuple[View, ...] = (*turn, ("reshape", 1, *stored.shape[-2:]))
     parts = [Part(member, views, ((i, i + 1), *sizes)) for i, member in enumerate(stored.members)]
     return TracedTensor(meta, parts)
 

@@ -1,4 +1,4 @@
-"""Checkpoints of bitsandbytes: 4 bits by one of two tables, with a scale for a run of items, and whole numbers of 8 bits.
+"""Checkpoints of bitsandbytes: 4 bits by one of two tables, with a scale for a run of items, and whole numbers of 8.
 
     4 bits  X.weight (bytes of all items, the first in the upper half), X.weight.absmax, X.weight.quant_map and
             X.weight.quant_state.bitsandbytes__nf4 or __fp4, a JSON text; scales that are quantised themselves:
@@ -58,9 +58,7 @@ def _join_4(layers: StoredLayers, layer: str, kind: str, values: StoredTensor, s
     if values.num_bytes * 2 != columns * width or width % 2 or table.dtype != "float32" or table.shape != (16,):
         raise layers.misfit(layer, values, absmax, table)
     if any(abs(layers.number(table, i) - value) > 1e-7 for i, value in enumerate(TABLES[kind])):
-        raise layers.error(
-            layer, table, f"has a table of its own, not that of {kind}, which is not supported: {REMEDY}"
-        )
+        raise layers.error(layer, table, f"has a table of its own, not {kind}'s, which is not supported: {REMEDY}")
     others: tuple[SmallSource, ...] = ()
     offset = state.get("nested_offset", 0.0)
     if absmax.dtype == "uint8":

@@ -31,9 +31,9 @@ METHOD, FORMAT = "compressed-tensors", "pack-quantized"
 VALUES, SCALES, ZEROS, SHAPE, ORDER = (
     f".weight_{part}" for part in ("packed", "scale", "zero_point", "shape", "g_idx")
 )
-_BITS = {"pack-quantized": (4, 8)}
 _FORMATS = (
     FORMAT, "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized",
+    "mxfp8-quantized",
 )  # fmt: skip
 LINEAR = "Linear"
 EXPERTS = r"re:.*\.experts\..*"
@@ -159,7 +159,7 @@ def join(layers: StoredLayers) -> None:
 
 def _join_whole_numbers(layers: StoredLayers, schemes: Schemes | None, layer: str, values: StoredTensor) -> None:
     layers.take(layer + SHAPE)
-    if (order := layers.take(layer + ORDER)) is not None and int(layers.number(order)) != 0xFFFFFFFF:
+    if (order := layers.take(layer + ORDER)) is not None and int(layers.number(order)) != -1:
         raise layers.error(
             layer, values,
             "has inputs that are ordered by weight_g_idx, which is not supported: quantise it without reordering "

@@ -1,7 +1,7 @@
-"""Weights of 4 bits in floating point (E2M1), two in a byte, the first in its lower half: MXFP4, with a power of two for 32
-of them, and NVFP4, with a scale in FP8 for 16 and one number for all.
+"""Weights of 4 bits in floating point (E2M1), two in a byte, the first in its lower half: MXFP4, with a power of two
+for 32 of them, and NVFP4, with a scale in FP8 for 16 and one number for all.
 
-    gpt-oss             experts.X_blocks [E, N, K / 32, 16], experts.X_scales [E, N, K / 32]; the model has X as [E, K, N]
+    gpt-oss             X_blocks [E, N, K / 32, 16], X_scales [E, N, K / 32]; the model has X as [E, K, N]
     compressed-tensors  X.weight_packed, X.weight_scale; NVFP4: X.weight_global_scale, which divides
     ModelOpt            X.weight (uint8), X.weight_scale, X.weight_scale_2, which multiplies
     DeepSeek V4         X.weight (int8), X.scale

@@ -1,11 +1,11 @@
 """Weights of one byte each with scales: FP8 (E4M3) of DeepSeek, Qwen, MiniMax and others, of FBGEMM and ModelOpt, and
 whole numbers of 8 bits.
 
-Of a layer X there are X.weight and a scale by one of several names: one number, one for each output, or one for each block
-of rows and inputs; blocks at the edges are cut. Experts may be one tensor X, `[E, N, K]`, with X_scale_inv.
+Of a layer X there are X.weight and a scale by one of several names: one number, one for each output, or one for each
+block of rows and inputs; blocks at the edges are cut. Experts may be one tensor X, `[E, N, K]`, with X_scale_inv.
 
-Sources: Transformers 5.24, `integrations/finegrained_fp8.py` and `fbgemm_fp8.py`; DeepSeek-V3's `inference/fp8_cast_bf16.py`;
-nvidia-modelopt 0.47.
+Sources: Transformers 5.24, `integrations/finegrained_fp8.py` and `fbgemm_fp8.py`; DeepSeek-V3's
+`inference/fp8_cast_bf16.py`; nvidia-modelopt 0.47.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def join(layers: StoredLayers) -> None:
                 raise layers.error(layer, values, f"is in FP8 and has no scale: {AGAIN}")
             join_bytes(layers, layer, values, suffix, block)
     for name, scales in list(layers.layers(_JOINED)):
-        values = layers.tensors.get(name)
-        if values is not None and values.dtype == FP8 and len(values.shape) == 3:
+        joined = layers.tensors.get(name)
+        if joined is not None and joined.dtype == FP8 and len(joined.shape) == 3:
             layers.take(scales.name)
-            _join_experts(layers, name, values, scales, block)
+            _join_experts(layers, name, joined, scales, block)
     if layers.section.format in ("fp8", "modelopt"):
         for suffix in _UNUSED:
             for _, tensor in layers.layers(suffix):

@@ -123,10 +123,10 @@ def _bits(layers: StoredLayers, layer: str, values: StoredTensor, zeros: StoredT
 def _is_lessened(layers: StoredLayers, zeros: StoredTensor, bits: int) -> bool:
     """Whether zeros are stored as one less."""
     if layers.section.values.get("sym", False) is True and 32 % bits == 0:
-        first = int(layers.number(StoredTensor("", zeros.file, zeros.offset, 4, "uint32", ()))) & ((1 << bits) - 1)
+        first = int(layers.number(StoredTensor("", zeros.file, zeros.offset, 4, "int32", ()))) & ((1 << bits) - 1)
         if first in ((1 << (bits - 1)) - 1, 1 << (bits - 1)):
             return first != 1 << (bits - 1)
-    return layers.section.values.get("checkpoint_format", "gptq") != "gptq_v2"
+    return bool(layers.section.values.get("checkpoint_format", "gptq") != "gptq_v2")
 
 
 def _check_order(layers: StoredLayers, layer: str, order: StoredTensor, width: int, groups: int) -> None:

@@ -18,7 +18,7 @@ REMEDY = "use the unquantised model with `quantization`"
 AGAIN = "download the model again"
 FLOATS = ("float32", "bfloat16", "float16")
 FP8 = "float8_e4m3fn"
-_UNPACK = {"float32": "<f", "float16": "<e", "int32": "<I", "uint8": "B"}
+_UNPACK = {"float32": "<f", "float16": "<e", "int32": "<i", "uint8": "B"}
 
 Part = tuple[StoredPart, StoredTensor]
 

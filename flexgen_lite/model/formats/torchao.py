@@ -1,7 +1,7 @@
 """Checkpoints of torchao: tensors of its classes, taken apart; which class, the file's metadata say.
 
     Int8Tensor                  X._weight_qdata (int8), _weight_scale [N, 1]
-    IntxUnpackedToInt8Tensor    X._weight_qdata (int8, of 4 bits or so), _weight_scale [N, groups], _weight_zero_point (int8)
+    IntxUnpackedToInt8Tensor    X._weight_qdata (int8, of 4 bits or so), _weight_scale [N, groups], _weight_zero_point
     Float8Tensor                X._weight_qdata (FP8), _weight_scale [N, 1]
     Int4Tensor                  X._weight_qdata (int8, two in a byte), _weight_scale and _weight_zero_point [groups, N]
 

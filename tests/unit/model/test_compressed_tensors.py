@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from flexgen_lite.model.files import CheckpointError
-from flexgen_lite.model.formats.compressed_tensors import read_quantization, section_of
+from flexgen_lite.model.formats.compressed_tensors import read_schemes, section_of
+from flexgen_lite.model.formats.section import Section
 from flexgen_lite.model.packing import Packing
 
-WITH, WITHOUT = (Packing(4, 32, "bfloat16", "bfloat16", has_zeros) for has_zeros in (True, False))
+WITH, WITHOUT = (Packing(4, 32, "bfloat16", "bfloat16", "uint8" if has_zeros else "") for has_zeros in (True, False))
 DENSE = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.shared_experts.up_proj", "lm_head"]
 EXPERTS = ["model.layers.0.mlp.experts.3.up_proj", "model.layers.11.block_sparse_moe.experts.0.w1"]
 
@@ -16,7 +17,7 @@ EXPERTS = ["model.layers.0.mlp.experts.3.up_proj", "model.layers.11.block_sparse
 def test_experts_are_named_apart() -> None:
     section = section_of(dict.fromkeys(DENSE, WITH) | dict.fromkeys(EXPERTS, WITHOUT), ["lm_head"])
     assert [group["weights"]["symmetric"] for group in section["config_groups"].values()] == [False, True]
-    read = read_quantization(section, "config.json")
+    read = read_schemes(Section("compressed-tensors", section, "config.json"))
     assert {read.num_bits(layer) for layer in (*DENSE, *EXPERTS)} == {4}
 
 

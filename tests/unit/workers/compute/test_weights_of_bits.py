@@ -42,7 +42,7 @@ def made(shape: tuple[int, int, int], group: int, packing: Packing) -> tuple[tor
 def test_unpacking(bits: int, has_zeros: bool, order: str) -> None:
     for columns, width, group in SHAPES:
         for scale_dtype in ("bfloat16", "float32"):
-            packing = Packing(bits, group, order, scale_dtype, has_zeros)
+            packing = Packing(bits, group, order, scale_dtype, "uint8" if has_zeros else "")
             shape = (3, columns, width)
             memory, weights_ENK = made(shape, group, packing)
             for index in (0, 2):
@@ -59,7 +59,7 @@ def test_against_float64(bits: int, has_zeros: bool, tiles: bool, monkeypatch: p
     monkeypatch.setattr(product_amx, "allowed", lambda: tiles)
     for columns, width, group in SHAPES:
         for scale_dtype, count in (("bfloat16", 1), ("float32", 3)):
-            packing = Packing(bits, group, "bfloat16", scale_dtype, has_zeros)
+            packing = Packing(bits, group, "bfloat16", scale_dtype, "uint8" if has_zeros else "")
             shape = (count, columns, width)
             memory, weights_ENK = made(shape, group, packing)
             weights = weights_of_bits(memory, packing, shape)
@@ -99,7 +99,7 @@ def test_in_whole_numbers(bits: int, has_zeros: bool) -> None:
     """Exact but for sums of float32, of rows that are rounded group by group."""
     for columns, width, group in SHAPES:
         for scale_dtype, count in (("bfloat16", 1), ("float32", 3)):
-            packing = Packing(bits, group, "int8", scale_dtype, has_zeros, rounds_rows=True)
+            packing = Packing(bits, group, "int8", scale_dtype, "uint8" if has_zeros else "", rounds_rows=True)
             shape = (count, columns, width)
             memory, weights_ENK = made(shape, group, packing)
             weights = weights_of_bits(memory, packing, shape)
@@ -150,7 +150,7 @@ def test_where_no_kernel_serves(
     monkeypatch.setattr(unpacked_weights, "SLAB_ITEMS", {"cpu": 16 * 1024})  # some of the shapes in several slabs
     for columns, width, group in SHAPES:
         for scale_dtype in ("bfloat16", "float32"):
-            packing = Packing(bits, group, order, scale_dtype, has_zeros, rounds_rows=rounds_rows)
+            packing = Packing(bits, group, order, scale_dtype, "uint8" if has_zeros else "", rounds_rows=rounds_rows)
             memory, weights_ENK = made((2, columns, width), group, packing)
             module = nn.Module()
             packed_weights(module)["weight"] = memory

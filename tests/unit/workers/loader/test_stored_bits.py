@@ -50,7 +50,8 @@ class Sources:
             self._data += bytes(5)
             dtype = str(tensor.dtype).removeprefix("torch.")
             data = tensor.view(torch.uint8).numpy().tobytes()
-            part = StoredPart(kind, self._bits, self._group)
+            layout = {"values": "stream", "scales": "items", "zeros": "packed_zeros"}[kind]
+            part = StoredPart(kind, layout, self._bits, (1, self._group))
             piece = SourcePiece(0, len(self._data), len(data), name, dtype, (columns, width), part=part, **place)
             pieces.append(piece)
             self._data += data
@@ -96,8 +97,8 @@ def test_single_weights(bits: int, scale_dtype: str, has_zeros: bool, order: str
     for columns, width, group in ((64, 64, 32), (200, 272, 16), (6, 4096, 4096), (131, 96, 96)):
         sources = Sources(tmp_path / "w", bits, group, has_zeros, getattr(torch, scale_dtype))
         pieces, parts = sources.add(columns, width)
-        kept = "bfloat16" if scale_dtype == "bfloat16" else "float32"
-        packing = Packing(bits, group, order, kept, has_zeros)
+        kept = scale_dtype
+        packing = Packing(bits, group, order, kept, "uint8" if has_zeros else "")
         got = sources.load(packing, (columns, width), pieces)
         wanted = expected([parts], packing)
         assert same(got, wanted, packing, (columns, width))
