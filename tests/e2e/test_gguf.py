@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from flexgen_lite import EngineError, FlexGenLite
-from tests.e2e.test_quantization import MAX_TOKENS, SETTINGS, answers
+from tests.e2e.test_quantization import MAX_TOKENS, answers
 from tests.gguf_file import BF16, F16, F32, to_gguf
 from tests.tiny_models import make_model, ragged_prompts, reference_tokens
 

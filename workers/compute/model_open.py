@@ -65,12 +65,13 @@ def open_model(order: OpenModel, device: Device, run_dir: str) -> OpenedModel:
         raise
     except Exception as error:  # Transformers raises whatever its code runs into
         raise UserError(
-            f"{order.model} cannot be opened as a model ({type(error).__name__}: {first_line(error)}): check its "
-            "config.json, or download it again"
+            f"{order.model} cannot be opened as a model ({type(error).__name__}: {first_line(error)}): "
+            f"{'' if is_gguf(Path(order.model)) else 'check its config.json, or '}download it again"
         ) from error
 
 
 def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> OpenedModel:
+    """`directory` may be a GGUF file."""
     section = check_config(directory)
     check_files(directory, (*TOKENIZER_FILES, "generation_config.json"))
     config = model_builder.load_config(directory)

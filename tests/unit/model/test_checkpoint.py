@@ -114,7 +114,6 @@ def test_no_weights(model: Path) -> None:
     [
         ("pytorch_model.bin", ("pickle", "save_pretrained")),
         ("pytorch_model-00001-of-00002.bin", ("pickle", "save_pretrained")),
-        ("model-q4.gguf", ("GGUF", "safetensors repository")),
         ("adapter_model.safetensors", ("adapter", "merge")),
         ("tf_model.h5", ("TensorFlow",)),
         ("model-00001-of-00002.safetensors", ("index.json", "download")),
