@@ -134,8 +134,8 @@ def test_quantised(model: Path, config: dict[str, Any]) -> None:
 
 
 def test_unsupported_dtype(model: Path) -> None:
-    write(model / "model.safetensors", header_of({"q.weight": ("F4", [4])}))
-    refused(model, "model.safetensors", "q.weight", "F4")
+    write(model / "model.safetensors", header_of({"q.weight": ("C64", [4])}))
+    refused(model, "model.safetensors", "q.weight", "C64")
 
 
 def test_missing_shard(model: Path) -> None:
