@@ -7,6 +7,7 @@ the odd items of K, so that two vectors of float32, narrowed together, are the w
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from flexgen_lite.workers.simd import LANES, VECTOR, WORDS
 
 _PAIRS = ir.VectorType(simd.BFloatType(), 2 * LANES)
 _BYTES = ir.VectorType(ir.IntType(8), LANES)
+_LINE_OF_BYTES = ir.VectorType(ir.IntType(8), LINE)
 _VECTORS = 2 * COLUMNS // LANES  # of words
 _LOW = ir.Constant(WORDS, [lane // 2 for lane in range(LANES)])
 _HIGH = ir.Constant(WORDS, [LANES // 2 + lane // 2 for lane in range(LANES)])
@@ -113,7 +115,89 @@ def _unpack(decode: Decode, items: int) -> Any:
     return simd.operation(build, types.void, *[types.int64] * 6)
 
 
+def _bits_of_e4m3() -> list[int]:
+    """bfloat16 of all codes without their sign."""
+    sizes = [m * 2.0**-9 if code < 8 else (8 + m) * 2.0 ** (code // 8 - 10) for code in range(127) for m in (code % 8,)]
+    return [struct.unpack("<I", struct.pack("<f", size))[0] >> 16 for size in sizes] + [0x7FC0]
+
+
+def _bytes_from(values: list[int]) -> Any:
+    return ir.Constant(_LINE_OF_BYTES, values)
+
+
+def _looked_up(builder: Any, codes: Any, table: list[int]) -> Any:
+    """Bytes of `table` at the lower seven bits of each code."""
+    name = "llvm.x86.avx512.vpermi2var.qi.512"
+    return simd.call(builder, name, _LINE_OF_BYTES, [_bytes_from(table[:64]), codes, _bytes_from(table[64:])])
+
+
+def _pairs_of_columns(first: int) -> Any:
+    """Of two vectors of eight columns' bytes, `[column][2][4]`: by four columns, steps `first` and `first` + 1."""
+    order = [
+        (column // 8) * LINE + column % 8 * 8 + item * 4 + step
+        for group in range(4)
+        for step in (first, first + 1)
+        for column in range(4 * group, 4 * group + 4)
+        for item in range(2)
+    ]
+    return ir.Constant(ir.VectorType(simd.I32, LINE), order)
+
+
+def _side_by_side(builder: Any, low: Any, high: Any, upper: bool) -> Any:
+    """Words of low and high bytes, of the lower or the upper half of each 16."""
+    begin = 8 if upper else 0
+    order = [16 * lane + begin + i + part for lane in range(4) for i in range(8) for part in (0, LINE)]
+    return builder.bitcast(builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(simd.I32, LINE), order)), WORDS)
+
+
+def _unpack_by_table() -> Any:
+    """unpack_e4m3 with a table of both bytes of a code's bfloat16."""
+    bits = _bits_of_e4m3()
+    low_bytes, high_bytes = [x & 255 for x in bits], [x >> 8 for x in bits]
+    even = ir.Constant(WORDS, list(range(0, 2 * LANES, 2)))
+    mixed = ir.Constant(
+        ir.VectorType(simd.I32, 2 * LANES), [i // 2 + LANES * (i % 2) for i in range(2 * LANES)]
+    )  # fmt: skip
+
+    def scaled(b: Any, words: Any, scale: Any) -> Any:
+        low = b.bitcast(b.shl(words, simd.same(16, WORDS)), VECTOR)
+        high = b.bitcast(b.and_(words, simd.same(0xFFFF0000, WORDS)), VECTOR)
+        arguments = [b.fmul(high, scale), b.fmul(low, scale)]
+        both = simd.call(b, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", _PAIRS, arguments)
+        halves = b.bitcast(both, ir.VectorType(simd.I16, 2 * LANES))
+        return b.bitcast(b.shuffle_vector(halves, halves, mixed), WORDS)
+
+    def build(b: Any, values: Any, scales: Any, table: Any, runs: Any, panel: Any, ahead: Any) -> None:
+        columns = []
+        for group in range(COLUMNS // LANES):
+            first, second = (
+                simd.load_from(b, b.add(scales, scales.type((2 * group + i) * ROW)), align=ROW) for i in range(2)
+            )
+            columns.append(b.shuffle_vector(first, second, even))
+        with cgutils.for_range(b, runs) as loop:
+            offset = b.mul(loop.index, runs.type(_VECTORS * ROW))
+            values_at, ahead_at = b.add(values, offset), b.add(ahead, offset)
+            panel_at = b.add(panel, b.mul(loop.index, runs.type(4 * STEP)))
+            for group, scale in enumerate(columns):
+                lines = []
+                for vector in (2 * group, 2 * group + 1):
+                    place = values.type(vector * ROW)
+                    lines.append(simd.load_from(b, b.add(values_at, place), _LINE_OF_BYTES, align=1))
+                    prefetch_line(b, b.add(ahead_at, place))
+                for first_step in (0, 2):
+                    codes = b.shuffle_vector(*lines, _pairs_of_columns(first_step))
+                    low, high = (_looked_up(b, codes, part) for part in (low_bytes, high_bytes))
+                    high = b.or_(high, b.and_(codes, _bytes_from([128] * LINE)))
+                    for step in (0, 1):
+                        words = scaled(b, _side_by_side(b, low, high, step == 1), scale)
+                        place = panel.type((first_step + step) * STEP + group * LINE)
+                        simd.store_to(b, words, b.add(panel_at, place))
+
+    return simd.operation(build, types.void, *[types.int64] * 6)
+
+
 SCALES_BYTES = 2 * _VECTORS * ROW  # of a group, as `load_scales` leaves them
 load_scales = simd.operation_of_kind(_load_scales, types.void, *[types.int64] * 5)
 if simd.PAIRS:
-    unpack_4, unpack_8, unpack_e4m3 = _unpack(_four_bits, 8), _unpack(_eight_bits, 4), _unpack(_e4m3, 4)
+    unpack_4, unpack_8 = _unpack(_four_bits, 8), _unpack(_eight_bits, 4)
+    unpack_e4m3 = _unpack_by_table() if simd.BYTE_TABLES else _unpack(_e4m3, 4)
