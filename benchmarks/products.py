@@ -4,9 +4,9 @@
 
 Shapes are N x K. "int8" and "int4" are weights in groups of 128 and 32, multiplied in bfloat16, as are "fp8" (E4M3),
 "mxfp4" and "nf4" in groups of 128, 32 and 64; "w8a8" and "w4a8" are multiplied with rows in 8 bits; the other
-contestants are bfloat16, with weights in panels where they are ours. Each call takes another weight, of WEIGHT_BYTES in
-all, as the layers of a model do. A round goes through all the contestants, so that what else the machine does meets them
-alike, and each takes a weight that none has read for long; the median of the rounds counts.
+contestants are bfloat16, with weights in panels where they are ours. Each call takes another weight, of WEIGHT_BYTES
+in all, as the layers of a model do. A round goes through all the contestants, so that what else the machine does meets
+them alike, and each takes a weight that none has read for long; the median of the rounds counts.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Large models in the formats that they are published in, with random bytes: run within budgets that only these fit.
 
-    python -m benchmarks.published [--shapes gpt-oss-20b-6,qwen3-30b-12] [--prompts 64] [--generate 16] [--folder FOLDER]
+    python -m benchmarks.published [--shapes gpt-oss-20b-6,qwen3-30b-12] [--prompts N] [--generate N] [--folder FOLDER]
 
 gpt-oss-20b's shape cut to 6 layers, its experts in MXFP4; Qwen3-30B-A3B's cut to 12 layers, in FP8 with scales by
 blocks. Tells what the checkpoint takes, what 16 bits would take, what a pass reads from disk, and the engine's peak.
@@ -149,8 +149,9 @@ def run(shape: Shape, folder: Path, num_prompts: int, generate: int) -> None:
         status = engine.status()
     assert all(len(answer.outputs[0].token_ids) == generate for answer in answers)
     read = int(status.totals["disk_read_bytes"] / status.totals["passes"])
+    rate = num_prompts * generate / seconds
     print(
-        f"  {num_prompts} prompts of 64, {generate} generated: {seconds:.1f} s, {num_prompts * generate / seconds:.1f} tok/s, "
+        f"  {num_prompts} prompts of 64, {generate} generated: {seconds:.1f} s, {rate:.1f} tok/s, "
         f"{format_size(read)} read in a pass, peak {format_size(status.memory['peak'])}"
     )
 
