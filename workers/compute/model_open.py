@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from flexgen_lite.model.checkpoint import Checkpoint, check_config, open_checkpoint
+from flexgen_lite.model.checkpoint import Checkpoint, check_config, model_source, open_checkpoint
 from flexgen_lite.model.files import CheckpointError, check_files, is_there
+from flexgen_lite.model.formats.gguf_header import is_gguf
 from flexgen_lite.model.formats.section import Section
 from flexgen_lite.model.packing import STEP
 from flexgen_lite.model.spec import ModelSpec
@@ -94,7 +95,7 @@ def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> Op
     units, warnings = map_weights(model, layers, checkpoint, dtype, path.unused, wanted, held)
     packed = {tensor.name: tensor.packing for unit in units for tensor in unit.tensors if tensor.packing is not None}
     limit, warning = model_builder.max_length(text, path.has_indexers)
-    tokenizer = open_tokenizer(directory, run_dir)
+    tokenizer = open_tokenizer(directory, run_dir, config)
     if order.max_model_len is not None and order.max_model_len > limit:
         raise UserError(f"max_model_len {order.max_model_len} is over the model's limit of {limit}: lower it")
     products = Products(model, dtype, device.torch_device, read, packed)
@@ -196,12 +197,21 @@ def _widest(layers: Sequence[nn.Module], experts: int) -> int:
 
 
 def model_directory(model: str) -> Path:
-    """Of a directory, or of a model on the hub. Raises UserError where there is none."""
+    """Of a directory, or of a model on the hub; or a GGUF file, be it the only model of the directory.
+
+    Raises:
+        UserError: there is none.
+        CheckpointError: the directory holds several.
+    """
     path = Path(model)
     if path.is_dir():
-        return path
+        return model_source(path)
     if is_there(path):
-        raise UserError(f"{model} is not a directory: give the directory that holds the model's config.json")
+        if is_gguf(path):
+            return path
+        raise UserError(
+            f"{model} is neither a directory nor a .gguf file: give the directory that holds the model's config.json"
+        )
     if path.is_absolute() or model.startswith(".") or model.count("/") > 1:
         raise UserError(f"model directory {model} does not exist")
     from huggingface_hub import snapshot_download

@@ -6,6 +6,7 @@ does not depend on the others.
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ class ChunkOfBits:
     """A run of a source's lines that has `num_rows` rows of a weight, `skipped` behind the first that its first line
     has, from item `first` of K on.
 
-    Row r of them would begin at `begin` + r * `stride`, in bytes from the start of the tensor, were it in 16 bits.
+    They are counted from `row` on through `shape`; that of index (i, j ...) would begin at `begin` + i, j ... times
+    `strides`, in bytes from the start of the tensor, were it in 16 bits.
     """
 
     file: int
@@ -41,7 +43,9 @@ class ChunkOfBits:
     skipped: int
     first: int
     begin: int
-    stride: int
+    row: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
     packed: PackedTensor
     others: tuple[Bits, ...]
 
@@ -55,7 +59,7 @@ class ChunkOfBits:
             self.part, self.dtype, self.others, packing.group, width, self.first,
         )  # fmt: skip
         found, part = LAYOUTS[self.part.layout].decode(lines), self.part
-        parts = dict(zip(("values", "scales", part.fills), found, strict=False)) if part.fills == "all" else {}
+        parts = dict(zip(("values", "scales", "offsets"), found, strict=False)) if part.fills == "all" else {}
         for fills, rows in (parts or {part.fills: found}).items():
             self._put(fills, rows, self.packed.parts(arena, slot_offset, count))
 
@@ -93,7 +97,9 @@ class ChunkOfBits:
         """Their numbers, counted through all weights of the tensor."""
         packed = self.packed
         _, columns, width = packed.packing.dimensions(packed.shape)
-        begins = (self.begin + np.arange(self.num_rows, dtype=np.int64) * self.stride) // ITEM_BYTES[packed.dtype]
+        places = np.unravel_index(np.arange(self.row, self.row + self.num_rows), self.shape)
+        begins = self.begin + sum(place * stride for place, stride in zip(places, self.strides, strict=True))
+        begins = np.asarray(begins, np.int64) // ITEM_BYTES[packed.dtype]
         if packed.packing.is_transposed:  # [E, K, N]
             return begins // (columns * width) * columns + begins % columns
         return begins // width
@@ -123,8 +129,9 @@ def chunks_of_bits(
     """
     packed = PackedTensor.of(tensor)
     assert packed is not None
-    columns, width = piece.source_shape
-    if target.ndim != 2 or target.shape[1] != width or target.strides[1] != packed.group_stride:
+    *lead, width = piece.source_shape
+    columns = math.prod(lead)
+    if target.ndim < 2 or target.shape[-1] != width or target.strides[-1] != packed.group_stride:
         raise cannot_be_read(tensor)
     layout, dtype = LAYOUTS[part.layout], piece.source_dtype
     line_bytes = layout.line_bytes(part, columns, width, dtype)
@@ -133,6 +140,8 @@ def chunks_of_bits(
     unit, covers = layout.unit(part)
     units = max(1, limit // (line_bytes * unit))
     end = num_lines(part, columns, width)
+    if len(lead) > 1:  # all of it
+        rows = (0, columns)
     if not layout.is_turned:
         first_line, end = rows[0] // covers * unit, -(-rows[1] // covers) * unit
     else:
@@ -151,8 +160,10 @@ def chunks_of_bits(
             num_rows=high - low,
             skipped=low - (0 if layout.is_turned else at),
             first=at if layout.is_turned else 0,
-            begin=begin + (low - rows[0]) * target.strides[0],
-            stride=target.strides[0],
+            begin=begin,
+            row=low - rows[0],
+            shape=target.shape[:-1],
+            strides=target.strides[:-1],
             packed=packed,
             others=others,
         )

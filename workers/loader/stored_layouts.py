@@ -21,8 +21,11 @@ offsets are one for every `group` items of K.
     packed_words      turned: codes along N, in words of 32 bits       GPTQ, version 2
     lessened_words    the same, each lessened by one                   GPTQ
     awq_zeros         turned: a word has eight columns                 AWQ
+    q4_0, q4_k ...    blocks of items, each with its scales            GGUF
+    added             floats, and a number that is added to each       GGUF
 
-Sources: the packages compressed-tensors, gptqmodel, autoawq, bitsandbytes and torchao, each of which writes its layout.
+Sources: the packages compressed-tensors, gptqmodel, autoawq, bitsandbytes and torchao, each of which writes its layout; of GGUF
+see gguf_kernels.py.
 """
 
 from __future__ import annotations
@@ -34,6 +37,8 @@ from typing import Any
 
 import numpy as np
 
+from flexgen_lite.model.formats.gguf import ADDED
+from flexgen_lite.model.formats.gguf_header import TYPES
 from flexgen_lite.model.spec import ITEM_BYTES, StoredPart
 from flexgen_lite.workers.loader.float_items import to_float32
 from flexgen_lite.workers.loader.weight_cast import Bits
@@ -75,12 +80,13 @@ class Lines:
 class Layout:
     """
     Attributes:
-        decode: rows of words; of scales and offsets rows of float32; of zeros rows of bytes.
+        decode: rows of words; of scales and offsets rows of float32; of zeros rows of bytes. Where a part is all, rows
+            of words and of scales, and of offsets where there are some.
         line_bytes: of a part of a weight `[N, K]` whose items are of a dtype.
         unit: lines that are decoded together, and the rows, or items of K, that they are for.
     """
 
-    decode: Callable[[Lines], Bits]
+    decode: Callable[[Lines], Any]
     line_bytes: Callable[[StoredPart, int, int, str], int]
     unit: Callable[[StoredPart], tuple[int, int]] = lambda part: (1, part.block[0])
     is_turned: bool = False
@@ -205,6 +211,22 @@ def _awq_zeros(lines: Lines) -> Bits:
     return np.ascontiguousarray(zeros.reshape(len(words), -1).astype(np.uint8).T)
 
 
+def _blocks(lines: Lines) -> tuple[Bits, ...]:
+    from flexgen_lite.workers.loader import gguf_kernels
+
+    return gguf_kernels.decode(lines.part.layout, lines.words(np.uint16), lines.width)
+
+
+def floats(lines: Lines) -> Bits:
+    """Rows of float32 of lines whose part is all."""
+    if lines.part.layout == ADDED:
+        return np.asarray(to_float32(lines.bytes, lines.dtype) + np.float32(lines.part.number))
+    from flexgen_lite.workers.loader import gguf_kernels
+
+    rows: Bits = gguf_kernels.floats(lines.part.layout, lines.words(np.uint16), lines.width)
+    return rows
+
+
 def _along_k(part: StoredPart, columns: int, width: int, dtype: str) -> int:
     return width * part.num_bits // 8
 
@@ -237,6 +259,13 @@ LAYOUTS = {
     "lessened_words": Layout(_lessened_words, _along_n, lambda part: (1, part.block[1]), is_turned=True),
     "awq_zeros": Layout(_awq_zeros, _along_n, lambda part: (1, part.block[1]), is_turned=True),
 }
+
+_BLOCKS = {kind.name.lower(): kind for kind in TYPES.values() if kind.items > 1}
+LAYOUTS |= {
+    name: Layout(_blocks, lambda part, n, k, dtype: k // part.block[1] * _BLOCKS[part.layout].num_bytes)
+    for name in _BLOCKS
+}
+LAYOUTS[ADDED] = Layout(floats, lambda part, n, k, dtype: k * ITEM_BYTES[dtype])
 
 
 def num_lines(part: StoredPart, columns: int, width: int) -> int:

@@ -94,16 +94,20 @@ class HeldBits:
 
 
 def stored_packing(name: str, parts: Sequence[Part], held: HeldBits) -> Packing | None:
-    """How the parameter `name` is kept that the checkpoint's `parts` fill; None: they are not in few bits.
+    """How the parameter `name` is kept that the checkpoint's `parts` fill; None: they are not in few bits, or are
+    unpacked while they are loaded.
 
     Raises:
         CheckpointError: some are in few bits, and the parameter cannot be kept so.
     """
     stored = [part.stored.bits for part in parts]
     first = next((bits for bits in stored if bits is not None), None)
-    if first is None:
+    if first is None or not first.kind:
         return None
+    may_be_unpacked = all(bits is None or bits.may_be_unpacked for bits in stored)
     if name not in held.is_transposed:
+        if may_be_unpacked:
+            return None
         raise CheckpointError(
             f"{name} is quantised in the checkpoint, and only weights of linear layers and experts can be kept so that "
             "nobody else reads: use the unquantised model with `quantization`"
@@ -112,6 +116,8 @@ def stored_packing(name: str, parts: Sequence[Part], held: HeldBits) -> Packing 
         None if bits is None else (bits.kind, bits.num_bits, bits.group, bits.scale_dtype, bits.zeros)
         for bits in stored
     }
+    if len(kinds) > 1 and may_be_unpacked:
+        return None
     if len(kinds) > 1:
         raise CheckpointError(
             f"{name} is joined from tensors that are not all quantised alike: use the unquantised model with "

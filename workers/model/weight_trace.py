@@ -78,11 +78,20 @@ def trace(stored: StoredTensor, dtype: torch.dtype) -> TracedTensor:
     meta = torch.empty(stored.shape, dtype=dtype, device="meta")
     sizes = tuple((0, size) for size in stored.shape[-2:])
     if not stored.members:
-        return TracedTensor(meta, (Part(stored, (), tuple((0, size) for size in stored.shape)),))
+        return TracedTensor(meta, (Part(stored, _unpaired(stored), tuple((0, size) for size in stored.shape)),))
     turn: tuple[View, ...] = (("transpose", 0, 1),) if stored.is_turned else ()
     views: tuple[View, ...] = (*turn, ("reshape", 1, *stored.shape[-2:]))
     parts = [Part(member, views, ((i, i + 1), *sizes)) for i, member in enumerate(stored.members)]
     return TracedTensor(meta, parts)
+
+
+def _unpaired(stored: StoredTensor) -> tuple[View, ...]:
+    """The halves of its runs of rows, one behind the other."""
+    if not stored.paired_rows:
+        return ()
+    count, *rest = stored.shape
+    runs = (count // stored.paired_rows, stored.paired_rows // 2, 2, *rest)
+    return ("reshape", *runs), ("transpose", 1, 2), ("reshape", *stored.shape)
 
 
 def to_pieces(part: Part, shape: Sequence[int]) -> tuple[SourcePiece, ...]:
@@ -94,6 +103,9 @@ def to_pieces(part: Part, shape: Sequence[int]) -> tuple[SourcePiece, ...]:
 
 def _pieces_of_bits(part: Part, bits: StoredBits, shape: Sequence[int]) -> tuple[SourcePiece, ...]:
     whole = part.region == tuple((0, size) for size in shape)
+    source_shape, views = part.stored.shape, part.views
+    if part.stored.paired_rows:
+        source_shape, views = tuple(int(size) for size in views[0][1:]), views[1:]
     return tuple(
         SourcePiece(
             file=source.file,
@@ -101,8 +113,8 @@ def _pieces_of_bits(part: Part, bits: StoredBits, shape: Sequence[int]) -> tuple
             num_bytes=source.num_bytes,
             source_name=source.name,
             source_dtype=source.dtype,
-            source_shape=part.stored.shape,
-            views=part.views,
+            source_shape=source_shape,
+            views=views,
             region=() if whole else part.region,
             part=stored_part,
         )
