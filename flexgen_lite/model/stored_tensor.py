@@ -34,6 +34,7 @@ class StoredBits:
     Attributes:
         num_bits: of a code in memory, 4 or 8.
         parts: each with the tensor that it is read from.
+        order: a digest of what says which group an input is in; b"": each group is a run of inputs.
     """
 
     kind: str
@@ -42,3 +43,4 @@ class StoredBits:
     scale_dtype: str
     zeros: str
     parts: tuple[tuple[StoredPart, StoredTensor], ...]
+    order: bytes = b""
