@@ -39,6 +39,7 @@ class StoredBits:
         kind: "": it is not kept in few bits, but made of what is stored otherwise.
         num_bits: of a code in memory, 4 or 8.
         parts: each with the tensor that it is read from.
+        order: a digest of what says which group an input is in; b"": each group is a run of inputs.
     """
 
     kind: str
@@ -47,6 +48,7 @@ class StoredBits:
     scale_dtype: str
     zeros: str
     parts: tuple[tuple[StoredPart, StoredTensor], ...]
+    order: bytes = b""
 
     @property
     def may_be_unpacked(self) -> bool:

@@ -296,9 +296,7 @@ def bos_token_id(directory: Path, config: PreTrainedConfig) -> int | None:
     """Raises UserError where it is none."""
     bos = _token_id(config, "bos_token_id")
     if bos is not None and not (type(bos) is int and abs(bos) <= _MAX_TOKEN_ID):
-        raise UserError(
-            f"{config_path(directory)}: bos_token_id={shown(bos)} is not allowed: a token id is expected"
-        )
+        raise UserError(f"{config_path(directory)}: bos_token_id={shown(bos)} is not allowed: a token id is expected")
     return bos
 
 

@@ -113,7 +113,7 @@ def stored_packing(name: str, parts: Sequence[Part], held: HeldBits) -> Packing 
             "nobody else reads: use the unquantised model with `quantization`"
         )
     kinds = {
-        None if bits is None else (bits.kind, bits.num_bits, bits.group, bits.scale_dtype, bits.zeros)
+        None if bits is None else (bits.kind, bits.num_bits, bits.group, bits.scale_dtype, bits.zeros, bool(bits.order))
         for bits in stored
     }
     if len(kinds) > 1 and may_be_unpacked:
@@ -122,6 +122,15 @@ def stored_packing(name: str, parts: Sequence[Part], held: HeldBits) -> Packing 
         raise CheckpointError(
             f"{name} is joined from tensors that are not all quantised alike: use the unquantised model with "
             "`quantization`"
+        )
+    # What is side by side in a weight, as gates are beside what they open, has the same inputs.
+    orders = {
+        (part.region[0] if len(part.region) > 2 else (), part.stored.bits and part.stored.bits.order) for part in parts
+    }
+    if len(orders) > len({place for place, _ in orders}):
+        raise CheckpointError(
+            f"{name} is joined from tensors whose inputs are in groups of different inputs (g_idx), which is not "
+            "supported: use the unquantised model with `quantization`"
         )
     is_whole = first.kind == "int" and first.zeros != "float32"
     return Packing(
@@ -133,6 +142,7 @@ def stored_packing(name: str, parts: Sequence[Part], held: HeldBits) -> Packing 
         held.is_transposed[name],
         held.rounds_rows and is_whole,
         first.kind,
+        bool(first.order),
     )
 
 

@@ -18,7 +18,7 @@ REMEDY = "use the unquantised model with `quantization`"
 AGAIN = "download the model again"
 FLOATS = ("float32", "bfloat16", "float16")
 FP8 = "float8_e4m3fn"
-_UNPACK = {"float32": "<f", "float16": "<e", "int32": "<i", "uint8": "B"}
+_UNPACK = {"float32": "<f", "float16": "<e", "int64": "<q", "int32": "<i", "uint8": "B"}
 
 Part = tuple[StoredPart, StoredTensor]
 
@@ -71,6 +71,14 @@ class StoredLayers:
         shown = ", ".join(f"{t.name.removeprefix(layer).lstrip('._')} {t.dtype} {list(t.shape)}" for t in tensors if t)
         first = next(tensor for tensor in tensors if tensor is not None)
         return self.error(layer, first, f"has parts that do not fit each other ({shown}): {AGAIN}, config.json too")
+
+    def each(self, layer: str, tensor: StoredTensor, width: int, groups: int) -> int:
+        """Items of K that one of `groups` scales is for."""
+        if not groups or width % groups:
+            raise self.error(
+                layer, tensor, f"has {groups} scales for {width} inputs, which does not go without a rest: {REMEDY}"
+            )
+        return width // groups
 
     def group(self, layer: str, tensor: StoredTensor, width: int, each: int) -> int:
         """Items of K with one scale in memory, where a scale is for `each` of `width` in the file."""
