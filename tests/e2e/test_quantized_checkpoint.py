@@ -237,7 +237,7 @@ EMBEDDING = "model.embed_tokens.weight"
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (change_section(format="nvfp4-pack-quantized"), ("nvfp4-pack-quantized", "only pack-quantized")),
+        (change_section(format="marlin-24"), ("marlin-24", "not read", "unquantised model")),
         (change_section(config_groups={}), ("no config_groups",)),
         (change_section(config_groups={"a": {"weights": None}}), ("a of config_groups has no weights",)),
         (change_section(sparsity_config={"format": "sparse-24"}), ("sparse-24",)),
@@ -256,6 +256,10 @@ EMBEDDING = "model.embed_tokens.weight"
             ("has no weight_zero_point", "not symmetric"),
         ),
         (change_tensors(lambda t: t.update({Q + "weight_g_idx": torch.arange(64)})), ("weight_g_idx", "actorder")),
+        (
+            change_tensors(lambda t: t.update({Q + "weight_g_idx": torch.empty(0, dtype=torch.int32)})),
+            ("weight_g_idx cannot be read as int32 [0]",),
+        ),
         (change_tensors(lambda t: t.update({Q + "weight": torch.zeros(64, 64)})), ("there twice",)),
         (
             change_tensors(lambda t: t.update({Q + "weight_scale": t[Q + "weight_scale"].repeat(1, 4)})),

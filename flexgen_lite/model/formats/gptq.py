@@ -11,11 +11,13 @@ Sources: gptqmodel 7.7, `nn_modules/qlinear/`; AutoAWQ 0.2.9, `modules/linear/ge
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from flexgen_lite.model.files import CheckpointError
-from flexgen_lite.model.formats.layers import AGAIN, FLOATS, REMEDY, StoredLayers
+from flexgen_lite.model.formats.layers import AGAIN, FLOATS, REMEDY, StoredLayers, small
 from flexgen_lite.model.spec import StoredPart
 from flexgen_lite.model.stored_tensor import StoredBits, StoredTensor
 from flexgen_lite.text.shown import shown, shown_text
@@ -134,3 +136,17 @@ def _check_order(layers: StoredLayers, layer: str, order: StoredTensor, width: i
         raise layers.error(
             layer, order, f"has a g_idx of {order.dtype} {list(order.shape)}, not {width} int32: {AGAIN}"
         )
+    if layers.read(small(order)) != _in_order(width, groups):
+        raise layers.error(
+            layer,
+            order,
+            "has inputs that are ordered by g_idx, which is not supported: quantise it without reordering (desc_act), "
+            f"or {REMEDY}",
+        )
+
+
+@cache
+def _in_order(width: int, groups: int) -> bytes:
+    """A g_idx that says nothing: each group has the inputs that follow those of the group before."""
+    each = width // groups
+    return struct.pack(f"<{width}i", *(item // each for item in range(width)))

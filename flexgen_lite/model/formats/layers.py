@@ -18,7 +18,7 @@ REMEDY = "use the unquantised model with `quantization`"
 AGAIN = "download the model again"
 FLOATS = ("float32", "bfloat16", "float16")
 FP8 = "float8_e4m3fn"
-_UNPACK = {"float32": "<f", "float16": "<e", "int32": "<i", "uint8": "B"}
+_UNPACK = {"float32": "<f", "float16": "<e", "int64": "<q", "int32": "<i", "uint8": "B"}
 
 Part = tuple[StoredPart, StoredTensor]
 
@@ -82,9 +82,11 @@ class StoredLayers:
         return group
 
     def number(self, tensor: StoredTensor, index: int = 0) -> float:
-        """An item of it."""
-        kind = _UNPACK[tensor.dtype]
-        size = struct.calcsize(kind)
+        """An item of it. Raises CheckpointError where it has none, or of another dtype than such tensors have."""
+        kind = _UNPACK.get(tensor.dtype)
+        size = struct.calcsize(kind) if kind else 0
+        if kind is None or tensor.num_bytes < (index + 1) * size:
+            raise self.error(tensor.name, tensor, f"cannot be read as {tensor.dtype} {list(tensor.shape)}: {AGAIN}")
         source = SmallSource(tensor.file, tensor.offset + index * size, size, tensor.dtype)
         return float(struct.unpack(kind, self.read(source))[0])
 
