@@ -90,9 +90,11 @@ class StoredLayers:
         return group
 
     def number(self, tensor: StoredTensor, index: int = 0) -> float:
-        """An item of it."""
-        kind = _UNPACK[tensor.dtype]
-        size = struct.calcsize(kind)
+        """An item of it. Raises CheckpointError where it has none, or of another dtype than such tensors have."""
+        kind = _UNPACK.get(tensor.dtype)
+        size = struct.calcsize(kind) if kind else 0
+        if kind is None or tensor.num_bytes < (index + 1) * size:
+            raise self.error(tensor.name, tensor, f"cannot be read as {tensor.dtype} {list(tensor.shape)}: {AGAIN}")
         source = SmallSource(tensor.file, tensor.offset + index * size, size, tensor.dtype)
         return float(struct.unpack(kind, self.read(source))[0])
 

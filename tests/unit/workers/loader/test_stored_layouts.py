@@ -13,8 +13,6 @@ from safetensors.torch import save_file
 
 from flexgen_lite.memory.slot_layout import TensorSource, layout_unit
 from flexgen_lite.model.checkpoint import Checkpoint, open_checkpoint
-from flexgen_lite.model.files import CheckpointError
-from flexgen_lite.model.packing import Packing
 from flexgen_lite.wire.worker_messages import AttachLoader, Load
 from flexgen_lite.workers.compute.unpacked_weights import unpacked
 from flexgen_lite.workers.loader import state as loader_state
