@@ -34,6 +34,7 @@ class StoredBits:
     Attributes:
         num_bits: of a code in memory, 4 or 8.
         parts: each with the tensor that it is read from.
+        finish: as in Packing.
         order: a digest of what says which group an input is in; b"": each group is a run of inputs.
     """
 
@@ -44,3 +45,4 @@ class StoredBits:
     zeros: str
     parts: tuple[tuple[StoredPart, StoredTensor], ...]
     order: bytes = b""
+    finish: str = ""

@@ -54,7 +54,7 @@ class ChunkOfBits:
         shape = (self.num_lines, self.num_bytes // self.num_lines)
         lines = Lines(
             np.ndarray(shape, np.uint8, bounce, bounce_offset),
-            self.part, self.dtype, self.others, packing.group, width, self.first,
+            self.part, self.dtype, self.others, packing.group, width, self.first, packing.finish,
         )  # fmt: skip
         if self.part.layout == "sorted_words":
             self._put_sorted(lines, self.packed.parts(arena, slot_offset, count)[0])

@@ -61,6 +61,7 @@ class Lines:
         group: items of K with one scale, in memory.
         width: K.
         first: item of K that they begin with, where they are turned.
+        finish: as in Packing.
     """
 
     bytes: Bits
@@ -70,6 +71,7 @@ class Lines:
     group: int
     width: int
     first: int = 0
+    finish: str = ""
 
     def words(self, kind: type[np.unsignedinteger[Any]]) -> Bits:
         """The same bytes as larger words, in memory that these may lie in."""
@@ -223,7 +225,8 @@ def _absmax(lines: Lines) -> Bits:
 
 
 def _absmax_8(lines: Lines) -> Bits:
-    return np.asarray(to_float32(lines.bytes, lines.dtype) * np.float32(1 / 127))
+    items = to_float32(lines.bytes, lines.dtype)
+    return items if lines.finish == "127" else np.asarray(items * np.float32(1 / 127))
 
 
 def _packed_zeros(lines: Lines) -> Bits:

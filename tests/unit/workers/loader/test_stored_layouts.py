@@ -13,8 +13,6 @@ from safetensors.torch import save_file
 
 from flexgen_lite.memory.slot_layout import TensorSource, layout_unit
 from flexgen_lite.model.checkpoint import Checkpoint, open_checkpoint
-from flexgen_lite.model.files import CheckpointError
-from flexgen_lite.model.packing import Packing
 from flexgen_lite.wire.worker_messages import AttachLoader, Load
 from flexgen_lite.workers.compute.unpacked_weights import unpacked
 from flexgen_lite.workers.loader import state as loader_state
@@ -60,7 +58,11 @@ def loaded(checkpoint: Checkpoint, order: str = "bfloat16", dtype: torch.dtype =
 
 
 FORMS: dict[str, Stored] = {
-    **{f"gptq-{bits}-{version}": gptq(96, 1024, 64, bits, version) for bits in (2, 3, 4, 8) for version in ("gptq", "gptq_v2")},
+    **{
+        f"gptq-{bits}-{version}": gptq(96, 1024, 64, bits, version)
+        for bits in (2, 3, 4, 8)
+        for version in ("gptq", "gptq_v2")
+    },
     **{f"gptq-{bits}-desc-act": gptq(224, 1024, 32, bits, is_sorted=True) for bits in (2, 3, 4, 8)},
     "gptq-one-group": gptq(96, 1024, 1024, 8),
     "awq": awq(224, 1024, 128),
