@@ -8,8 +8,9 @@ or an offset. The *kind* says what a code's value is:
     e2m1, nf4, fp4   4 bits, a place in one of TABLES
     e4m3     8 bits, a number in floating point
 
-and w = value * scale + offset, rounded once. Of several weights `[E, N, K]`, the codes of all come first, then the
-scales of all, then the zeros or offsets of all. N is filled up to whole blocks of COLUMNS.
+and w = value * scale + offset, rounded once; some formats do more to the product first, see `finish`. Of several
+weights `[E, N, K]`, the codes of all come first, then the scales of all, then the zeros or offsets of all. N is filled
+up to whole blocks of COLUMNS.
 
 Where groups are no runs of inputs, the inputs are sorted by them: item p of K is then that of input `order[p]`, and
 behind all the rest are these numbers, int32 `[E, K]`.
@@ -61,6 +62,9 @@ class Packing:
         rounds_rows: rows that the weight is multiplied with are rounded to 8 bits, group by group.
         kind: of the codes.
         is_sorted: inputs are sorted by their groups.
+        finish: "float16": the product of value and scale is rounded to float16 first; "127": scales are 127 times what
+            they are, and the product is multiplied with 1 / 127 in float32. Where order is "int8" and rows are rounded,
+            there is no such product: "float16" has no effect.
     """
 
     bits: int
@@ -72,6 +76,7 @@ class Packing:
     rounds_rows: bool = False
     kind: str = "int"
     is_sorted: bool = False
+    finish: str = ""
 
     @property
     def has_zeros(self) -> bool:

@@ -1,5 +1,7 @@
 """Weights of 8 and 4 bits into panels of bfloat16: value * scale + offset is rounded once, as it would be if the weight
-had been made bfloat16 before.
+had been made bfloat16 before. What is finished in another way (Packing.finish), and zeros whose product with a scale is
+not exact, have variants of their own, which take longer: the zero is subtracted first, the product multiplied with a
+factor and perhaps rounded to float16.
 
 The order of the values is that of packing.py for bfloat16: a vector of words has eight columns, each with the even and
 the odd items of K, so that two vectors of float32, narrowed together, are the words of sixteen columns in a panel.
@@ -9,12 +11,15 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
+from flexgen_lite.model.packing import TABLES
 from flexgen_lite.workers import simd
 from flexgen_lite.workers.compute.product_tiles import COLUMNS, LINE, ROW, STEP, prefetch_line
 from flexgen_lite.workers.simd import LANES, VECTOR, WORDS
@@ -27,7 +32,14 @@ _LOW = ir.Constant(WORDS, [lane // 2 for lane in range(LANES)])
 _HIGH = ir.Constant(WORDS, [LANES // 2 + lane // 2 for lane in range(LANES)])
 _NAN, _SUBNORMAL = 0x7F, 8  # of the codes of E4M3 without their sign: no number; the first that is none of these
 
+_tables = {kind: np.array(values, np.float32) for kind, values in TABLES.items()}
+
 Decode = Callable[[Any, Any, int, Any], Any]
+
+
+def table_address(kind: str) -> int:
+    """Of what codes of 4 bits stand for, float32."""
+    return int(_tables[kind].ctypes.data)
 
 
 def _four_bits(builder: Any, words: Any, item: int, table: Any) -> Any:
@@ -41,7 +53,7 @@ def _eight_bits(builder: Any, words: Any, item: int, table: Any) -> Any:
     return builder.sitofp(builder.ashr(left, simd.same(24, WORDS)), VECTOR)
 
 
-def _e4m3(builder: Any, words: Any, item: int, table: Any) -> Any:
+def of_e4m3(builder: Any, words: Any, item: int, table: Any = None) -> Any:
     """Byte `item` of each word, a number of 4 bits of exponent and 3 of mantissa."""
     left = builder.shl(words, simd.same(24 - 8 * item, WORDS)) if item < 3 else words
     sign = builder.and_(left, simd.same(0x80000000, WORDS))
@@ -55,11 +67,14 @@ def _e4m3(builder: Any, words: Any, item: int, table: Any) -> Any:
     return builder.bitcast(builder.or_(builder.bitcast(value, WORDS), sign), VECTOR)
 
 
-def _load_scales(builder: Any, kind: str, scales: Any, zeros: Any, zero_bytes: Any, bias: Any, target: Any) -> None:
+def _load_scales(
+    builder: Any, kind: str, scales: Any, zeros: Any, zero_bytes: Any, bias: Any, finish: Any, target: Any
+) -> None:
     """A group's scales, and offsets or -zero * scale, of COLUMNS columns, each twice: `[scale or offset][column][2]`.
 
     Args:
         zeros: address of zero + `bias`, or of offsets where `zero_bytes` is 4; 0: there are none.
+        finish: but for 0, -zero as it is.
     """
     middle = builder.sitofp(builder.trunc(bias, simd.I32), simd.FLOAT)
     size = 4 if kind == "float32" else 2
@@ -69,7 +84,8 @@ def _load_scales(builder: Any, kind: str, scales: Any, zeros: Any, zero_bytes: A
         with builder.if_then(builder.icmp_unsigned("==", zero_bytes, zero_bytes.type(1))):
             codes = simd.load_from(builder, builder.add(zeros, zeros.type(group * LANES)), _BYTES, align=1)
             less = builder.fsub(simd.spread(builder, middle), builder.uitofp(codes, VECTOR))
-            builder.store(builder.fmul(less, scale), offset)
+            is_plain = builder.icmp_unsigned("==", finish, finish.type(0))
+            builder.store(builder.select(is_plain, builder.fmul(less, scale), less), offset)
         with builder.if_then(builder.icmp_unsigned("==", zero_bytes, zero_bytes.type(4))):
             builder.store(simd.load_from(builder, builder.add(zeros, zeros.type(group * 4 * LANES))), offset)
         for part, vector in enumerate((scale, builder.load(offset))):
@@ -78,12 +94,30 @@ def _load_scales(builder: Any, kind: str, scales: Any, zeros: Any, zero_bytes: A
                 simd.store_to(builder, builder.shuffle_vector(vector, vector, lanes), builder.add(target, place))
 
 
-def _unpack(decode: Decode, items: int) -> Any:
+def _fused(builder: Any, value: Any, scale: Any, offset: Any) -> Any:
+    return simd.fused(builder, value, scale, offset)
+
+
+def _finished(builder: Any, value: Any, scale: Any, less: Any, factor: Any, halves: Any) -> Any:
+    product = builder.fmul(builder.fmul(builder.fadd(value, less), scale), factor)
+    half = builder.fpext(builder.fptrunc(product, ir.VectorType(ir.HalfType(), LANES)), VECTOR)
+    return builder.select(halves, half, product)
+
+
+def _unpack(decode: Decode, items: int, is_finished: bool = False) -> Any:
     """unpack(values, scales, table, runs, panel, ahead): `runs` runs of 2 * `items` items of K of a block, all of one
     group, whose scales `load_scales` has left. Meanwhile as much memory from `ahead` on is fetched.
+
+    Where it `is_finished`, two more arguments are the factor of the products and whether they are rounded to float16.
     """
 
-    def build(builder: Any, values: Any, scales: Any, table: Any, runs: Any, panel: Any, ahead: Any) -> None:
+    def build(
+        builder: Any, values: Any, scales: Any, table: Any, runs: Any, panel: Any, ahead: Any, *more: Any
+    ) -> None:
+        combine: Any = _fused
+        if is_finished:
+            factor, halves = simd.spread(builder, more[0]), builder.icmp_unsigned("!=", more[1], more[1].type(0))
+            combine = partial(_finished, factor=factor, halves=halves)
         values_of_codes = simd.load_from(builder, table) if decode is _four_bits else None
         doubled = [
             simd.load_from(builder, builder.add(scales, scales.type(i * ROW)), align=ROW) for i in range(2 * _VECTORS)
@@ -100,7 +134,7 @@ def _unpack(decode: Decode, items: int) -> Any:
                     prefetch_line(builder, builder.add(ahead_at, place))
                 for item in range(items):
                     low, high = (
-                        simd.fused(
+                        combine(
                             builder,
                             decode(builder, word, item, values_of_codes),
                             doubled[vector],
@@ -112,7 +146,8 @@ def _unpack(decode: Decode, items: int) -> Any:
                     place = panel.type(item * STEP + pair * LINE)
                     simd.store_to(builder, builder.bitcast(both, WORDS), builder.add(panel_at, place))
 
-    return simd.operation(build, types.void, *[types.int64] * 6)
+    more = [types.float32, types.int64] if is_finished else []
+    return simd.operation(build, types.void, *[types.int64] * 6, *more)
 
 
 def _bits_of_e4m3() -> list[int]:
@@ -151,13 +186,11 @@ def _side_by_side(builder: Any, low: Any, high: Any, upper: bool) -> Any:
 
 
 def _unpack_by_table() -> Any:
-    """unpack_e4m3 with a table of both bytes of a code's bfloat16."""
+    """unpack_e4m3 with a table of both bytes of a code's bfloat16; there are no offsets."""
     bits = _bits_of_e4m3()
     low_bytes, high_bytes = [x & 255 for x in bits], [x >> 8 for x in bits]
     even = ir.Constant(WORDS, list(range(0, 2 * LANES, 2)))
-    mixed = ir.Constant(
-        ir.VectorType(simd.I32, 2 * LANES), [i // 2 + LANES * (i % 2) for i in range(2 * LANES)]
-    )  # fmt: skip
+    mixed = ir.Constant(ir.VectorType(simd.I32, 2 * LANES), [i // 2 + LANES * (i % 2) for i in range(2 * LANES)])
 
     def scaled(b: Any, words: Any, scale: Any) -> Any:
         low = b.bitcast(b.shl(words, simd.same(16, WORDS)), VECTOR)
@@ -197,7 +230,10 @@ def _unpack_by_table() -> Any:
 
 
 SCALES_BYTES = 2 * _VECTORS * ROW  # of a group, as `load_scales` leaves them
-load_scales = simd.operation_of_kind(_load_scales, types.void, *[types.int64] * 5)
+load_scales = simd.operation_of_kind(_load_scales, types.void, *[types.int64] * 6)
 if simd.PAIRS:
     unpack_4, unpack_8 = _unpack(_four_bits, 8), _unpack(_eight_bits, 4)
-    unpack_e4m3 = _unpack_by_table() if simd.BYTE_TABLES else _unpack(_e4m3, 4)
+    unpack_e4m3 = _unpack_by_table() if simd.BYTE_TABLES else _unpack(of_e4m3, 4)
+    finish_4, finish_8, finish_e4m3 = (
+        _unpack(decode, items, True) for decode, items in ((_four_bits, 8), (_eight_bits, 4), (of_e4m3, 4))
+    )

@@ -110,6 +110,10 @@ def _unpacked(
     else:
         values = codes.view(torch.float8_e4m3fn).float()
     values *= by_column(packing.scales_at(shape), getattr(torch, packing.scale_dtype))
+    if packing.finish == "127":
+        values *= 1 / 127
+    elif packing.finish == "float16":
+        values = values.half().float()
     if packing.zeros == "float32":
         values += by_column(packing.zeros_at(shape), torch.float32)
     return values.view(-1, width)[: columns - first * COLUMNS].to(dtype)
@@ -143,9 +147,7 @@ def multiplied(
     _, columns, width = packing.dimensions(bits.shape)
     x = rounded(rows.float(), packing.group) if packing.rounds_rows else rows
     x_TK = x.reshape(-1, width)
-    has_kernel = (
-        x.dtype == torch.float32 and packing.order == "int8" and packing.kind == "int" and memory.device.type == "cpu"
-    )
+    has_kernel = x.dtype == torch.float32 and packing.order == "int8" and memory.device.type == "cpu"
     has_kernel = has_kernel and prefill_cpu.parallel() is not None
     blocks = max(1, SLAB_ITEMS.get(memory.device.type, SLAB_ITEMS["cpu"]) // (COLUMNS * width))
     parts = []

@@ -58,7 +58,7 @@ class ChunkOfBits:
         shape = (self.num_lines, self.num_bytes // self.num_lines)
         lines = Lines(
             np.ndarray(shape, np.uint8, bounce, bounce_offset),
-            self.part, self.dtype, self.others, packing.group, width, self.first,
+            self.part, self.dtype, self.others, packing.group, width, self.first, packing.finish,
         )  # fmt: skip
         if self.part.layout == "sorted_words":
             self._put_sorted(lines, self.packed.parts(arena, slot_offset, count)[0])
@@ -166,8 +166,7 @@ def chunks_of_bits(
         raise cannot_be_read(tensor)
     layout, dtype = LAYOUTS[part.layout], piece.source_dtype
     line_bytes = layout.line_bytes(part, columns, width, dtype)
-    assert read is not None or not part.others
-    others = tuple(np.frombuffer(read(other), bits_type(other.dtype)) for other in part.others)  # type: ignore[misc]
+    others = read_others(part, read)
     lock = threading.Lock()
     unit, covers = layout.unit(part)
     units = max(1, limit // (line_bytes * unit))
@@ -200,6 +199,12 @@ def chunks_of_bits(
             others=others,
             lock=lock,
         )
+
+
+def read_others(part: StoredPart, read: ReadSmall | None) -> tuple[Bits, ...]:
+    """The bits of what `part.others` names."""
+    assert read is not None or not part.others
+    return tuple(np.frombuffer(read(other), bits_type(other.dtype)) for other in part.others)  # type: ignore[misc]
 
 
 def cannot_be_read(tensor: TensorSpec) -> CheckpointError:

@@ -27,6 +27,7 @@ offsets are one for every `group` items of K.
     awq_zeros         turned: a word has eight columns                 AWQ
     q4_0, q4_k ...    blocks of items, each with its scales            GGUF
     added             floats, and a number that is added to each       GGUF
+    fp8_blocks        FP8 along K; `others` has scales for blocks      what is unpacked while it is loaded
     filled_zeros      codes along K, with more of them behind a row's  AWQ, gemv
     order             which group each item of K is in                 GPTQ, compressed-tensors
 
@@ -48,7 +49,7 @@ import numpy as np
 from flexgen_lite.model.formats.gguf import ADDED
 from flexgen_lite.model.formats.gguf_header import TYPES
 from flexgen_lite.model.spec import ITEM_BYTES, StoredPart
-from flexgen_lite.workers.loader.float_items import to_float32
+from flexgen_lite.workers.loader.float_items import E4M3, to_float32
 from flexgen_lite.workers.loader.weight_cast import Bits
 
 SIGN_BITS = {4: np.uint64(0x8888888888888888), 8: np.uint64(0x8080808080808080)}
@@ -65,7 +66,8 @@ class Lines:
         others: arrays of the bits of what `part.others` names.
         group: items of K with one scale, in memory.
         width: K.
-        first: item of K that they begin with, where they are turned.
+        first: item of K that they begin with, where they are turned; row, where they are unpacked.
+        finish: as in Packing.
     """
 
     bytes: Bits
@@ -75,6 +77,7 @@ class Lines:
     group: int
     width: int
     first: int = 0
+    finish: str = ""
 
     def words(self, kind: type[np.unsignedinteger[Any]]) -> Bits:
         """The same bytes as larger words, in memory that these may lie in."""
@@ -229,7 +232,8 @@ def _absmax(lines: Lines) -> Bits:
 
 
 def _absmax_8(lines: Lines) -> Bits:
-    return np.asarray(to_float32(lines.bytes, lines.dtype) * np.float32(1 / 127))
+    items = to_float32(lines.bytes, lines.dtype)
+    return items if lines.finish == "127" else np.asarray(items * np.float32(1 / 127))
 
 
 def _packed_zeros(lines: Lines) -> Bits:
@@ -275,8 +279,20 @@ def _blocks(lines: Lines) -> tuple[Bits, ...]:
     return gguf_kernels.decode(lines.part.layout, lines.words(np.uint16), lines.width)
 
 
+def _floats_of_blocks(lines: Lines) -> Bits:
+    rows, items = lines.part.block
+    source = lines.part.others[0]
+    scales = to_float32(lines.others[0].view(np.uint8).reshape(1, -1), source.dtype).reshape(
+        -1, -(-lines.width // items)
+    )
+    place = (lines.first + np.arange(len(lines.bytes))) // rows
+    return np.asarray(E4M3[lines.bytes] * np.repeat(scales[place], items, axis=1)[:, : lines.width])
+
+
 def floats(lines: Lines) -> Bits:
     """Rows of float32 of lines whose part is all."""
+    if lines.part.layout == "fp8_blocks":
+        return _floats_of_blocks(lines)
     if lines.part.layout == ADDED:
         return np.asarray(to_float32(lines.bytes, lines.dtype) + np.float32(lines.part.number))
     from flexgen_lite.workers.loader import gguf_kernels
@@ -354,6 +370,7 @@ LAYOUTS |= {
     name: Layout(_blocks, lambda part, n, k, dtype: k // part.block[1] * _BLOCKS[part.layout].num_bytes)
     for name in _BLOCKS
 }
+LAYOUTS["fp8_blocks"] = Layout(floats, _along_k)
 LAYOUTS[ADDED] = Layout(floats, lambda part, n, k, dtype: k * ITEM_BYTES[dtype])
 
 

@@ -151,9 +151,9 @@ def join(layers: StoredLayers) -> None:
         return
     for layer, values in list(layers.layers(".weight")):
         if values.dtype == "int8" and len(values.shape) == 2:
-            fp8.join_bytes(layers, layer, values, SCALES, None, layers.take(layer + ZEROS))
+            fp8.join_bytes(layers, layer, values, SCALES, None, layers.take(layer + ZEROS), in_scales=True)
         elif values.dtype == "float8_e4m3fn":
-            fp8.join_bytes(layers, layer, values, SCALES, schemes.block(layer))
+            fp8.join_bytes(layers, layer, values, SCALES, schemes.block(layer), in_scales=True)
     for suffix in _UNUSED:
         for _, tensor in layers.layers(suffix):
             layers.take(tensor.name)
@@ -192,7 +192,8 @@ def _join_whole_numbers(layers: StoredLayers, schemes: Schemes | None, layer: st
     if digest and order is not None:
         parts.append(part_of(order, columns))
     kept = 4 if bits <= 4 else 8
-    stored = StoredBits("int", kept, group, scales.dtype, "" if zeros is None else "uint8", tuple(parts), digest)
+    zeros_as = "" if zeros is None else "uint8"
+    stored = StoredBits("int", kept, group, scales.dtype, zeros_as, tuple(parts), digest, fp8.finish_in(scales.dtype))
     layers.add(f"{layer}.weight", (columns, width), stored, values)
 
 

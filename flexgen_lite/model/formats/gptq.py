@@ -66,6 +66,7 @@ def join(layers: StoredLayers) -> None:
 
 
 def _check(values: Mapping[str, Any], where: str, method: str) -> None:
+    known: tuple[str, ...]
     if method == "awq":
         version, known = values.get("version", values.get("format", "gemm")), _AWQ
     else:

@@ -21,12 +21,16 @@ ROWS = (1, 15, 16, 17, 70)
 
 
 FORMS = [
-    *(("int", bits, zeros) for bits in (8, 4) for zeros in ("", "uint8", "float32")),
-    *((kind, 4, zeros) for kind in ("uint", "e2m1", "nf4", "fp4") for zeros in ("", "float32")),
-    ("e4m3", 8, ""),
+    *(("int", bits, zeros, "") for bits in (8, 4) for zeros in ("", "uint8", "float32")),
+    *((kind, 4, zeros, "") for kind in ("uint", "e2m1", "nf4", "fp4") for zeros in ("", "float32")),
+    ("e4m3", 8, "", ""),
+    *(("int", bits, zeros, "float16") for bits in (8, 4) for zeros in ("", "uint8")),
+    ("nf4", 4, "", "float16"),
+    ("e4m3", 8, "", "float16"),
+    ("int", 8, "", "127"),
 ]
-"""Kind, bits, zeros or offsets."""
-WHOLE = [form for form in FORMS if form[0] == "int" and form[2] != "float32"]
+"""Kind, bits, zeros or offsets, finish."""
+WHOLE = [form for form in FORMS if form[0] == "int" and form[2] != "float32" and not form[3]]
 
 
 def made(shape: tuple[int, int, int], group: int, packing: Packing) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,21 +61,25 @@ def made(shape: tuple[int, int, int], group: int, packing: Packing) -> tuple[tor
     if packing.zeros == "float32":
         zero_ENG = torch.randn(scales, generator=generator)
         weights = weights.float().double() + zero_ENG.double().repeat_interleave(group, 2)
+    if packing.finish == "127":
+        weights = weights.float().double() * torch.tensor(1 / 127, dtype=torch.float32).double()
+    elif packing.finish == "float16":
+        weights = weights.float().half()
     memory = packed(codes_ENK, scale_ENG, zero_ENG, packing)
     assert memory.numel() == packing.num_bytes(shape)
     return memory, weights.float()
 
 
-def orders(form: tuple[str, int, str]) -> tuple[str, ...]:
-    return ("bfloat16", "int8") if form in WHOLE else ("bfloat16",)
+def orders(finish: str) -> tuple[str, ...]:
+    return ("bfloat16", "int8") if finish != "127" else ("bfloat16",)
 
 
-@pytest.mark.parametrize(("kind", "bits", "zeros"), FORMS)
-def test_unpacking(kind: str, bits: int, zeros: str) -> None:
+@pytest.mark.parametrize(("kind", "bits", "zeros", "finish"), FORMS)
+def test_unpacking(kind: str, bits: int, zeros: str, finish: str) -> None:
     for columns, width, group in SHAPES:
         for scale_dtype in ("bfloat16", "float16", "float32"):
-            for order in orders((kind, bits, zeros)):
-                packing = Packing(bits, group, order, scale_dtype, zeros, kind=kind)
+            for order in orders(finish):
+                packing = Packing(bits, group, order, scale_dtype, zeros, kind=kind, finish=finish)
                 shape = (3, columns, width)
                 memory, weights_ENK = made(shape, group, packing)
                 for index in (0, 2):
@@ -83,18 +91,18 @@ def test_unpacking(kind: str, bits: int, zeros: str) -> None:
 
 @pytest.mark.skipif(not serves_width(32), reason="not on this processor")
 @pytest.mark.parametrize("tiles", TILES)
-@pytest.mark.parametrize(("kind", "bits", "zeros"), FORMS)
-def test_against_float64(kind: str, bits: int, zeros: str, tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kind", "bits", "zeros", "finish"), FORMS)
+def test_against_float64(
+    kind: str, bits: int, zeros: str, finish: str, tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(product_amx, "allowed", lambda: tiles)
     for columns, width, group in SHAPES:
         for scale_dtype, count in (("bfloat16", 1), ("float32", 3), ("float16", 1)):
-            packing = Packing(bits, group, "bfloat16", scale_dtype, zeros, kind=kind)
+            packing = Packing(bits, group, "bfloat16", scale_dtype, zeros, kind=kind, finish=finish)
             shape = (count, columns, width)
             memory, weights_ENK = made(shape, group, packing)
             weights = weights_of_bits(memory, packing, shape)
-            assert (weights is None) == (zeros == "uint8" and scale_dtype == "float32")
-            if weights is None:
-                continue
+            assert weights is not None
             for rows in ROWS:
                 x_TK = torch.randn(rows * count, width).bfloat16()
                 output = torch.empty(rows * count, columns).bfloat16()
@@ -173,15 +181,15 @@ def test_rounding_of_rows() -> None:
 
 
 @pytest.mark.parametrize("rounds_rows", [False, True])
-@pytest.mark.parametrize(("kind", "bits", "zeros"), FORMS[:-1])
+@pytest.mark.parametrize(("kind", "bits", "zeros", "finish"), FORMS)
 def test_where_no_kernel_serves(
-    kind: str, bits: int, zeros: str, rounds_rows: bool, monkeypatch: pytest.MonkeyPatch
+    kind: str, bits: int, zeros: str, finish: str, rounds_rows: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(unpacked_weights, "SLAB_ITEMS", {"cpu": 16 * 1024})  # some of the shapes in several slabs
     forms = [(*shape, dtype) for shape in SHAPES for dtype in ("bfloat16", "float16", "float32")]
     for columns, width, group, scale_dtype in forms:
-        for order in orders((kind, bits, zeros)):
-            packing = Packing(bits, group, order, scale_dtype, zeros, rounds_rows=rounds_rows, kind=kind)
+        for order in orders(finish):
+            packing = Packing(bits, group, order, scale_dtype, zeros, rounds_rows=rounds_rows, kind=kind, finish=finish)
             memory, weights_ENK = made((2, columns, width), group, packing)
             module = nn.Module()
             packed_weights(module)["weight"] = memory
@@ -191,5 +199,6 @@ def test_where_no_kernel_serves(
             rows_TK = rounded(x_TK, group) if rounds_rows else x_TK
             expected = rows_TK.double() @ weights_ENK[1].double().t() + bias_N
             magnitude = rows_TK.double().abs() @ weights_ENK[1].double().abs().t() + 1
-            error = (multiplied(linear, x_TK, weight, 1, bias_N).double() - expected).abs()
-            assert bool((error <= magnitude * 2**-18).all())
+            found = multiplied(linear, x_TK, weight, 1, bias_N).double()
+            assert torch.equal(found.isnan(), expected.isnan())
+            assert bool((((found - expected).abs() <= magnitude * 2**-18) | expected.isnan()).all())
