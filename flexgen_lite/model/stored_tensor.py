@@ -39,6 +39,8 @@ class StoredBits:
         kind: "": it is not kept in few bits, but made of what is stored otherwise.
         num_bits: of a code in memory, 4 or 8.
         parts: each with the tensor that it is read from.
+        finish: as in Packing.
+        order: a digest of what says which group an input is in; b"": each group is a run of inputs.
     """
 
     kind: str
@@ -47,8 +49,19 @@ class StoredBits:
     scale_dtype: str
     zeros: str
     parts: tuple[tuple[StoredPart, StoredTensor], ...]
+    order: bytes = b""
+    finish: str = ""
 
     @property
     def may_be_unpacked(self) -> bool:
         """Whether the loader can make items of it, too, where it cannot be kept so."""
-        return all(part.fills == "all" for part, _ in self.parts)
+        return all(part.fills == "all" for part, _ in self.parts) or self.in_blocks is not None
+
+    @property
+    def in_blocks(self) -> tuple[StoredTensor, StoredPart, StoredTensor] | None:
+        """Values in FP8, and scales for blocks of them, where that is all there is."""
+        if self.kind != "e4m3" or len(self.parts) != 2:
+            return None
+        (part, values), (scale_part, scales) = self.parts
+        plain = part.layout == "stream" and scale_part.layout == "items" and not scale_part.others
+        return (values, scale_part, scales) if plain else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import mmap
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,16 +19,12 @@ from flexgen_lite import EngineError, FlexGenLite
 from flexgen_lite.model.files import CheckpointError
 from flexgen_lite.model.formats.compressed_tensors import EXPERTS
 from flexgen_lite.model.quantization import IGNORED, Quantization
-from flexgen_lite.model.spec import ModelSpec
-from flexgen_lite.wire.worker_messages import AttachLoader, Load, OpenModel
-from flexgen_lite.workers.compute.device import open_device
-from flexgen_lite.workers.compute.model_open import open_model
 from flexgen_lite.workers.conversion import run
 from flexgen_lite.workers.conversion.run import quantize
-from flexgen_lite.workers.loader.state import LoaderState
 from flexgen_lite.workers.serve import UserError
 from tests.compressed_checkpoint import Form, compress, section
 from tests.e2e.test_quantization import SETTINGS, answers
+from tests.loaded_weights import loaded, spec_of
 from tests.quantised_weights import quantised_model
 from tests.tiny_models import make_model, ragged_prompts, reference_tokens
 
@@ -40,25 +35,6 @@ def written(model: Path, bits: int, **options: Any) -> Path:
     target = model.with_name(f"{model.name}-int{bits}")
     quantize(model, target, Quantization(bits, **options), 10.0, lambda done, total: None)
     return target
-
-
-def spec_of(model: Path, quantization: Quantization | None = None) -> ModelSpec:
-    (model.parent / "run").mkdir(exist_ok=True)
-    order = OpenModel(str(model), "auto", "float32", "cpu", False, None, quantization)
-    return open_model(order, open_device("cpu"), str(model.parent / "run")).spec
-
-
-def loaded(spec: ModelSpec) -> dict[str, bytes]:
-    """Every tensor as the loader leaves it in a slot."""
-    found = {}
-    for number, unit in enumerate(spec.units):
-        arena = mmap.mmap(-1, unit.num_bytes)
-        order = AttachLoader(spec.files, spec.stamps, spec.units, (0,), unit.num_bytes, "auto", False, 2, ())
-        state = LoaderState(order, arena)
-        state.load(Load(number, 0))
-        state.close()
-        found |= {tensor.name: arena[tensor.offset : tensor.offset + tensor.num_bytes] for tensor in unit.tensors}
-    return found
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "qwen3-moe", "mixtral", "deepseek-v3"])
@@ -261,7 +237,7 @@ EMBEDDING = "model.embed_tokens.weight"
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (change_section(format="nvfp4-pack-quantized"), ("nvfp4-pack-quantized", "only pack-quantized")),
+        (change_section(format="marlin-24"), ("marlin-24", "not read", "unquantised model")),
         (change_section(config_groups={}), ("no config_groups",)),
         (change_section(config_groups={"a": {"weights": None}}), ("a of config_groups has no weights",)),
         (change_section(sparsity_config={"format": "sparse-24"}), ("sparse-24",)),
@@ -280,6 +256,10 @@ EMBEDDING = "model.embed_tokens.weight"
             ("has no weight_zero_point", "not symmetric"),
         ),
         (change_tensors(lambda t: t.update({Q + "weight_g_idx": torch.arange(64)})), ("weight_g_idx", "actorder")),
+        (
+            change_tensors(lambda t: t.update({Q + "weight_g_idx": torch.empty(0, dtype=torch.int32)})),
+            ("weight_g_idx cannot be read as int32 [0]",),
+        ),
         (change_tensors(lambda t: t.update({Q + "weight": torch.zeros(64, 64)})), ("there twice",)),
         (
             change_tensors(lambda t: t.update({Q + "weight_scale": t[Q + "weight_scale"].repeat(1, 4)})),

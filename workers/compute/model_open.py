@@ -89,10 +89,13 @@ def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> Op
     path = find_text_path(model, keeps_latents and not of_bits)
     layers, text = path.layers, model_builder.text_config(config)
     read = projections(model.modules())
-    value_order = _value_order(order, dtype, device)
+    # Values of weights in few bits lie in the order of the kernels that multiply with them here.
+    unpacked_first = device.torch_device.type == "cpu" and not (dtype == torch.bfloat16 and serves_width(STEP * 2))
+    value_order = "int8" if unpacked_first or order.activations == "int8" else "bfloat16"
     quantization = None if is_stored else order.quantization
     wanted = packings(model, quantization, read, value_order) if quantization is not None else {}
-    held = HeldBits(holds_bits(model, read), value_order, order.activations == "int8")
+    other_order = "int8" if unpacked_first else "bfloat16"
+    held = HeldBits(holds_bits(model, read), value_order, order.activations == "int8", other_order)
     units, warnings = map_weights(model, layers, checkpoint, dtype, path.unused, wanted, held)
     packed = {tensor.name: tensor.packing for unit in units for tensor in unit.tensors if tensor.packing is not None}
     limit, warning = model_builder.max_length(text, path.has_indexers)
@@ -159,20 +162,16 @@ def _check_quantization(order: OpenModel, section: Section, checkpoint: Checkpoi
 
 
 def _has_projections_of_bits(checkpoint: Checkpoint) -> bool:
-    """Whether a weight that makes keys and values of latents (latents.py) can be read by its own forward alone."""
-    return any(t.bits is not None and t.name.endswith(".kv_b_proj.weight") for t in checkpoint.tensors.values())
+    """Whether a weight that makes keys and values of latents (latents.py) can only be kept in few bits, and so be read
+    by its own forward alone."""
+    stored = (t.bits for t in checkpoint.tensors.values() if t.name.endswith(".kv_b_proj.weight"))
+    return any(bits is not None and not bits.may_be_unpacked for bits in stored)
 
 
 def _rounding(section: Section, order: OpenModel, is_stored: bool) -> list[str]:
     if not is_stored or not section.rounds_activations or order.activations == "int8":
         return []
     return ["the checkpoint is meant for activations in few bits; they are rounded here only with activations=int8"]
-
-
-def _value_order(order: OpenModel, dtype: torch.dtype, device: Device) -> str:
-    """Of the values of weights in few bits: that of the kernels that multiply with them here."""
-    unpacked_first = device.torch_device.type == "cpu" and not (dtype == torch.bfloat16 and serves_width(STEP * 2))
-    return "int8" if unpacked_first or order.activations == "int8" else "bfloat16"
 
 
 def fingerprint(opened: OpenedModel) -> str:

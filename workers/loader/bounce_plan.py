@@ -18,7 +18,13 @@ import numpy as np
 
 from flexgen_lite.model.files import CheckpointError
 from flexgen_lite.model.spec import ITEM_BYTES, SourcePiece, StoredPart, TensorSpec, UnitSpec
-from flexgen_lite.workers.loader.stored_bits import ChunkOfBits, ReadSmall, cannot_be_read, chunks_of_bits
+from flexgen_lite.workers.loader.stored_bits import (
+    ChunkOfBits,
+    ReadSmall,
+    cannot_be_read,
+    chunks_of_bits,
+    read_others,
+)
 from flexgen_lite.workers.loader.stored_layouts import LAYOUTS, Lines, floats
 from flexgen_lite.workers.loader.weight_cast import Bits, bits_type, copy_cast
 from flexgen_lite.workers.loader.weight_packing import PackedTensor
@@ -47,6 +53,8 @@ class Chunk:
     target_offset: int
     packed: PackedTensor | None = None  # offset and strides are then those that it would have in 16 bits
     part: StoredPart | None = None  # that it is, of rows that are stored otherwise than item by item
+    row: int = 0  # of these, the first
+    others: tuple[Bits, ...] = ()  # what `part.others` names
 
     def convert(self, bounce: mmap.mmap, bounce_offset: int, arena: mmap.mmap, slot_offset: int) -> None:
         """Put the chunk, whose bytes are at `bounce_offset`, in its place."""
@@ -70,7 +78,7 @@ class Chunk:
             return np.ndarray(self.source_shape, bits_type(self.source_dtype), bounce, bounce_offset), self.source_dtype
         count, width = math.prod(self.source_shape[:-1]), self.source_shape[-1]
         lines = np.ndarray((count, self.num_bytes // count), np.uint8, bounce, bounce_offset)
-        rows = floats(Lines(lines, self.part, self.source_dtype, (), 0, width))
+        rows = floats(Lines(lines, self.part, self.source_dtype, self.others, 0, width, self.row))
         return rows.view(np.uint32).reshape(self.source_shape), "float32"
 
 
@@ -130,6 +138,7 @@ def _chunks(tensor: TensorSpec, piece: SourcePiece, limit: int, read: ReadSmall 
     region: tuple[Any, ...] = (*(slice(start, stop) for start, stop in piece.region), ...)
     target = whole[region]
     packed = PackedTensor.of(tensor)
+    others = () if piece.part is None or packed is not None else read_others(piece.part, read)
 
     def chunk(
         offset: int, num_bytes: int, shape: tuple[int, ...], views: tuple[tuple[str | int, ...], ...], part: Bits
@@ -152,6 +161,8 @@ def _chunks(tensor: TensorSpec, piece: SourcePiece, limit: int, read: ReadSmall 
             target_offset=tensor.offset + _address(part) - base,
             packed=packed,
             part=piece.part,
+            row=(offset - piece.offset) // _source_strides(piece)[-1] if piece.part is not None else 0,
+            others=others,
         )
 
     turned = _in_source_order(target, piece)

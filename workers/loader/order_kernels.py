@@ -16,6 +16,7 @@ from numba import njit
 
 from flexgen_lite.model.packing import Packing
 from flexgen_lite.workers.loader.cast_kernels import _compiled
+from flexgen_lite.workers.loader.weight_cast import Bits
 
 EIGHT = 8
 U8, U32, U64 = np.uint8, np.uint32, np.uint64
@@ -143,6 +144,16 @@ take_4, take_8 = _compiled(_take_4), _compiled(_take_8)
 
 def _put_8_bytes(source: Any, places: Any, target: Any) -> None:
     put_items(source.view(np.uint32), places, target)
+
+
+def item_places(packing: Packing, items: Bits) -> tuple[Bits, Bits, type[np.unsignedinteger[Any]]]:
+    """Of items of K: the words that they are in, counted in a column, at which bit each begins, and the words' type."""
+    if packing.order == "bfloat16":
+        each = 64 // packing.bits
+        shifts = items % 2 * 32 + items % each // 2 * packing.bits
+        return items // each, shifts, np.uint64
+    each = 32 // packing.bits
+    return items // each, items % 4 * 8 + items % each // 4 * 4, np.uint32
 
 
 def of_values(packing: Packing) -> tuple[Any, type[np.unsignedinteger[Any]]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from flexgen_lite.model.files import CheckpointError
 from flexgen_lite.model.packing import COLUMNS, num_blocks
 from flexgen_lite.model.spec import ITEM_BYTES, SmallSource, SourcePiece, StoredPart, TensorSpec
 from flexgen_lite.workers.loader.float_items import from_float32
-from flexgen_lite.workers.loader.stored_layouts import LAYOUTS, Lines, num_lines
+from flexgen_lite.workers.loader.stored_layouts import LAYOUTS, Lines, num_lines, order_of
 from flexgen_lite.workers.loader.weight_cast import Bits, bits_type
 from flexgen_lite.workers.loader.weight_packing import PackedTensor
 
@@ -48,6 +49,7 @@ class ChunkOfBits:
     strides: tuple[int, ...]
     packed: PackedTensor
     others: tuple[Bits, ...]
+    lock: threading.Lock
 
     def convert(self, bounce: mmap.mmap, bounce_offset: int, arena: mmap.mmap, slot_offset: int) -> None:
         """Put the chunk, whose bytes are at `bounce_offset`, in its place."""
@@ -56,9 +58,15 @@ class ChunkOfBits:
         shape = (self.num_lines, self.num_bytes // self.num_lines)
         lines = Lines(
             np.ndarray(shape, np.uint8, bounce, bounce_offset),
-            self.part, self.dtype, self.others, packing.group, width, self.first,
+            self.part, self.dtype, self.others, packing.group, width, self.first, packing.finish,
         )  # fmt: skip
+        if self.part.layout == "sorted_words":
+            self._put_sorted(lines, self.packed.parts(arena, slot_offset, count)[0])
+            return
         found, part = LAYOUTS[self.part.layout].decode(lines), self.part
+        if part.fills == "order":
+            self._put_order(found, self.packed.order(arena, slot_offset))
+            return
         parts = dict(zip(("values", "scales", "offsets"), found, strict=False)) if part.fills == "all" else {}
         for fills, rows in (parts or {part.fills: found}).items():
             self._put(fills, rows, self.packed.parts(arena, slot_offset, count))
@@ -85,6 +93,29 @@ class ChunkOfBits:
             order_kernels.put_items(rows, places, zeros)
         else:
             order_kernels.put_items(rows.view(np.uint32), places, zeros.view(np.uint32))
+
+    def _put_order(self, order: Bits, target: Bits) -> None:
+        _, columns, _ = self.packed.packing.dimensions(self.packed.shape)
+        for index in np.unique(self._rows() // columns):
+            target[index] = order
+
+    def _put_sorted(self, lines: Lines, values: Bits) -> None:
+        """Items go among those of other chunks, into words that these change, too."""
+        from flexgen_lite.workers.loader import layout_kernels, order_kernels
+
+        packing, words = self.packed.packing, lines.words(np.uint32)
+        order = order_of(self.others[0])
+        place: Bits = np.empty(order.size, np.int64)
+        place[order] = np.arange(order.size)
+        first, count = self.first, self.num_lines * 32 // self.part.num_bits
+        steps, shifts, kind = order_kernels.item_places(packing, place[first : first + count])
+        places = self._places(order.size * packing.bits // 8 // kind().itemsize, 0)
+        columns = slice(self.skipped, self.skipped + self.num_rows)
+        sign = 128 if packing.order == "bfloat16" and packing.bits == 8 else 0
+        with self.lock:
+            layout_kernels.scatter_words(
+                words[:, columns], self.part.num_bits, sign, steps * COLUMNS, shifts, places, values.view(kind)
+            )
 
     def _places(self, steps: int, first: int) -> Bits:
         """Where item `first` of each row goes, in items of which a row has `steps`; the next goes COLUMNS further."""
@@ -135,8 +166,8 @@ def chunks_of_bits(
         raise cannot_be_read(tensor)
     layout, dtype = LAYOUTS[part.layout], piece.source_dtype
     line_bytes = layout.line_bytes(part, columns, width, dtype)
-    assert read is not None or not part.others
-    others = tuple(np.frombuffer(read(other), bits_type(other.dtype)) for other in part.others)  # type: ignore[misc]
+    others = read_others(part, read)
+    lock = threading.Lock()
     unit, covers = layout.unit(part)
     units = max(1, limit // (line_bytes * unit))
     end = num_lines(part, columns, width)
@@ -166,7 +197,14 @@ def chunks_of_bits(
             strides=target.strides[:-1],
             packed=packed,
             others=others,
+            lock=lock,
         )
+
+
+def read_others(part: StoredPart, read: ReadSmall | None) -> tuple[Bits, ...]:
+    """The bits of what `part.others` names."""
+    assert read is not None or not part.others
+    return tuple(np.frombuffer(read(other), bits_type(other.dtype)) for other in part.others)  # type: ignore[misc]
 
 
 def cannot_be_read(tensor: TensorSpec) -> CheckpointError:

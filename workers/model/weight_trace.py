@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from flexgen_lite.model.spec import ITEM_BYTES, SourcePiece
+from flexgen_lite.model.spec import ITEM_BYTES, SmallSource, SourcePiece, StoredPart
 from flexgen_lite.model.stored_tensor import StoredBits, StoredTensor
 
 Region = tuple[tuple[int, int], ...]
@@ -94,10 +94,16 @@ def _unpaired(stored: StoredTensor) -> tuple[View, ...]:
     return ("reshape", *runs), ("transpose", 1, 2), ("reshape", *stored.shape)
 
 
-def to_pieces(part: Part, shape: Sequence[int]) -> tuple[SourcePiece, ...]:
-    """The part as SourcePieces of a parameter of `shape`: one, or those of a weight in few bits."""
-    if part.stored.bits is not None:
-        return _pieces_of_bits(part, part.stored.bits, shape)
+def to_pieces(part: Part, shape: Sequence[int], is_packed: bool = False) -> tuple[SourcePiece, ...]:
+    """The part as SourcePieces of a parameter of `shape`: one, or those of a weight that is kept in few bits."""
+    bits = part.stored.bits
+    if bits is not None:
+        if not is_packed and (blocks := bits.in_blocks) is not None:
+            values, scale_part, scales = blocks
+            others = (SmallSource(scales.file, scales.offset, scales.num_bytes, scales.dtype),)
+            whole = StoredPart("all", "fp8_blocks", 8, scale_part.block, others)
+            bits = replace(bits, parts=((whole, values),))
+        return _pieces_of_bits(part, bits, shape)
     return (_to_piece(part, shape),)
 
 

@@ -18,7 +18,7 @@ REMEDY = "use the unquantised model with `quantization`"
 AGAIN = "download the model again"
 FLOATS = ("float32", "bfloat16", "float16")
 FP8 = "float8_e4m3fn"
-_UNPACK = {"float32": "<f", "float16": "<e", "int32": "<i", "uint8": "B"}
+_UNPACK = {"float32": "<f", "float16": "<e", "int64": "<q", "int32": "<i", "uint8": "B"}
 
 Part = tuple[StoredPart, StoredTensor]
 
@@ -72,6 +72,14 @@ class StoredLayers:
         first = next(tensor for tensor in tensors if tensor is not None)
         return self.error(layer, first, f"has parts that do not fit each other ({shown}): {AGAIN}, config.json too")
 
+    def each(self, layer: str, tensor: StoredTensor, width: int, groups: int) -> int:
+        """Items of K that one of `groups` scales is for."""
+        if not groups or width % groups:
+            raise self.error(
+                layer, tensor, f"has {groups} scales for {width} inputs, which does not go without a rest: {REMEDY}"
+            )
+        return width // groups
+
     def group(self, layer: str, tensor: StoredTensor, width: int, each: int) -> int:
         """Items of K with one scale in memory, where a scale is for `each` of `width` in the file."""
         group = math.gcd(width, each)
@@ -82,9 +90,11 @@ class StoredLayers:
         return group
 
     def number(self, tensor: StoredTensor, index: int = 0) -> float:
-        """An item of it."""
-        kind = _UNPACK[tensor.dtype]
-        size = struct.calcsize(kind)
+        """An item of it. Raises CheckpointError where it has none, or of another dtype than such tensors have."""
+        kind = _UNPACK.get(tensor.dtype)
+        size = struct.calcsize(kind) if kind else 0
+        if kind is None or tensor.num_bytes < (index + 1) * size:
+            raise self.error(tensor.name, tensor, f"cannot be read as {tensor.dtype} {list(tensor.shape)}: {AGAIN}")
         source = SmallSource(tensor.file, tensor.offset + index * size, size, tensor.dtype)
         return float(struct.unpack(kind, self.read(source))[0])
 

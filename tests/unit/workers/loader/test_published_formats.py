@@ -1,0 +1,62 @@
+"""Every published format, in the families that are published in it: what is loaded is what the format says, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.loaded_weights import spec_of, unpacked_weights
+from tests.published.checkpoint import base_model, publish
+from tests.published.formats import FORMATS, pairs_of
+
+OTHERS = [
+    (name, family)
+    for name in ("fp8-blocks", "gptq-4bit-asym-v1", "awq", "bnb-nf4-double", "ct-nvfp4", "torchao-Int4Tensor")
+    for family in ("opt", "mixtral")
+]
+ALL = [*pairs_of(["llama", "qwen3-moe"]), *OTHERS, ("fp8-blocks", "deepseek-v3")]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {
+        family: base_model(family, tmp_path_factory.mktemp(family), num_hidden_layers=2)
+        for family in {family for _, family in ALL}
+    }
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """For tensors so small, others would only wait."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("name", "family"), ALL)
+def test_weights(name: str, family: str, models: dict[str, Path], tmp_path: Path) -> None:
+    exact = publish(models[family], tmp_path / "model", FORMATS[name])
+    expected = AutoModelForCausalLM.from_pretrained(exact, dtype=torch.float32).state_dict()
+    for dtype in (torch.float32, torch.bfloat16):
+        spec = spec_of(tmp_path / "model", dtype=str(dtype).removeprefix("torch."))
+        assert any(tensor.packing for unit in spec.units for tensor in unit.tensors)
+        found = unpacked_weights(spec)
+        assert found.keys() <= expected.keys()
+        wrong = [n for n, tensor in found.items() if not torch.equal(tensor.to(dtype), expected[n].to(dtype))]
+        assert not wrong
+
+
+def test_latents_are_kept_where_their_projection_is_in_fp8(models: dict[str, Path], tmp_path: Path) -> None:
+    publish(models["deepseek-v3"], tmp_path / "model", FORMATS["fp8-blocks"])
+    spec = spec_of(tmp_path / "model", dtype="bfloat16")
+    by_name = {tensor.name: tensor for unit in spec.units for tensor in unit.tensors}
+    projections = [tensor for name, tensor in by_name.items() if name.endswith("kv_b_proj.weight")]
+    assert projections
+    assert all(tensor.packing is None for tensor in projections)
+    assert all(attention.values_in_keys for attention in spec.attention)
+    assert not spec.warnings
