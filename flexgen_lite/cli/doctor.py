@@ -30,10 +30,10 @@ def examine(model: Path | None = None) -> Iterator[tuple[str, str]]:
     """(subject, finding) pairs, as they are found out.
 
     Args:
-        model: a model directory, whose largest file is read for two seconds to measure the disk.
+        model: a model directory, whose largest file is read for two seconds to measure the disk, or a GGUF file.
 
     Raises:
-        FileNotFoundError: `model` has no safetensors file.
+        FileNotFoundError: `model` has no file of weights.
     """
     from flexgen_lite.workers.compute.device import cuda_devices
 
