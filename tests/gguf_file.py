@@ -188,6 +188,18 @@ class GgufFile:
         return path
 
 
+def tokenizer_values(directory: Path, special: list[str], template: str) -> dict[str, Any]:
+    """What a file says of the byte-level tokenizer of a directory."""
+    model = json.loads((directory / "tokenizer.json").read_text())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    return {
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3 if token in special else 1 for token in tokens],
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in model["merges"]],
+        "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2, "tokenizer.chat_template": template,
+    }  # fmt: skip
+
+
 def kind_of(name: str, shape: tuple[int, ...], kind: str) -> str:
     """Norms and routers stay in float32, and rows that are no whole blocks."""
     if len(shape) == 1 or name.endswith("mlp.gate.weight") or shape[-1] % BLOCKS.get(kind, 1):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from flexgen_lite.model.files import CheckpointError
 from flexgen_lite.workers.model.builder import eos_token_ids
 from flexgen_lite.workers.model.gguf_config import config_of_gguf
 from flexgen_lite.workers.model.tokenizer import open_tokenizer
-from tests.gguf_file import BF16, F16, F32, GgufFile
+from tests.gguf_file import BF16, F16, F32, GgufFile, tokenizer_values
 from tests.tiny_tokenizers import SPECIAL, TEXT, make_tokenizer
 
 SIZES: dict[str, Any] = {
@@ -134,15 +133,8 @@ def test_tokenizer(tmp_path: Path) -> None:
     """Byte-level, with tokens for control and a chat template."""
     make_tokenizer("bytes", "nothing", tmp_path)
     own = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
-    tokens = sorted(model["vocab"], key=model["vocab"].get)
     template = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
-    values = {
-        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [3 if token in SPECIAL else 1 for token in tokens],
-        "tokenizer.ggml.merges": [" ".join(merge) for merge in model["merges"]],
-        "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2, "tokenizer.chat_template": template,
-    }  # fmt: skip
+    values = tokenizer_values(tmp_path, SPECIAL, template)
     run = tmp_path / "run"
     run.mkdir()
     path = gguf("qwen2", {}, **values).write(tmp_path / "m.gguf")
