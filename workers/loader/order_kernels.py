@@ -156,6 +156,13 @@ def item_places(packing: Packing, items: Bits) -> tuple[Bits, Bits, type[np.unsi
     return items // each, items % 4 * 8 + items % each // 4 * 4, np.uint32
 
 
+def form_of(packing: Packing) -> tuple[int, type[np.unsignedinteger[Any]]]:
+    """The order of words in memory, one of layout_kernels.py's, and the words' type."""
+    if packing.order == "bfloat16":
+        return (0 if packing.bits == 4 else 1 + (packing.kind == "int")), np.uint64
+    return (3 if packing.bits == 4 else 4), np.uint32
+
+
 def of_values(packing: Packing) -> tuple[Any, type[np.unsignedinteger[Any]]]:
     """The kernel that puts words of 64 bits into the order of `packing`, and the words that it puts."""
     if packing.order == "bfloat16":

@@ -56,6 +56,9 @@ class ChunkOfBits:
             np.ndarray(shape, np.uint8, bounce, bounce_offset),
             self.part, self.dtype, self.others, packing.group, width, self.first, packing.finish,
         )  # fmt: skip
+        if self.part.layout in ("words", "awq_words"):
+            self._put_turned(lines, self.packed.parts(arena, slot_offset, count)[0])
+            return
         if self.part.layout == "sorted_words":
             self._put_sorted(lines, self.packed.parts(arena, slot_offset, count)[0])
             return
@@ -94,6 +97,17 @@ class ChunkOfBits:
         _, columns, _ = self.packed.packing.dimensions(self.packed.shape)
         for index in np.unique(self._rows() // columns):
             target[index] = order
+
+    def _put_turned(self, lines: Lines, values: Bits) -> None:
+        from flexgen_lite.workers.loader import layout_kernels, order_kernels
+
+        packing = self.packed.packing
+        _, _, width = packing.dimensions(self.packed.shape)
+        form, item = order_kernels.form_of(packing)
+        steps, first = (count * packing.bits // 8 // item().itemsize for count in (width, self.first))
+        bits = 0 if self.part.layout == "awq_words" else self.part.num_bits
+        words, places = lines.words(np.uint32), self._places(steps, first)
+        layout_kernels.put_words(words, bits, form, self.skipped, places, values.view(item))
 
     def _put_sorted(self, lines: Lines, values: Bits) -> None:
         """Items go among those of other chunks, into words that these change, too."""
