@@ -238,23 +238,19 @@ def _scatter_words(words: Any, bits: Any, sign: Any, steps: Any, shifts: Any, pl
         n1 = n0 + 1
         while n1 < min(n0 + COLUMNS, places.size) and places[n1] == places[n1 - 1] + 1:
             n1 += 1
+        count, column, begin = U64(n1 - n0), U64(n0), U64(places[n0])
         for k in range(steps.size):
-            bit = k * bits
-            at, shift = bit >> 5, U32(bit & 31)
-            begin = places[n0] + steps[k]
-            to = target[begin : begin + n1 - n0]
-            left = U64(shifts[k])
+            at, shift = U64(k * bits >> 5), U32(k * bits & 31)
+            left, to = U64(shifts[k]), begin + U64(steps[k])
             keep = ~(whole << left)
-            row = words[at, n0:n1]
-            if (bit & 31) + bits > 32:
-                rest = words[at + 1, n0:n1]
-                for c in range(n1 - n0):
-                    code = ((row[c] >> shift) | (rest[c] << (U32(32) - shift))) & mask
-                    to[c] = (U64(to[c]) & keep) | (U64(code ^ U32(sign)) << left)
+            if (k * bits & 31) + bits > 32:
+                for c in range(count):
+                    code = (words[at, column + c] >> shift) | (words[at + U64(1), column + c] << (U32(32) - shift))
+                    target[to + c] = (U64(target[to + c]) & keep) | (U64((code & mask) ^ U32(sign)) << left)
             else:
-                for c in range(n1 - n0):
-                    code = (row[c] >> shift) & mask
-                    to[c] = (U64(to[c]) & keep) | (U64(code ^ U32(sign)) << left)
+                for c in range(count):
+                    code = (words[at, column + c] >> shift) & mask
+                    target[to + c] = (U64(target[to + c]) & keep) | (U64(code ^ U32(sign)) << left)
         n0 = n1
 
 

@@ -17,7 +17,7 @@ from flexgen_lite.model.files import CheckpointError
 from flexgen_lite.model.packing import COLUMNS, num_blocks
 from flexgen_lite.model.spec import ITEM_BYTES, SmallSource, SourcePiece, StoredPart, TensorSpec
 from flexgen_lite.workers.loader.float_items import from_float32
-from flexgen_lite.workers.loader.stored_layouts import LAYOUTS, Lines, num_lines, order_of
+from flexgen_lite.workers.loader.stored_layouts import LAYOUTS, Lines, num_lines, order_of, scales_of_bytes
 from flexgen_lite.workers.loader.weight_cast import Bits, bits_type
 from flexgen_lite.workers.loader.weight_packing import PackedTensor
 
@@ -62,6 +62,9 @@ class ChunkOfBits:
         if self.part.layout == "sorted_words":
             self._put_sorted(lines, self.packed.parts(arena, slot_offset, count)[0])
             return
+        if (table := scales_of_bytes(lines)) is not None:
+            self._put_looked_up(lines, table, self.packed.parts(arena, slot_offset, count)[1])
+            return
         found, part = LAYOUTS[self.part.layout].decode(lines), self.part
         if part.fills == "order":
             self._put_order(found, self.packed.order(arena, slot_offset))
@@ -92,6 +95,14 @@ class ChunkOfBits:
             order_kernels.put_items(rows, places, zeros)
         else:
             order_kernels.put_items(rows.view(np.uint32), places, zeros.view(np.uint32))
+
+    def _put_looked_up(self, lines: Lines, table: Bits, scales: Bits) -> None:
+        from flexgen_lite.workers.loader import order_kernels
+
+        packing = self.packed.packing
+        places = self._places(packing.dimensions(self.packed.shape)[2] // packing.group, 0)
+        rows = lines.bytes[self.skipped : self.skipped + self.num_rows]
+        order_kernels.put_looked_up(rows, from_float32(table, packing.scale_dtype), places, scales)
 
     def _put_order(self, order: Bits, target: Bits) -> None:
         _, columns, _ = self.packed.packing.dimensions(self.packed.shape)

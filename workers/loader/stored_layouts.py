@@ -178,7 +178,20 @@ def _turned_items(lines: Lines) -> Bits:
 def _decoded_items(lines: Lines) -> Bits:
     if lines.part.fills == "zeros":  # bytes with a sign
         return np.asarray(lines.bytes + np.uint8(1 << (lines.part.num_bits - 1)))
-    items = to_float32(lines.bytes, lines.dtype)
+    return _scaled(to_float32(lines.bytes, lines.dtype), lines)
+
+
+def scales_of_bytes(lines: Lines) -> Bits | None:
+    """What each byte stands for where they are the scales of rows as they are in memory; None: they are not."""
+    part = lines.part
+    if part.fills != "scales" or part.layout != "items" or part.block != (1, lines.group):
+        return None
+    if ITEM_BYTES[lines.dtype] != 1:
+        return None
+    return _scaled(to_float32(np.arange(256, dtype=np.uint8), lines.dtype), lines)
+
+
+def _scaled(items: Bits, lines: Lines) -> Bits:
     for divides, other in zip((False, True), lines.others, strict=False):
         if other.size:
             factor = to_float32(other.view(np.uint8), "float32").reshape(-1)[0]
