@@ -117,6 +117,17 @@ def _put_items(source: Any, places: Any, target: Any) -> None:
                     at += COLUMNS
 
 
+def _put_looked_up(source: Any, table: Any, places: Any, target: Any) -> None:
+    """`source` are places in a table."""
+    for r0 in range(0, source.shape[0], EIGHT):
+        for s0 in range(0, source.shape[1], EIGHT):
+            for r in range(r0, min(r0 + EIGHT, source.shape[0])):
+                row, at = source[r], U64(places[r]) + U64(s0) * COLUMNS
+                for s in range(U64(s0), U64(min(s0 + EIGHT, source.shape[1]))):
+                    target[at] = table[U64(row[s])]
+                    at += COLUMNS
+
+
 def _take_4(target: Any, places: Any, source: Any) -> None:
     for r0 in range(0, source.shape[0], EIGHT):
         for s0 in range(0, source.shape[1], EIGHT):
@@ -139,6 +150,7 @@ def _take_8(target: Any, places: Any, source: Any) -> None:
 
 put_4, put_8, put_4_bytes = _compiled(_put_4), _compiled(_put_8), _compiled(_put_4_bytes)
 put_8_as_they_are, put_items = _compiled(_put_8_as_they_are), _compiled(_put_items)
+put_looked_up = _compiled(_put_looked_up)
 take_4, take_8 = _compiled(_take_4), _compiled(_take_8)
 
 
@@ -154,6 +166,13 @@ def item_places(packing: Packing, items: Bits) -> tuple[Bits, Bits, type[np.unsi
         return items // each, shifts, np.uint64
     each = 32 // packing.bits
     return items // each, items % 4 * 8 + items % each // 4 * 4, np.uint32
+
+
+def form_of(packing: Packing) -> tuple[int, type[np.unsignedinteger[Any]]]:
+    """The order of words in memory, one of layout_kernels.py's, and the words' type."""
+    if packing.order == "bfloat16":
+        return (0 if packing.bits == 4 else 1 + (packing.kind == "int")), np.uint64
+    return (3 if packing.bits == 4 else 4), np.uint32
 
 
 def of_values(packing: Packing) -> tuple[Any, type[np.unsignedinteger[Any]]]:

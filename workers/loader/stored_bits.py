@@ -18,7 +18,7 @@ from flexgen_lite.model.files import CheckpointError
 from flexgen_lite.model.packing import COLUMNS, num_blocks
 from flexgen_lite.model.spec import ITEM_BYTES, SmallSource, SourcePiece, StoredPart, TensorSpec
 from flexgen_lite.workers.loader.float_items import from_float32
-from flexgen_lite.workers.loader.stored_layouts import LAYOUTS, Lines, num_lines, order_of
+from flexgen_lite.workers.loader.stored_layouts import LAYOUTS, Lines, num_lines, order_of, scales_of_bytes
 from flexgen_lite.workers.loader.weight_cast import Bits, bits_type
 from flexgen_lite.workers.loader.weight_packing import PackedTensor
 
@@ -60,8 +60,14 @@ class ChunkOfBits:
             np.ndarray(shape, np.uint8, bounce, bounce_offset),
             self.part, self.dtype, self.others, packing.group, width, self.first, packing.finish,
         )  # fmt: skip
+        if self.part.layout in ("words", "awq_words"):
+            self._put_turned(lines, self.packed.parts(arena, slot_offset, count)[0])
+            return
         if self.part.layout == "sorted_words":
             self._put_sorted(lines, self.packed.parts(arena, slot_offset, count)[0])
+            return
+        if (table := scales_of_bytes(lines)) is not None:
+            self._put_looked_up(lines, table, self.packed.parts(arena, slot_offset, count)[1])
             return
         found, part = LAYOUTS[self.part.layout].decode(lines), self.part
         if part.fills == "order":
@@ -94,10 +100,29 @@ class ChunkOfBits:
         else:
             order_kernels.put_items(rows.view(np.uint32), places, zeros.view(np.uint32))
 
+    def _put_looked_up(self, lines: Lines, table: Bits, scales: Bits) -> None:
+        from flexgen_lite.workers.loader import order_kernels
+
+        packing = self.packed.packing
+        places = self._places(packing.dimensions(self.packed.shape)[2] // packing.group, 0)
+        rows = lines.bytes[self.skipped : self.skipped + self.num_rows]
+        order_kernels.put_looked_up(rows, from_float32(table, packing.scale_dtype), places, scales)
+
     def _put_order(self, order: Bits, target: Bits) -> None:
         _, columns, _ = self.packed.packing.dimensions(self.packed.shape)
         for index in np.unique(self._rows() // columns):
             target[index] = order
+
+    def _put_turned(self, lines: Lines, values: Bits) -> None:
+        from flexgen_lite.workers.loader import layout_kernels, order_kernels
+
+        packing = self.packed.packing
+        _, _, width = packing.dimensions(self.packed.shape)
+        form, item = order_kernels.form_of(packing)
+        steps, first = (count * packing.bits // 8 // item().itemsize for count in (width, self.first))
+        bits = 0 if self.part.layout == "awq_words" else self.part.num_bits
+        words, places = lines.words(np.uint32), self._places(steps, first)
+        layout_kernels.put_words(words, bits, form, self.skipped, places, values.view(item))
 
     def _put_sorted(self, lines: Lines, values: Bits) -> None:
         """Items go among those of other chunks, into words that these change, too."""

@@ -151,27 +151,11 @@ def _signed_halves(lines: Lines) -> Bits:
 
 
 def _swapped_halves(lines: Lines) -> Bits:
-    low = np.uint64(0x0F0F0F0F0F0F0F0F)
+    from flexgen_lite.workers.loader import layout_kernels
+
     words = lines.words(np.uint64)
-    return np.asarray(((words & low) << np.uint64(4)) | ((words >> np.uint64(4)) & low))
-
-
-def _words(lines: Lines) -> Bits:
-    from flexgen_lite.workers.loader import layout_kernels
-
-    words, bits = lines.words(np.uint32), lines.part.num_bits
-    items = len(words) * 32 // bits
-    rows = np.empty((words.shape[1], items * kept_bits(bits) // 64), np.uint64)
-    layout_kernels.turn_words(words, bits, rows)
-    return rows
-
-
-def _awq_words(lines: Lines) -> Bits:
-    from flexgen_lite.workers.loader import layout_kernels
-
-    words = lines.words(np.uint32)
-    rows = np.empty((words.shape[1] * 8, len(words) // 16), np.uint64)
-    layout_kernels.turn_awq_words(words, rows)
+    rows = np.empty_like(words)
+    layout_kernels.swap_halves(words, rows)
     return rows
 
 
@@ -201,7 +185,20 @@ def _turned_items(lines: Lines) -> Bits:
 def _decoded_items(lines: Lines) -> Bits:
     if lines.part.fills == "zeros":  # bytes with a sign
         return np.asarray(lines.bytes + np.uint8(1 << (lines.part.num_bits - 1)))
-    items = to_float32(lines.bytes, lines.dtype)
+    return _scaled(to_float32(lines.bytes, lines.dtype), lines)
+
+
+def scales_of_bytes(lines: Lines) -> Bits | None:
+    """What each byte stands for where they are the scales of rows as they are in memory; None: they are not."""
+    part = lines.part
+    if part.fills != "scales" or part.layout != "items" or part.block != (1, lines.group):
+        return None
+    if ITEM_BYTES[lines.dtype] != 1:
+        return None
+    return _scaled(to_float32(np.arange(256, dtype=np.uint8), lines.dtype), lines)
+
+
+def _scaled(items: Bits, lines: Lines) -> Bits:
     for divides, other in zip((False, True), lines.others, strict=False):
         if other.size:
             factor = to_float32(other.view(np.uint8), "float32").reshape(-1)[0]
@@ -224,9 +221,15 @@ def _absmax(lines: Lines) -> Bits:
     if lines.others:
         nested, table = (other.view(np.float32) for other in lines.others)
         codes = lines.bytes.reshape(-1)
-        scales = table[codes] * nested[np.arange(codes.size) // 256] + np.float32(lines.part.number)
+        scales = table[codes]
+        whole = codes.size // 256
+        scales[: whole * 256].reshape(whole, 256)[...] *= nested[:whole, None]
+        scales[whole * 256 :] *= nested[whole:]
+        scales += np.float32(lines.part.number)
     else:
         scales = to_float32(lines.bytes, lines.dtype).reshape(-1)
+    if each == lines.group:
+        return scales.reshape(columns, -1)
     begins = np.arange(0, columns * lines.width, lines.group)
     return np.asarray(scales[begins // each].reshape(columns, -1))
 
@@ -261,9 +264,11 @@ def _lessened_words(lines: Lines) -> Bits:
 
 def _fields(words: Bits, bits: int) -> Bits:
     """`[fields of a line, lines]`."""
-    digits = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=1, bitorder="little")
-    values = digits.reshape(len(words), -1, bits) @ (1 << np.arange(bits))
-    return np.ascontiguousarray(values.astype(np.uint8).T)
+    from flexgen_lite.workers.loader import layout_kernels
+
+    found = np.empty((words.shape[1] * 32 // bits, len(words)), np.uint8)
+    layout_kernels.fields(words, bits, found)
+    return found
 
 
 def _awq_zeros(lines: Lines) -> Bits:
@@ -311,7 +316,7 @@ def _order(lines: Lines) -> Bits:
 
 
 def _not_in_rows(lines: Lines) -> Bits:
-    raise AssertionError(f"{lines.part.layout} is put where it belongs item by item")
+    raise AssertionError(f"{lines.part.layout} is put where it belongs without rows")
 
 
 def _along_k(part: StoredPart, columns: int, width: int, dtype: str) -> int:
@@ -346,10 +351,10 @@ LAYOUTS = {
     "signed": Layout(_signed, _along_k),
     "signed_halves": Layout(_signed_halves, _along_k),
     "swapped_halves": Layout(_swapped_halves, _along_k),
-    "words": Layout(_words, lambda part, n, k, dtype: 4 * n, _words_unit, is_turned=True),
+    "words": Layout(_not_in_rows, lambda part, n, k, dtype: 4 * n, _words_unit, is_turned=True),
     "sorted_words": Layout(_not_in_rows, lambda part, n, k, dtype: 4 * n, _words_unit, is_turned=True),
     "awq_stretches": Layout(_awq_stretches, lambda part, n, k, dtype: 2 * k, lambda part: (1, 4)),
-    "awq_words": Layout(_awq_words, _along_n, lambda part: (16, 16), is_turned=True),
+    "awq_words": Layout(_not_in_rows, _along_n, lambda part: (16, 16), is_turned=True),
     "items": Layout(_items, _item_line),
     "filled_items": Layout(_filled_items, lambda part, n, k, dtype: int(part.number) * ITEM_BYTES[dtype]),
     "turned_items": Layout(
