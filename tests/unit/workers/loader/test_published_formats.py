@@ -18,6 +18,7 @@ OTHERS = [
     for name in ("fp8-blocks", "gptq-4bit-asym-v1", "awq", "bnb-nf4-double", "ct-nvfp4", "torchao-Int4Tensor")
     for family in ("opt", "mixtral")
 ]
+EXPECTED_WARNINGS = ("the checkpoint is meant for activations in few bits", "kv_b_proj is quantised")
 ALL = [*pairs_of(["llama", "qwen3-moe"]), *OTHERS, ("fp8-blocks", "deepseek-v3")]
 
 
@@ -49,3 +50,4 @@ def test_weights(name: str, family: str, models: dict[str, Path], tmp_path: Path
         assert found.keys() <= expected.keys()
         wrong = [n for n, tensor in found.items() if not torch.equal(tensor.to(dtype), expected[n].to(dtype))]
         assert not wrong
+        assert not [w for w in spec.warnings if not w.startswith(EXPECTED_WARNINGS)]
