@@ -16,9 +16,11 @@ from flexgen_lite.workers.compute.unpacked_weights import unpacked
 from flexgen_lite.workers.loader.state import LoaderState
 
 
-def spec_of(model: Path, quantization: Quantization | None = None, dtype: str = "float32") -> ModelSpec:
+def spec_of(
+    model: Path, quantization: Quantization | None = None, dtype: str = "float32", activations: str = "auto"
+) -> ModelSpec:
     (model.parent / "run").mkdir(exist_ok=True)
-    order = OpenModel(str(model), "auto", dtype, "cpu", False, None, quantization)
+    order = OpenModel(str(model), "auto", dtype, "cpu", False, None, quantization, activations)
     return open_model(order, open_device("cpu"), str(model.parent / "run")).spec
 
 

@@ -193,6 +193,8 @@ FORMATS: dict[str, Format] = {
         "quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}),
     "awq-symmetric": Format(every(partial(awq, group=16, is_symmetric=True)), {
         "quant_method": "awq", "bits": 4, "group_size": 16, "zero_point": False, "version": "GEMM"}),
+    "awq-quant-config": Format(every(partial(awq, group=32)), {
+        "zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}, "quant_config.json"),
     "modelopt-nvfp4": Format(every(partial(_in_nvfp4, of_modelopt=True)), MODELOPT),
     "modelopt-fp8": Format(
         every(partial(in_e4m3, block=None, scales=".weight_scale", shape=(), input_scale=torch.tensor(0.02))),
@@ -206,7 +208,8 @@ FORMATS: dict[str, Format] = {
     "bnb-nf4-stored-as-bfloat16": Format(
         every(partial(bitsandbytes.four_bits, kind="nf4", is_double=True, storage=torch.bfloat16)),
         BNB_4 | {"bnb_4bit_quant_storage": "bfloat16"}),
-    "bnb-fp4": Format(every(partial(bitsandbytes.four_bits, kind="fp4")), BNB_4 | {"bnb_4bit_quant_type": "fp4"}),
+    "bnb-fp4": Format(every(partial(bitsandbytes.four_bits, kind="fp4")),  # named since 2024
+                      {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}),
     "bnb-int8": Format(every(bitsandbytes.eight_bits), {"quant_method": "bitsandbytes", "load_in_8bit": True}),
     **{
         f"torchao-{kind}": Format(

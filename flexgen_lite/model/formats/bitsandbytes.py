@@ -18,9 +18,11 @@ from flexgen_lite.model.formats.layers import AGAIN, REMEDY, StoredLayers, small
 from flexgen_lite.model.packing import TABLES
 from flexgen_lite.model.spec import SmallSource, StoredPart
 from flexgen_lite.model.stored_tensor import StoredBits, StoredTensor
+from flexgen_lite.text.shown import shown
 
 KINDS = ("nf4", "fp4")
 _STATE, _SCALES_8, _ROW_MAJOR = ".weight.quant_state.bitsandbytes__", ".SCB", 0
+_NESTED = 256  # scales that have one scale, as stored_layouts.py has it
 _MAX_STATE = 1 << 16  # bytes of a JSON text
 
 
@@ -42,11 +44,12 @@ def _state(layers: StoredLayers, layer: str, state: StoredTensor) -> dict[str, A
     text = layers.read(SmallSource(state.file, state.offset, min(state.num_bytes, _MAX_STATE), "uint8"))
     try:
         found = json.loads(text)
-        shape = found["shape"]
-        sizes_fit = len(shape) == 2 and all(type(size) is int and size > 0 for size in (*shape, found["blocksize"]))
-    except (ValueError, KeyError, TypeError):
-        sizes_fit = False
-    if not sizes_fit:
+        shape, offset = found["shape"], found.get("nested_offset", 0.0)
+        fits = len(shape) == 2 and all(type(size) is int and size > 0 for size in (*shape, found["blocksize"]))
+        fits = fits and type(offset) in (int, float) and math.isfinite(offset)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        fits = False
+    if not fits:
         raise layers.error(layer, state, f"has a quant_state that cannot be read: {AGAIN}")
     return dict(found)
 
@@ -60,20 +63,35 @@ def _join_4(layers: StoredLayers, layer: str, kind: str, values: StoredTensor, s
     if any(abs(layers.number(table, i) - value) > 1e-7 for i, value in enumerate(TABLES[kind])):
         raise layers.error(layer, table, f"has a table of its own, not {kind}'s, which is not supported: {REMEDY}")
     others: tuple[SmallSource, ...] = ()
-    offset = state.get("nested_offset", 0.0)
+    num_blocks = -(-columns * width // block)
+    if math.prod(absmax.shape) != num_blocks:
+        raise layers.misfit(layer, values, absmax)
     if absmax.dtype == "uint8":
         nested, codes = (
             layers.needed(prefix, ".nested_absmax", values),
             layers.needed(prefix, ".nested_quant_map", values),
         )
-        if nested.dtype != "float32" or codes.dtype != "float32" or codes.num_bytes != 1024:
+        fits = nested.dtype == "float32" and math.prod(nested.shape) == -(-num_blocks // _NESTED)
+        if not fits or codes.dtype != "float32" or codes.num_bytes != 1024:
             raise layers.misfit(layer, absmax, nested, codes)
+        if state.get("nested_blocksize", _NESTED) != _NESTED:
+            raise layers.error(
+                layer,
+                nested,
+                f"has a scale for {shown(state['nested_blocksize'])} scales, and only one for {_NESTED} is read: "
+                f"{REMEDY}",
+            )
         others = (small(nested), small(codes))
     elif absmax.dtype != "float32":
         raise layers.misfit(layer, values, absmax)
     parts = (
         (StoredPart("values", "swapped_halves", 4), values),
-        (StoredPart("scales", "absmax", block=(columns, block), others=others, number=offset), absmax),
+        (
+            StoredPart(
+                "scales", "absmax", block=(columns, block), others=others, number=state.get("nested_offset", 0.0)
+            ),
+            absmax,
+        ),
     )
     finish = "float16" if state.get("dtype") == "float16" else ""
     group = layers.group(layer, values, width, block)

@@ -32,7 +32,7 @@ def join(layers: StoredLayers) -> None:
             _refuse_scaled_inputs(layers, layer, values)
             factor = layers.needed(layer, ".weight_scale_2", values)
             scales = layers.needed(layer, ".weight_scale", values)
-            _join(layers, layer, values, scales, (small(factor),))
+            _join(layers, layer, values, scales, (_number(layers, layer, factor),))
         elif values.dtype == "int8" and f"{layer}.scale" in layers.tensors:
             _join(layers, layer, values, layers.needed(layer, ".scale", values))
 
@@ -45,7 +45,14 @@ def join_packed(layers: StoredLayers, layer: str, values: StoredTensor) -> None:
         _join(layers, layer, values, scales)
     else:
         nothing = SmallSource(factor.file, factor.offset, 0, factor.dtype)
-        _join(layers, layer, values, scales, (nothing, small(factor)))
+        _join(layers, layer, values, scales, (nothing, _number(layers, layer, factor)))
+
+
+def _number(layers: StoredLayers, layer: str, factor: StoredTensor) -> SmallSource:
+    """What goes with all scales of a weight."""
+    if factor.dtype != "float32" or factor.num_bytes != 4:
+        raise layers.misfit(layer, factor)
+    return small(factor)
 
 
 def _join(

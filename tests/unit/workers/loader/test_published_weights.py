@@ -7,17 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
 from tests.loaded_weights import spec_of, unpacked_weights
 from tests.published.checkpoint import base_model, publish
-from tests.published.formats import FORMATS, pairs_of
+from tests.published.formats import FORMATS, ONLY_FOR, pairs_of
 
 OTHERS = [
     (name, family)
     for name in ("fp8-blocks", "gptq-4bit-asym-v1", "awq", "bnb-nf4-double", "ct-nvfp4", "torchao-Int4Tensor")
     for family in ("opt", "mixtral")
 ]
+EXPECTED_WARNINGS = ("the checkpoint is meant for activations in few bits", "kv_b_proj is quantised")
 ALL = [*pairs_of(["llama", "qwen3-moe"]), *OTHERS, ("fp8-blocks", "deepseek-v3")]
 
 
@@ -49,6 +50,7 @@ def test_weights(name: str, family: str, models: dict[str, Path], tmp_path: Path
         assert found.keys() <= expected.keys()
         wrong = [n for n, tensor in found.items() if not torch.equal(tensor.to(dtype), expected[n].to(dtype))]
         assert not wrong
+        assert not [w for w in spec.warnings if not w.startswith(EXPECTED_WARNINGS)]
 
 
 def test_latents_are_kept_where_their_projection_is_in_fp8(models: dict[str, Path], tmp_path: Path) -> None:
@@ -60,3 +62,16 @@ def test_latents_are_kept_where_their_projection_is_in_fp8(models: dict[str, Pat
     assert all(tensor.packing is None for tensor in projections)
     assert all(attention.values_in_keys for attention in spec.attention)
     assert not spec.warnings
+
+
+@pytest.mark.parametrize("name", ["fp8-blocks", "fp8-blocks-ue8m0", "fp8-fp4-experts", "mxfp4"])
+def test_transformers_reads_the_same(name: str, tmp_path: Path) -> None:
+    """It cuts no blocks at edges where the number of scales divides that of rows."""
+    family, sizes = ONLY_FOR.get(name, ["llama"])[0], {"intermediate_size": 256, "moe_intermediate_size": 128}
+    model = base_model(family, tmp_path / family, num_hidden_layers=2, **sizes)
+    exact = publish(model, tmp_path / name, FORMATS[name])
+    config = Mxfp4Config(dequantize=True) if name == "mxfp4" else FineGrainedFP8Config(dequantize=True)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.bfloat16, quantization_config=config)
+    expected = AutoModelForCausalLM.from_pretrained(exact, dtype=torch.bfloat16)
+    for (key, ours), found in zip(expected.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(found, ours), key
