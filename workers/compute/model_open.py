@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexgen_lite.model.checkpoint import Checkpoint, check_config, model_source, open_checkpoint
 from flexgen_lite.model.files import CheckpointError, check_files, is_there
+from flexgen_lite.model.formats.gguf import all_parts
 from flexgen_lite.model.formats.gguf_header import is_gguf
 from flexgen_lite.model.formats.section import Section
 from flexgen_lite.model.packing import STEP
@@ -197,7 +198,8 @@ def _widest(layers: Sequence[nn.Module], experts: int) -> int:
 
 
 def model_directory(model: str) -> Path:
-    """Of a directory, or of a model on the hub; or a GGUF file, be it the only model of the directory.
+    """Of a directory, or of a model on the hub; or a GGUF file: a path, the only model of a directory, or one on the hub
+    (`OWNER/NAME:FILE.gguf`).
 
     Raises:
         UserError: there is none.
@@ -212,16 +214,22 @@ def model_directory(model: str) -> Path:
         raise UserError(
             f"{model} is neither a directory nor a .gguf file: give the directory that holds the model's config.json"
         )
-    if path.is_absolute() or model.startswith(".") or model.count("/") > 1:
-        raise UserError(f"model directory {model} does not exist")
+    name, _, file = model.partition(":")
+    if path.is_absolute() or model.startswith(".") or name.count("/") > 1 or (is_gguf(path) and not file):
+        raise UserError(f"model {'file' if is_gguf(path) else 'directory'} {model} does not exist")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=MODEL_FILES))
+        if file:
+            return Path(snapshot_download(name, allow_patterns=[all_parts(file)])) / file
+        found = Path(snapshot_download(model, allow_patterns=MODEL_FILES))
     except Exception as error:  # the hub client raises many kinds: no network, no such model, no access
         raise UserError(
             f"{model} is neither a directory nor a model that the hub gives: {first_line(error)}"
         ) from error
+    if not is_there(found / "config.json"):
+        raise UserError(f"{model} has no config.json: of a repository of GGUF files name one, as {model}:FILE.gguf")
+    return found
 
 
 def _dtype(wanted: str, config: PreTrainedConfig, checkpoint: Checkpoint | None, device: Device) -> torch.dtype:

@@ -104,6 +104,12 @@ def find_gguf(directory: Path) -> Path | None:
     return next(iter(models.values()), None)
 
 
+def all_parts(name: str) -> str:
+    """A pattern for the names of all files of the model that one of them names."""
+    split = _SPLIT.fullmatch(name)
+    return name if split is None else f"{split[1]}-*-of-{split[3]}.gguf"
+
+
 def open_gguf(path: Path) -> GgufModel:
     """The model that a file holds, or is a part of. Raises CheckpointError."""
     split = _SPLIT.fullmatch(path.name)

@@ -24,7 +24,7 @@ from flexgen_lite.wire.codec import Codec
 from flexgen_lite.wire.worker_messages import FromCompute, ModelOpened, OpenModel
 from flexgen_lite.workers.compute import model_open, trial
 from flexgen_lite.workers.compute.device import open_device
-from flexgen_lite.workers.compute.model_open import OpenedModel, fingerprint, open_model
+from flexgen_lite.workers.compute.model_open import MODEL_FILES, OpenedModel, fingerprint, model_directory, open_model
 from flexgen_lite.workers.model import builder
 from flexgen_lite.workers.serve import UserError, _failure, first_line
 
@@ -153,6 +153,33 @@ def test_what_is_no_directory(tmp_path: Path) -> None:
     refused(tmp_path / "model.bin", "model.bin is neither a directory nor a .gguf file: give the directory that holds")
     refused(tmp_path / "link", "link is neither a directory")
     refused(tmp_path / "none", "none does not exist")
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "patterns", "end"),
+    [
+        ("some/model", "some/model", MODEL_FILES, ""),
+        ("some/model:m-Q4_0.gguf", "some/model", ["m-Q4_0.gguf"], "m-Q4_0.gguf"),
+        ("some/model:Q8/m-00001-of-00002.gguf", "some/model", ["Q8/m-*-of-00002.gguf"], "Q8/m-00001-of-00002.gguf"),
+    ],
+)
+def test_models_of_the_hub(
+    model: str, name: str, patterns: list[str], end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def download(*args: Any, **kwargs: Any) -> str:
+        asked.append((*args, kwargs))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    if not end:
+        with pytest.raises(UserError, match=r"some/model has no config.json: .*some/model:FILE.gguf"):
+            model_directory(model)
+        (tmp_path / "config.json").write_text("{}")
+        asked.clear()
+    assert model_directory(model) == tmp_path / end
+    assert asked == [(name, {"allow_patterns": patterns})]
 
 
 def test_ends_of_sequence(model: Path) -> None:
