@@ -198,7 +198,7 @@ def _widest(layers: Sequence[nn.Module], experts: int) -> int:
 
 
 def model_directory(model: str) -> Path:
-    """Of a directory, or of a model on the hub; or a GGUF file: a path, the only model of a directory, or one on the hub
+    """Of a directory, or of a model on the hub; or a GGUF file: a path, the only one of a directory, or one on the hub
     (`OWNER/NAME:FILE.gguf`).
 
     Raises:
