@@ -42,9 +42,10 @@ from typing import Any
 
 import numpy as np
 
+from flexgen_lite.model.packing import Packing
 from flexgen_lite.model.spec import ITEM_BYTES, StoredPart
-from flexgen_lite.workers.loader.float_items import to_float32
-from flexgen_lite.workers.loader.weight_cast import Bits
+from flexgen_lite.workers.loader.float_items import is_finite, to_float32
+from flexgen_lite.workers.loader.weight_cast import Bits, bits_type
 
 SIGN_BITS = {4: np.uint64(0x8888888888888888), 8: np.uint64(0x8080808080808080)}
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # half byte of a word that has column j of its eight
@@ -58,20 +59,23 @@ class Lines:
         bytes: uint8 `[lines, bytes of a line]`.
         dtype: of the source's items.
         others: arrays of the bits of what `part.others` names.
-        group: items of K with one scale, in memory.
+        packing: of the weight in memory.
         width: K.
         first: item of K that they begin with, where they are turned.
-        finish: as in Packing.
     """
 
     bytes: Bits
     part: StoredPart
     dtype: str
     others: Sequence[Bits]
-    group: int
+    packing: Packing
     width: int
     first: int = 0
-    finish: str = ""
+
+    @property
+    def group(self) -> int:
+        """Items of K with one scale, in memory."""
+        return self.packing.group
 
     def words(self, kind: type[np.unsignedinteger[Any]]) -> Bits:
         """The same bytes as larger words, in memory that these may lie in."""
@@ -178,7 +182,20 @@ def _turned_items(lines: Lines) -> Bits:
 def _decoded_items(lines: Lines) -> Bits:
     if lines.part.fills == "zeros":  # bytes with a sign
         return np.asarray(lines.bytes + np.uint8(1 << (lines.part.num_bits - 1)))
+    if lines.part.fills == "scales" and lines.dtype == lines.packing.scale_dtype and not lines.others:
+        return lines.words(bits_type(lines.dtype))  # as they are kept
     return _scaled(to_float32(lines.bytes, lines.dtype), lines)
+
+
+def are_finite(lines: Lines) -> bool:
+    """Whether scales or offsets are, with what they are multiplied with or divided by."""
+    factors = [other.view(np.float32) for other in lines.others if other.dtype == np.uint32]
+    if lines.part.layout == "items" and len(factors) > 1:
+        factors[1] = 1 / factors[1] if factors[1].all() else np.array([np.inf], np.float32)
+    are_places = lines.part.layout == "absmax" and lines.dtype == "uint8"
+    return all(bool(np.isfinite(factor).all()) for factor in factors) and (
+        are_places or is_finite(lines.bytes, lines.dtype)
+    )
 
 
 def scales_of_bytes(lines: Lines) -> Bits | None:
@@ -229,7 +246,7 @@ def _absmax(lines: Lines) -> Bits:
 
 def _absmax_8(lines: Lines) -> Bits:
     items = to_float32(lines.bytes, lines.dtype)
-    return items if lines.finish == "127" else np.asarray(items * np.float32(1 / 127))
+    return items if lines.packing.finish == "127" else np.asarray(items * np.float32(1 / 127))
 
 
 def _packed_zeros(lines: Lines) -> Bits:

@@ -21,6 +21,7 @@ from flexgen_lite.model.stored_tensor import StoredBits, StoredTensor
 
 KINDS = ("nf4", "fp4")
 _STATE, _SCALES_8, _ROW_MAJOR = ".weight.quant_state.bitsandbytes__", ".SCB", 0
+_NESTED = 256  # scales that have one scale, where these are quantised
 _MAX_STATE = 1 << 16  # bytes of a JSON text
 
 
@@ -44,6 +45,8 @@ def _state(layers: StoredLayers, layer: str, state: StoredTensor) -> dict[str, A
         found = json.loads(text)
         shape = found["shape"]
         sizes_fit = len(shape) == 2 and all(type(size) is int and size > 0 for size in (*shape, found["blocksize"]))
+        sizes_fit = sizes_fit and type(found.get("nested_offset", 0.0)) in (float, int)
+        sizes_fit = sizes_fit and found.get("nested_blocksize", _NESTED) == _NESTED
     except (ValueError, KeyError, TypeError):
         sizes_fit = False
     if not sizes_fit:
@@ -59,6 +62,9 @@ def _join_4(layers: StoredLayers, layer: str, kind: str, values: StoredTensor, s
         raise layers.misfit(layer, values, absmax, table)
     if any(abs(layers.number(table, i) - value) > 1e-7 for i, value in enumerate(TABLES[kind])):
         raise layers.error(layer, table, f"has a table of its own, not {kind}'s, which is not supported: {REMEDY}")
+    count = -(-columns * width // block)
+    if math.prod(absmax.shape) != count:
+        raise layers.misfit(layer, values, absmax)
     others: tuple[SmallSource, ...] = ()
     offset = state.get("nested_offset", 0.0)
     if absmax.dtype == "uint8":
@@ -66,7 +72,12 @@ def _join_4(layers: StoredLayers, layer: str, kind: str, values: StoredTensor, s
             layers.needed(prefix, ".nested_absmax", values),
             layers.needed(prefix, ".nested_quant_map", values),
         )
-        if nested.dtype != "float32" or codes.dtype != "float32" or codes.num_bytes != 1024:
+        if (
+            nested.dtype != "float32"
+            or codes.dtype != "float32"
+            or codes.num_bytes != 1024
+            or nested.num_bytes != 4 * -(-count // _NESTED)
+        ):
             raise layers.misfit(layer, absmax, nested, codes)
         others = (small(nested), small(codes))
     elif absmax.dtype != "float32":
