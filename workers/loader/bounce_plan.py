@@ -18,6 +18,7 @@ import numpy as np
 
 from flexgen_lite.model.files import CheckpointError
 from flexgen_lite.model.spec import ITEM_BYTES, SourcePiece, StoredPart, TensorSpec, UnitSpec
+from flexgen_lite.workers.loader.lines import Lines
 from flexgen_lite.workers.loader.stored_bits import (
     ChunkOfBits,
     ReadSmall,
@@ -25,9 +26,10 @@ from flexgen_lite.workers.loader.stored_bits import (
     chunks_of_bits,
     read_others,
 )
-from flexgen_lite.workers.loader.stored_layouts import LAYOUTS, Lines, floats
+from flexgen_lite.workers.loader.stored_layouts import LAYOUTS
 from flexgen_lite.workers.loader.weight_cast import Bits, bits_type, copy_cast
 from flexgen_lite.workers.loader.weight_packing import PackedTensor
+from flexgen_lite.workers.loader.whole_layouts import floats
 
 BLOCK_BYTES = 4096
 _TIMES = 8  # as much room as blocks of 4 bits take rows of float32
@@ -78,7 +80,7 @@ class Chunk:
             return np.ndarray(self.source_shape, bits_type(self.source_dtype), bounce, bounce_offset), self.source_dtype
         count, width = math.prod(self.source_shape[:-1]), self.source_shape[-1]
         lines = np.ndarray((count, self.num_bytes // count), np.uint8, bounce, bounce_offset)
-        rows = floats(Lines(lines, self.part, self.source_dtype, self.others, 0, width, self.row))
+        rows = floats(Lines(lines, self.part, self.source_dtype, self.others, None, width, self.row))
         return rows.view(np.uint32).reshape(self.source_shape), "float32"
 
 

@@ -42,6 +42,18 @@ def to_float32(lines: Bits, dtype: str) -> Floats:
     return items.view({"float16": np.float16, "float32": np.float32}[dtype]).astype(np.float32)
 
 
+_EXPONENTS = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00, "float8_e4m3fn": 0x7F}
+
+
+def is_finite(lines: Bits, dtype: str) -> bool:
+    """Whether all items are numbers and none is infinite; of dtypes that `to_float32` takes."""
+    if dtype in ("float8_e8m0fnu", "uint8"):
+        return not bool((lines == 255).any())
+    bits = bits_type(dtype)(_EXPONENTS[dtype])
+    items = lines.view(bits_type(dtype)) if lines.ctypes.data % bits.itemsize == 0 else lines.copy().view(type(bits))
+    return not bool(((items & bits) == bits).any())
+
+
 def from_float32(items: Floats, dtype: str) -> Bits:
     """Bits of `items` in float32, bfloat16 (which they must fit) or float16 (likewise)."""
     if dtype == "float32":

@@ -229,16 +229,19 @@ def _put_words(words: Any, bits: Any, masks: Any, form: Any, skipped: Any, place
                     n = end
 
 
-def _scatter_words(words: Any, bits: Any, sign: Any, steps: Any, shifts: Any, places: Any, target: Any) -> None:
-    """Item k of column n, whose bits are `words[:, n]`, goes to the bits from `shifts[k]` on of `target[places[n] +
-    steps[k]]`, with the bits of `sign` changed; all others stay. Columns that are neighbours there go together."""
+def _scatter_words(
+    words: Any, skipped: Any, bits: Any, sign: Any, steps: Any, shifts: Any, places: Any, target: Any
+) -> None:
+    """Item k of column n, whose bits are `words[:, skipped + n]`, goes to the bits from `shifts[k]` on of
+    `target[places[n] + steps[k]]`, with the bits of `sign` changed; all others stay. Columns that are neighbours there
+    go together."""
     mask, whole = U32((1 << bits) - 1), U64(15 if bits <= 4 else 255)
     n0 = 0
     while n0 < places.size:
         n1 = n0 + 1
         while n1 < min(n0 + COLUMNS, places.size) and places[n1] == places[n1 - 1] + 1:
             n1 += 1
-        count, column, begin = U64(n1 - n0), U64(n0), U64(places[n0])
+        count, column, begin = U64(n1 - n0), U64(skipped + n0), U64(places[n0])
         for k in range(steps.size):
             at, shift = U64(k * bits >> 5), U32(k * bits & 31)
             left, to = U64(shifts[k]), begin + U64(steps[k])

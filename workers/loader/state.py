@@ -7,11 +7,13 @@ import queue
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 
+from flexgen_lite.model.files import CheckpointError
 from flexgen_lite.wire.worker_messages import AttachLoader, Load
 from flexgen_lite.workers.loader.bounce_plan import Batch, plan_batches
 from flexgen_lite.workers.loader.checksums import Checksums, cache_folder
 from flexgen_lite.workers.loader.disk_reader import READ_BYTES, DiskReader, ReadOrder, split_order
 from flexgen_lite.workers.loader.dummy_weights import DummyWeights
+from flexgen_lite.workers.loader.stored_bits import NotFiniteError
 
 BOUNCE_BYTES = 64 << 20  # of all bounce buffers together, but for a piece that must be converted in one go
 MAX_CHUNK_BYTES = 4 << 20
@@ -105,8 +107,7 @@ class LoaderState:
         try:
             with memoryview(bounce) as target:
                 read = self._reader.read(ReadOrder(batch.file, batch.offset, batch.num_bytes, target))
-            for chunk in batch.chunks:
-                chunk.convert(bounce, chunk.offset - batch.offset, self._arena, slot_offset)
+            self._convert(batch, bounce, slot_offset)
             return read
         finally:
             self._bounces.put(bounce)
@@ -116,9 +117,18 @@ class LoaderState:
         bounce = mmap.mmap(-1, batch.num_bytes)
         orders = split_order(ReadOrder(batch.file, batch.offset, batch.num_bytes, memoryview(bounce)), READ_BYTES)
         read = self._run([_bind(self._reader.read, order) for order in orders])
-        for chunk in batch.chunks:
-            chunk.convert(bounce, chunk.offset - batch.offset, self._arena, slot_offset)
+        self._convert(batch, bounce, slot_offset)
         return read
+
+    def _convert(self, batch: Batch, bounce: mmap.mmap, slot_offset: int) -> None:
+        for chunk in batch.chunks:
+            try:
+                chunk.convert(bounce, chunk.offset - batch.offset, self._arena, slot_offset)
+            except NotFiniteError as error:
+                raise CheckpointError(
+                    f"{self._attach.files[batch.file]}: {error} has scales that are infinite or no numbers: download "
+                    "the model again"
+                ) from None
 
     def _make_bounces(self, count: int) -> None:
         while self._num_bounces < count:

@@ -18,11 +18,23 @@ from flexgen_lite.model.files import CheckpointError
 from flexgen_lite.model.packing import COLUMNS, num_blocks
 from flexgen_lite.model.spec import ITEM_BYTES, SmallSource, SourcePiece, StoredPart, TensorSpec
 from flexgen_lite.workers.loader.float_items import from_float32
-from flexgen_lite.workers.loader.stored_layouts import LAYOUTS, Lines, num_lines, order_of, scales_of_bytes
+from flexgen_lite.workers.loader.lines import Lines
+from flexgen_lite.workers.loader.stored_layouts import (
+    LAYOUTS,
+    are_finite,
+    num_lines,
+    order_of,
+    scales_of_bytes,
+)
 from flexgen_lite.workers.loader.weight_cast import Bits, bits_type
 from flexgen_lite.workers.loader.weight_packing import PackedTensor
 
+_SHARES = 4  # of columns, that are written by one thread at a time
 ReadSmall = Callable[[SmallSource], bytes]
+
+
+class NotFiniteError(ValueError):
+    """Scales of the tensor whose name it has are infinite or no numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +61,8 @@ class ChunkOfBits:
     strides: tuple[int, ...]
     packed: PackedTensor
     others: tuple[Bits, ...]
-    lock: threading.Lock
+    locks: tuple[threading.Lock, ...]
+    name: str
 
     def convert(self, bounce: mmap.mmap, bounce_offset: int, arena: mmap.mmap, slot_offset: int) -> None:
         """Put the chunk, whose bytes are at `bounce_offset`, in its place."""
@@ -58,8 +71,10 @@ class ChunkOfBits:
         shape = (self.num_lines, self.num_bytes // self.num_lines)
         lines = Lines(
             np.ndarray(shape, np.uint8, bounce, bounce_offset),
-            self.part, self.dtype, self.others, packing.group, width, self.first, packing.finish,
+            self.part, self.dtype, self.others, packing, width, self.first,
         )  # fmt: skip
+        if self.part.fills in ("scales", "offsets") and not are_finite(lines):
+            raise NotFiniteError(self.name)
         if self.part.layout in ("words", "awq_words"):
             self._put_turned(lines, self.packed.parts(arena, slot_offset, count)[0])
             return
@@ -135,12 +150,15 @@ class ChunkOfBits:
         first, count = self.first, self.num_lines * 32 // self.part.num_bits
         steps, shifts, kind = order_kernels.item_places(packing, place[first : first + count])
         places = self._places(order.size * packing.bits // 8 // kind().itemsize, 0)
-        columns = slice(self.skipped, self.skipped + self.num_rows)
         sign = 128 if packing.order == "bfloat16" and packing.bits == 8 else 0
-        with self.lock:
-            layout_kernels.scatter_words(
-                words[:, columns], self.part.num_bits, sign, steps * COLUMNS, shifts, places, values.view(kind)
-            )
+        each, turn = -(-self.num_rows // _SHARES), self.first // len(steps)
+        for number in range(turn, turn + _SHARES):  # chunks begin at different columns: none waits for another
+            begin, lock = number % _SHARES * each, self.locks[number % _SHARES]
+            with lock:
+                layout_kernels.scatter_words(
+                    words, self.skipped + begin, self.part.num_bits, sign, steps * COLUMNS, shifts,
+                    places[begin : begin + each], values.view(kind),
+                )  # fmt: skip
 
     def _places(self, steps: int, first: int) -> Bits:
         """Where item `first` of each row goes, in items of which a row has `steps`; the next goes COLUMNS further."""
@@ -192,7 +210,7 @@ def chunks_of_bits(
     layout, dtype = LAYOUTS[part.layout], piece.source_dtype
     line_bytes = layout.line_bytes(part, columns, width, dtype)
     others = read_others(part, read)
-    lock = threading.Lock()
+    locks = tuple(threading.Lock() for _ in range(_SHARES))
     unit, covers = layout.unit(part)
     units = max(1, limit // (line_bytes * unit))
     end = num_lines(part, columns, width)
@@ -222,7 +240,8 @@ def chunks_of_bits(
             strides=target.strides[:-1],
             packed=packed,
             others=others,
-            lock=lock,
+            locks=locks,
+            name=piece.source_name,
         )
 
 

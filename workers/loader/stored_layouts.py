@@ -40,67 +40,17 @@ of GGUF see gguf_kernels.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from flexgen_lite.model.formats.gguf import ADDED
-from flexgen_lite.model.formats.gguf_header import TYPES
 from flexgen_lite.model.spec import ITEM_BYTES, StoredPart
-from flexgen_lite.workers.loader.float_items import E4M3, to_float32
-from flexgen_lite.workers.loader.weight_cast import Bits
+from flexgen_lite.workers.loader.float_items import is_finite, to_float32
+from flexgen_lite.workers.loader.lines import Layout, Lines
+from flexgen_lite.workers.loader.weight_cast import Bits, bits_type
+from flexgen_lite.workers.loader.whole_layouts import WHOLE
 
 SIGN_BITS = {4: np.uint64(0x8888888888888888), 8: np.uint64(0x8080808080808080)}
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # half byte of a word that has column j of its eight
-
-
-@dataclass(frozen=True, slots=True)
-class Lines:
-    """A run of a source's lines.
-
-    Attributes:
-        bytes: uint8 `[lines, bytes of a line]`.
-        dtype: of the source's items.
-        others: arrays of the bits of what `part.others` names.
-        group: items of K with one scale, in memory.
-        width: K.
-        first: item of K that they begin with, where they are turned; row, where they are unpacked.
-        finish: as in Packing.
-    """
-
-    bytes: Bits
-    part: StoredPart
-    dtype: str
-    others: Sequence[Bits]
-    group: int
-    width: int
-    first: int = 0
-    finish: str = ""
-
-    def words(self, kind: type[np.unsignedinteger[Any]]) -> Bits:
-        """The same bytes as larger words, in memory that these may lie in."""
-        size, lines = kind().itemsize, self.bytes
-        if lines.__array_interface__["data"][0] % size:
-            lines = lines.copy()
-        return lines.view(kind)
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """
-    Attributes:
-        decode: rows of words; of scales and offsets rows of float32; of zeros rows of bytes. Where a part is all, rows
-            of words and of scales, and of offsets where there are some.
-        line_bytes: of a part of a weight `[N, K]` whose items are of a dtype.
-        unit: lines that are decoded together, and the rows, or items of K, that they are for.
-    """
-
-    decode: Callable[[Lines], Any]
-    line_bytes: Callable[[StoredPart, int, int, str], int]
-    unit: Callable[[StoredPart], tuple[int, int]] = lambda part: (1, part.block[0])
-    is_turned: bool = False
 
 
 def _stream(lines: Lines) -> Bits:
@@ -185,7 +135,20 @@ def _turned_items(lines: Lines) -> Bits:
 def _decoded_items(lines: Lines) -> Bits:
     if lines.part.fills == "zeros":  # bytes with a sign
         return np.asarray(lines.bytes + np.uint8(1 << (lines.part.num_bits - 1)))
+    if lines.part.fills == "scales" and lines.dtype == lines.kept.scale_dtype and not lines.others:
+        return lines.words(bits_type(lines.dtype))  # as they are kept
     return _scaled(to_float32(lines.bytes, lines.dtype), lines)
+
+
+def are_finite(lines: Lines) -> bool:
+    """Whether scales or offsets are, with what they are multiplied with or divided by."""
+    factors = [other.view(np.float32) for other in lines.others if other.dtype == np.uint32]
+    if lines.part.layout == "items" and len(factors) > 1:
+        factors[1] = np.float32(1) / factors[1] if factors[1].all() else np.array([np.inf], np.float32)
+    are_places = lines.part.layout == "absmax" and lines.dtype == "uint8"
+    return all(bool(np.isfinite(factor).all()) for factor in factors) and (
+        are_places or is_finite(lines.bytes, lines.dtype)
+    )
 
 
 def scales_of_bytes(lines: Lines) -> Bits | None:
@@ -236,7 +199,7 @@ def _absmax(lines: Lines) -> Bits:
 
 def _absmax_8(lines: Lines) -> Bits:
     items = to_float32(lines.bytes, lines.dtype)
-    return items if lines.finish == "127" else np.asarray(items * np.float32(1 / 127))
+    return items if lines.kept.finish == "127" else np.asarray(items * np.float32(1 / 127))
 
 
 def _packed_zeros(lines: Lines) -> Bits:
@@ -276,34 +239,6 @@ def _awq_zeros(lines: Lines) -> Bits:
     shifts = 4 * np.array(_AWQ_ORDER, np.uint32)
     zeros = (words[:, :, None] >> shifts) & np.uint32(15)
     return np.ascontiguousarray(zeros.reshape(len(words), -1).astype(np.uint8).T)
-
-
-def _blocks(lines: Lines) -> tuple[Bits, ...]:
-    from flexgen_lite.workers.loader import gguf_kernels
-
-    return gguf_kernels.decode(lines.part.layout, lines.words(np.uint16), lines.width)
-
-
-def _floats_of_blocks(lines: Lines) -> Bits:
-    rows, items = lines.part.block
-    source = lines.part.others[0]
-    scales = to_float32(lines.others[0].view(np.uint8).reshape(1, -1), source.dtype).reshape(
-        -1, -(-lines.width // items)
-    )
-    place = (lines.first + np.arange(len(lines.bytes))) // rows
-    return np.asarray(E4M3[lines.bytes] * np.repeat(scales[place], items, axis=1)[:, : lines.width])
-
-
-def floats(lines: Lines) -> Bits:
-    """Rows of float32 of lines whose part is all."""
-    if lines.part.layout == "fp8_blocks":
-        return _floats_of_blocks(lines)
-    if lines.part.layout == ADDED:
-        return np.asarray(to_float32(lines.bytes, lines.dtype) + np.float32(lines.part.number))
-    from flexgen_lite.workers.loader import gguf_kernels
-
-    rows: Bits = gguf_kernels.floats(lines.part.layout, lines.words(np.uint16), lines.width)
-    return rows
 
 
 def _filled_zeros(lines: Lines) -> Bits:
@@ -370,13 +305,7 @@ LAYOUTS = {
     "order": Layout(_order, lambda part, n, k, dtype: 4 * k),
 }
 
-_BLOCKS = {kind.name.lower(): kind for kind in TYPES.values() if kind.items > 1}
-LAYOUTS |= {
-    name: Layout(_blocks, lambda part, n, k, dtype: k // part.block[1] * _BLOCKS[part.layout].num_bytes)
-    for name in _BLOCKS
-}
-LAYOUTS["fp8_blocks"] = Layout(floats, _along_k)
-LAYOUTS[ADDED] = Layout(floats, lambda part, n, k, dtype: k * ITEM_BYTES[dtype])
+LAYOUTS |= WHOLE
 
 
 def num_lines(part: StoredPart, columns: int, width: int) -> int:

@@ -22,7 +22,7 @@ from flexgen_lite.text.shown import shown
 
 KINDS = ("nf4", "fp4")
 _STATE, _SCALES_8, _ROW_MAJOR = ".weight.quant_state.bitsandbytes__", ".SCB", 0
-_NESTED = 256  # scales that have one scale, as stored_layouts.py has it
+_NESTED = 256  # scales that have one scale, where these are quantised
 _MAX_STATE = 1 << 16  # bytes of a JSON text
 
 
@@ -62,6 +62,9 @@ def _join_4(layers: StoredLayers, layer: str, kind: str, values: StoredTensor, s
         raise layers.misfit(layer, values, absmax, table)
     if any(abs(layers.number(table, i) - value) > 1e-7 for i, value in enumerate(TABLES[kind])):
         raise layers.error(layer, table, f"has a table of its own, not {kind}'s, which is not supported: {REMEDY}")
+    count = -(-columns * width // block)
+    if math.prod(absmax.shape) != count:
+        raise layers.misfit(layer, values, absmax)
     others: tuple[SmallSource, ...] = ()
     num_blocks = -(-columns * width // block)
     if math.prod(absmax.shape) != num_blocks:

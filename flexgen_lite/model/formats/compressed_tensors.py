@@ -141,8 +141,6 @@ def join(layers: StoredLayers) -> None:
     schemes = read_schemes(layers.section) if layers.section.format == METHOD else None
     for layer, values in packed:
         layers.take(values.name)
-        if f"{layer}.weight" in layers.tensors:
-            raise layers.error(layer, values, "is there twice, packed and not")
         if values.dtype == "uint8":
             fp4.join_packed(layers, layer, values)
         else:

@@ -13,7 +13,7 @@ compressed-tensors 0.20 and nvidia-modelopt 0.47.
 from __future__ import annotations
 
 from flexgen_lite.model.formats.fp8 import POWERS
-from flexgen_lite.model.formats.layers import FP8, REMEDY, StoredLayers, member, several, small
+from flexgen_lite.model.formats.layers import FP8, REMEDY, StoredLayers, member, several
 from flexgen_lite.model.spec import SmallSource, StoredPart
 from flexgen_lite.model.stored_tensor import StoredBits, StoredTensor
 
@@ -32,7 +32,7 @@ def join(layers: StoredLayers) -> None:
             _refuse_scaled_inputs(layers, layer, values)
             factor = layers.needed(layer, ".weight_scale_2", values)
             scales = layers.needed(layer, ".weight_scale", values)
-            _join(layers, layer, values, scales, (_number(layers, layer, factor),))
+            _join(layers, layer, values, scales, (layers.factor(layer, factor),))
         elif values.dtype == "int8" and f"{layer}.scale" in layers.tensors:
             _join(layers, layer, values, layers.needed(layer, ".scale", values))
 
@@ -45,14 +45,7 @@ def join_packed(layers: StoredLayers, layer: str, values: StoredTensor) -> None:
         _join(layers, layer, values, scales)
     else:
         nothing = SmallSource(factor.file, factor.offset, 0, factor.dtype)
-        _join(layers, layer, values, scales, (nothing, _number(layers, layer, factor)))
-
-
-def _number(layers: StoredLayers, layer: str, factor: StoredTensor) -> SmallSource:
-    """What goes with all scales of a weight."""
-    if factor.dtype != "float32" or factor.num_bytes != 4:
-        raise layers.misfit(layer, factor)
-    return small(factor)
+        _join(layers, layer, values, scales, (nothing, layers.factor(layer, factor)))
 
 
 def _join(
@@ -61,8 +54,9 @@ def _join(
     if len(values.shape) != 2 or len(scales.shape) != 2 or scales.dtype not in (FP8, *POWERS):
         raise layers.misfit(layer, values, scales)
     columns, width, groups = values.shape[0], 2 * values.shape[1], scales.shape[1]
-    if scales.shape[0] != columns or not groups or width % groups:
+    if scales.shape[0] != columns:
         raise layers.misfit(layer, values, scales)
+    layers.each(layer, values, width, groups)
     bits = _bits(layers, layer, values, scales, width, others)
     layers.add(f"{layer}.weight", (columns, width), bits, values)
 
@@ -100,6 +94,7 @@ def _join_experts(layers: StoredLayers, name: str, blocks: StoredTensor, scales:
         )
         for i in range(count)
     ]
+    layers.check_alone(name, blocks)
     layers.tensors[name] = several(name, blocks, bits, (columns, width), is_turned=True)
 
 

@@ -45,8 +45,6 @@ def join(layers: StoredLayers) -> None:
         _check(layers.section.values, layers.section.where, layers.section.format)
     for name, values in found:
         layers.take(values.name)
-        if f"{name}.weight" in layers.tensors:
-            raise layers.error(name, values, f"is there twice, packed and not: {AGAIN}")
         layer = _Layer(name, values, layers.needed(name, SCALES, values))
         shape, scales = values.shape, layer.scales.shape
         if len(shape) != 2 or len(scales) != 2 or layer.scales.dtype not in FLOATS or 0 in (*shape, *scales):

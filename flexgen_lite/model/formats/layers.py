@@ -61,7 +61,19 @@ class StoredLayers:
         self, name: str, shape: tuple[int, ...], bits: StoredBits, values: StoredTensor, dtype: str = "bfloat16"
     ) -> None:
         """Puts the weight `name` in the place of its parts."""
+        self.check_alone(name, values)
         self.tensors[name] = _weight(name, shape, bits, values, dtype)
+
+    def check_alone(self, name: str, values: StoredTensor) -> None:
+        """Raises CheckpointError where the weight that `values` are of is there without them, too."""
+        if self.tensors.get(name, values) is not values:
+            raise self.error(name, values, f"is there twice, as {values.name} and as it is: {AGAIN}")
+
+    def factor(self, layer: str, tensor: StoredTensor) -> SmallSource:
+        """One number that scales are multiplied with or divided by."""
+        if tensor.dtype != "float32" or tensor.num_bytes != 4:
+            raise self.misfit(layer, tensor)
+        return small(tensor)
 
     def error(self, layer: str, tensor: StoredTensor, message: str) -> CheckpointError:
         return CheckpointError(f"{self.files[tensor.file]}, layer {shown_text(layer)} {message}")
@@ -74,7 +86,7 @@ class StoredLayers:
 
     def each(self, layer: str, tensor: StoredTensor, width: int, groups: int) -> int:
         """Items of K that one of `groups` scales is for."""
-        if not groups or width % groups:
+        if not groups or not width or width % groups:
             raise self.error(
                 layer, tensor, f"has {groups} scales for {width} inputs, which does not go without a rest: {REMEDY}"
             )

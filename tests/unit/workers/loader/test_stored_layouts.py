@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from flexgen_lite.memory.slot_layout import TensorSource, layout_unit
 from flexgen_lite.model.checkpoint import Checkpoint, open_checkpoint
+from flexgen_lite.model.files import CheckpointError
 from flexgen_lite.wire.worker_messages import AttachLoader, Load
 from flexgen_lite.workers.compute.unpacked_weights import unpacked
 from flexgen_lite.workers.loader import state as loader_state
@@ -82,3 +83,42 @@ def test_forms(form: str, order: str, tmp_path: Path) -> None:
     checkpoint = opened(tmp_path, stored)
     assert set(checkpoint.tensors) == {NAME}
     assert torch.equal(loaded(checkpoint, order), stored.weight.bfloat16())
+
+
+@pytest.mark.parametrize("form", ["gptq-4-gptq", "awq", "awq-gemv", "awq-gemv-fast", "compressed-4", "compressed-8"])
+def test_forms_are_known_by_their_tensors(form: str, tmp_path: Path) -> None:
+    stored = FORMS[form]._replace(section={})
+    if form == "awq-gemv":  # the size of its groups is nowhere else
+        stored = awq(72, 1024, 128, "gemv")._replace(section={})
+    assert torch.equal(loaded(opened(tmp_path, stored)), stored.weight.bfloat16())
+
+
+@pytest.mark.parametrize("is_less", [True, False])
+def test_zeros_of_symmetric_weights_tell_the_version(is_less: bool, tmp_path: Path) -> None:
+    """Whatever config.json says: programs have written the one and called it the other."""
+    stored = gptq(96, 1024, 64)
+    word = 0x77777777 if is_less else 0x88888888
+    stored.tensors["x.qzeros"][...] = torch.tensor(word - (0 if is_less else 1 << 32), dtype=torch.int32)
+    checkpoint = opened(tmp_path, stored, sym=True, checkpoint_format="gptq")
+    codes = (stored.tensors["x.qweight"].T.contiguous()[..., None] >> (4 * torch.arange(8))) & 15
+    expected = (codes.reshape(96, 1024) - 8) * stored.tensors["x.scales"].T.float().repeat_interleave(64, 1)
+    assert torch.equal(loaded(checkpoint), expected.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("has_zeros", [False, True])
+def test_products_are_rounded_to_what_scales_are_in(dtype: torch.dtype, has_zeros: bool, tmp_path: Path) -> None:
+    stored = compressed(96, 1024, 32, 4, has_zeros, scale_dtype=dtype)
+    assert torch.equal(loaded(opened(tmp_path, stored)), stored.weight.to(dtype).bfloat16())
+
+
+@pytest.mark.parametrize("form", ["gptq-4-gptq", "awq-gemv-fast", "compressed-4"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_scales_that_are_no_numbers(form: str, value: float, tmp_path: Path) -> None:
+    stored = FORMS[form]
+    name = next(name for name in stored.tensors if "scale" in name)
+    tensors = {**stored.tensors, name: stored.tensors[name].clone()}
+    tensors[name][2, 3] = value
+    checkpoint = opened(tmp_path, stored._replace(tensors=tensors))
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors: {name} has scales that are infinite"):
+        loaded(checkpoint)
