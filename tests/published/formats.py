@@ -112,12 +112,15 @@ def _compressed(form: str, weights: Mapping[str, Any], **group: Any) -> dict[str
     }  # fmt: skip
 
 
+FOUR = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": False}
+
+
 def _mixed() -> dict[str, Any]:
     one: dict[str, Any] = {"strategy": "channel", "symmetric": True}
     groups = {
         "attention": ("re:.*self_attn.*_proj$", "float-quantized", one | {"num_bits": 8, "type": "float"}),
         "down": ("re:.*down_proj$", "int-quantized", one | {"num_bits": 8, "type": "int"}),
-        "others": ("Linear", "pack-quantized", {"num_bits": 4, "type": "int", "group_size": 32, "symmetric": False}),
+        "others": ("re:.*(gate|up)_proj$", "pack-quantized", FOUR),
     }
     found = {name: {"targets": [t], "format": form, "weights": w} for name, (t, form, w) in groups.items()}
     return _compressed("mixed-precision", {}) | {"config_groups": found}
@@ -174,7 +177,7 @@ FORMATS: dict[str, Format] = {
     "ct-mxfp4": Format(every(_packed_mxfp4), _compressed(
         "mxfp4-pack-quantized", FLOAT_4 | {"strategy": "group", "group_size": 32})),
     "ct-packed": Format(every(partial(_packed_whole, form=Form(4, 32, False))), _compressed(
-        "pack-quantized", {"num_bits": 4, "type": "int", "group_size": 32, "symmetric": False})),
+        "pack-quantized", FOUR)),
     "ct-mixed": Format(_by_kind_of_layer, _mixed()),
     **{
         f"gptq-{bits}bit-{'sym' if symmetric else 'asym'}-v{version}": Format(
@@ -213,9 +216,9 @@ FORMATS: dict[str, Format] = {
     "bnb-int8": Format(every(bitsandbytes.eight_bits), {"quant_method": "bitsandbytes", "load_in_8bit": True}),
     **{
         f"torchao-{kind}": Format(
-            every(partial(torchao.written, kind)), {"quant_method": "torchao", "quant_type": {"default": {}}},
-            num_files=1, metadata=partial(torchao.metadata, kind))
-        for kind in ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor", "Int4Tensor")
+            every(partial(torchao.written, kind)), torchao.section(kind), num_files=1,
+            metadata=partial(torchao.metadata, kind))
+        for kind in torchao.CONFIGS
     },
 }  # fmt: skip
 """What the model's config.json or a file beside it says is as the tools write it, but for what nothing depends on."""
