@@ -2,10 +2,11 @@
 
     python -m benchmarks.products [--threads N] [--seconds N] [--rows 1,4,16] [--shapes 2048x2048,...]
 
-Shapes are N x K. "int8" and "int4" are weights in groups of 128 and 32, multiplied in bfloat16, "w8a8" and "w4a8" with
-rows in 8 bits; the other contestants are bfloat16, with weights in panels where they are ours. Each call takes another
-weight, of WEIGHT_BYTES in all, as the layers of a model do. A round goes through all the contestants, so that what else
-the machine does meets them alike, and each takes a weight that none has read for long; the median of the rounds counts.
+Shapes are N x K. "int8" and "int4" are weights in groups of 128 and 32, multiplied in bfloat16, as are "fp8" (E4M3),
+"mxfp4" and "nf4" in groups of 128, 32 and 64; "w8a8" and "w4a8" are multiplied with rows in 8 bits; the other
+contestants are bfloat16, with weights in panels where they are ours. Each call takes another weight, of WEIGHT_BYTES
+in all, as the layers of a model do. A round goes through all the contestants, so that what else the machine does meets
+them alike, and each takes a weight that none has read for long; the median of the rounds counts.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ ROWS = "1,2,4,8,16,32,64,256,1024"
 KINDS = {
     "int8": Packing(8, 128, "bfloat16", "bfloat16"),
     "int4": Packing(4, 32, "bfloat16", "bfloat16", zeros="uint8"),
+    "fp8": Packing(8, 128, "bfloat16", "float32", kind="e4m3"),
+    "mxfp4": Packing(4, 32, "bfloat16", "bfloat16", kind="e2m1"),
+    "nf4": Packing(4, 64, "bfloat16", "float32", kind="nf4"),
     "w8a8": Packing(8, 128, "int8", "bfloat16", rounds_rows=True),
     "w4a8": Packing(4, 32, "int8", "bfloat16", zeros="uint8", rounds_rows=True),
 }
@@ -61,7 +65,9 @@ class Contest:
         found = []
         for _ in range(count * 16 // packing.bits):
             memory = torch.randint(0, 256, (packing.num_bytes(shape),), dtype=torch.uint8)
-            scales = memory[packing.scales_at(shape) : packing.zeros_at(shape)].view(torch.bfloat16)
+            scales = memory[packing.scales_at(shape) : packing.zeros_at(shape)].view(
+                getattr(torch, packing.scale_dtype)
+            )
             scales.fill_(0.01)
             self._memory.append(memory)
             weight = weights_of_bits(memory, packing, shape)

@@ -10,12 +10,16 @@ from flexgen_lite.model.packing import COLUMNS, Packing, num_blocks
 def packed(
     q_ENK: torch.Tensor, scale_ENG: torch.Tensor, zero_ENG: torch.Tensor | None, packing: Packing
 ) -> torch.Tensor:
-    """All bytes of weights with whole numbers `q_ENK`, G groups along K."""
+    """All bytes of weights with whole numbers `q_ENK`, or codes of another kind, G groups along K.
+
+    Args:
+        zero_ENG: or offsets.
+    """
     count, columns, width = q_ENK.shape
     blocks, middle = num_blocks(columns), 8 if packing.bits == 4 else 128
     codes = torch.zeros((count, blocks * COLUMNS, width), dtype=torch.int64)
     codes[:, :columns] = q_ENK
-    if packing.bits == 4 or packing.order == "int8":
+    if packing.kind == "int" and (packing.bits == 4 or packing.order == "int8"):
         codes += middle
     codes = (codes & 255).view(count, blocks, COLUMNS, width)
     if packing.order == "bfloat16":
@@ -28,7 +32,9 @@ def packed(
         codes = codes[..., 0, :] if packing.bits == 8 else codes[..., 0, :] | (codes[..., 1, :] << 4)
     parts = [codes.to(torch.uint8).reshape(-1)]
     parts.append(_by_block(scale_ENG).to(getattr(torch, packing.scale_dtype)).reshape(-1).view(torch.uint8))
-    if zero_ENG is not None:
+    if zero_ENG is not None and packing.zeros == "float32":
+        parts.append(_by_block(zero_ENG).reshape(-1).view(torch.uint8))
+    elif zero_ENG is not None:
         parts.append((_by_block(zero_ENG) + middle).to(torch.uint8).reshape(-1))
     return torch.cat(parts)
 

@@ -29,6 +29,7 @@ PAIRS_PAY = PAIRS and _name.startswith("znver")
 nanosecond, and 5.7 of float32, on an Emerald Rapids."""
 TILES = "+amx-bf16" in _features and PAIRS  # and on tiles
 LANES = 16 if WIDE else 8
+BYTE_TABLES = WIDE and "+avx512vbmi" in _features  # whether bytes can be places in a table of 128
 BYTES = WIDE and "+avx512vnni" in _features  # whether there are products of bytes that add up to int32
 
 FLOAT, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)

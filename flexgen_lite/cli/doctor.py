@@ -30,10 +30,10 @@ def examine(model: Path | None = None) -> Iterator[tuple[str, str]]:
     """(subject, finding) pairs, as they are found out.
 
     Args:
-        model: a model directory, whose largest file is read for two seconds to measure the disk.
+        model: a model directory, whose largest file is read for two seconds to measure the disk, or a GGUF file.
 
     Raises:
-        FileNotFoundError: `model` has no safetensors file.
+        FileNotFoundError: `model` has no file of weights.
     """
     from flexgen_lite.workers.compute.device import cuda_devices
 
@@ -93,10 +93,11 @@ def _shared_memory() -> str:
 
 
 def _disk(model: Path) -> str:
-    found = [path for path in model.glob("*.safetensors") if path.is_file()]
+    kinds = ("*.safetensors", "*.gguf")
+    found = [model] if model.is_file() else [path for kind in kinds for path in model.glob(kind) if path.is_file()]
     files = sorted(found, key=lambda path: path.stat().st_size)
     if not files:
-        raise FileNotFoundError(f"{shown_path(model)} has no .safetensors file: give a model directory")
+        raise FileNotFoundError(f"{shown_path(model)} has no .safetensors and no .gguf file: give a model")
     rate, num_bytes, direct = read_rate(files[-1])
     how = "direct reads" if direct else "reads through the page cache, for its file system has no direct ones"
     note = "" if num_bytes >= 64 << 20 else "; too little for a fair figure"

@@ -77,6 +77,8 @@ def model_directory(pretrained: object, revision: object, subfolder: str) -> str
     if not isinstance(pretrained, str | os.PathLike):
         raise ValueError(f"pretrained is a {type(pretrained).__name__}: give a model directory or a hub id")
     name = os.fspath(pretrained)
+    if name.lower().endswith(".gguf"):
+        raise ValueError(f"pretrained={name!r} is refused: the harness reads the tokenizer of a model directory")
     if Path(name).is_dir():
         return str(Path(name) / subfolder)
     for key, value in (("subfolder", subfolder), ("revision", revision)):

@@ -47,6 +47,7 @@ class TensorSource:
         return (
             piece.source_dtype == self.dtype
             and not piece.views
+            and piece.part is None
             and _whole(piece.region, self.shape)
             and piece.num_bytes == self.num_bytes
             and piece.offset % ITEM_BYTES[self.dtype] == 0

@@ -1,4 +1,4 @@
-"""A Hugging Face model directory: which tensor lies in which safetensors file, at which bytes.
+"""A Hugging Face model directory, or a model as GGUF: which tensor lies in which file, at which bytes.
 
 Only headers are read, by the compute worker; the weights are read by the disk loader (workers/loader/). Offsets and
 shapes are checked against the files, so that what comes after can trust them.
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from flexgen_lite.model.files import CheckpointError, is_there, open_file, parse_object, read, read_json
+from flexgen_lite.model.formats.gguf import find_gguf, open_gguf, stored_tensors
+from flexgen_lite.model.formats.gguf_header import is_gguf
 from flexgen_lite.model.formats.joined import join_layers
 from flexgen_lite.model.formats.section import Section, read_section
 from flexgen_lite.model.spec import ITEM_BYTES, FileStamp, SmallSource
@@ -42,7 +44,6 @@ _DTYPES = {
 _SAVE_AGAIN = "load it with Transformers and save_pretrained it into a new directory"
 _OTHER_FORMATS = (
     ("pytorch_model*.bin", "PyTorch pickle files", f"to convert it, {_SAVE_AGAIN}"),
-    ("*.gguf", "GGUF files", "get the model's safetensors repository instead"),
     (
         "adapter_model.safetensors",
         "a PEFT adapter",
@@ -74,12 +75,23 @@ class Checkpoint:
     def in_few_bits(self) -> tuple[StoredBits, ...]:
         """How the weights are stored that are."""
         tensors = (one for tensor in self.tensors.values() for one in (tensor, *tensor.members))
-        return tuple(tensor.bits for tensor in tensors if tensor.bits is not None)
+        return tuple(tensor.bits for tensor in tensors if tensor.bits is not None and tensor.bits.kind)
+
+
+def model_source(directory: Path) -> Path:
+    """What a model is opened from: a directory, or the one GGUF file that it holds. Raises CheckpointError."""
+    if any(is_there(directory / name) for name in (WEIGHTS_NAME, INDEX_NAME)):
+        return directory
+    return find_gguf(directory) or directory
 
 
 def open_checkpoint(directory: str | Path) -> Checkpoint:
-    """Read the headers of the model in `directory`. Raises CheckpointError."""
+    """Read the headers of the model in `directory`, or of that as GGUF. Raises CheckpointError."""
     directory = Path(directory).absolute()
+    if is_gguf(directory):
+        model = open_gguf(directory)
+        files, stamps = zip(*((str(header.path), header.stamp) for header in model.headers), strict=True)
+        return Checkpoint(files, stamps, stored_tensors(model))
     section = check_config(directory)
     found = _open_files(directory)
 
@@ -104,6 +116,8 @@ def _open_files(directory: Path) -> Checkpoint:
 
 def check_config(directory: Path) -> Section:
     """Whether there is a config.json, and what is said of how its checkpoint is quantised. Raises CheckpointError."""
+    if is_gguf(directory):
+        return Section()
     if not directory.is_dir():
         raise CheckpointError(
             f"{shown_path(directory)} is not a directory: give the directory that holds the model's config.json"

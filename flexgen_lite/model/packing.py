@@ -8,8 +8,12 @@ or an offset. The *kind* says what a code's value is:
     e2m1, nf4, fp4   4 bits, a place in one of TABLES
     e4m3     8 bits, a number in floating point
 
-and w = value * scale + offset, rounded once. Of several weights `[E, N, K]`, the codes of all come first, then the
-scales of all, then the zeros or offsets of all. N is filled up to whole blocks of COLUMNS.
+and w = value * scale + offset, rounded once; some formats do more to the product first, see `finish`. Of several
+weights `[E, N, K]`, the codes of all come first, then the scales of all, then the zeros or offsets of all. N is filled
+up to whole blocks of COLUMNS.
+
+Where groups are no runs of inputs, the inputs are sorted by them: item p of K is then that of input `order[p]`, and
+behind all the rest are these numbers, int32 `[E, K]`.
 
     order       bits  codes of a block
     bfloat16       8  [K / 8][column][2][4]     byte i of word p: that of item 8 s + 2 i + p; q in two's complement
@@ -57,6 +61,10 @@ class Packing:
         is_transposed: the model has the weight as `[K, N]`.
         rounds_rows: rows that the weight is multiplied with are rounded to 8 bits, group by group.
         kind: of the codes.
+        is_sorted: inputs are sorted by their groups.
+        finish: "float16": the product of value and scale is rounded to float16 first; "127": scales are 127 times what
+            they are, and the product is multiplied with 1 / 127 in float32. Where order is "int8" and rows are rounded,
+            there is no such product: "float16" has no effect.
     """
 
     bits: int
@@ -67,6 +75,8 @@ class Packing:
     is_transposed: bool = False
     rounds_rows: bool = False
     kind: str = "int"
+    is_sorted: bool = False
+    finish: str = ""
 
     @property
     def has_zeros(self) -> bool:
@@ -97,10 +107,15 @@ class Packing:
         count = self.dimensions(shape)[0] * self.num_scales(shape)
         return self.scales_at(shape) + count * SCALE_BYTES[self.scale_dtype]
 
-    def num_bytes(self, shape: tuple[int, ...]) -> int:
-        """Of all of it."""
+    def order_at(self, shape: tuple[int, ...]) -> int:
+        """Where the numbers of the inputs begin, in bytes, if there are any."""
         count = self.dimensions(shape)[0] * self.num_scales(shape)
         return self.zeros_at(shape) + count * ZERO_BYTES[self.zeros]
+
+    def num_bytes(self, shape: tuple[int, ...]) -> int:
+        """Of all of it."""
+        count, _, width = self.dimensions(shape)
+        return self.order_at(shape) + (4 * count * width if self.is_sorted else 0)
 
 
 def num_blocks(columns: int) -> int:

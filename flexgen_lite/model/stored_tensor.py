@@ -14,6 +14,9 @@ class StoredTensor:
     With `bits` it stands for a weight `[N, K]` in few bits: `dtype` and `shape` are those that it has once it is
     unpacked, and the place in the file is that of its values. With `members` it stands for several of these,
     `[E, N, K]`, or `[E, K, N]` where it `is_turned`.
+
+    With `paired_rows` its rows are runs of so many, the halves of each run by turns: row 2 i of a run is row i of its
+    first half, row 2 i + 1 that of its second.
     """
 
     name: str
@@ -25,6 +28,7 @@ class StoredTensor:
     bits: StoredBits | None = None
     members: tuple[StoredTensor, ...] = ()
     is_turned: bool = False
+    paired_rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +36,11 @@ class StoredBits:
     """A weight `[N, K]` in few bits: how it is kept in memory (packing.py), and from what.
 
     Attributes:
+        kind: "": it is not kept in few bits, but made of what is stored otherwise.
         num_bits: of a code in memory, 4 or 8.
         parts: each with the tensor that it is read from.
+        finish: as in Packing.
+        order: a digest of what says which group an input is in; b"": each group is a run of inputs.
     """
 
     kind: str
@@ -42,3 +49,19 @@ class StoredBits:
     scale_dtype: str
     zeros: str
     parts: tuple[tuple[StoredPart, StoredTensor], ...]
+    order: bytes = b""
+    finish: str = ""
+
+    @property
+    def may_be_unpacked(self) -> bool:
+        """Whether the loader can make items of it, too, where it cannot be kept so."""
+        return all(part.fills == "all" for part, _ in self.parts) or self.in_blocks is not None
+
+    @property
+    def in_blocks(self) -> tuple[StoredTensor, StoredPart, StoredTensor] | None:
+        """Values in FP8, and scales for blocks of them, where that is all there is."""
+        if self.kind != "e4m3" or len(self.parts) != 2:
+            return None
+        (part, values), (scale_part, scales) = self.parts
+        plain = part.layout == "stream" and scale_part.layout == "items" and not scale_part.others
+        return (values, scale_part, scales) if plain else None

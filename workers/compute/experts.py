@@ -9,7 +9,7 @@ Shapes: T tokens, K experts for each, S = T * K rows, E experts, H hidden, N out
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -146,6 +146,7 @@ def _multiply(module: Any, name: str, rows: _Rows) -> torch.Tensor:
     others: _Others
     if bits is not None:
         ours, others = bits.ours(), bits
+        rows = _in_order(rows, bits)
     elif packed is not None:
         ours, others = packed.ours, packed.by_onednn
     else:
@@ -158,6 +159,17 @@ def _multiply(module: Any, name: str, rows: _Rows) -> torch.Tensor:
     parts = product_weights.segments(rows.counts, ours.most_rows)
     ours.multiply_segments(output, rows.x, bias, parts, rows.numbers, rows.target_numbers)
     return output
+
+
+def _in_order(rows: _Rows, bits: PackedBits) -> _Rows:
+    """The rows with their items sorted by group, where those of their experts' weights are."""
+    if not bits.packing.is_sorted:
+        return rows
+    x, begin, parts = rows.x if rows.numbers is None else rows.x[rows.numbers], 0, []
+    for expert, count in rows.counts:
+        parts.append(bits.in_order(x[begin : begin + count], expert))
+        begin += count
+    return replace(rows, x=torch.cat(parts), numbers=None)
 
 
 def _one_by_one(

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from flexgen_lite.model.checkpoint import Checkpoint, check_config, open_checkpoint
+from flexgen_lite.model.checkpoint import Checkpoint, check_config, model_source, open_checkpoint
 from flexgen_lite.model.files import CheckpointError, check_files, is_there
+from flexgen_lite.model.formats.gguf_header import is_gguf
 from flexgen_lite.model.formats.section import Section
 from flexgen_lite.model.packing import STEP
 from flexgen_lite.model.spec import ModelSpec
@@ -64,12 +65,13 @@ def open_model(order: OpenModel, device: Device, run_dir: str) -> OpenedModel:
         raise
     except Exception as error:  # Transformers raises whatever its code runs into
         raise UserError(
-            f"{order.model} cannot be opened as a model ({type(error).__name__}: {first_line(error)}): check its "
-            "config.json, or download it again"
+            f"{order.model} cannot be opened as a model ({type(error).__name__}: {first_line(error)}): "
+            f"{'' if is_gguf(Path(order.model)) else 'check its config.json, or '}download it again"
         ) from error
 
 
 def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> OpenedModel:
+    """`directory` may be a GGUF file."""
     section = check_config(directory)
     check_files(directory, (*TOKENIZER_FILES, "generation_config.json"))
     config = model_builder.load_config(directory)
@@ -87,14 +89,17 @@ def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> Op
     path = find_text_path(model, keeps_latents and not of_bits)
     layers, text = path.layers, model_builder.text_config(config)
     read = projections(model.modules())
-    value_order = _value_order(order, dtype, device)
+    # Values of weights in few bits lie in the order of the kernels that multiply with them here.
+    unpacked_first = device.torch_device.type == "cpu" and not (dtype == torch.bfloat16 and serves_width(STEP * 2))
+    value_order = "int8" if unpacked_first or order.activations == "int8" else "bfloat16"
     quantization = None if is_stored else order.quantization
     wanted = packings(model, quantization, read, value_order) if quantization is not None else {}
-    held = HeldBits(holds_bits(model, read), value_order, order.activations == "int8")
+    other_order = "int8" if unpacked_first else "bfloat16"
+    held = HeldBits(holds_bits(model, read), value_order, order.activations == "int8", other_order)
     units, warnings = map_weights(model, layers, checkpoint, dtype, path.unused, wanted, held)
     packed = {tensor.name: tensor.packing for unit in units for tensor in unit.tensors if tensor.packing is not None}
     limit, warning = model_builder.max_length(text, path.has_indexers)
-    tokenizer = open_tokenizer(directory, run_dir)
+    tokenizer = open_tokenizer(directory, run_dir, config)
     if order.max_model_len is not None and order.max_model_len > limit:
         raise UserError(f"max_model_len {order.max_model_len} is over the model's limit of {limit}: lower it")
     products = Products(model, dtype, device.torch_device, read, packed)
@@ -157,20 +162,16 @@ def _check_quantization(order: OpenModel, section: Section, checkpoint: Checkpoi
 
 
 def _has_projections_of_bits(checkpoint: Checkpoint) -> bool:
-    """Whether a weight that makes keys and values of latents (latents.py) can be read by its own forward alone."""
-    return any(t.bits is not None and t.name.endswith(".kv_b_proj.weight") for t in checkpoint.tensors.values())
+    """Whether a weight that makes keys and values of latents (latents.py) can only be kept in few bits, and so be read
+    by its own forward alone."""
+    stored = (t.bits for t in checkpoint.tensors.values() if t.name.endswith(".kv_b_proj.weight"))
+    return any(bits is not None and not bits.may_be_unpacked for bits in stored)
 
 
 def _rounding(section: Section, order: OpenModel, is_stored: bool) -> list[str]:
     if not is_stored or not section.rounds_activations or order.activations == "int8":
         return []
     return ["the checkpoint is meant for activations in few bits; they are rounded here only with activations=int8"]
-
-
-def _value_order(order: OpenModel, dtype: torch.dtype, device: Device) -> str:
-    """Of the values of weights in few bits: that of the kernels that multiply with them here."""
-    unpacked_first = device.torch_device.type == "cpu" and not (dtype == torch.bfloat16 and serves_width(STEP * 2))
-    return "int8" if unpacked_first or order.activations == "int8" else "bfloat16"
 
 
 def fingerprint(opened: OpenedModel) -> str:
@@ -196,12 +197,21 @@ def _widest(layers: Sequence[nn.Module], experts: int) -> int:
 
 
 def model_directory(model: str) -> Path:
-    """Of a directory, or of a model on the hub. Raises UserError where there is none."""
+    """Of a directory, or of a model on the hub; or a GGUF file, be it the only model of the directory.
+
+    Raises:
+        UserError: there is none.
+        CheckpointError: the directory holds several.
+    """
     path = Path(model)
     if path.is_dir():
-        return path
+        return model_source(path)
     if is_there(path):
-        raise UserError(f"{model} is not a directory: give the directory that holds the model's config.json")
+        if is_gguf(path):
+            return path
+        raise UserError(
+            f"{model} is neither a directory nor a .gguf file: give the directory that holds the model's config.json"
+        )
     if path.is_absolute() or model.startswith(".") or model.count("/") > 1:
         raise UserError(f"model directory {model} does not exist")
     from huggingface_hub import snapshot_download

@@ -42,7 +42,7 @@ CALL = np.dtype(
         *((name, np.int64) for name in ("segments", "num_segments")),  # SEGMENT each
         *((name, np.int64) for name in ("scratch", "scratch_bytes")),  # of a thread
         *((name, np.int64) for name in ("weights", "weight_bytes")),  # from one weight to the next
-        *((name, np.int64) for name in ("scales", "scale_kind", "zeros", "zero_bytes", "table", "group")),
+        *((name, np.int64) for name in ("scales", "scale_kind", "zeros", "zero_bytes", "table", "group", "finish")),
         *((name, np.int64) for name in ("bias", "storage", "step_bytes")),  # bias `[weight][N]`; 0: none
         *((name, np.int64) for name in ("columns", "steps", "chunk")),  # N, K / 2, steps of a chunk
         *((name, np.int64) for name in ("span", "most_rows", "tiles")),  # of an item; of a segment; see amx.CONFIG

@@ -22,6 +22,9 @@ PACKED, ROWS, TRANSPOSED, INT8, INT4, BYTES8, BYTES4, E4M3 = range(8)
 `[K, N]` row by row; 8 and 4 bits as in packing.py, for bfloat16, and for int8; 8 bits in floating point."""
 FLOAT32, BFLOAT16, FLOAT16 = range(3)
 SCALE_KINDS = {"float32": FLOAT32, "bfloat16": BFLOAT16, "float16": FLOAT16}
+TO_HALVES, OF_127, SUBTRACTED = range(1, 4)
+FINISHES = {"": 0, "float16": TO_HALVES, "127": OF_127}
+"""How products of values and scales are finished: as Packing says, or not at all, but the zero is subtracted first."""
 STEP_BYTES = {
     PACKED: STEP,
     INT8: STEP // 2,
@@ -94,13 +97,19 @@ def _panel_of_transpose(weight, columns, block, start, stop, panel):  # type: ig
 
 if simd.PAIRS:
     _unpack_4, _unpack_8, _unpack_e4m3 = unpack.unpack_4, unpack.unpack_8, unpack.unpack_e4m3
+    _finish_4, _finish_8, _finish_e4m3 = unpack.finish_4, unpack.finish_8, unpack.finish_e4m3
 else:
 
     @kernel
     def _unpack_4(values, scales, table, runs, panel, ahead):  # type: ignore[no-untyped-def]
         pass
 
+    @kernel
+    def _finish_4(values, scales, table, runs, panel, ahead, factor, halves):  # type: ignore[no-untyped-def]
+        pass
+
     _unpack_8 = _unpack_e4m3 = _unpack_4
+    _finish_8 = _finish_e4m3 = _finish_4
 
 
 @kernel
@@ -113,11 +122,22 @@ def _load_scales(call, place, line):  # type: ignore[no-untyped-def]
     middle = 8 if call.storage == INT4 else 128
     zeros, scales = call.zeros + place * call.zero_bytes, call.scales + place * scale_bytes(call.scale_kind)
     if call.scale_kind == BFLOAT16:
-        unpack.load_scales(scales, zeros, call.zero_bytes, middle, line, np.uint16(0))
+        unpack.load_scales(scales, zeros, call.zero_bytes, middle, call.finish, line, np.uint16(0))
     elif call.scale_kind == FLOAT32:
-        unpack.load_scales(scales, zeros, call.zero_bytes, middle, line, np.float32(0))
+        unpack.load_scales(scales, zeros, call.zero_bytes, middle, call.finish, line, np.float32(0))
     else:
-        unpack.load_scales(scales, zeros, call.zero_bytes, middle, line, np.int16(0))
+        unpack.load_scales(scales, zeros, call.zero_bytes, middle, call.finish, line, np.int16(0))
+
+
+@kernel
+def _finish(call, values, line, steps, to, ahead):  # type: ignore[no-untyped-def]
+    factor, halves = np.float32(1 / 127) if call.finish == OF_127 else np.float32(1), call.finish == TO_HALVES
+    if call.storage == INT4:
+        _finish_4(values, line, call.table, steps // 8, to, ahead, factor, halves)
+    elif call.storage == INT8:
+        _finish_8(values, line, call.table, steps // 4, to, ahead, factor, halves)
+    else:
+        _finish_e4m3(values, line, call.table, steps // 4, to, ahead, factor, halves)
 
 
 @kernel
@@ -133,7 +153,9 @@ def _panel_of_bits(call, weight, block, start, stop, panel, line, ahead):  # typ
         _load_scales(call, ((weight * blocks + block) * groups + group) * COLUMNS, line)
         to, offset = panel + (step - start) * STEP, (step - start) * call.step_bytes
         values = at + step * call.step_bytes
-        if call.storage == INT4:
+        if call.finish != 0:
+            _finish(call, values, line, last - step, to, ahead + offset)
+        elif call.storage == INT4:
             _unpack_4(values, line, call.table, (last - step) // 8, to, ahead + offset)
         elif call.storage == INT8:
             _unpack_8(values, line, call.table, (last - step) // 4, to, ahead + offset)

@@ -1,5 +1,7 @@
 """Weights of 8 and 4 bits into panels of bfloat16: value * scale + offset is rounded once, as it would be if the weight
-had been made bfloat16 before.
+had been made bfloat16 before. What is finished in another way (Packing.finish), and zeros whose product with a scale is
+not exact, have variants of their own, which take longer: the zero is subtracted first, the product multiplied with a
+factor and perhaps rounded to float16.
 
 The order of the values is that of packing.py for bfloat16: a vector of words has eight columns, each with the even and
 the odd items of K, so that two vectors of float32, narrowed together, are the words of sixteen columns in a panel.
@@ -7,25 +9,37 @@ the odd items of K, so that two vectors of float32, narrowed together, are the w
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
+from flexgen_lite.model.packing import TABLES
 from flexgen_lite.workers import simd
 from flexgen_lite.workers.compute.product_tiles import COLUMNS, LINE, ROW, STEP, prefetch_line
 from flexgen_lite.workers.simd import LANES, VECTOR, WORDS
 
 _PAIRS = ir.VectorType(simd.BFloatType(), 2 * LANES)
 _BYTES = ir.VectorType(ir.IntType(8), LANES)
+_LINE_OF_BYTES = ir.VectorType(ir.IntType(8), LINE)
 _VECTORS = 2 * COLUMNS // LANES  # of words
 _LOW = ir.Constant(WORDS, [lane // 2 for lane in range(LANES)])
 _HIGH = ir.Constant(WORDS, [LANES // 2 + lane // 2 for lane in range(LANES)])
 _NAN, _SUBNORMAL = 0x7F, 8  # of the codes of E4M3 without their sign: no number; the first that is none of these
 
+_tables = {kind: np.array(values, np.float32) for kind, values in TABLES.items()}
+
 Decode = Callable[[Any, Any, int, Any], Any]
+
+
+def table_address(kind: str) -> int:
+    """Of what codes of 4 bits stand for, float32."""
+    return int(_tables[kind].ctypes.data)
 
 
 def _four_bits(builder: Any, words: Any, item: int, table: Any) -> Any:
@@ -39,7 +53,7 @@ def _eight_bits(builder: Any, words: Any, item: int, table: Any) -> Any:
     return builder.sitofp(builder.ashr(left, simd.same(24, WORDS)), VECTOR)
 
 
-def _e4m3(builder: Any, words: Any, item: int, table: Any) -> Any:
+def of_e4m3(builder: Any, words: Any, item: int, table: Any = None) -> Any:
     """Byte `item` of each word, a number of 4 bits of exponent and 3 of mantissa."""
     left = builder.shl(words, simd.same(24 - 8 * item, WORDS)) if item < 3 else words
     sign = builder.and_(left, simd.same(0x80000000, WORDS))
@@ -53,11 +67,14 @@ def _e4m3(builder: Any, words: Any, item: int, table: Any) -> Any:
     return builder.bitcast(builder.or_(builder.bitcast(value, WORDS), sign), VECTOR)
 
 
-def _load_scales(builder: Any, kind: str, scales: Any, zeros: Any, zero_bytes: Any, bias: Any, target: Any) -> None:
+def _load_scales(
+    builder: Any, kind: str, scales: Any, zeros: Any, zero_bytes: Any, bias: Any, finish: Any, target: Any
+) -> None:
     """A group's scales, and offsets or -zero * scale, of COLUMNS columns, each twice: `[scale or offset][column][2]`.
 
     Args:
         zeros: address of zero + `bias`, or of offsets where `zero_bytes` is 4; 0: there are none.
+        finish: but for 0, -zero as it is.
     """
     middle = builder.sitofp(builder.trunc(bias, simd.I32), simd.FLOAT)
     size = 4 if kind == "float32" else 2
@@ -67,7 +84,8 @@ def _load_scales(builder: Any, kind: str, scales: Any, zeros: Any, zero_bytes: A
         with builder.if_then(builder.icmp_unsigned("==", zero_bytes, zero_bytes.type(1))):
             codes = simd.load_from(builder, builder.add(zeros, zeros.type(group * LANES)), _BYTES, align=1)
             less = builder.fsub(simd.spread(builder, middle), builder.uitofp(codes, VECTOR))
-            builder.store(builder.fmul(less, scale), offset)
+            is_plain = builder.icmp_unsigned("==", finish, finish.type(0))
+            builder.store(builder.select(is_plain, builder.fmul(less, scale), less), offset)
         with builder.if_then(builder.icmp_unsigned("==", zero_bytes, zero_bytes.type(4))):
             builder.store(simd.load_from(builder, builder.add(zeros, zeros.type(group * 4 * LANES))), offset)
         for part, vector in enumerate((scale, builder.load(offset))):
@@ -76,12 +94,30 @@ def _load_scales(builder: Any, kind: str, scales: Any, zeros: Any, zero_bytes: A
                 simd.store_to(builder, builder.shuffle_vector(vector, vector, lanes), builder.add(target, place))
 
 
-def _unpack(decode: Decode, items: int) -> Any:
+def _fused(builder: Any, value: Any, scale: Any, offset: Any) -> Any:
+    return simd.fused(builder, value, scale, offset)
+
+
+def _finished(builder: Any, value: Any, scale: Any, less: Any, factor: Any, halves: Any) -> Any:
+    product = builder.fmul(builder.fmul(builder.fadd(value, less), scale), factor)
+    half = builder.fpext(builder.fptrunc(product, ir.VectorType(ir.HalfType(), LANES)), VECTOR)
+    return builder.select(halves, half, product)
+
+
+def _unpack(decode: Decode, items: int, is_finished: bool = False) -> Any:
     """unpack(values, scales, table, runs, panel, ahead): `runs` runs of 2 * `items` items of K of a block, all of one
     group, whose scales `load_scales` has left. Meanwhile as much memory from `ahead` on is fetched.
+
+    Where it `is_finished`, two more arguments are the factor of the products and whether they are rounded to float16.
     """
 
-    def build(builder: Any, values: Any, scales: Any, table: Any, runs: Any, panel: Any, ahead: Any) -> None:
+    def build(
+        builder: Any, values: Any, scales: Any, table: Any, runs: Any, panel: Any, ahead: Any, *more: Any
+    ) -> None:
+        combine: Any = _fused
+        if is_finished:
+            factor, halves = simd.spread(builder, more[0]), builder.icmp_unsigned("!=", more[1], more[1].type(0))
+            combine = partial(_finished, factor=factor, halves=halves)
         values_of_codes = simd.load_from(builder, table) if decode is _four_bits else None
         doubled = [
             simd.load_from(builder, builder.add(scales, scales.type(i * ROW)), align=ROW) for i in range(2 * _VECTORS)
@@ -98,7 +134,7 @@ def _unpack(decode: Decode, items: int) -> Any:
                     prefetch_line(builder, builder.add(ahead_at, place))
                 for item in range(items):
                     low, high = (
-                        simd.fused(
+                        combine(
                             builder,
                             decode(builder, word, item, values_of_codes),
                             doubled[vector],
@@ -110,10 +146,94 @@ def _unpack(decode: Decode, items: int) -> Any:
                     place = panel.type(item * STEP + pair * LINE)
                     simd.store_to(builder, builder.bitcast(both, WORDS), builder.add(panel_at, place))
 
+    more = [types.float32, types.int64] if is_finished else []
+    return simd.operation(build, types.void, *[types.int64] * 6, *more)
+
+
+def _bits_of_e4m3() -> list[int]:
+    """bfloat16 of all codes without their sign."""
+    sizes = [m * 2.0**-9 if code < 8 else (8 + m) * 2.0 ** (code // 8 - 10) for code in range(127) for m in (code % 8,)]
+    return [struct.unpack("<I", struct.pack("<f", size))[0] >> 16 for size in sizes] + [0x7FC0]
+
+
+def _bytes_from(values: list[int]) -> Any:
+    return ir.Constant(_LINE_OF_BYTES, values)
+
+
+def _looked_up(builder: Any, codes: Any, table: list[int]) -> Any:
+    """Bytes of `table` at the lower seven bits of each code."""
+    name = "llvm.x86.avx512.vpermi2var.qi.512"
+    return simd.call(builder, name, _LINE_OF_BYTES, [_bytes_from(table[:64]), codes, _bytes_from(table[64:])])
+
+
+def _pairs_of_columns(first: int) -> Any:
+    """Of two vectors of eight columns' bytes, `[column][2][4]`: by four columns, steps `first` and `first` + 1."""
+    order = [
+        (column // 8) * LINE + column % 8 * 8 + item * 4 + step
+        for group in range(4)
+        for step in (first, first + 1)
+        for column in range(4 * group, 4 * group + 4)
+        for item in range(2)
+    ]
+    return ir.Constant(ir.VectorType(simd.I32, LINE), order)
+
+
+def _side_by_side(builder: Any, low: Any, high: Any, upper: bool) -> Any:
+    """Words of low and high bytes, of the lower or the upper half of each 16."""
+    begin = 8 if upper else 0
+    order = [16 * lane + begin + i + part for lane in range(4) for i in range(8) for part in (0, LINE)]
+    return builder.bitcast(builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(simd.I32, LINE), order)), WORDS)
+
+
+def _unpack_by_table() -> Any:
+    """unpack_e4m3 with a table of both bytes of a code's bfloat16; there are no offsets."""
+    bits = _bits_of_e4m3()
+    low_bytes, high_bytes = [x & 255 for x in bits], [x >> 8 for x in bits]
+    even = ir.Constant(WORDS, list(range(0, 2 * LANES, 2)))
+    mixed = ir.Constant(ir.VectorType(simd.I32, 2 * LANES), [i // 2 + LANES * (i % 2) for i in range(2 * LANES)])
+
+    def scaled(b: Any, words: Any, scale: Any) -> Any:
+        low = b.bitcast(b.shl(words, simd.same(16, WORDS)), VECTOR)
+        high = b.bitcast(b.and_(words, simd.same(0xFFFF0000, WORDS)), VECTOR)
+        arguments = [b.fmul(high, scale), b.fmul(low, scale)]
+        both = simd.call(b, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", _PAIRS, arguments)
+        halves = b.bitcast(both, ir.VectorType(simd.I16, 2 * LANES))
+        return b.bitcast(b.shuffle_vector(halves, halves, mixed), WORDS)
+
+    def build(b: Any, values: Any, scales: Any, table: Any, runs: Any, panel: Any, ahead: Any) -> None:
+        columns = []
+        for group in range(COLUMNS // LANES):
+            first, second = (
+                simd.load_from(b, b.add(scales, scales.type((2 * group + i) * ROW)), align=ROW) for i in range(2)
+            )
+            columns.append(b.shuffle_vector(first, second, even))
+        with cgutils.for_range(b, runs) as loop:
+            offset = b.mul(loop.index, runs.type(_VECTORS * ROW))
+            values_at, ahead_at = b.add(values, offset), b.add(ahead, offset)
+            panel_at = b.add(panel, b.mul(loop.index, runs.type(4 * STEP)))
+            for group, scale in enumerate(columns):
+                lines = []
+                for vector in (2 * group, 2 * group + 1):
+                    place = values.type(vector * ROW)
+                    lines.append(simd.load_from(b, b.add(values_at, place), _LINE_OF_BYTES, align=1))
+                    prefetch_line(b, b.add(ahead_at, place))
+                for first_step in (0, 2):
+                    codes = b.shuffle_vector(*lines, _pairs_of_columns(first_step))
+                    low, high = (_looked_up(b, codes, part) for part in (low_bytes, high_bytes))
+                    high = b.or_(high, b.and_(codes, _bytes_from([128] * LINE)))
+                    for step in (0, 1):
+                        words = scaled(b, _side_by_side(b, low, high, step == 1), scale)
+                        place = panel.type((first_step + step) * STEP + group * LINE)
+                        simd.store_to(b, words, b.add(panel_at, place))
+
     return simd.operation(build, types.void, *[types.int64] * 6)
 
 
 SCALES_BYTES = 2 * _VECTORS * ROW  # of a group, as `load_scales` leaves them
-load_scales = simd.operation_of_kind(_load_scales, types.void, *[types.int64] * 5)
+load_scales = simd.operation_of_kind(_load_scales, types.void, *[types.int64] * 6)
 if simd.PAIRS:
-    unpack_4, unpack_8, unpack_e4m3 = _unpack(_four_bits, 8), _unpack(_eight_bits, 4), _unpack(_e4m3, 4)
+    unpack_4, unpack_8 = _unpack(_four_bits, 8), _unpack(_eight_bits, 4)
+    unpack_e4m3 = _unpack_by_table() if simd.BYTE_TABLES else _unpack(of_e4m3, 4)
+    finish_4, finish_8, finish_e4m3 = (
+        _unpack(decode, items, True) for decode, items in ((_four_bits, 8), (_eight_bits, 4), (of_e4m3, 4))
+    )

@@ -29,16 +29,19 @@ from flexgen_lite.workers.compute.product_panels import (
     BYTES4,
     BYTES8,
     E4M3,
+    FINISHES,
     INT4,
     INT8,
     PACKED,
     ROWS,
     SCALE_KINDS,
     STEP_BYTES,
+    SUBTRACTED,
     TRANSPOSED,
 )
 from flexgen_lite.workers.compute.product_scratch import scratch
 from flexgen_lite.workers.compute.product_tiles import COLUMNS, ROW, WIDENED
+from flexgen_lite.workers.compute.product_unpack import table_address
 from flexgen_lite.workers.simd import LANES
 
 MAX_ROWS = 64  # of a segment, for vectors
@@ -48,7 +51,6 @@ ALL_WORDS_BYTES = 64 << 20  # of all threads together, likewise
 CHUNK = 512  # steps
 FEW_ROWS, FEW_ROWS_CHUNK = 16, 64  # of weights that are unpacked: a panel that stays in the first-level cache
 MAX_SPAN = 8  # blocks of an item
-_tables = {kind: np.array(values, np.float32) for kind, values in TABLES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,7 @@ class Weights:
         zero_bytes: of one of them: 1 are zeros, 4 offsets.
         table: address of what codes of 4 bits stand for.
         group: items of K that have a scale.
+        finish: of products of values and scales, see product_panels.py.
     """
 
     address: int
@@ -75,6 +78,7 @@ class Weights:
     zero_bytes: int = 0
     table: int = 0
     group: int = 0
+    finish: int = 0
 
     @property
     def most_rows(self) -> int:
@@ -141,7 +145,7 @@ class Weights:
             x.data_ptr(), _address(x_rows), output.data_ptr(), _address(y_rows), segments.address, segments.number,
             prefill_cpu.scratch_address(threads * call.scratch_bytes), call.scratch_bytes,
             self.address, call.weight_bytes, self.scales, self.scale_kind, self.zeros,
-            self.zero_bytes, self.table, self.group,
+            self.zero_bytes, self.table, self.group, self.finish,
             _address(bias), self.storage, call.step_bytes,
             self.columns, self.width // 2, call.chunk, call.span, most_rows, tiles,
         )  # fmt: skip
@@ -223,19 +227,21 @@ def _weights_of_bits(address: int, packing: Packing, shape: tuple[int, ...]) -> 
     count, columns, width = packing.dimensions(shape)
     if packing.group % STEP or not serves_width(width):
         return None
+    finish = FINISHES[packing.finish]
     if packing.order == "int8":
         if not simd.BYTES or not packing.rounds_rows:
             return None
         storage = BYTES4 if packing.bits == 4 else BYTES8
     else:
-        if packing.has_zeros and packing.scale_dtype == "float32":  # zero * scale is not exact then
-            return None
+        if finish == 0 and packing.has_zeros and packing.scale_dtype == "float32":  # zero * scale is not exact then
+            finish = SUBTRACTED
         storage = INT4 if packing.bits == 4 else (E4M3 if packing.kind == "e4m3" else INT8)
     return Weights(
         address, storage, columns, width, count,
         scales=address + packing.scales_at(shape), scale_kind=SCALE_KINDS[packing.scale_dtype],
         zeros=address + packing.zeros_at(shape) if packing.zeros else 0, zero_bytes=ZERO_BYTES[packing.zeros],
-        table=_tables[packing.kind].ctypes.data if packing.kind in _tables else 0, group=packing.group,
+        table=table_address(packing.kind) if packing.kind in TABLES else 0, group=packing.group,
+        finish=finish,
     )  # fmt: skip
 
 

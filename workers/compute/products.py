@@ -225,6 +225,7 @@ class _ProductOfBits(_Product):
         if rows.numel() == 0:
             return rows.new_empty((*rows.shape[:-1], self._columns()))
         bias_N, ours = self._module.bias, self._bits.ours()
+        rows = self._bits.in_order(rows)
         if ours is not None:
             return ours.multiply(rows.contiguous(), bias_N)
         multiply = product_onednn.multiply if self._by_onednn else linear

@@ -37,6 +37,13 @@ class PackedBits:
     def memory(self) -> torch.Tensor:
         return packed_weights(self.module)[self.name]
 
+    def in_order(self, rows: torch.Tensor, index: int = 0) -> torch.Tensor:
+        """Rows `[..., K]` for weight number `index`: their items sorted by group where its are."""
+        if not self.packing.is_sorted:
+            return rows
+        order = order_of_inputs(self.memory, self.packing, self.shape, index)
+        return rows.index_select(-1, order)
+
     def ours(self) -> Weights | None:
         """As our own kernels see it; None where they do not serve it."""
         memory = self.memory
@@ -59,6 +66,31 @@ def unpacked(
     Args:
         first, count: blocks of columns; None: all that follow.
     """
+    sorted_NK = _unpacked(memory, packing, shape, index, dtype, first, count)
+    if not packing.is_sorted:
+        return sorted_NK
+    weight_NK = torch.empty_like(sorted_NK)
+    weight_NK[:, order_of_inputs(memory, packing, shape, index)] = sorted_NK
+    return weight_NK
+
+
+def order_of_inputs(memory: torch.Tensor, packing: Packing, shape: tuple[int, ...], index: int) -> torch.Tensor:
+    """The inputs of weight number `index` as they are sorted by group, int32 `[K]`."""
+    width = packing.dimensions(shape)[2]
+    start = packing.order_at(shape) + 4 * width * index
+    return memory[start : start + 4 * width].view(torch.int32)
+
+
+def _unpacked(
+    memory: torch.Tensor,
+    packing: Packing,
+    shape: tuple[int, ...],
+    index: int,
+    dtype: torch.dtype,
+    first: int,
+    count: int | None,
+) -> torch.Tensor:
+    """The same, its inputs sorted by group where they are."""
     _, columns, width = packing.dimensions(shape)
     blocks, groups, middle = num_blocks(columns), width // packing.group, 8 if packing.bits == 4 else 128
     count = blocks - first if count is None else count
@@ -78,6 +110,10 @@ def unpacked(
     else:
         values = codes.view(torch.float8_e4m3fn).float()
     values *= by_column(packing.scales_at(shape), getattr(torch, packing.scale_dtype))
+    if packing.finish == "127":
+        values *= 1 / 127
+    elif packing.finish == "float16":
+        values = values.half().float()
     if packing.zeros == "float32":
         values += by_column(packing.zeros_at(shape), torch.float32)
     return values.view(-1, width)[: columns - first * COLUMNS].to(dtype)
@@ -105,14 +141,13 @@ def multiplied(
 
     Args:
         multiply: rows, weight and bias to the product.
+        rows: their items sorted by group where the weight's are.
     """
     packing, memory = bits.packing, bits.memory
     _, columns, width = packing.dimensions(bits.shape)
     x = rounded(rows.float(), packing.group) if packing.rounds_rows else rows
     x_TK = x.reshape(-1, width)
-    has_kernel = (
-        x.dtype == torch.float32 and packing.order == "int8" and packing.kind == "int" and memory.device.type == "cpu"
-    )
+    has_kernel = x.dtype == torch.float32 and packing.order == "int8" and memory.device.type == "cpu"
     has_kernel = has_kernel and prefill_cpu.parallel() is not None
     blocks = max(1, SLAB_ITEMS.get(memory.device.type, SLAB_ITEMS["cpu"]) // (COLUMNS * width))
     parts = []
@@ -126,7 +161,7 @@ def multiplied(
             product_TN = torch.mm(x_TK, slab_KN[:, : part.stop - part.start])
             parts.append(product_TN if bias is None else product_TN.add_(bias))
         else:
-            weight_NK = unpacked(memory, packing, bits.shape, index, x.dtype, first, count)
+            weight_NK = _unpacked(memory, packing, bits.shape, index, x.dtype, first, count)
             parts.append(multiply(x_TK, weight_NK, bias))
     output_TN = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
     return output_TN.to(rows.dtype).view(*rows.shape[:-1], columns)

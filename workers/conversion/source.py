@@ -13,6 +13,7 @@ from torch import nn
 from flexgen_lite.model.checkpoint import Checkpoint, check_config, open_checkpoint
 from flexgen_lite.model.files import CheckpointError
 from flexgen_lite.model.formats.compressed_tensors import section_of
+from flexgen_lite.model.formats.gguf_header import is_gguf
 from flexgen_lite.model.packing import Packing
 from flexgen_lite.model.quantization import Quantization
 from flexgen_lite.model.spec import TensorSpec
@@ -54,6 +55,10 @@ def open_source(directory: Path, wanted: Quantization) -> SourceModel:
         CheckpointError: the checkpoint is not whole, or cannot be written in few bits.
         UserError: the model is not one that is served, or `wanted` does not fit it.
     """
+    if is_gguf(directory):
+        raise CheckpointError(
+            f"{directory}: this command reads safetensors: give `quantization` to run a GGUF file of 16 or 32 bits"
+        )
     if check_config(directory).format or open_checkpoint(directory).in_few_bits:
         raise CheckpointError(f"{directory} is quantised already: give the unquantised model")
     config = builder.load_config(directory)

@@ -17,12 +17,20 @@ from typing import Any
 import numpy as np
 
 from flexgen_lite.model.files import CheckpointError
-from flexgen_lite.model.spec import ITEM_BYTES, SourcePiece, TensorSpec, UnitSpec
-from flexgen_lite.workers.loader.stored_bits import ChunkOfBits, ReadSmall, cannot_be_read, chunks_of_bits
+from flexgen_lite.model.spec import ITEM_BYTES, SourcePiece, StoredPart, TensorSpec, UnitSpec
+from flexgen_lite.workers.loader.stored_bits import (
+    ChunkOfBits,
+    ReadSmall,
+    cannot_be_read,
+    chunks_of_bits,
+    read_others,
+)
+from flexgen_lite.workers.loader.stored_layouts import LAYOUTS, Lines, floats
 from flexgen_lite.workers.loader.weight_cast import Bits, bits_type, copy_cast
 from flexgen_lite.workers.loader.weight_packing import PackedTensor
 
 BLOCK_BYTES = 4096
+_TIMES = 8  # as much room as blocks of 4 bits take rows of float32
 MAX_GAP_BYTES = 64 * 1024  # chunks closer together than this are read at once
 
 
@@ -44,13 +52,16 @@ class Chunk:
     target_strides: tuple[int, ...]
     target_offset: int
     packed: PackedTensor | None = None  # offset and strides are then those that it would have in 16 bits
+    part: StoredPart | None = None  # that it is, of rows that are stored otherwise than item by item
+    row: int = 0  # of these, the first
+    others: tuple[Bits, ...] = ()  # what `part.others` names
 
     def convert(self, bounce: mmap.mmap, bounce_offset: int, arena: mmap.mmap, slot_offset: int) -> None:
         """Put the chunk, whose bytes are at `bounce_offset`, in its place."""
-        source = np.ndarray(self.source_shape, bits_type(self.source_dtype), bounce, bounce_offset)
+        source, source_dtype = self._source(bounce, bounce_offset)
         if self.packed is not None:
             part, place = apply_views(source, self.views), self.target_offset - self.packed.offset
-            self.packed.fill(part, self.source_dtype, place, self.target_strides, arena, slot_offset)
+            self.packed.fill(part, source_dtype, place, self.target_strides, arena, slot_offset)
             return
         target = np.ndarray(
             self.target_shape,
@@ -59,7 +70,16 @@ class Chunk:
             slot_offset + self.target_offset,
             self.target_strides,
         )
-        copy_cast(apply_views(source, self.views), self.source_dtype, target, self.target_dtype)
+        copy_cast(apply_views(source, self.views), source_dtype, target, self.target_dtype)
+
+    def _source(self, bounce: mmap.mmap, bounce_offset: int) -> tuple[Bits, str]:
+        """The items' bits, and what they are."""
+        if self.part is None:
+            return np.ndarray(self.source_shape, bits_type(self.source_dtype), bounce, bounce_offset), self.source_dtype
+        count, width = math.prod(self.source_shape[:-1]), self.source_shape[-1]
+        lines = np.ndarray((count, self.num_bytes // count), np.uint8, bounce, bounce_offset)
+        rows = floats(Lines(lines, self.part, self.source_dtype, self.others, 0, width, self.row))
+        return rows.view(np.uint32).reshape(self.source_shape), "float32"
 
 
 AnyChunk = Chunk | ChunkOfBits
@@ -118,8 +138,11 @@ def _chunks(tensor: TensorSpec, piece: SourcePiece, limit: int, read: ReadSmall 
     region: tuple[Any, ...] = (*(slice(start, stop) for start, stop in piece.region), ...)
     target = whole[region]
     packed = PackedTensor.of(tensor)
+    others = () if piece.part is None or packed is not None else read_others(piece.part, read)
 
-    def chunk(offset: int, shape: tuple[int, ...], views: tuple[tuple[str | int, ...], ...], part: Bits) -> Chunk:
+    def chunk(
+        offset: int, num_bytes: int, shape: tuple[int, ...], views: tuple[tuple[str | int, ...], ...], part: Bits
+    ) -> Chunk:
         if packed is not None and packed.group_axis(part.shape, part.strides) is None:
             raise CheckpointError(
                 f"{tensor.name} cannot be quantised while it is loaded, as the checkpoint has it: name its layer in "
@@ -128,7 +151,7 @@ def _chunks(tensor: TensorSpec, piece: SourcePiece, limit: int, read: ReadSmall 
         return Chunk(
             file=piece.file,
             offset=offset,
-            num_bytes=math.prod(shape) * ITEM_BYTES[piece.source_dtype],
+            num_bytes=num_bytes,
             source_dtype=piece.source_dtype,
             source_shape=shape,
             views=views,
@@ -137,25 +160,31 @@ def _chunks(tensor: TensorSpec, piece: SourcePiece, limit: int, read: ReadSmall 
             target_strides=part.strides,
             target_offset=tensor.offset + _address(part) - base,
             packed=packed,
+            part=piece.part,
+            row=(offset - piece.offset) // _source_strides(piece)[-1] if piece.part is not None else 0,
+            others=others,
         )
 
     turned = _in_source_order(target, piece)
-    if piece.part is not None:
-        if turned is None or turned[1][1:] != ((0, piece.source_shape[-1]),):
+    if piece.part is not None and tensor.packing is not None:
+        if turned is None or not _takes_rows(turned[1], piece.source_shape):
             raise cannot_be_read(tensor)
-        target, (rows_taken, _) = turned
+        target, (rows_taken, *_) = turned
         begin = _address(target) - base
         yield from chunks_of_bits(tensor, piece, piece.part, target, begin, rows_taken, limit, read)
         return
     if turned is None:
-        yield chunk(piece.offset, piece.source_shape, piece.views, target)
+        yield chunk(piece.offset, piece.num_bytes, piece.source_shape, piece.views, target)
         return
     target, box = turned
-    shape = piece.source_shape or (1,)
-    strides = _strides(shape, ITEM_BYTES[piece.source_dtype])
+    shape, strides, most = piece.source_shape or (1,), _source_strides(piece), limit
+    if piece.part is not None:  # rows of float32 are made of them
+        most = limit // _TIMES
+        if len(shape) == 1:
+            target, box, shape, strides = target[None], ((0, 1), *box), (1, *shape), (piece.num_bytes, *strides)
     # Dimension k is cut into runs of rows; the dimensions before it are gone through one index at a time.
-    k = next(dim for dim in range(len(shape)) if strides[dim] <= limit)
-    rows = limit // strides[k]
+    k = next(dim for dim in range(len(shape)) if strides[dim] <= most or (piece.part and dim == len(shape) - 2))
+    rows = max(1, most // strides[k])
     if packed is not None and packed.group_axis(target.shape, target.strides) == k:  # whole groups
         rows = max(packed.packing.group, rows // packed.packing.group * packed.packing.group)
     inner = box[k + 1 :]
@@ -171,7 +200,22 @@ def _chunks(tensor: TensorSpec, piece: SourcePiece, limit: int, read: ReadSmall 
             place = tuple(index - start for index, (start, _) in zip(lead, box, strict=False))
             where: tuple[Any, ...] = (*place, slice(first - box[k][0], last - box[k][0]))
             part = target[where]
-            yield chunk(offset, (last - first, *shape[k + 1 :]), views, part)
+            yield chunk(offset, (last - first) * strides[k], (last - first, *shape[k + 1 :]), views, part)
+
+
+def _takes_rows(box: tuple[tuple[int, int], ...], shape: tuple[int, ...]) -> bool:
+    """Whether whole rows are taken: a run of them, or all where they are counted by several dimensions."""
+    whole = tuple((0, size) for size in shape)
+    return box == whole or (len(shape) == 2 and box[1:] == whole[1:])
+
+
+def _source_strides(piece: SourcePiece) -> tuple[int, ...]:
+    """Of its dimensions, in bytes; where items lie in blocks, that of the last is the line's."""
+    shape, dtype = piece.source_shape or (1,), piece.source_dtype
+    if piece.part is None:
+        return _strides(shape, ITEM_BYTES[dtype])
+    line_bytes = LAYOUTS[piece.part.layout].line_bytes(piece.part, math.prod(shape[:-1]), shape[-1], dtype)
+    return (*_strides(shape[:-1], line_bytes), line_bytes)
 
 
 def _in_source_order(target: Bits, piece: SourcePiece) -> tuple[Bits, tuple[tuple[int, int], ...]] | None:

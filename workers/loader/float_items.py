@@ -22,14 +22,20 @@ def _e4m3() -> Floats:
 E4M3 = _e4m3()
 
 
+def _e8m0() -> Floats:
+    """Powers of two; 255 is no number."""
+    return np.append(np.ldexp(np.float32(1), np.arange(255) - 127), np.float32(np.nan)).astype(np.float32)
+
+
+E8M0 = _e8m0()
+
+
 def to_float32(lines: Bits, dtype: str) -> Floats:
     """Rows of bytes `[rows, bytes]` as rows of what they hold."""
     if dtype == "float8_e4m3fn":
         return E4M3[lines]
     if dtype in ("float8_e8m0fnu", "uint8"):  # a power of two
-        found = np.ldexp(np.float32(1), lines.astype(np.int32) - 127).astype(np.float32)
-        found[lines == 255] = np.nan
-        return found
+        return E8M0[lines]
     items = np.ascontiguousarray(lines).view(bits_type(dtype))
     if dtype == "bfloat16":
         return (items.astype(np.uint32) << np.uint32(16)).view(np.float32)

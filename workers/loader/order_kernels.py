@@ -16,6 +16,7 @@ from numba import njit
 
 from flexgen_lite.model.packing import Packing
 from flexgen_lite.workers.loader.cast_kernels import _compiled
+from flexgen_lite.workers.loader.weight_cast import Bits
 
 EIGHT = 8
 U8, U32, U64 = np.uint8, np.uint32, np.uint64
@@ -116,6 +117,17 @@ def _put_items(source: Any, places: Any, target: Any) -> None:
                     at += COLUMNS
 
 
+def _put_looked_up(source: Any, table: Any, places: Any, target: Any) -> None:
+    """`source` are places in a table."""
+    for r0 in range(0, source.shape[0], EIGHT):
+        for s0 in range(0, source.shape[1], EIGHT):
+            for r in range(r0, min(r0 + EIGHT, source.shape[0])):
+                row, at = source[r], U64(places[r]) + U64(s0) * COLUMNS
+                for s in range(U64(s0), U64(min(s0 + EIGHT, source.shape[1]))):
+                    target[at] = table[U64(row[s])]
+                    at += COLUMNS
+
+
 def _take_4(target: Any, places: Any, source: Any) -> None:
     for r0 in range(0, source.shape[0], EIGHT):
         for s0 in range(0, source.shape[1], EIGHT):
@@ -138,11 +150,29 @@ def _take_8(target: Any, places: Any, source: Any) -> None:
 
 put_4, put_8, put_4_bytes = _compiled(_put_4), _compiled(_put_8), _compiled(_put_4_bytes)
 put_8_as_they_are, put_items = _compiled(_put_8_as_they_are), _compiled(_put_items)
+put_looked_up = _compiled(_put_looked_up)
 take_4, take_8 = _compiled(_take_4), _compiled(_take_8)
 
 
 def _put_8_bytes(source: Any, places: Any, target: Any) -> None:
     put_items(source.view(np.uint32), places, target)
+
+
+def item_places(packing: Packing, items: Bits) -> tuple[Bits, Bits, type[np.unsignedinteger[Any]]]:
+    """Of items of K: the words that they are in, counted in a column, at which bit each begins, and the words' type."""
+    if packing.order == "bfloat16":
+        each = 64 // packing.bits
+        shifts = items % 2 * 32 + items % each // 2 * packing.bits
+        return items // each, shifts, np.uint64
+    each = 32 // packing.bits
+    return items // each, items % 4 * 8 + items % each // 4 * 4, np.uint32
+
+
+def form_of(packing: Packing) -> tuple[int, type[np.unsignedinteger[Any]]]:
+    """The order of words in memory, one of layout_kernels.py's, and the words' type."""
+    if packing.order == "bfloat16":
+        return (0 if packing.bits == 4 else 1 + (packing.kind == "int")), np.uint64
+    return (3 if packing.bits == 4 else 4), np.uint32
 
 
 def of_values(packing: Packing) -> tuple[Any, type[np.unsignedinteger[Any]]]:

@@ -6,7 +6,9 @@ does not depend on the others.
 
 from __future__ import annotations
 
+import math
 import mmap
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -16,7 +18,7 @@ from flexgen_lite.model.files import CheckpointError
 from flexgen_lite.model.packing import COLUMNS, num_blocks
 from flexgen_lite.model.spec import ITEM_BYTES, SmallSource, SourcePiece, StoredPart, TensorSpec
 from flexgen_lite.workers.loader.float_items import from_float32
-from flexgen_lite.workers.loader.stored_layouts import LAYOUTS, Lines, num_lines
+from flexgen_lite.workers.loader.stored_layouts import LAYOUTS, Lines, num_lines, order_of, scales_of_bytes
 from flexgen_lite.workers.loader.weight_cast import Bits, bits_type
 from flexgen_lite.workers.loader.weight_packing import PackedTensor
 
@@ -28,7 +30,8 @@ class ChunkOfBits:
     """A run of a source's lines that has `num_rows` rows of a weight, `skipped` behind the first that its first line
     has, from item `first` of K on.
 
-    Row r of them would begin at `begin` + r * `stride`, in bytes from the start of the tensor, were it in 16 bits.
+    They are counted from `row` on through `shape`; that of index (i, j ...) would begin at `begin` + i, j ... times
+    `strides`, in bytes from the start of the tensor, were it in 16 bits.
     """
 
     file: int
@@ -41,9 +44,12 @@ class ChunkOfBits:
     skipped: int
     first: int
     begin: int
-    stride: int
+    row: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
     packed: PackedTensor
     others: tuple[Bits, ...]
+    lock: threading.Lock
 
     def convert(self, bounce: mmap.mmap, bounce_offset: int, arena: mmap.mmap, slot_offset: int) -> None:
         """Put the chunk, whose bytes are at `bounce_offset`, in its place."""
@@ -52,10 +58,22 @@ class ChunkOfBits:
         shape = (self.num_lines, self.num_bytes // self.num_lines)
         lines = Lines(
             np.ndarray(shape, np.uint8, bounce, bounce_offset),
-            self.part, self.dtype, self.others, packing.group, width, self.first,
+            self.part, self.dtype, self.others, packing.group, width, self.first, packing.finish,
         )  # fmt: skip
+        if self.part.layout in ("words", "awq_words"):
+            self._put_turned(lines, self.packed.parts(arena, slot_offset, count)[0])
+            return
+        if self.part.layout == "sorted_words":
+            self._put_sorted(lines, self.packed.parts(arena, slot_offset, count)[0])
+            return
+        if (table := scales_of_bytes(lines)) is not None:
+            self._put_looked_up(lines, table, self.packed.parts(arena, slot_offset, count)[1])
+            return
         found, part = LAYOUTS[self.part.layout].decode(lines), self.part
-        parts = dict(zip(("values", "scales", part.fills), found, strict=False)) if part.fills == "all" else {}
+        if part.fills == "order":
+            self._put_order(found, self.packed.order(arena, slot_offset))
+            return
+        parts = dict(zip(("values", "scales", "offsets"), found, strict=False)) if part.fills == "all" else {}
         for fills, rows in (parts or {part.fills: found}).items():
             self._put(fills, rows, self.packed.parts(arena, slot_offset, count))
 
@@ -82,6 +100,48 @@ class ChunkOfBits:
         else:
             order_kernels.put_items(rows.view(np.uint32), places, zeros.view(np.uint32))
 
+    def _put_looked_up(self, lines: Lines, table: Bits, scales: Bits) -> None:
+        from flexgen_lite.workers.loader import order_kernels
+
+        packing = self.packed.packing
+        places = self._places(packing.dimensions(self.packed.shape)[2] // packing.group, 0)
+        rows = lines.bytes[self.skipped : self.skipped + self.num_rows]
+        order_kernels.put_looked_up(rows, from_float32(table, packing.scale_dtype), places, scales)
+
+    def _put_order(self, order: Bits, target: Bits) -> None:
+        _, columns, _ = self.packed.packing.dimensions(self.packed.shape)
+        for index in np.unique(self._rows() // columns):
+            target[index] = order
+
+    def _put_turned(self, lines: Lines, values: Bits) -> None:
+        from flexgen_lite.workers.loader import layout_kernels, order_kernels
+
+        packing = self.packed.packing
+        _, _, width = packing.dimensions(self.packed.shape)
+        form, item = order_kernels.form_of(packing)
+        steps, first = (count * packing.bits // 8 // item().itemsize for count in (width, self.first))
+        bits = 0 if self.part.layout == "awq_words" else self.part.num_bits
+        words, places = lines.words(np.uint32), self._places(steps, first)
+        layout_kernels.put_words(words, bits, form, self.skipped, places, values.view(item))
+
+    def _put_sorted(self, lines: Lines, values: Bits) -> None:
+        """Items go among those of other chunks, into words that these change, too."""
+        from flexgen_lite.workers.loader import layout_kernels, order_kernels
+
+        packing, words = self.packed.packing, lines.words(np.uint32)
+        order = order_of(self.others[0])
+        place: Bits = np.empty(order.size, np.int64)
+        place[order] = np.arange(order.size)
+        first, count = self.first, self.num_lines * 32 // self.part.num_bits
+        steps, shifts, kind = order_kernels.item_places(packing, place[first : first + count])
+        places = self._places(order.size * packing.bits // 8 // kind().itemsize, 0)
+        columns = slice(self.skipped, self.skipped + self.num_rows)
+        sign = 128 if packing.order == "bfloat16" and packing.bits == 8 else 0
+        with self.lock:
+            layout_kernels.scatter_words(
+                words[:, columns], self.part.num_bits, sign, steps * COLUMNS, shifts, places, values.view(kind)
+            )
+
     def _places(self, steps: int, first: int) -> Bits:
         """Where item `first` of each row goes, in items of which a row has `steps`; the next goes COLUMNS further."""
         _, columns, _ = self.packed.packing.dimensions(self.packed.shape)
@@ -93,7 +153,9 @@ class ChunkOfBits:
         """Their numbers, counted through all weights of the tensor."""
         packed = self.packed
         _, columns, width = packed.packing.dimensions(packed.shape)
-        begins = (self.begin + np.arange(self.num_rows, dtype=np.int64) * self.stride) // ITEM_BYTES[packed.dtype]
+        places = np.unravel_index(np.arange(self.row, self.row + self.num_rows), self.shape)
+        begins = self.begin + sum(place * stride for place, stride in zip(places, self.strides, strict=True))
+        begins = np.asarray(begins, np.int64) // ITEM_BYTES[packed.dtype]
         if packed.packing.is_transposed:  # [E, K, N]
             return begins // (columns * width) * columns + begins % columns
         return begins // width
@@ -123,16 +185,19 @@ def chunks_of_bits(
     """
     packed = PackedTensor.of(tensor)
     assert packed is not None
-    columns, width = piece.source_shape
-    if target.ndim != 2 or target.shape[1] != width or target.strides[1] != packed.group_stride:
+    *lead, width = piece.source_shape
+    columns = math.prod(lead)
+    if target.ndim < 2 or target.shape[-1] != width or target.strides[-1] != packed.group_stride:
         raise cannot_be_read(tensor)
     layout, dtype = LAYOUTS[part.layout], piece.source_dtype
     line_bytes = layout.line_bytes(part, columns, width, dtype)
-    assert read is not None or not part.others
-    others = tuple(np.frombuffer(read(other), bits_type(other.dtype)) for other in part.others)  # type: ignore[misc]
+    others = read_others(part, read)
+    lock = threading.Lock()
     unit, covers = layout.unit(part)
     units = max(1, limit // (line_bytes * unit))
     end = num_lines(part, columns, width)
+    if len(lead) > 1:  # all of it
+        rows = (0, columns)
     if not layout.is_turned:
         first_line, end = rows[0] // covers * unit, -(-rows[1] // covers) * unit
     else:
@@ -151,11 +216,20 @@ def chunks_of_bits(
             num_rows=high - low,
             skipped=low - (0 if layout.is_turned else at),
             first=at if layout.is_turned else 0,
-            begin=begin + (low - rows[0]) * target.strides[0],
-            stride=target.strides[0],
+            begin=begin,
+            row=low - rows[0],
+            shape=target.shape[:-1],
+            strides=target.strides[:-1],
             packed=packed,
             others=others,
+            lock=lock,
         )
+
+
+def read_others(part: StoredPart, read: ReadSmall | None) -> tuple[Bits, ...]:
+    """The bits of what `part.others` names."""
+    assert read is not None or not part.others
+    return tuple(np.frombuffer(read(other), bits_type(other.dtype)) for other in part.others)  # type: ignore[misc]
 
 
 def cannot_be_read(tensor: TensorSpec) -> CheckpointError:

@@ -9,11 +9,15 @@ offsets are one for every `group` items of K.
     stream            codes along K, the first lowest, q + 8 or + 128  compressed-tensors, MXFP4, NVFP4
     signed            bytes, q in two's complement                     W8A8, bitsandbytes, torchao
     signed_halves     half bytes, likewise                             torchao
+    bit_stream        codes of any bits along K, in words of 32 bits   compressed-tensors
     swapped_halves    codes along K, the first highest                 bitsandbytes
     words             turned: bits of the items of a column, the       GPTQ
                       lowest first, in words of 32 bits
+    sorted_words      the same, where inputs are sorted by group       GPTQ
     awq_words         turned: a word has eight columns                 AWQ
+    awq_stretches     four rows in stretches of 64 items               AWQ, gemv_fast
     items             an item is for a block of items of the weight    scales, zeros and offsets of all
+    filled_items      the same, with more of them behind a row's       AWQ, gemv
     turned_items      turned: likewise
     absmax            one for a run of items, whatever rows they are   bitsandbytes
     absmax_8          127 times the scale of a row                     bitsandbytes
@@ -21,8 +25,16 @@ offsets are one for every `group` items of K.
     packed_words      turned: codes along N, in words of 32 bits       GPTQ, version 2
     lessened_words    the same, each lessened by one                   GPTQ
     awq_zeros         turned: a word has eight columns                 AWQ
+    q4_0, q4_k ...    blocks of items, each with its scales            GGUF
+    added             floats, and a number that is added to each       GGUF
+    fp8_blocks        FP8 along K; `others` has scales for blocks      what is unpacked while it is loaded
+    filled_zeros      codes along K, with more of them behind a row's  AWQ, gemv
+    order             which group each item of K is in                 GPTQ, compressed-tensors
 
-Sources: the packages compressed-tensors, gptqmodel, autoawq, bitsandbytes and torchao, each of which writes its layout.
+Where inputs are sorted by group, `others` of values is that, too.
+
+Sources: the packages compressed-tensors, gptqmodel, autoawq, bitsandbytes and torchao, each of which writes its layout;
+of GGUF see gguf_kernels.py.
 """
 
 from __future__ import annotations
@@ -34,8 +46,10 @@ from typing import Any
 
 import numpy as np
 
+from flexgen_lite.model.formats.gguf import ADDED
+from flexgen_lite.model.formats.gguf_header import TYPES
 from flexgen_lite.model.spec import ITEM_BYTES, StoredPart
-from flexgen_lite.workers.loader.float_items import to_float32
+from flexgen_lite.workers.loader.float_items import E4M3, to_float32
 from flexgen_lite.workers.loader.weight_cast import Bits
 
 SIGN_BITS = {4: np.uint64(0x8888888888888888), 8: np.uint64(0x8080808080808080)}
@@ -52,7 +66,8 @@ class Lines:
         others: arrays of the bits of what `part.others` names.
         group: items of K with one scale, in memory.
         width: K.
-        first: item of K that they begin with, where they are turned.
+        first: item of K that they begin with, where they are turned; row, where they are unpacked.
+        finish: as in Packing.
     """
 
     bytes: Bits
@@ -62,6 +77,7 @@ class Lines:
     group: int
     width: int
     first: int = 0
+    finish: str = ""
 
     def words(self, kind: type[np.unsignedinteger[Any]]) -> Bits:
         """The same bytes as larger words, in memory that these may lie in."""
@@ -75,19 +91,55 @@ class Lines:
 class Layout:
     """
     Attributes:
-        decode: rows of words; of scales and offsets rows of float32; of zeros rows of bytes.
+        decode: rows of words; of scales and offsets rows of float32; of zeros rows of bytes. Where a part is all, rows
+            of words and of scales, and of offsets where there are some.
         line_bytes: of a part of a weight `[N, K]` whose items are of a dtype.
         unit: lines that are decoded together, and the rows, or items of K, that they are for.
     """
 
-    decode: Callable[[Lines], Bits]
+    decode: Callable[[Lines], Any]
     line_bytes: Callable[[StoredPart, int, int, str], int]
     unit: Callable[[StoredPart], tuple[int, int]] = lambda part: (1, part.block[0])
     is_turned: bool = False
 
 
 def _stream(lines: Lines) -> Bits:
-    return lines.words(np.uint64)
+    return _sorted(lines.words(np.uint64), lines)
+
+
+def _bit_stream(lines: Lines) -> Bits:
+    from flexgen_lite.workers.loader import layout_kernels
+
+    words, bits = lines.words(np.uint32), lines.part.num_bits
+    rows = np.empty((len(words), lines.width * kept_bits(bits) // 64), np.uint64)
+    layout_kernels.widen_stream(words, bits, int(lines.part.number), middle(bits), rows)
+    return _sorted(rows, lines)
+
+
+def _sorted(rows: Bits, lines: Lines) -> Bits:
+    """Rows with their items by group, where they are to be."""
+    from flexgen_lite.workers.loader import layout_kernels
+
+    if not lines.others:
+        return rows
+    found = np.empty_like(rows)
+    layout_kernels.sort_items(rows, order_of(lines.others[0]), kept_bits(lines.part.num_bits), found)
+    return found
+
+
+def order_of(groups: Bits) -> Bits:
+    """The inputs by group, int32, from the group of each."""
+    return np.argsort(groups.view(np.int32), kind="stable").astype(np.int32)
+
+
+def kept_bits(bits: int) -> int:
+    """In memory, of codes of so many bits."""
+    return 4 if bits <= 4 else 8
+
+
+def middle(bits: int) -> int:
+    """What to add to codes of compressed-tensors, whose zero is in their middle, for those of packing.py."""
+    return (1 << (kept_bits(bits) - 1)) - (1 << (bits - 1))
 
 
 def _signed(lines: Lines) -> Bits:
@@ -99,33 +151,30 @@ def _signed_halves(lines: Lines) -> Bits:
 
 
 def _swapped_halves(lines: Lines) -> Bits:
-    low = np.uint64(0x0F0F0F0F0F0F0F0F)
-    words = lines.words(np.uint64)
-    return np.asarray(((words & low) << np.uint64(4)) | ((words >> np.uint64(4)) & low))
-
-
-def _words(lines: Lines) -> Bits:
     from flexgen_lite.workers.loader import layout_kernels
 
-    words, bits = lines.words(np.uint32), lines.part.num_bits
-    items = len(words) * 32 // bits
-    rows = np.empty((words.shape[1], items * (8 if bits == 8 else 4) // 64), np.uint64)
-    layout_kernels.turn_words(words, bits, rows)
+    words = lines.words(np.uint64)
+    rows = np.empty_like(words)
+    layout_kernels.swap_halves(words, rows)
     return rows
 
 
-def _awq_words(lines: Lines) -> Bits:
+def _awq_stretches(lines: Lines) -> Bits:
     from flexgen_lite.workers.loader import layout_kernels
 
-    words = lines.words(np.uint32)
-    rows = np.empty((words.shape[1] * 8, len(words) // 16), np.uint64)
-    layout_kernels.turn_awq_words(words, rows)
+    words = lines.words(np.uint64)
+    rows = np.empty((len(words) * 4, words.shape[1] // 4), np.uint64)
+    layout_kernels.part_stretches(words, rows)
     return rows
 
 
 def _items(lines: Lines) -> Bits:
     """Of a line, the items that the groups of its rows have: scales as float32, zeros as bytes."""
     return _spread(_decoded_items(lines), lines)
+
+
+def _filled_items(lines: Lines) -> Bits:
+    return np.ascontiguousarray(_decoded_items(lines)[:, : lines.width // lines.part.block[1]])
 
 
 def _turned_items(lines: Lines) -> Bits:
@@ -136,7 +185,20 @@ def _turned_items(lines: Lines) -> Bits:
 def _decoded_items(lines: Lines) -> Bits:
     if lines.part.fills == "zeros":  # bytes with a sign
         return np.asarray(lines.bytes + np.uint8(1 << (lines.part.num_bits - 1)))
-    items = to_float32(lines.bytes, lines.dtype)
+    return _scaled(to_float32(lines.bytes, lines.dtype), lines)
+
+
+def scales_of_bytes(lines: Lines) -> Bits | None:
+    """What each byte stands for where they are the scales of rows as they are in memory; None: they are not."""
+    part = lines.part
+    if part.fills != "scales" or part.layout != "items" or part.block != (1, lines.group):
+        return None
+    if ITEM_BYTES[lines.dtype] != 1:
+        return None
+    return _scaled(to_float32(np.arange(256, dtype=np.uint8), lines.dtype), lines)
+
+
+def _scaled(items: Bits, lines: Lines) -> Bits:
     for divides, other in zip((False, True), lines.others, strict=False):
         if other.size:
             factor = to_float32(other.view(np.uint8), "float32").reshape(-1)[0]
@@ -159,23 +221,32 @@ def _absmax(lines: Lines) -> Bits:
     if lines.others:
         nested, table = (other.view(np.float32) for other in lines.others)
         codes = lines.bytes.reshape(-1)
-        scales = table[codes] * nested[np.arange(codes.size) // 256] + np.float32(lines.part.number)
+        scales = table[codes]
+        whole = codes.size // 256
+        scales[: whole * 256].reshape(whole, 256)[...] *= nested[:whole, None]
+        scales[whole * 256 :] *= nested[whole:]
+        scales += np.float32(lines.part.number)
     else:
         scales = to_float32(lines.bytes, lines.dtype).reshape(-1)
+    if each == lines.group:
+        return scales.reshape(columns, -1)
     begins = np.arange(0, columns * lines.width, lines.group)
     return np.asarray(scales[begins // each].reshape(columns, -1))
 
 
 def _absmax_8(lines: Lines) -> Bits:
-    return np.asarray(to_float32(lines.bytes, lines.dtype) * np.float32(1 / 127))
+    items = to_float32(lines.bytes, lines.dtype)
+    return items if lines.finish == "127" else np.asarray(items * np.float32(1 / 127))
 
 
 def _packed_zeros(lines: Lines) -> Bits:
-    """A line has the zeros of 32 / bits rows."""
+    """A line has the zeros of 32 / bits rows, or several lines those of 32."""
     bits, words = lines.part.num_bits, lines.words(np.uint32)
+    if 32 % bits:
+        return np.asarray(_fields(words.T, bits) + np.uint8(middle(bits)))
     shifts = np.arange(32 // bits, dtype=np.uint32)[:, None] * np.uint32(bits)
     zeros = (words[:, None, :] >> shifts) & np.uint32((1 << bits) - 1)
-    return np.asarray(zeros.reshape(-1, words.shape[1]).astype(np.uint8))
+    return np.asarray(zeros.reshape(-1, words.shape[1]).astype(np.uint8) + np.uint8(middle(bits)))
 
 
 def _packed_words(lines: Lines) -> Bits:
@@ -193,9 +264,11 @@ def _lessened_words(lines: Lines) -> Bits:
 
 def _fields(words: Bits, bits: int) -> Bits:
     """`[fields of a line, lines]`."""
-    digits = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=1, bitorder="little")
-    values = digits.reshape(len(words), -1, bits) @ (1 << np.arange(bits))
-    return np.ascontiguousarray(values.astype(np.uint8).T)
+    from flexgen_lite.workers.loader import layout_kernels
+
+    found = np.empty((words.shape[1] * 32 // bits, len(words)), np.uint8)
+    layout_kernels.fields(words, bits, found)
+    return found
 
 
 def _awq_zeros(lines: Lines) -> Bits:
@@ -203,6 +276,47 @@ def _awq_zeros(lines: Lines) -> Bits:
     shifts = 4 * np.array(_AWQ_ORDER, np.uint32)
     zeros = (words[:, :, None] >> shifts) & np.uint32(15)
     return np.ascontiguousarray(zeros.reshape(len(words), -1).astype(np.uint8).T)
+
+
+def _blocks(lines: Lines) -> tuple[Bits, ...]:
+    from flexgen_lite.workers.loader import gguf_kernels
+
+    return gguf_kernels.decode(lines.part.layout, lines.words(np.uint16), lines.width)
+
+
+def _floats_of_blocks(lines: Lines) -> Bits:
+    rows, items = lines.part.block
+    source = lines.part.others[0]
+    scales = to_float32(lines.others[0].view(np.uint8).reshape(1, -1), source.dtype).reshape(
+        -1, -(-lines.width // items)
+    )
+    place = (lines.first + np.arange(len(lines.bytes))) // rows
+    return np.asarray(E4M3[lines.bytes] * np.repeat(scales[place], items, axis=1)[:, : lines.width])
+
+
+def floats(lines: Lines) -> Bits:
+    """Rows of float32 of lines whose part is all."""
+    if lines.part.layout == "fp8_blocks":
+        return _floats_of_blocks(lines)
+    if lines.part.layout == ADDED:
+        return np.asarray(to_float32(lines.bytes, lines.dtype) + np.float32(lines.part.number))
+    from flexgen_lite.workers.loader import gguf_kernels
+
+    rows: Bits = gguf_kernels.floats(lines.part.layout, lines.words(np.uint16), lines.width)
+    return rows
+
+
+def _filled_zeros(lines: Lines) -> Bits:
+    zeros = _fields(lines.words(np.uint32), lines.part.num_bits).T
+    return np.ascontiguousarray(zeros[:, : lines.width // lines.part.block[1]])
+
+
+def _order(lines: Lines) -> Bits:
+    return order_of(lines.words(np.uint32))
+
+
+def _not_in_rows(lines: Lines) -> Bits:
+    raise AssertionError(f"{lines.part.layout} is put where it belongs without rows")
 
 
 def _along_k(part: StoredPart, columns: int, width: int, dtype: str) -> int:
@@ -217,26 +331,52 @@ def _item_line(part: StoredPart, columns: int, width: int, dtype: str) -> int:
     return -(-width // part.block[1]) * ITEM_BYTES[dtype]
 
 
+def _stream_line(part: StoredPart, columns: int, width: int, dtype: str) -> int:
+    words = -(-width // int(part.number)) if part.number else -(-width * part.num_bits // 32)
+    return 4 * words
+
+
+def _zero_lines(part: StoredPart) -> tuple[int, int]:
+    lines = part.num_bits // math.gcd(part.num_bits, 32)
+    return lines, lines * 32 // part.num_bits
+
+
+def _words_unit(part: StoredPart) -> tuple[int, int]:
+    return part.num_bits, 32
+
+
 LAYOUTS = {
     "stream": Layout(_stream, _along_k),
+    "bit_stream": Layout(_bit_stream, _stream_line),
     "signed": Layout(_signed, _along_k),
     "signed_halves": Layout(_signed_halves, _along_k),
     "swapped_halves": Layout(_swapped_halves, _along_k),
-    "words": Layout(_words, lambda part, n, k, dtype: 4 * n, lambda part: (part.num_bits, 32), is_turned=True),
-    "awq_words": Layout(_awq_words, _along_n, lambda part: (16, 16), is_turned=True),
+    "words": Layout(_not_in_rows, lambda part, n, k, dtype: 4 * n, _words_unit, is_turned=True),
+    "sorted_words": Layout(_not_in_rows, lambda part, n, k, dtype: 4 * n, _words_unit, is_turned=True),
+    "awq_stretches": Layout(_awq_stretches, lambda part, n, k, dtype: 2 * k, lambda part: (1, 4)),
+    "awq_words": Layout(_not_in_rows, _along_n, lambda part: (16, 16), is_turned=True),
     "items": Layout(_items, _item_line),
+    "filled_items": Layout(_filled_items, lambda part, n, k, dtype: int(part.number) * ITEM_BYTES[dtype]),
     "turned_items": Layout(
         _turned_items, lambda part, n, k, dtype: n * ITEM_BYTES[dtype], lambda part: (1, part.block[1]), is_turned=True
     ),
     "absmax": Layout(_absmax, lambda part, n, k, dtype: -(-n * k // part.block[1]) * ITEM_BYTES[dtype]),
     "absmax_8": Layout(_absmax_8, _item_line),
-    "packed_zeros": Layout(
-        _packed_zeros, lambda part, n, k, dtype: k // part.block[1] * 4, lambda part: (1, 32 // part.num_bits)
-    ),
+    "packed_zeros": Layout(_packed_zeros, lambda part, n, k, dtype: k // part.block[1] * 4, _zero_lines),
     "packed_words": Layout(_packed_words, _along_n, lambda part: (1, part.block[1]), is_turned=True),
     "lessened_words": Layout(_lessened_words, _along_n, lambda part: (1, part.block[1]), is_turned=True),
     "awq_zeros": Layout(_awq_zeros, _along_n, lambda part: (1, part.block[1]), is_turned=True),
+    "filled_zeros": Layout(_filled_zeros, lambda part, n, k, dtype: int(part.number) * part.num_bits // 8),
+    "order": Layout(_order, lambda part, n, k, dtype: 4 * k),
 }
+
+_BLOCKS = {kind.name.lower(): kind for kind in TYPES.values() if kind.items > 1}
+LAYOUTS |= {
+    name: Layout(_blocks, lambda part, n, k, dtype: k // part.block[1] * _BLOCKS[part.layout].num_bytes)
+    for name in _BLOCKS
+}
+LAYOUTS["fp8_blocks"] = Layout(floats, _along_k)
+LAYOUTS[ADDED] = Layout(floats, lambda part, n, k, dtype: k * ITEM_BYTES[dtype])
 
 
 def num_lines(part: StoredPart, columns: int, width: int) -> int:

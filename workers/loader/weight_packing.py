@@ -87,6 +87,12 @@ class PackedTensor:
             np.ndarray(scales * ZERO_BYTES[packing.zeros], np.uint8, arena, start + packing.zeros_at(shape)),
         )
 
+    def order(self, arena: mmap.mmap, slot_offset: int) -> Bits:
+        """The numbers of the inputs, `[E, K]`, where they are sorted by group."""
+        count, _, width = self.packing.dimensions(self.shape)
+        start = slot_offset + self.offset + self.packing.order_at(self.shape)
+        return np.ndarray((count, width), np.int32, arena, start)
+
 
 def _without(strides: tuple[int, ...], axis: int) -> tuple[int, ...]:
     return strides[:axis] + strides[axis + 1 :]

@@ -27,7 +27,9 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from flexgen_lite.model.files import is_there, read_json
+from flexgen_lite.model.formats.gguf_header import is_gguf
 from flexgen_lite.text.shown import shown
+from flexgen_lite.workers.model.gguf_config import config_of_gguf
 from flexgen_lite.workers.serve import UserError, first_line
 
 ATTENTION_NAME = "flexgen_lite"
@@ -50,7 +52,9 @@ _SIZES = {  # in config.json, and the most that any model has, by far
 
 
 def load_config(directory: Path) -> PreTrainedConfig:
-    """The config of a model directory. Raises UserError where there is none that can be used."""
+    """The config of a model directory, or of a GGUF file. Raises UserError where there is none that can be used."""
+    if is_gguf(directory):
+        return config_of_gguf(directory)
     path = directory / "config.json"
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=False)
@@ -61,9 +65,14 @@ def load_config(directory: Path) -> PreTrainedConfig:
     return config
 
 
+def config_path(directory: Path) -> Path:
+    """The file that a model's config comes from."""
+    return directory if is_gguf(directory) else directory / "config.json"
+
+
 def check_sizes(directory: Path, config: PreTrainedConfig) -> None:
     """Raises UserError for a size that no model has, before memory is taken for it."""
-    path = directory / "config.json"
+    path = config_path(directory)
     for part, (name, most) in itertools.product((config, text_config(config)), _SIZES.items()):
         size = None
         with contextlib.suppress(Exception):  # classes whose layers differ refuse to tell of one for all
@@ -273,7 +282,7 @@ def eos_token_ids(directory: Path, config: PreTrainedConfig) -> tuple[int, ...]:
         CheckpointError: generation_config.json has no JSON object.
         UserError: they are no token ids.
     """
-    path, eos = directory / "config.json", _token_id(config, "eos_token_id")
+    path, eos = config_path(directory), _token_id(config, "eos_token_id")
     if is_there(other := directory / "generation_config.json"):
         given = read_json(other).get("eos_token_id")
         path, eos = (path, eos) if given is None else (other, given)
@@ -287,9 +296,7 @@ def bos_token_id(directory: Path, config: PreTrainedConfig) -> int | None:
     """Raises UserError where it is none."""
     bos = _token_id(config, "bos_token_id")
     if bos is not None and not (type(bos) is int and abs(bos) <= _MAX_TOKEN_ID):
-        raise UserError(
-            f"{directory / 'config.json'}: bos_token_id={shown(bos)} is not allowed: a token id is expected"
-        )
+        raise UserError(f"{config_path(directory)}: bos_token_id={shown(bos)} is not allowed: a token id is expected")
     return bos
 
 

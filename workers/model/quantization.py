@@ -86,47 +86,69 @@ class HeldBits:
         is_transposed: what `holds_bits` says.
         order: of the values.
         rounds_rows: as in Packing.
+        other_order: of values that are no whole numbers, or have offsets.
     """
 
     is_transposed: Mapping[str, bool]
     order: str
     rounds_rows: bool
+    other_order: str = "bfloat16"
 
 
 def stored_packing(name: str, parts: Sequence[Part], held: HeldBits) -> Packing | None:
-    """How the parameter `name` is kept that the checkpoint's `parts` fill; None: they are not in few bits.
+    """How the parameter `name` is kept that the checkpoint's `parts` fill; None: they are not in few bits, or are
+    unpacked while they are loaded.
 
     Raises:
         CheckpointError: some are in few bits, and the parameter cannot be kept so.
     """
     stored = [part.stored.bits for part in parts]
     first = next((bits for bits in stored if bits is not None), None)
-    if first is None:
+    if first is None or not first.kind:
         return None
+    may_be_unpacked = all(bits is None or bits.may_be_unpacked for bits in stored)
     if name not in held.is_transposed:
+        if may_be_unpacked:
+            return None
         raise CheckpointError(
             f"{name} is quantised in the checkpoint, and only weights of linear layers and experts can be kept so that "
             "nobody else reads: use the unquantised model with `quantization`"
         )
     kinds = {
-        None if bits is None else (bits.kind, bits.num_bits, bits.group, bits.scale_dtype, bits.zeros)
+        None
+        if bits is None
+        else (bits.kind, bits.num_bits, bits.group, bits.scale_dtype, bits.zeros, bool(bits.order), bits.finish)
         for bits in stored
     }
+    if len(kinds) > 1 and may_be_unpacked:
+        return None
     if len(kinds) > 1:
         raise CheckpointError(
             f"{name} is joined from tensors that are not all quantised alike: use the unquantised model with "
             "`quantization`"
         )
+    # What is side by side in a weight, as gates are beside what they open, has the same inputs.
+    orders = {
+        (part.region[0] if len(part.region) > 2 else (), part.stored.bits and part.stored.bits.order) for part in parts
+    }
+    if len(orders) > len({place for place, _ in orders}):
+        raise CheckpointError(
+            f"{name} is joined from tensors whose inputs are in groups of different inputs (g_idx), which is not "
+            "supported: use the unquantised model with `quantization`"
+        )
     is_whole = first.kind == "int" and first.zeros != "float32"
+    order = held.order if is_whole else held.other_order
     return Packing(
         first.num_bits,
         first.group,
-        held.order if is_whole else "bfloat16",
+        order,
         first.scale_dtype,
         first.zeros,
         held.is_transposed[name],
         held.rounds_rows and is_whole,
         first.kind,
+        bool(first.order),
+        "" if order == "int8" and first.finish == "127" else first.finish,  # the loader divides then
     )
 
 

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedConfig
 
 from flexgen_lite.chat.environment import fault_of
 from flexgen_lite.model.files import CheckpointError, check_contents, is_there, open_file, read_json
+from flexgen_lite.model.formats.gguf_header import is_gguf
 from flexgen_lite.wire.worker_messages import WireChatTemplate
+from flexgen_lite.workers.model.gguf_config import tokenizer_of_gguf
 from flexgen_lite.workers.serve import first_line
 
 FILES = (
@@ -48,13 +50,17 @@ class ModelTokenizer:
     warnings: tuple[str, ...] = ()
 
 
-def open_tokenizer(directory: Path, run_dir: str) -> ModelTokenizer:
-    """tokenizer.json alone is not enough, even where there is nothing else: Transformers knows special tokens of the
+def open_tokenizer(directory: Path, run_dir: str, config: PreTrainedConfig | None = None) -> ModelTokenizer:
+    """That of a model directory, or of a GGUF file, for which the model's config is needed.
+
+    tokenizer.json alone is not enough, even where there is nothing else: Transformers knows special tokens of the
     model's type, which a chat template may name.
 
     Raises:
         CheckpointError: a file of it is damaged.
     """
+    if is_gguf(directory):
+        return _open_gguf(directory, run_dir, config)
     found = [name for name in FILES if (directory / name).is_file()]
     if found in ([], [_CONFIG]):
         return ModelTokenizer(None)
@@ -72,6 +78,23 @@ def open_tokenizer(directory: Path, run_dir: str) -> ModelTokenizer:
         return ModelTokenizer(None, None, (f"{what}: give prompts as token ids",))
     template = _chat_template(directory, tokenizer, fault)
     return ModelTokenizer(str(path), template, tuple(_template_warnings(template)))
+
+
+def _open_gguf(path: Path, run_dir: str, config: PreTrainedConfig | None) -> ModelTokenizer:
+    target = Path(run_dir) / "tokenizer.json"
+    try:
+        assert config is not None
+        tokenizer = tokenizer_of_gguf(path, config)
+        if tokenizer is None:
+            return ModelTokenizer(None)
+        tokenizer.backend_tokenizer.save(str(target))
+    except CheckpointError:
+        raise
+    except Exception as error:  # of many kinds; prompts as token ids still work
+        what = f"the tokenizer in {path} cannot be used ({type(error).__name__}: {first_line(error)})"
+        return ModelTokenizer(None, None, (f"{what}: give prompts as token ids",))
+    template = _chat_template(path, tokenizer, None)
+    return ModelTokenizer(str(target), template, tuple(_template_warnings(template)))
 
 
 def _load(directory: Path, run_dir: str) -> tuple[Any, str | None]:

@@ -78,8 +78,9 @@ def map_weights(
             missing.append(shared.names[0])
         for name in names:
             traced = found.traced[name]
-            pieces = tuple(piece for part in traced.parts for piece in to_pieces(part, shape))
-            packing = stored_packing(name, traced.parts, held) or packings.get(name)
+            stored = stored_packing(name, traced.parts, held)
+            pieces = tuple(piece for part in traced.parts for piece in to_pieces(part, shape, stored is not None))
+            packing = stored or packings.get(name)
             units[shared.unit].append(TensorSource(name, dtype_name(traced.dtype), shape, pieces, packing))
     if missing and checkpoint is not None:
         raise CheckpointError(_missing_message(missing, checkpoint))

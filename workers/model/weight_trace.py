@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from flexgen_lite.model.spec import ITEM_BYTES, SourcePiece
+from flexgen_lite.model.spec import ITEM_BYTES, SmallSource, SourcePiece, StoredPart
 from flexgen_lite.model.stored_tensor import StoredBits, StoredTensor
 
 Region = tuple[tuple[int, int], ...]
@@ -78,22 +78,40 @@ def trace(stored: StoredTensor, dtype: torch.dtype) -> TracedTensor:
     meta = torch.empty(stored.shape, dtype=dtype, device="meta")
     sizes = tuple((0, size) for size in stored.shape[-2:])
     if not stored.members:
-        return TracedTensor(meta, (Part(stored, (), tuple((0, size) for size in stored.shape)),))
+        return TracedTensor(meta, (Part(stored, _unpaired(stored), tuple((0, size) for size in stored.shape)),))
     turn: tuple[View, ...] = (("transpose", 0, 1),) if stored.is_turned else ()
     views: tuple[View, ...] = (*turn, ("reshape", 1, *stored.shape[-2:]))
     parts = [Part(member, views, ((i, i + 1), *sizes)) for i, member in enumerate(stored.members)]
     return TracedTensor(meta, parts)
 
 
-def to_pieces(part: Part, shape: Sequence[int]) -> tuple[SourcePiece, ...]:
-    """The part as SourcePieces of a parameter of `shape`: one, or those of a weight in few bits."""
-    if part.stored.bits is not None:
-        return _pieces_of_bits(part, part.stored.bits, shape)
+def _unpaired(stored: StoredTensor) -> tuple[View, ...]:
+    """The halves of its runs of rows, one behind the other."""
+    if not stored.paired_rows:
+        return ()
+    count, *rest = stored.shape
+    runs = (count // stored.paired_rows, stored.paired_rows // 2, 2, *rest)
+    return ("reshape", *runs), ("transpose", 1, 2), ("reshape", *stored.shape)
+
+
+def to_pieces(part: Part, shape: Sequence[int], is_packed: bool = False) -> tuple[SourcePiece, ...]:
+    """The part as SourcePieces of a parameter of `shape`: one, or those of a weight that is kept in few bits."""
+    bits = part.stored.bits
+    if bits is not None:
+        if not is_packed and (blocks := bits.in_blocks) is not None:
+            values, scale_part, scales = blocks
+            others = (SmallSource(scales.file, scales.offset, scales.num_bytes, scales.dtype),)
+            whole = StoredPart("all", "fp8_blocks", 8, scale_part.block, others)
+            bits = replace(bits, parts=((whole, values),))
+        return _pieces_of_bits(part, bits, shape)
     return (_to_piece(part, shape),)
 
 
 def _pieces_of_bits(part: Part, bits: StoredBits, shape: Sequence[int]) -> tuple[SourcePiece, ...]:
     whole = part.region == tuple((0, size) for size in shape)
+    source_shape, views = part.stored.shape, part.views
+    if part.stored.paired_rows:
+        source_shape, views = tuple(int(size) for size in views[0][1:]), views[1:]
     return tuple(
         SourcePiece(
             file=source.file,
@@ -101,8 +119,8 @@ def _pieces_of_bits(part: Part, bits: StoredBits, shape: Sequence[int]) -> tuple
             num_bytes=source.num_bytes,
             source_name=source.name,
             source_dtype=source.dtype,
-            source_shape=part.stored.shape,
-            views=part.views,
+            source_shape=source_shape,
+            views=views,
             region=() if whole else part.region,
             part=stored_part,
         )

@@ -93,7 +93,9 @@ def _join_4(layers: StoredLayers, layer: str, kind: str, values: StoredTensor, s
             absmax,
         ),
     )
-    stored = StoredBits(kind, 4, layers.group(layer, values, width, block), "float32", "", parts)
+    finish = "float16" if state.get("dtype") == "float16" else ""
+    group = layers.group(layer, values, width, block)
+    stored = StoredBits(kind, 4, group, "float32", "", parts, finish=finish)
     layers.add(prefix, (columns, width), stored, values)
 
 
@@ -110,5 +112,6 @@ def _join_8(layers: StoredLayers, layer: str, scales: StoredTensor) -> None:
         (StoredPart("values", "signed", 8), values),
         (StoredPart("scales", "absmax_8", block=(1, width)), scales),
     )
-    stored = StoredBits("int", 8, layers.group(layer, values, width, width), "float32", "", parts)
+    group = layers.group(layer, values, width, width)
+    stored = StoredBits("int", 8, group, "float32", "", parts, finish="127")
     layers.add(f"{layer}.weight", (columns, width), stored, values)

@@ -2,7 +2,8 @@
 
 Its config.json has a `quantization_config`. Of a layer X there are
 
-    pack-quantized      X.weight_packed (int32), X.weight_scale, X.weight_shape; not symmetric: X.weight_zero_point
+    pack-quantized      X.weight_packed (int32), X.weight_scale, X.weight_shape; not symmetric: X.weight_zero_point;
+                        actorder: X.weight_g_idx
     int-quantized       X.weight (int8), X.weight_scale
     float-quantized     X.weight (FP8), X.weight_scale: one for all, for each output, or for blocks
     nvfp4-pack-quantized  X.weight_packed (uint8), X.weight_scale (FP8), X.weight_global_scale
@@ -20,7 +21,8 @@ from typing import Any
 
 from flexgen_lite.model.files import CheckpointError
 from flexgen_lite.model.formats import fp4, fp8
-from flexgen_lite.model.formats.layers import AGAIN, FLOATS, REMEDY, StoredLayers
+from flexgen_lite.model.formats.input_order import part_of, read_order
+from flexgen_lite.model.formats.layers import AGAIN, FLOATS, REMEDY, Part, StoredLayers, small
 from flexgen_lite.model.formats.section import Section
 from flexgen_lite.model.packing import Packing
 from flexgen_lite.model.spec import StoredPart
@@ -113,10 +115,10 @@ def _scheme(group: Mapping[str, Any], section: Mapping[str, Any], where: str) ->
     if kind not in _FORMATS and kind != "mixed-precision" and kind is not None:
         raise CheckpointError(f"{where} is stored as {shown_text(kind)}, which is not read: {REMEDY}")
     bits, number = weights.get("num_bits"), weights.get("type", "int")
-    if (number, bits) not in (("int", 4), ("int", 8), ("float", 8), ("float", 4)):
+    if bits not in ({"int": range(1, 9), "float": (4, 8)}.get(number, ()) if type(number) is str else ()):
         raise CheckpointError(
-            f"{where} has weights of {shown(bits)} bits, {shown_text(number)}: only whole numbers and floats of 4 or 8 "
-            f"bits are read: {REMEDY}"
+            f"{where} has weights of {shown(bits)} bits, {shown_text(str(number))}: only whole numbers of 1 to 8 bits "
+            f"and floats of 4 or 8 bits are read: {REMEDY}"
         )
     block = weights.get("block_structure") if weights.get("strategy") == "block" else None
     if block is not None and not (isinstance(block, list) and len(block) == 2 and all(type(b) is int for b in block)):
@@ -149,46 +151,70 @@ def join(layers: StoredLayers) -> None:
         return
     for layer, values in list(layers.layers(".weight")):
         if values.dtype == "int8" and len(values.shape) == 2:
-            fp8.join_bytes(layers, layer, values, SCALES, None, layers.take(layer + ZEROS))
+            fp8.join_bytes(layers, layer, values, SCALES, None, layers.take(layer + ZEROS), in_scales=True)
         elif values.dtype == "float8_e4m3fn":
-            fp8.join_bytes(layers, layer, values, SCALES, schemes.block(layer))
+            fp8.join_bytes(layers, layer, values, SCALES, schemes.block(layer), in_scales=True)
     for suffix in _UNUSED:
         for _, tensor in layers.layers(suffix):
             layers.take(tensor.name)
 
 
 def _join_whole_numbers(layers: StoredLayers, schemes: Schemes | None, layer: str, values: StoredTensor) -> None:
-    layers.take(layer + SHAPE)
-    if (order := layers.take(layer + ORDER)) is not None and int(layers.number(order)) != -1:
-        raise layers.error(
-            layer, values,
-            "has inputs that are ordered by weight_g_idx, which is not supported: quantise it without reordering "
-            f"(actorder), or {REMEDY}",
-        )  # fmt: skip
-    bits = None if schemes is None else schemes.num_bits(layer)
-    if bits is None:
-        raise layers.error(layer, values, f"does not say how many bits its weight has in config.json: {AGAIN}")
+    shape, order = layers.take(layer + SHAPE), layers.take(layer + ORDER)
     scales, zeros = layers.needed(layer, SCALES, values), layers.take(layer + ZEROS)
+    bits = _bits(layers, schemes, layer, values, shape)
     if zeros is None and schemes is not None and schemes.has_zeros(layer):
         raise layers.error(
             layer, values, f"has no weight_zero_point, and config.json says that it is not symmetric: {AGAIN}"
         )
     if values.dtype != "int32" or len(values.shape) != 2 or scales.dtype not in FLOATS or len(scales.shape) != 2:
         raise layers.misfit(layer, values, scales)
-    columns, width, groups = values.shape[0], values.shape[1] * 32 // bits, scales.shape[1]
-    fits = scales.shape[0] == columns and groups and width % groups == 0
+    columns, words, groups = *values.shape, scales.shape[1]
+    width = words * 32 // bits if bits in (4, 8) else _width(layers, layer, values, shape)
+    in_word = 0 if words == -(-width * bits // 32) else 32 // bits  # items; 0: what does not fit goes on in the next
+    fits = scales.shape[0] == columns and words == -(-width * bits // 32 if in_word == 0 else -width // in_word)
     if zeros is not None:
         fits = fits and zeros.dtype == "int32" and zeros.shape == (-(-columns * bits // 32), groups)
+        fits = fits and (32 % bits == 0 or columns % 32 == 0)
     if not fits:
         raise layers.misfit(layer, values, scales, zeros)
-    group = layers.group(layer, values, width, width // groups)
-    parts = [
-        (StoredPart("values", "stream", bits), values),
-        (StoredPart("scales", "items", block=(1, width // groups)), scales),
-        *([(StoredPart("zeros", "packed_zeros", bits, (1, group)), zeros)] if zeros is not None else []),
+    each = layers.each(layer, values, width, groups)
+    group, digest = layers.group(layer, values, width, each), read_order(layers, layer, order, width, each)
+    others = (small(order),) if digest and order is not None else ()
+    as_kept = bits in (4, 8) and words * 32 == width * bits
+    layout, number = ("stream", 0) if as_kept else ("bit_stream", in_word)
+    parts: list[Part] = [
+        (StoredPart("values", layout, bits, others=others, number=number), values),
+        (StoredPart("scales", "items", block=(1, each)), scales),
     ]
-    stored = StoredBits("int", bits, group, scales.dtype, "" if zeros is None else "uint8", tuple(parts))
+    if zeros is not None:
+        parts.append((StoredPart("zeros", "packed_zeros", bits, (1, group)), zeros))
+    if digest and order is not None:
+        parts.append(part_of(order, columns))
+    kept = 4 if bits <= 4 else 8
+    zeros_as = "" if zeros is None else "uint8"
+    stored = StoredBits("int", kept, group, scales.dtype, zeros_as, tuple(parts), digest, fp8.finish_in(scales.dtype))
     layers.add(f"{layer}.weight", (columns, width), stored, values)
+
+
+def _bits(
+    layers: StoredLayers, schemes: Schemes | None, layer: str, values: StoredTensor, shape: StoredTensor | None
+) -> int:
+    """By config.json, or where that says nothing, by the shape."""
+    bits = None if schemes is None else schemes.num_bits(layer)
+    if bits is None and shape is not None and shape.num_bytes and len(values.shape) == 2:
+        width = _width(layers, layer, values, shape)
+        bits = next((bits for bits in (4, 8) if width and values.shape[1] * 32 == width * bits), None)
+    if bits is None:
+        raise layers.error(layer, values, f"does not say how many bits its weight has in config.json: {AGAIN}")
+    return bits
+
+
+def _width(layers: StoredLayers, layer: str, values: StoredTensor, shape: StoredTensor | None) -> int:
+    """K, as its weight_shape says."""
+    if shape is None or shape.shape != (2,) or shape.dtype not in ("int64", "int32"):
+        raise layers.error(layer, values, f"has no weight_shape of two whole numbers: {AGAIN}")
+    return int(layers.number(shape, 1))
 
 
 def _names(target: str, layer: str) -> bool:

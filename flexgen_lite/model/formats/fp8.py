@@ -10,6 +10,8 @@ Sources: Transformers 5.24, `integrations/finegrained_fp8.py` and `fbgemm_fp8.py
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from flexgen_lite.model.formats.layers import AGAIN, FLOATS, FP8, REMEDY, StoredLayers, member, several
 from flexgen_lite.model.spec import StoredPart
 from flexgen_lite.model.stored_tensor import StoredBits, StoredTensor
@@ -51,8 +53,13 @@ def join_bytes(
     suffix: str,
     block: tuple[int, int] | None,
     zeros: StoredTensor | None = None,
+    in_scales: bool = False,
 ) -> None:
-    """A layer's weight of bytes, with scales by the name `suffix`; `block` where these are by blocks."""
+    """A layer's weight of bytes, with scales by the name `suffix`; `block` where these are by blocks.
+
+    Args:
+        in_scales: the product is rounded to what scales are in.
+    """
     scales = layers.needed(layer, suffix, values)
     if len(values.shape) != 2 or scales.dtype not in (*FLOATS, *POWERS):
         raise layers.misfit(layer, values, scales)
@@ -64,7 +71,9 @@ def join_bytes(
     if zeros is not None and values.dtype == "int8":
         part = StoredPart("zeros", "items", 8, (1, width))
         parts = (*stored.parts, (part, zeros))
-        stored = StoredBits(stored.kind, 8, stored.group, stored.scale_dtype, "uint8", parts)
+        stored = replace(stored, zeros="uint8", parts=parts)
+    if in_scales:
+        stored = replace(stored, finish=finish_in(scales.dtype))
     layers.add(f"{layer}.weight", (columns, width), stored, values)
 
 
@@ -119,6 +128,11 @@ def _join_experts(
         for i in range(count)
     ]
     layers.tensors[name] = several(name, values, bits, shape)
+
+
+def finish_in(dtype: str) -> str:
+    """Of products that are rounded to the dtype of the scales."""
+    return "float16" if dtype == "float16" else ""
 
 
 def kept_scales(dtype: str) -> str:

@@ -1,124 +1,193 @@
 """Checkpoints of GPTQ (AutoGPTQ, gptqmodel, auto-round) and of AWQ: whole numbers of 2, 3, 4 or 8 bits with zeros.
 
-    GPTQ       X.qweight [K * bits / 32, N], X.qzeros [groups, N * bits / 32], X.scales [groups, N], perhaps X.g_idx [K]
-    AWQ, gemm  X.qweight [K, N / 8], X.qzeros [groups, N / 8], X.scales [groups, N]
+    GPTQ             X.qweight [K * bits / 32, N], X.qzeros [groups, N * bits / 32], X.scales [groups, N], X.g_idx [K]
+    AWQ, gemm        X.qweight [K, N / 8], X.qzeros [groups, N / 8], X.scales [groups, N]
+    AWQ, gemv        X.qweight [N, K / 8], X.qzeros [N, Z], X.scales [N, 8 Z], 8 Z groups or fewer
+    AWQ, gemv_fast   X.qweight [N / 4, K] (int16), X.qzeros and X.scales [8 Z, N], qzeros float16: -zero * scale
 
-All words are int32. Zeros of GPTQ's first version are one less than they are; which version it is, config.json does not
-always say right: where weights are symmetric, the first zero tells.
+All other words are int32. Which of these it is, shapes tell. Zeros of GPTQ's first version are one less than they are;
+which version it is, config.json does not always say right: where weights are symmetric, the first zero tells.
 
-Sources: gptqmodel 7.7, `nn_modules/qlinear/`; AutoAWQ 0.2.9, `modules/linear/gemm.py`.
+Sources: gptqmodel 7.7, `nn_modules/qlinear/`; AutoAWQ 0.2.9, `modules/linear/`.
 """
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping
-from functools import cache
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flexgen_lite.model.files import CheckpointError
-from flexgen_lite.model.formats.layers import AGAIN, FLOATS, REMEDY, StoredLayers, small
+from flexgen_lite.model.formats.input_order import part_of, read_order
+from flexgen_lite.model.formats.layers import AGAIN, FLOATS, REMEDY, Part, StoredLayers, small
 from flexgen_lite.model.spec import StoredPart
 from flexgen_lite.model.stored_tensor import StoredBits, StoredTensor
 from flexgen_lite.text.shown import shown, shown_text
 
 VALUES, ZEROS, SCALES, ORDER = ".qweight", ".qzeros", ".scales", ".g_idx"
 _BITS = (2, 3, 4, 8)
-_VERSIONS = ("gptq", "gptq_v2")
+_GPTQ, _AWQ = ("gptq", "gptq_v2"), ("gemm", "gemv", "gemv_fast")
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """A layer's tensors."""
+
+    name: str
+    values: StoredTensor
+    scales: StoredTensor
 
 
 def join(layers: StoredLayers) -> None:
     """Puts the parts of its weights together. Raises CheckpointError."""
     found = list(layers.layers(VALUES))
-    if not found:
-        return
-    is_awq = _is_awq(layers, *found[0])
-    _check(layers.section.values, layers.section.where, is_awq)
-    for layer, values in found:
+    if found:
+        _check(layers.section.values, layers.section.where, layers.section.format)
+    for name, values in found:
         layers.take(values.name)
-        scales = layers.needed(layer, SCALES, values)
-        if values.dtype != "int32" or len(values.shape) != 2 or scales.dtype not in FLOATS or len(scales.shape) != 2:
-            raise layers.misfit(layer, values, scales)
-        if is_awq:
-            _join_awq(layers, layer, values, scales)
+        if f"{name}.weight" in layers.tensors:
+            raise layers.error(name, values, f"is there twice, packed and not: {AGAIN}")
+        layer = _Layer(name, values, layers.needed(name, SCALES, values))
+        shape, scales = values.shape, layer.scales.shape
+        if len(shape) != 2 or len(scales) != 2 or layer.scales.dtype not in FLOATS or 0 in (*shape, *scales):
+            raise layers.misfit(name, values, layer.scales)
+        if values.dtype == "int16":
+            _join_gemv_fast(layers, layer)
+        elif values.dtype != "int32":
+            raise layers.misfit(name, values, layer.scales)
+        elif shape[1] * 8 == scales[1]:
+            _join_gemm(layers, layer)
+        elif shape[1] == scales[1]:
+            _join_gptq(layers, layer)
+        elif shape[0] == scales[0]:
+            _join_gemv(layers, layer)
         else:
-            _join_gptq(layers, layer, values, scales)
+            raise layers.misfit(name, values, layer.scales)
 
 
-def _is_awq(layers: StoredLayers, layer: str, values: StoredTensor) -> bool:
-    if layers.section.format:
-        packing = str(layers.section.values.get("packing_format", ""))
-        return layers.section.format == "awq" or packing.endswith("awq")
-    scales = layers.tensors.get(layer + SCALES)
-    return scales is not None and len(values.shape) == 2 and values.shape[1] * 8 == scales.shape[-1]
-
-
-def _check(values: Mapping[str, Any], where: str, is_awq: bool) -> None:
-    version = str(values.get("version", "gemm") if is_awq else values.get("checkpoint_format", "gptq")).lower()
-    if version not in (("gemm",) if is_awq else _VERSIONS):
-        raise CheckpointError(f"{where}: the layout {shown_text(version)} is not read: {REMEDY}")
+def _check(values: Mapping[str, Any], where: str, method: str) -> None:
+    known: tuple[str, ...]
+    if method == "awq":
+        version, known = values.get("version", values.get("format", "gemm")), _AWQ
+    else:
+        version, known = values.get("checkpoint_format", values.get("format", "gptq")), _GPTQ
+    if str(version).lower() not in known and method in ("awq", "gptq") and "packing_format" not in values:
+        raise CheckpointError(
+            f"{where}: the layout {shown_text(str(version))} is not read, only {', '.join(known)}: {REMEDY}"
+        )
     kind = values.get("pack_dtype", "int32")
     if kind != "int32":
-        raise CheckpointError(f"{where}: words of {shown_text(kind)} are not read, only int32: {REMEDY}")
+        raise CheckpointError(f"{where}: words of {shown_text(str(kind))} are not read, only int32: {REMEDY}")
 
 
-def _join_awq(layers: StoredLayers, layer: str, values: StoredTensor, scales: StoredTensor) -> None:
-    width, columns, groups = values.shape[0], values.shape[1] * 8, scales.shape[0]
-    zeros = layers.take(layer + ZEROS)
-    fits = scales.shape[1] == columns and groups and width % groups == 0
+def _join_gemm(layers: StoredLayers, layer: _Layer) -> None:
+    width, columns, groups = layer.values.shape[0], layer.values.shape[1] * 8, layer.scales.shape[0]
+    zeros = layers.take(layer.name + ZEROS)
+    if zeros is not None and (zeros.dtype != "int32" or zeros.shape != (groups, columns // 8)):
+        raise layers.misfit(layer.name, layer.values, layer.scales, zeros)
+    each = layers.each(layer.name, layer.values, width, groups)
+    parts = [_values(layer, "awq_words", 4), _turned("scales", layer.scales, each)]
     if zeros is not None:
-        fits = fits and zeros.dtype == "int32" and zeros.shape == (groups, columns // 8)
-    if not fits:
-        raise layers.misfit(layer, values, scales, zeros)
-    _add(layers, layer, 4, (columns, width), groups, values, "awq_words", scales, zeros, "awq_zeros")
+        parts.append((StoredPart("zeros", "awq_zeros", 4, (1, each)), zeros))
+    _add(layers, layer, (columns, width), each, parts, "" if zeros is None else "uint8")
 
 
-def _join_gptq(layers: StoredLayers, layer: str, values: StoredTensor, scales: StoredTensor) -> None:
-    columns, groups = scales.shape[1], scales.shape[0]
-    zeros, order = layers.needed(layer, ZEROS, values), layers.take(layer + ORDER)
-    bits = _bits(layers, layer, values, zeros, columns)
-    width = values.shape[0] * 32 // bits
-    fits = values.shape[1] == columns and width % 32 == 0 and groups and width % groups == 0
-    if not fits or zeros.dtype != "int32" or zeros.shape != (groups, columns * bits // 32):
-        raise layers.misfit(layer, values, scales, zeros)
-    if order is not None:
-        _check_order(layers, layer, order, width, groups)
+def _join_gemv(layers: StoredLayers, layer: _Layer) -> None:
+    columns, width = layer.values.shape[0], layer.values.shape[1] * 8
+    zeros = layers.needed(layer.name, ZEROS, layer.values)
+    stored = layer.scales.shape[1]
+    each = _stated_group(layers, layer, width, stored)
+    if zeros.dtype != "int32" or zeros.shape != (columns, stored // 8) or stored % 8:
+        raise layers.misfit(layer.name, layer.values, layer.scales, zeros)
+    parts = [
+        _values(layer, "stream", 4),
+        (StoredPart("scales", "filled_items", block=(1, each), number=stored), layer.scales),
+        (StoredPart("zeros", "filled_zeros", 4, (1, each), number=stored), zeros),
+    ]
+    _add(layers, layer, (columns, width), each, parts, "uint8")
+
+
+def _join_gemv_fast(layers: StoredLayers, layer: _Layer) -> None:
+    columns, width = layer.values.shape[0] * 4, layer.values.shape[1]
+    zeros = layers.needed(layer.name, ZEROS, layer.values)
+    stored, found = layer.scales.shape
+    each = _stated_group(layers, layer, width, stored)
+    if found != columns or width % 64 or zeros.dtype not in FLOATS or zeros.shape != layer.scales.shape:
+        raise layers.misfit(layer.name, layer.values, layer.scales, zeros)
+    parts = [
+        _values(layer, "awq_stretches", 4), _turned("scales", layer.scales, each), _turned("offsets", zeros, each)
+    ]  # fmt: skip
+    _add(layers, layer, (columns, width), each, parts, "float32", kind="uint")
+
+
+def _stated_group(layers: StoredLayers, layer: _Layer, width: int, stored: int) -> int:
+    """By config.json: there may be more scales than groups."""
+    values = layers.section.values
+    size = values.get("group_size", values.get("q_group_size", 128))
+    size = width if size == -1 else size
+    if type(size) is not int or size <= 0 or width % size or width // size > stored:
+        raise layers.error(
+            layer.name, layer.values,
+            f"has {stored} scales for {width} inputs, which does not fit the group_size {shown(size)} of config.json: "
+            f"{AGAIN}",
+        )  # fmt: skip
+    return size
+
+
+def _join_gptq(layers: StoredLayers, layer: _Layer) -> None:
+    columns, groups = layer.scales.shape[1], layer.scales.shape[0]
+    zeros, order = layers.needed(layer.name, ZEROS, layer.values), layers.take(layer.name + ORDER)
+    bits = _bits(layers, layer, zeros, columns)
+    width = layer.values.shape[0] * 32 // bits
+    if width % 32 or zeros.dtype != "int32" or zeros.shape != (groups, columns * bits // 32):
+        raise layers.misfit(layer.name, layer.values, layer.scales, zeros)
+    each = layers.each(layer.name, layer.values, width, groups)
+    digest = read_order(layers, layer.name, order, width, each)
     layout = "lessened_words" if _is_lessened(layers, zeros, bits) else "packed_words"
-    _add(layers, layer, bits, (columns, width), groups, values, "words", scales, zeros, layout)
+    values = _values(layer, "words", bits)
+    parts = [
+        values,
+        _turned("scales", layer.scales, each),
+        (StoredPart("zeros", layout, bits, (1, each)), zeros),
+    ]
+    if digest and order is not None:
+        parts[0] = (replace(values[0], layout="sorted_words", others=(small(order),)), layer.values)
+        parts.append(part_of(order, columns))
+    _add(layers, layer, (columns, width), each, parts, "uint8", 8 if bits == 8 else 4, digest)
+
+
+def _values(layer: _Layer, layout: str, bits: int) -> Part:
+    return StoredPart("values", layout, bits), layer.values
+
+
+def _turned(fills: str, items: StoredTensor, each: int) -> Part:
+    return StoredPart(fills, "turned_items", block=(1, each)), items
 
 
 def _add(
     layers: StoredLayers,
-    layer: str,
-    bits: int,
+    layer: _Layer,
     shape: tuple[int, int],
-    groups: int,
-    values: StoredTensor,
-    layout: str,
-    scales: StoredTensor,
-    zeros: StoredTensor | None,
-    zeros_layout: str,
+    each: int,
+    parts: list[Part],
+    zeros: str,
+    kept: int = 4,
+    order: bytes = b"",
+    kind: str = "int",
 ) -> None:
-    each = shape[1] // groups
-    group = layers.group(layer, values, shape[1], each)
-    parts = [
-        (StoredPart("values", layout, bits), values),
-        (StoredPart("scales", "turned_items", block=(1, each)), scales),
-        *([(StoredPart("zeros", zeros_layout, bits, (1, each)), zeros)] if zeros is not None else []),
-    ]
-    kept = 8 if bits == 8 else 4
-    stored = StoredBits("int", kept, group, scales.dtype, "" if zeros is None else "uint8", tuple(parts))
-    layers.add(f"{layer}.weight", shape, stored, values)
+    group = layers.group(layer.name, layer.values, shape[1], each)
+    stored = StoredBits(kind, kept, group, layer.scales.dtype, zeros, tuple(parts), order)
+    layers.add(f"{layer.name}.weight", shape, stored, layer.values)
 
 
-def _bits(layers: StoredLayers, layer: str, values: StoredTensor, zeros: StoredTensor, columns: int) -> int:
+def _bits(layers: StoredLayers, layer: _Layer, zeros: StoredTensor, columns: int) -> int:
     """By the width of the zeros: layers of one checkpoint may differ."""
-    bits = zeros.shape[-1] * 32 // columns if columns else 0
+    width = zeros.shape[-1] if zeros.shape else 0
+    bits, rest = divmod(width * 32, columns)
+    if rest:
+        raise layers.misfit(layer.name, layer.values, layer.scales, zeros)
     if bits not in _BITS:
-        stated = layers.section.values.get("bits")
-        raise layers.error(
-            layer, values, f"has {bits or shown(stated)} bits, and only 2, 3, 4 and 8 are read: {REMEDY}"
-        )
+        raise layers.error(layer.name, layer.values, f"has {bits} bits, and only 2, 3, 4 and 8 are read: {REMEDY}")
     return bits
 
 
@@ -128,25 +197,5 @@ def _is_lessened(layers: StoredLayers, zeros: StoredTensor, bits: int) -> bool:
         first = int(layers.number(StoredTensor("", zeros.file, zeros.offset, 4, "int32", ()))) & ((1 << bits) - 1)
         if first in ((1 << (bits - 1)) - 1, 1 << (bits - 1)):
             return first != 1 << (bits - 1)
-    return bool(layers.section.values.get("checkpoint_format", "gptq") != "gptq_v2")
-
-
-def _check_order(layers: StoredLayers, layer: str, order: StoredTensor, width: int, groups: int) -> None:
-    if order.dtype != "int32" or order.shape != (width,):
-        raise layers.error(
-            layer, order, f"has a g_idx of {order.dtype} {list(order.shape)}, not {width} int32: {AGAIN}"
-        )
-    if layers.read(small(order)) != _in_order(width, groups):
-        raise layers.error(
-            layer,
-            order,
-            "has inputs that are ordered by g_idx, which is not supported: quantise it without reordering (desc_act), "
-            f"or {REMEDY}",
-        )
-
-
-@cache
-def _in_order(width: int, groups: int) -> bytes:
-    """A g_idx that says nothing: each group has the inputs that follow those of the group before."""
-    each = width // groups
-    return struct.pack(f"<{width}i", *(item // each for item in range(width)))
+    values = layers.section.values
+    return bool(values.get("checkpoint_format", values.get("format", "gptq")) != "gptq_v2")

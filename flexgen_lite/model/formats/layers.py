@@ -72,6 +72,14 @@ class StoredLayers:
         first = next(tensor for tensor in tensors if tensor is not None)
         return self.error(layer, first, f"has parts that do not fit each other ({shown}): {AGAIN}, config.json too")
 
+    def each(self, layer: str, tensor: StoredTensor, width: int, groups: int) -> int:
+        """Items of K that one of `groups` scales is for."""
+        if not groups or width % groups:
+            raise self.error(
+                layer, tensor, f"has {groups} scales for {width} inputs, which does not go without a rest: {REMEDY}"
+            )
+        return width // groups
+
     def group(self, layer: str, tensor: StoredTensor, width: int, each: int) -> int:
         """Items of K with one scale in memory, where a scale is for `each` of `width` in the file."""
         group = math.gcd(width, each)

@@ -41,7 +41,7 @@ def test_a_reader_that_has_had_enough() -> None:
 def test_a_directory_without_weights(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["doctor", "--model", str(tmp_path)])
     assert result.exit_code == 2
-    assert "has no .safetensors file" in result.output
+    assert "has no .safetensors and no .gguf file" in result.output
 
 
 def test_without_a_model_no_file_is_read() -> None:

@@ -148,10 +148,10 @@ def test_damage_of_each_kind(damage: Callable[[Path], None], words: str, model: 
 
 
 def test_what_is_no_directory(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").touch()
+    (tmp_path / "model.bin").touch()
     (tmp_path / "link").symlink_to("nowhere")
-    refused(tmp_path / "model.gguf", "model.gguf is not a directory: give the directory that holds the model's config")
-    refused(tmp_path / "link", "link is not a directory")
+    refused(tmp_path / "model.bin", "model.bin is neither a directory nor a .gguf file: give the directory that holds")
+    refused(tmp_path / "link", "link is neither a directory")
     refused(tmp_path / "none", "none does not exist")
 
 

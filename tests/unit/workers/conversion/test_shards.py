@@ -19,7 +19,7 @@ def item(number: int, shape: tuple[int, ...], packing: Packing | None, dtype: st
 
 def test_whole_and_each_where_its_items_may_lie() -> None:
     rng = random.Random(0)
-    packings = [None, Packing(4, 32, "bfloat16", "bfloat16", True), Packing(8, 16, "bfloat16", "bfloat16")]
+    packings = [None, Packing(4, 32, "bfloat16", "bfloat16", "uint8"), Packing(8, 16, "bfloat16", "bfloat16")]
     items = [
         item(number, (rng.randrange(1, 40), 32 * rng.randrange(1, 5)), rng.choice(packings)) for number in range(200)
     ]
@@ -45,7 +45,7 @@ def test_whole_and_each_where_its_items_may_lie() -> None:
 
 
 def test_parts_of_a_weight() -> None:
-    found = item(0, (20, 64), Packing(4, 32, "bfloat16", "bfloat16", True)).new_tensors
+    found = item(0, (20, 64), Packing(4, 32, "bfloat16", "bfloat16", "uint8")).new_tensors
     assert {tensor.name: (tensor.dtype, tensor.shape) for tensor in found} == {
         "layer.0.weight_shape": ("int64", (2,)),
         "layer.0.weight_packed": ("int32", (20, 8)),

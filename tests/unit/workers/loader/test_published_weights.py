@@ -53,6 +53,17 @@ def test_weights(name: str, family: str, models: dict[str, Path], tmp_path: Path
         assert not [w for w in spec.warnings if not w.startswith(EXPECTED_WARNINGS)]
 
 
+def test_latents_are_kept_where_their_projection_is_in_fp8(models: dict[str, Path], tmp_path: Path) -> None:
+    publish(models["deepseek-v3"], tmp_path / "model", FORMATS["fp8-blocks"])
+    spec = spec_of(tmp_path / "model", dtype="bfloat16")
+    by_name = {tensor.name: tensor for unit in spec.units for tensor in unit.tensors}
+    projections = [tensor for name, tensor in by_name.items() if name.endswith("kv_b_proj.weight")]
+    assert projections
+    assert all(tensor.packing is None for tensor in projections)
+    assert all(attention.values_in_keys for attention in spec.attention)
+    assert not spec.warnings
+
+
 @pytest.mark.parametrize("name", ["fp8-blocks", "fp8-blocks-ue8m0", "fp8-fp4-experts", "mxfp4"])
 def test_transformers_reads_the_same(name: str, tmp_path: Path) -> None:
     """It cuts no blocks at edges where the number of scales divides that of rows."""

@@ -110,7 +110,7 @@ def test_single_weights(bits: int, scale_dtype: str, has_zeros: bool, order: str
 def test_experts(bits: int, is_transposed: bool, tmp_path: Path) -> None:
     """Each of two weights, one beside the other; where the model has them turned, so are the views."""
     sources = Sources(tmp_path / "w", bits, 32, True, torch.bfloat16)
-    packing = Packing(bits, 32, "bfloat16", "bfloat16", True, is_transposed)
+    packing = Packing(bits, 32, "bfloat16", "bfloat16", "uint8", is_transposed)
     half, width, experts = 40, 64, 3
     all_pieces: list[SourcePiece] = []
     joined: list[tuple[torch.Tensor, ...]] = []
@@ -133,7 +133,7 @@ def test_experts(bits: int, is_transposed: bool, tmp_path: Path) -> None:
 def test_some_rows_of_a_source(tmp_path: Path) -> None:
     """That do not begin where a word of zeros does."""
     sources = Sources(tmp_path / "w", 4, 32, True, torch.bfloat16)
-    packing = Packing(4, 32, "bfloat16", "bfloat16", True)
+    packing = Packing(4, 32, "bfloat16", "bfloat16", "uint8")
     pieces, parts = sources.add(300, 64, views=(("slice", 0, 13, 141),))
     got = sources.load(packing, (128, 64), pieces)
     assert got == expected([tuple(tensor[13:141] for tensor in parts)], packing)
