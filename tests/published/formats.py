@@ -12,7 +12,7 @@ from tests.compressed_checkpoint import Form, parts_of, rounded
 from tests.published import bitsandbytes, torchao
 from tests.published.checkpoint import Format, Parts, Written
 from tests.published.floats import e4m3, mxfp4, nvfp4
-from tests.published.whole_numbers import awq, gptq, signed
+from tests.published.whole_numbers import awq, awq_gemv, gptq, scattered, signed
 
 Writer = Callable[[torch.Tensor], Written]
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
@@ -94,6 +94,16 @@ def _bytes(weight: torch.Tensor, is_symmetric: bool, bits: int = 8, group: int |
     q, scale, zero, exact = signed(weight, bits, group, is_symmetric, torch.bfloat16)
     parts: Parts = {".weight": q, ".weight_scale": scale}
     return parts if is_symmetric else parts | {".weight_zero_point": zero}, exact
+
+
+def _packed_scattered(weight: torch.Tensor) -> Written:
+    """With actorder=group of older versions."""
+    places = scattered(weight)
+    parts, exact = _packed_whole(weight[:, places], Form(8, 32))
+    back = places.argsort()
+    q, *_ = rounded(weight[:, places], Form(8, 32))
+    parts[".weight_packed"] = parts_of(q[:, back], torch.ones(1), None, 8)["weight_packed"]
+    return parts | {".weight_g_idx": back.int() // 32}, exact[:, back]
 
 
 def _by_kind_of_layer(layer: str, weight: torch.Tensor) -> Written:
@@ -178,6 +188,8 @@ FORMATS: dict[str, Format] = {
         "mxfp4-pack-quantized", FLOAT_4 | {"strategy": "group", "group_size": 32})),
     "ct-packed": Format(every(partial(_packed_whole, form=Form(4, 32, False))), _compressed(
         "pack-quantized", FOUR)),
+    "ct-packed-g-idx": Format(every(_packed_scattered), _compressed(
+        "pack-quantized", INT_8 | {"strategy": "group", "group_size": 32, "actorder": "group"})),
     "ct-mixed": Format(_by_kind_of_layer, _mixed()),
     **{
         f"gptq-{bits}bit-{'sym' if symmetric else 'asym'}-v{version}": Format(
@@ -192,6 +204,15 @@ FORMATS: dict[str, Format] = {
     "gptq-quantize-config": Format(
         every(partial(gptq, bits=4, group=32, is_symmetric=False, version=1)),
         {"bits": 4, "group_size": 32, "damp_percent": 0.01, "desc_act": False, "sym": False}, "quantize_config.json"),
+    **{
+        f"gptq-{bits}bit-desc-act": Format(
+            every(partial(gptq, bits=bits, group=32, is_symmetric=False, version=2, is_sorted=False)),
+            {"quant_method": "gptq", "bits": bits, "group_size": 32, "sym": False, "desc_act": True,
+             "checkpoint_format": "gptq_v2"})
+        for bits in (4, 8)
+    },
+    "awq-gemv": Format(every(partial(awq_gemv, group=32)), {
+        "quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemv"}),
     "awq": Format(every(partial(awq, group=32)), {
         "quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}),
     "awq-symmetric": Format(every(partial(awq, group=16, is_symmetric=True)), {
@@ -222,7 +243,10 @@ FORMATS: dict[str, Format] = {
     },
 }  # fmt: skip
 """What the model's config.json or a file beside it says is as the tools write it, but for what nothing depends on."""
-ONLY_FOR = {"fp8-blocks-joined-experts": ["qwen3-moe"], "fp8-fp4-experts": ["qwen3-moe"], "mxfp4": ["gpt-oss"]}
+ONLY_FOR = {
+    "fp8-blocks-joined-experts": ["qwen3-moe"], "fp8-fp4-experts": ["qwen3-moe"], "mxfp4": ["gpt-oss"],
+    "gptq-4bit-desc-act": ["llama"], "gptq-8bit-desc-act": ["llama"], "ct-packed-g-idx": ["llama"],
+}  # fmt: skip
 """Formats that some families alone have."""
 
 
