@@ -53,7 +53,8 @@ STREAMED = [
     ("fp8-one-scale", "mixtral"), ("fp8-fp4-experts", "qwen3-moe"), ("fbgemm", "llama"), ("mxfp4", "gpt-oss"),
     ("ct-int8-zeros", "qwen3-moe"), ("ct-fp8-channel", "opt"), ("ct-mxfp8", "llama"), ("ct-nvfp4", "qwen3-moe"),
     ("ct-mixed", "qwen3-moe"), ("gptq-4bit-asym-v1", "llama"), ("gptq-4bit-sym-v2", "qwen3-moe"),
-    ("gptq-8bit-sym-v1", "opt"), ("gptq-3bit-sym-v1", "llama"), ("awq", "mixtral"), ("modelopt-nvfp4", "opt"),
+    ("gptq-8bit-desc-act", "llama"), ("awq-gemv", "llama"), ("gptq-8bit-sym-v1", "opt"),
+    ("gptq-3bit-sym-v1", "llama"), ("awq", "mixtral"), ("modelopt-nvfp4", "opt"),
     ("modelopt-fp8-own-file", "llama"), ("bnb-nf4-double", "mixtral"), ("bnb-fp4", "llama"), ("bnb-int8", "llama"),
     ("torchao-Int8Tensor", "llama"), ("torchao-Int4Tensor", "opt"), ("torchao-IntxUnpackedToInt8Tensor", "llama"),
 ]  # fmt: skip
@@ -70,6 +71,7 @@ def test_in_bfloat16_streamed(name: str, family: str, published: Publish) -> Non
 
 
 RESIDENT = [
+    ("gptq-4bit-desc-act", "llama"),
     ("fp8-blocks", "deepseek-v3"), ("mxfp4", "gpt-oss"), ("ct-nvfp4", "qwen3-moe"), ("ct-mixed", "qwen3-moe"),
     ("gptq-4bit-asym-v1", "llama"), ("awq", "mixtral"), ("bnb-nf4-double", "mixtral"), ("torchao-Int4Tensor", "opt"),
 ]  # fmt: skip

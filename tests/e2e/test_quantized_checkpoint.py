@@ -204,7 +204,7 @@ def packed(tmp_path: Path) -> Path:
 
 
 def test_twice_is_refused(packed: Path) -> None:
-    refused(packed, "quantization", "quantised already", "leave the key out", quantization="int4")
+    refused(packed, "quantization", "quantised already", "leave the key out", quantization="int8")
     refused(packed, "load_format=dummy", "unquantised", load_format="dummy")
 
 
@@ -241,7 +241,7 @@ EMBEDDING = "model.embed_tokens.weight"
         (change_section(config_groups={}), ("no config_groups",)),
         (change_section(config_groups={"a": {"weights": None}}), ("a of config_groups has no weights",)),
         (change_section(sparsity_config={"format": "sparse-24"}), ("sparse-24",)),
-        (change_section(config_groups={"a": {"targets": [], "weights": {"num_bits": 3}}}), ("3 bits",)),
+        (change_section(config_groups={"a": {"targets": [], "weights": {"num_bits": 9}}}), ("9 bits",)),
         (
             change_section(config_groups={"a": {"targets": ["re:("], "weights": {"num_bits": 4}}}),
             ("no regular expression",),
@@ -255,10 +255,10 @@ EMBEDDING = "model.embed_tokens.weight"
             change_section(config_groups={"a": {"targets": [], "weights": {"num_bits": 4, "symmetric": False}}}),
             ("has no weight_zero_point", "not symmetric"),
         ),
-        (change_tensors(lambda t: t.update({Q + "weight_g_idx": torch.arange(64)})), ("weight_g_idx", "actorder")),
+        (change_tensors(lambda t: t.update({Q + "weight_g_idx": torch.arange(64)})), ("weight_g_idx of int64",)),
         (
             change_tensors(lambda t: t.update({Q + "weight_g_idx": torch.empty(0, dtype=torch.int32)})),
-            ("weight_g_idx cannot be read as int32 [0]",),
+            ("weight_g_idx of int32 [0]",),
         ),
         (change_tensors(lambda t: t.update({Q + "weight": torch.zeros(64, 64)})), ("there twice",)),
         (

@@ -12,7 +12,7 @@ from tests.compressed_checkpoint import Form, parts_of, rounded
 from tests.published import bitsandbytes, torchao
 from tests.published.checkpoint import Format, Parts, Written
 from tests.published.floats import e4m3, mxfp4, nvfp4
-from tests.published.whole_numbers import awq, gptq, signed
+from tests.published.whole_numbers import awq, awq_gemv, gptq, scattered, signed
 
 Writer = Callable[[torch.Tensor], Written]
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
@@ -96,6 +96,16 @@ def _bytes(weight: torch.Tensor, is_symmetric: bool, bits: int = 8, group: int |
     return parts if is_symmetric else parts | {".weight_zero_point": zero}, exact
 
 
+def _packed_scattered(weight: torch.Tensor) -> Written:
+    """With actorder=group of older versions."""
+    places = scattered(weight)
+    parts, exact = _packed_whole(weight[:, places], Form(8, 32))
+    back = places.argsort()
+    q, *_ = rounded(weight[:, places], Form(8, 32))
+    parts[".weight_packed"] = parts_of(q[:, back], torch.ones(1), None, 8)["weight_packed"]
+    return parts | {".weight_g_idx": back.int() // 32}, exact[:, back]
+
+
 def _by_kind_of_layer(layer: str, weight: torch.Tensor) -> Written:
     """Attention in FP8, some layers in 8 bits, the others in 4."""
     if "self_attn" in layer:
@@ -112,12 +122,15 @@ def _compressed(form: str, weights: Mapping[str, Any], **group: Any) -> dict[str
     }  # fmt: skip
 
 
+FOUR = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": False}
+
+
 def _mixed() -> dict[str, Any]:
     one: dict[str, Any] = {"strategy": "channel", "symmetric": True}
     groups = {
         "attention": ("re:.*self_attn.*_proj$", "float-quantized", one | {"num_bits": 8, "type": "float"}),
         "down": ("re:.*down_proj$", "int-quantized", one | {"num_bits": 8, "type": "int"}),
-        "others": ("Linear", "pack-quantized", {"num_bits": 4, "type": "int", "group_size": 32, "symmetric": False}),
+        "others": ("re:.*(gate|up)_proj$", "pack-quantized", FOUR),
     }
     found = {name: {"targets": [t], "format": form, "weights": w} for name, (t, form, w) in groups.items()}
     return _compressed("mixed-precision", {}) | {"config_groups": found}
@@ -174,7 +187,9 @@ FORMATS: dict[str, Format] = {
     "ct-mxfp4": Format(every(_packed_mxfp4), _compressed(
         "mxfp4-pack-quantized", FLOAT_4 | {"strategy": "group", "group_size": 32})),
     "ct-packed": Format(every(partial(_packed_whole, form=Form(4, 32, False))), _compressed(
-        "pack-quantized", {"num_bits": 4, "type": "int", "group_size": 32, "symmetric": False})),
+        "pack-quantized", FOUR)),
+    "ct-packed-g-idx": Format(every(_packed_scattered), _compressed(
+        "pack-quantized", INT_8 | {"strategy": "group", "group_size": 32, "actorder": "group"})),
     "ct-mixed": Format(_by_kind_of_layer, _mixed()),
     **{
         f"gptq-{bits}bit-{'sym' if symmetric else 'asym'}-v{version}": Format(
@@ -189,6 +204,15 @@ FORMATS: dict[str, Format] = {
     "gptq-quantize-config": Format(
         every(partial(gptq, bits=4, group=32, is_symmetric=False, version=1)),
         {"bits": 4, "group_size": 32, "damp_percent": 0.01, "desc_act": False, "sym": False}, "quantize_config.json"),
+    **{
+        f"gptq-{bits}bit-desc-act": Format(
+            every(partial(gptq, bits=bits, group=32, is_symmetric=False, version=2, is_sorted=False)),
+            {"quant_method": "gptq", "bits": bits, "group_size": 32, "sym": False, "desc_act": True,
+             "checkpoint_format": "gptq_v2"})
+        for bits in (4, 8)
+    },
+    "awq-gemv": Format(every(partial(awq_gemv, group=32)), {
+        "quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemv"}),
     "awq": Format(every(partial(awq, group=32)), {
         "quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}),
     "awq-symmetric": Format(every(partial(awq, group=16, is_symmetric=True)), {
@@ -213,13 +237,16 @@ FORMATS: dict[str, Format] = {
     "bnb-int8": Format(every(bitsandbytes.eight_bits), {"quant_method": "bitsandbytes", "load_in_8bit": True}),
     **{
         f"torchao-{kind}": Format(
-            every(partial(torchao.written, kind)), {"quant_method": "torchao", "quant_type": {"default": {}}},
-            num_files=1, metadata=partial(torchao.metadata, kind))
-        for kind in ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor", "Int4Tensor")
+            every(partial(torchao.written, kind)), torchao.section(kind), num_files=1,
+            metadata=partial(torchao.metadata, kind))
+        for kind in torchao.CONFIGS
     },
 }  # fmt: skip
 """What the model's config.json or a file beside it says is as the tools write it, but for what nothing depends on."""
-ONLY_FOR = {"fp8-blocks-joined-experts": ["qwen3-moe"], "fp8-fp4-experts": ["qwen3-moe"], "mxfp4": ["gpt-oss"]}
+ONLY_FOR = {
+    "fp8-blocks-joined-experts": ["qwen3-moe"], "fp8-fp4-experts": ["qwen3-moe"], "mxfp4": ["gpt-oss"],
+    "gptq-4bit-desc-act": ["llama"], "gptq-8bit-desc-act": ["llama"], "ct-packed-g-idx": ["llama"],
+}  # fmt: skip
 """Formats that some families alone have."""
 
 

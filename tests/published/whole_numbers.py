@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """The half byte of a word that has column j of its eight."""
@@ -38,19 +39,37 @@ def stream(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def gptq(
-    weight: torch.Tensor, bits: int, group: int | None, is_symmetric: bool, version: int
+    weight: torch.Tensor, bits: int, group: int | None, is_symmetric: bool, version: int, is_sorted: bool = True
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    codes, scale, zero, exact = unsigned(weight, bits, group, is_symmetric)
+    """Where inputs are not `is_sorted` (desc_act), those of a group are anywhere."""
+    width = weight.shape[1]
+    places = torch.arange(width) if is_sorted else scattered(weight)
+    codes, scale, zero, exact = unsigned(weight[:, places], bits, group, is_symmetric)
+    codes, exact = codes[:, places.argsort()], exact[:, places.argsort()]
     words = stream(zero.t().contiguous(), bits)
     if version == 1 and 32 % bits:  # the only ones with fields across words; there are no zeros of 0 in the tests
         words = stream(zero.t().contiguous() - 1, bits)
     elif version == 1:  # as gptqmodel does it: of whole words, so that a zero of 0 borrows of its neighbour
         ones = sum(1 << place for place in range(0, 32, bits))
         words = torch.from_numpy((words.numpy().view(np.uint32) - np.uint32(ones)).view(np.int32))
-    width = weight.shape[1]
-    order = torch.arange(width, dtype=torch.int32) // (group or width)
+    order = places.argsort().int() // (group or width)
     parts = {".qweight": stream(codes, bits).t(), ".qzeros": words, ".scales": scale.t(), ".g_idx": order}
     return parts, exact
+
+
+def scattered(weight: torch.Tensor) -> torch.Tensor:
+    """Another order of inputs for every weight."""
+    generator = torch.Generator().manual_seed(int(weight.abs().sum().item() * 1000))
+    return torch.randperm(weight.shape[1], generator=generator)
+
+
+def awq_gemv(weight: torch.Tensor, group: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Words along inputs. Words of zeros are filled up, to four of them for groups of 32; scales likewise."""
+    codes, scale, zero, exact = unsigned(weight, 4, group, False)
+    filled = -(-scale.shape[1] // 8)
+    filled += -filled % max(1, 128 // group)
+    more = (0, 8 * filled - scale.shape[1])
+    return {".qweight": stream(codes, 4), ".qzeros": stream(pad(zero, more), 4), ".scales": pad(scale, more)}, exact
 
 
 def awq(weight: torch.Tensor, group: int, is_symmetric: bool = False) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

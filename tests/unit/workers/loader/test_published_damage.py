@@ -110,7 +110,8 @@ def restated(**changes: Any) -> Callable[[Tensors], object]:
         ("gptq-4bit-sym-v1", without(f"{GATE}.qzeros"), (GATE, "qzeros")),
         ("gptq-4bit-sym-v1", replaced(f"{GATE}.qzeros", lambda t: t[:, :-1]), (GATE,)),
         ("gptq-4bit-sym-v1", replaced(f"{GATE}.qweight", lambda t: t[:-1]), (GATE, "do not fit")),
-        ("gptq-4bit-sym-v1", replaced(f"{GATE}.g_idx", lambda t: t.flip(0)), (GATE, "g_idx", "desc_act")),
+        ("gptq-4bit-sym-v1", replaced(f"{GATE}.g_idx", lambda t: t + 1), (GATE, "g_idx", "there are 4 groups")),
+        ("gptq-4bit-sym-v1", replaced(f"{GATE}.g_idx", lambda t: t // 2), (GATE, "g_idx", "different sizes")),
         ("gptq-4bit-sym-v1", replaced(f"{GATE}.g_idx", lambda t: t[:-1]), (GATE, "g_idx")),
         ("awq", replaced(f"{GATE}.qzeros", lambda t: t[1:]), (GATE, "do not fit")),
         ("awq", without(f"{GATE}.scales"), (GATE, "scales")),
@@ -145,7 +146,7 @@ def test_tensors(
         ("gptq-4bit-sym-v1", {"checkpoint_format": "marlin"}, ("marlin", "not read", "unquantised model")),
         ("gptq-4bit-sym-v1", {"pack_dtype": "int16"}, ("int16", "only int32")),
         ("gptq-4bit-sym-v1", {"quant_method": "hqq"}, ("hqq", "not read")),
-        ("awq", {"version": "gemv_fast"}, ("gemv_fast", "not read")),
+        ("awq", {"version": "exllama"}, ("exllama", "not read", "gemv_fast")),
         ("ct-int8", {"transform_config": {"config_groups": {"R4": {}}}}, ("rotated", "not supported")),
         ("ct-fp8-block", {"config_groups": {"a": {"targets": [], "weights": {
             "num_bits": 8, "type": "float", "strategy": "block", "block_structure": "128"}}}}, ("block_structure",)),
@@ -202,6 +203,11 @@ def plain(model: Path) -> Tensors:
         with safe_open(path, "pt") as file:
             found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     return found
+
+
+def test_experts_whose_inputs_are_in_orders_of_their_own(models: Callable[[str], Path], tmp_path: Path) -> None:
+    publish(models("qwen3-moe"), tmp_path / "model", FORMATS["gptq-4bit-desc-act"])
+    refused(tmp_path / "model", "experts.gate_up_proj", "g_idx", "not supported")
 
 
 def test_biases_without_a_place(write: Callable[[str], Path]) -> None:
