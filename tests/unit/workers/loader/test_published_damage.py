@@ -102,7 +102,7 @@ def restated(**changes: Any) -> Callable[[Tensors], object]:
         ("mxfp4", replaced(f"{EXPERTS}down_proj_blocks", lambda t: t[..., :8]), (EXPERTS, "do not fit")),
         ("ct-int8", without(f"{GATE}.weight_scale"), (GATE, "weight_scale")),
         ("ct-int8", replaced(f"{GATE}.weight_scale", lambda t: t[:7]), (GATE, "do not fit")),
-        ("ct-nvfp4", replaced(f"{GATE}.weight_scale", lambda t: t[:, :3]), (GATE, "do not fit")),
+        ("ct-nvfp4", replaced(f"{GATE}.weight_scale", lambda t: t[:, :3]), (GATE, "3 scales for 128 inputs")),
         ("ct-nvfp4", replaced(f"{GATE}.weight_global_scale", lambda t: t.half()), (GATE, "do not fit")),
         ("modelopt-nvfp4", replaced(f"{GATE}.weight_scale_2", lambda t: t.bfloat16()), (GATE, "do not fit")),
         ("modelopt-nvfp4", replaced(f"{GATE}.weight_scale_2", lambda t: t.repeat(2)), (GATE, "do not fit")),
