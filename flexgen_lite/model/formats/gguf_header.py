@@ -78,8 +78,14 @@ class GgufHeader:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether it names a GGUF file, which may not be there."""
-    return path.suffix.lower() == ".gguf" and not path.is_dir()
+    """Whether it names a GGUF file, which may not be there, or is one by another name."""
+    if path.suffix.lower() == ".gguf":
+        return not path.is_dir()
+    try:
+        with open_file(path) as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except CheckpointError:
+        return False
 
 
 def read_header(path: Path) -> GgufHeader:
