@@ -45,11 +45,6 @@ def _ours_with(**keys: str) -> Callable[[Workload, Shape], list[Options]]:
     return lambda workload, shape: [{**options, **keys} for options in _ours(workload, shape)]
 
 
-def _families(model_format: str) -> dict[str, Any]:
-    """Which a file can be made of, where it is not one of ours."""
-    return {"families": GGUF_FAMILIES} if model_format in ("gguf-q4_0",) else {}
-
-
 def _transformers(workload: Workload, shape: Shape) -> list[Options]:
     sizes = _batch_sizes(workload)
     if workload.shortest == workload.longest:
@@ -103,14 +98,19 @@ SYSTEMS = {
     for system in (
         System("ours", "flexgen-lite", "", "run_ours", "checkpoint", _ours),
         *(
-            System(name, f"flexgen-lite, {title}", "", "run_ours", model_format, _ours_with(**keys), **_families(model_format))
+            System(name, f"flexgen-lite, {title}", "", "run_ours", model_format, _ours_with(**keys))
             for name, title, model_format, keys in (
                 ("ours-int8", "int8 weights", "ours-int8", {}),
                 ("ours-w8a8", "int8 weights and activations", "ours-int8", {"activations": "int8"}),
                 ("ours-int4", "int4 weights", "ours-int4", {}),
                 ("ours-w4a8", "int4 weights, int8 activations", "ours-int4", {"activations": "int8"}),
-                ("ours-q4_0", "a GGUF file of Q4_0", "gguf-q4_0", {}),
-                ("ours-q4_0-a8", "the same, int8 activations", "gguf-q4_0", {"activations": "int8"}),
+            )
+        ),
+        *(
+            System(name, title, "", "run_ours", "gguf-q4_0", _ours_with(**keys), families=GGUF_FAMILIES)
+            for name, title, keys in (
+                ("ours-q4_0", "flexgen-lite, a GGUF file of Q4_0", {}),
+                ("ours-q4_0-a8", "flexgen-lite, the same, int8 activations", {"activations": "int8"}),
             )
         ),
         System(

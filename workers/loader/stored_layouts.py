@@ -144,7 +144,7 @@ def are_finite(lines: Lines) -> bool:
     """Whether scales or offsets are, with what they are multiplied with or divided by."""
     factors = [other.view(np.float32) for other in lines.others if other.dtype == np.uint32]
     if lines.part.layout == "items" and len(factors) > 1:
-        factors[1] = np.float32(1) / factors[1] if factors[1].all() else np.array([np.inf], np.float32)
+        factors[1] = np.where(factors[1] == 0, np.float32(np.inf), factors[1])  # it divides
     are_places = lines.part.layout == "absmax" and lines.dtype == "uint8"
     return all(bool(np.isfinite(factor).all()) for factor in factors) and (
         are_places or is_finite(lines.bytes, lines.dtype)

@@ -26,7 +26,8 @@ from flexgen_lite.text.shown import shown, shown_text
 
 VALUES, ZEROS, SCALES, ORDER = ".qweight", ".qzeros", ".scales", ".g_idx"
 _BITS = (2, 3, 4, 8)
-_GPTQ, _AWQ = ("gptq", "gptq_v2"), ("gemm", "gemv", "gemv_fast")
+_GPTQ: tuple[str, ...] = ("gptq", "gptq_v2")
+_AWQ: tuple[str, ...] = ("gemm", "gemv", "gemv_fast")
 
 
 @dataclass(frozen=True, slots=True)
