@@ -68,8 +68,9 @@ def _awq(version: str) -> tuple[Tensors, dict[str, Any]]:
         shapes = (torch.int32, COLUMNS, WIDTH // 8), (torch.int32, COLUMNS, groups // 8), (COLUMNS, groups)
     else:
         shapes = (torch.int16, COLUMNS // 4, WIDTH), (torch.float16, groups, COLUMNS), (groups, COLUMNS)
+    make_zeros = _ones if version == "gemv_fast" else _random
     found = {
-        "x.qweight": _random(*shapes[0]), "x.qzeros": _random(*shapes[1]), "x.scales": _ones(torch.float16, *shapes[2])
+        "x.qweight": _random(*shapes[0]), "x.qzeros": make_zeros(*shapes[1]), "x.scales": _ones(torch.float16, *shapes[2])
     }  # fmt: skip
     return found, {"quant_method": "awq", "version": version, "group_size": 128}
 
@@ -177,7 +178,7 @@ class Weight:
         packing = stored_packing(NAME, weight.parts, HeldBits({NAME: weight.ndim == 3}, order, False))
         assert packing is not None
         shape = tuple(weight.shape)
-        pieces = tuple(piece for part in weight.parts for piece in to_pieces(part, shape))
+        pieces = tuple(piece for part in weight.parts for piece in to_pieces(part, shape, is_packed=True))
         self.num_bytes = sum(piece.num_bytes for piece in pieces)
         self._unit = layout_unit("u", [TensorSource(NAME, "bfloat16", shape, pieces, packing)])
 

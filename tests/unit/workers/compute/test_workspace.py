@@ -140,7 +140,7 @@ from flexgen_lite.workers.compute.unpacked_weights import PackedBits, multiplied
 from flexgen_lite.workers.compute.workspace import Workspace
 from flexgen_lite.workers.model.weight_map import packed_weights
 
-shape, packing = (8192, 4096), Packing(4, 32, "bfloat16", "float32", zeros="uint8")
+shape, packing = (8192, 4096), Packing(4, 32, "int8", "float32", zeros="uint8")
 module = nn.Module()
 packed_weights(module)["weight"] = torch.zeros(packing.num_bytes(shape), dtype=torch.uint8)
 weight = PackedBits(module, "weight", packing, shape, torch.bfloat16)

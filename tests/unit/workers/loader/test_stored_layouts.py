@@ -43,7 +43,7 @@ def loaded(checkpoint: Checkpoint, order: str = "bfloat16", dtype: torch.dtype =
     packing = stored_packing(NAME, weight.parts, HeldBits({NAME: False}, order, False))
     assert packing is not None
     shape = tuple(weight.shape)
-    pieces = tuple(piece for part in weight.parts for piece in to_pieces(part, shape))
+    pieces = tuple(piece for part in weight.parts for piece in to_pieces(part, shape, is_packed=True))
     unit = layout_unit("u", [TensorSource(NAME, "bfloat16", shape, pieces, packing)])
     arena, size = mmap.mmap(-1, unit.num_bytes), unit.num_bytes
     arena[:] = b"\xa5" * size
