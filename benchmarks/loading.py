@@ -69,9 +69,8 @@ def _awq(version: str) -> tuple[Tensors, dict[str, Any]]:
     else:
         shapes = (torch.int16, COLUMNS // 4, WIDTH), (torch.float16, groups, COLUMNS), (groups, COLUMNS)
     make_zeros = _ones if version == "gemv_fast" else _random
-    found = {
-        "x.qweight": _random(*shapes[0]), "x.qzeros": make_zeros(*shapes[1]), "x.scales": _ones(torch.float16, *shapes[2])
-    }  # fmt: skip
+    found = {"x.qweight": _random(*shapes[0]), "x.qzeros": make_zeros(*shapes[1])}
+    found["x.scales"] = _ones(torch.float16, *shapes[2])
     return found, {"quant_method": "awq", "version": version, "group_size": 128}
 
 

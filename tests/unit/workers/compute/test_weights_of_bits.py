@@ -187,9 +187,8 @@ def test_where_no_kernel_serves(
     kind: str, bits: int, zeros: str, finish: str, rounds_rows: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(unpacked_weights, "SLAB_ITEMS", {"cpu": 16 * 1024})  # some of the shapes in several slabs
-    forms = [
-        (*shape, dtype) for shape in (FEW_SHAPES if finish else SHAPES) for dtype in ("bfloat16", "float16", "float32")
-    ]
+    dtypes = ("bfloat16", "float16", "float32")
+    forms = [(*shape, dtypes[i % 3]) for i, shape in enumerate(FEW_SHAPES if finish else SHAPES)]
     for columns, width, group, scale_dtype in forms:
         for order in orders(finish):
             packing = Packing(bits, group, order, scale_dtype, zeros, rounds_rows=rounds_rows, kind=kind, finish=finish)
