@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,3 +76,17 @@ def test_transformers_reads_the_same(name: str, tmp_path: Path) -> None:
     expected = AutoModelForCausalLM.from_pretrained(exact, dtype=torch.bfloat16)
     for (key, ours), found in zip(expected.named_parameters(), theirs.parameters(), strict=True):
         assert torch.equal(found, ours), key
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "fp8-blocks", "bnb-nf4"])
+def test_tensors_tell_the_format_where_config_json_does_not(name: str, tmp_path: Path) -> None:
+    model = base_model(ONLY_FOR.get(name, ["llama"])[0], tmp_path / "base", num_hidden_layers=1)
+    publish(model, tmp_path / "model", FORMATS[name])
+    told = spec_of(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    del config["quantization_config"]
+    path.write_text(json.dumps(config))
+    untold = spec_of(tmp_path / "model")
+    assert any(tensor.packing for unit in told.units for tensor in unit.tensors)
+    assert untold.units == told.units
