@@ -69,7 +69,7 @@ class EngineConfig(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
     model: ModelName = Field(
-        description="Hugging Face model directory, or a hub id where there is a network.",
+        description="Hugging Face model directory, a GGUF file, or a hub id where there is a network.",
         json_schema_extra=expects("a model directory or a hub id"),
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(

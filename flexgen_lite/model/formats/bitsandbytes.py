@@ -62,9 +62,6 @@ def _join_4(layers: StoredLayers, layer: str, kind: str, values: StoredTensor, s
         raise layers.misfit(layer, values, absmax, table)
     if any(abs(layers.number(table, i) - value) > 1e-7 for i, value in enumerate(TABLES[kind])):
         raise layers.error(layer, table, f"has a table of its own, not {kind}'s, which is not supported: {REMEDY}")
-    count = -(-columns * width // block)
-    if math.prod(absmax.shape) != count:
-        raise layers.misfit(layer, values, absmax)
     others: tuple[SmallSource, ...] = ()
     num_blocks = -(-columns * width // block)
     if math.prod(absmax.shape) != num_blocks:
@@ -87,14 +84,10 @@ def _join_4(layers: StoredLayers, layer: str, kind: str, values: StoredTensor, s
         others = (small(nested), small(codes))
     elif absmax.dtype != "float32":
         raise layers.misfit(layer, values, absmax)
+    offset = state.get("nested_offset", 0.0)
     parts = (
         (StoredPart("values", "swapped_halves", 4), values),
-        (
-            StoredPart(
-                "scales", "absmax", block=(columns, block), others=others, number=state.get("nested_offset", 0.0)
-            ),
-            absmax,
-        ),
+        (StoredPart("scales", "absmax", block=(columns, block), others=others, number=offset), absmax),
     )
     finish = "float16" if state.get("dtype") == "float16" else ""
     group = layers.group(layer, values, width, block)
