@@ -60,7 +60,7 @@ class StoredBits:
     @property
     def in_blocks(self) -> tuple[StoredTensor, StoredPart, StoredTensor] | None:
         """Values in FP8, and scales for blocks of them, where that is all there is."""
-        if self.kind != "e4m3" or len(self.parts) != 2:
+        if self.kind != "e4m3" or self.finish or len(self.parts) != 2:
             return None
         (part, values), (scale_part, scales) = self.parts
         plain = part.layout == "stream" and scale_part.layout == "items" and not scale_part.others

@@ -101,10 +101,7 @@ def _covered(
 ) -> tuple[int, int]:
     """Rows and items of K that a scale is for."""
     columns, width = values.shape
-    count = 1
-    for size in scales.shape:
-        count *= size
-    if count == 1 and scales.shape in ((), (1,), (1, 1)):
+    if scales.shape in ((), (1,), (1, 1)):
         return columns, width
     if block is not None and scales.shape == (-(-columns // block[0]), -(-width // block[1])):
         return block
