@@ -3,7 +3,8 @@
     python -m benchmarks.products [--threads N] [--seconds N] [--rows 1,4,16] [--shapes 2048x2048,...]
 
 Shapes are N x K. "int8" and "int4" are weights in groups of 128 and 32, multiplied in bfloat16, as are "fp8" (E4M3),
-"mxfp4" and "nf4" in groups of 128, 32 and 64; "w8a8" and "w4a8" are multiplied with rows in 8 bits; the other
+"mxfp4", "nvfp4", "nf4" and "q4_k" in groups of 128, 32, 16, 64 and 32; "w8a8" and "w4a8" are multiplied with rows in
+8 bits; the other
 contestants are bfloat16, with weights in panels where they are ours. Each call takes another weight, of WEIGHT_BYTES
 in all, as the layers of a model do. A round goes through all the contestants, so that what else the machine does meets
 them alike, and each takes a weight that none has read for long; the median of the rounds counts.
@@ -36,7 +37,11 @@ KINDS = {
     "int8": Packing(8, 128, "bfloat16", "bfloat16"),
     "int4": Packing(4, 32, "bfloat16", "bfloat16", zeros="uint8"),
     "fp8": Packing(8, 128, "bfloat16", "float32", kind="e4m3"),
-    "mxfp4": Packing(4, 32, "bfloat16", "bfloat16", kind="e2m1"),
+    "mxfp4": Packing(4, 32, "bfloat16", "float8_e8m0fnu", kind="e2m1"),
+    "nvfp4": Packing(
+        4, 16, "bfloat16", "float8_e4m3fn", kind="e2m1", factors="float32", factor_group=2048, divides=True
+    ),
+    "q4_k": Packing(4, 32, "bfloat16", "uint8", zeros="scaled", kind="uint", factors="float16", factor_group=256),
     "nf4": Packing(4, 64, "bfloat16", "float32", kind="nf4"),
     "w8a8": Packing(8, 128, "int8", "bfloat16", rounds_rows=True),
     "w4a8": Packing(4, 32, "int8", "bfloat16", zeros="uint8", rounds_rows=True),
@@ -65,10 +70,9 @@ class Contest:
         found = []
         for _ in range(count * 16 // packing.bits):
             memory = torch.randint(0, 256, (packing.num_bytes(shape),), dtype=torch.uint8)
-            scales = memory[packing.scales_at(shape) : packing.zeros_at(shape)].view(
-                getattr(torch, packing.scale_dtype)
-            )
-            scales.fill_(0.01)
+            _fill(memory[packing.scales_at(shape) : packing.zeros_at(shape)], packing.scale_dtype)
+            if packing.factors:
+                _fill(memory[packing.factors_at(shape) :], packing.factors)
             self._memory.append(memory)
             weight = weights_of_bits(memory, packing, shape)
             found += [weight] if weight is not None else []
@@ -88,6 +92,13 @@ class Contest:
         )
         calls["F.linear"] = lambda i: linear(x, self._plain[i % len(self._plain)])
         return calls
+
+
+def _fill(numbers: torch.Tensor, dtype: str) -> None:
+    if dtype in ("float32", "bfloat16", "float16"):
+        numbers.view(getattr(torch, dtype)).fill_(0.01)
+    else:
+        numbers.fill_(56)  # of E4M3, 1; powers of two are small
 
 
 def read_rate(repeats: int = 7) -> float:

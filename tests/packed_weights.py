@@ -8,12 +8,17 @@ from flexgen_lite.model.packing import COLUMNS, Packing, num_blocks
 
 
 def packed(
-    q_ENK: torch.Tensor, scale_ENG: torch.Tensor, zero_ENG: torch.Tensor | None, packing: Packing
+    q_ENK: torch.Tensor,
+    scale_ENG: torch.Tensor,
+    zero_ENG: torch.Tensor | None,
+    packing: Packing,
+    factors: tuple[torch.Tensor, ...] = (),
 ) -> torch.Tensor:
     """All bytes of weights with whole numbers `q_ENK`, or codes of another kind, G groups along K.
 
     Args:
         zero_ENG: or offsets.
+        factors: `[E, N, K / factor_group]`, of scales and of offsets.
     """
     count, columns, width = q_ENK.shape
     blocks, middle = num_blocks(columns), 8 if packing.bits == 4 else 128
@@ -35,7 +40,9 @@ def packed(
     if zero_ENG is not None and packing.zeros == "float32":
         parts.append(_by_block(zero_ENG).reshape(-1).view(torch.uint8))
     elif zero_ENG is not None:
-        parts.append((_by_block(zero_ENG) + middle).to(torch.uint8).reshape(-1))
+        bias = 0 if packing.zeros == "scaled" else middle
+        parts.append((_by_block(zero_ENG) + bias).to(torch.uint8).reshape(-1))
+    parts += [_by_block(factor).to(getattr(torch, packing.factors)).reshape(-1).view(torch.uint8) for factor in factors]
     return torch.cat(parts)
 
 

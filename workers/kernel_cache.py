@@ -24,6 +24,8 @@ from typing import Any, TypeVar
 
 from numba.core import caching, event
 
+from flexgen_lite.model import packing
+
 _PR_SET_PDEATHSIG = 1
 _T = TypeVar("_T")
 _FOLDER = Path(__file__).resolve().parent
@@ -51,9 +53,9 @@ def guard() -> None:
 def _digest_of_sources() -> str:
     """Of all files that kernels are made of."""
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(_FOLDER.rglob("*.py")):
+    for path in (*sorted(_FOLDER.rglob("*.py")), Path(packing.__file__)):
         content = path.read_bytes()
-        if b"numba" in content or b"simd" in content:
+        if b"numba" in content or b"simd" in content or path.name == "packing.py":
             digest.update(content)
     return digest.hexdigest()
 

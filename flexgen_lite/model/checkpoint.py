@@ -72,6 +72,16 @@ class Checkpoint:
     metadata: tuple[Mapping[str, str], ...] = ()
 
     @property
+    def misfit(self) -> str:
+        """Where its tensors are not those that the model has."""
+        if is_gguf(Path(self.files[0])):
+            return (
+                "the file does not say its model's sizes right, or is of an early version of its architecture: get a "
+                "newer file, or the model's safetensors repository"
+            )
+        return "config.json does not belong to these weights: download both again"
+
+    @property
     def in_few_bits(self) -> tuple[StoredBits, ...]:
         """How the weights are stored that are."""
         tensors = (one for tensor in self.tensors.values() for one in (tensor, *tensor.members))

@@ -1,7 +1,8 @@
 """How weights of 8 and 4 bits lie in memory: blocks of columns in the order of the kernels that multiply with them.
 
 A weight `[N, K]` has a code for each item and, for every `group` items of K of a column n, a scale and perhaps a zero
-or an offset. The *kind* says what a code's value is:
+or an offset. Scales of one byte may have a factor in common, for every `factor_group` items of a column, and so may
+offsets. The *kind* says what a code's value is:
 
     int      q, a whole number with a sign:  w = (q - zero) * scale
     uint     4 bits without a sign
@@ -9,8 +10,8 @@ or an offset. The *kind* says what a code's value is:
     e4m3     8 bits, a number in floating point
 
 and w = value * scale + offset, rounded once; some formats do more to the product first, see `finish`. Of several
-weights `[E, N, K]`, the codes of all come first, then the scales of all, then the zeros or offsets of all. N is filled
-up to whole blocks of COLUMNS.
+weights `[E, N, K]`, the codes of all come first, then the scales of all, then the zeros or offsets of all, the factors
+of all scales, and those of all offsets. N is filled up to whole blocks of COLUMNS.
 
 Where groups are no runs of inputs, the inputs are sorted by them: item p of K is then that of input `order[p]`, and
 behind all the rest are these numbers, int32 `[E, K]`.
@@ -22,7 +23,8 @@ behind all the rest are these numbers, int32 `[E, K]`.
     int8           4  [K / 8][column][4]        byte i: item 8 s + i, and above it item 8 s + 4 + i; q + 8
 
 Scales are `[block][K / group][column]`; so are zeros, a byte each: zero + 8, or + 128 where q has 8 bits; and offsets,
-in float32.
+in float32, or a byte each that is multiplied with its factor and subtracted. Factors are `[block][K / factor_group]
+[column]`.
 """
 
 from __future__ import annotations
@@ -31,8 +33,10 @@ from dataclasses import dataclass
 
 COLUMNS = 64  # of a block
 STEP = 16  # items of K in which groups are counted
-SCALE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-ZERO_BYTES = {"": 0, "uint8": 1, "float32": 4}
+SCALE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4} | dict.fromkeys(
+    ("float8_e4m3fn", "float8_e8m0fnu", "uint8", "int8"), 1
+)
+ZERO_BYTES = {"": 0, "uint8": 1, "scaled": 1, "float32": 4}
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 TABLES: dict[str, tuple[float, ...]] = {
     "int": tuple(float(code - 8) for code in range(16)),
@@ -57,7 +61,8 @@ class Packing:
     Attributes:
         group: items of K with one scale.
         order: of the codes, see above.
-        zeros: "uint8": there are zeros; "float32": there are offsets; "": neither.
+        scale_dtype: "uint8" and "int8" are whole numbers.
+        zeros: "uint8": there are zeros; "float32": there are offsets; "scaled": there are, in bytes; "": neither.
         is_transposed: the model has the weight as `[K, N]`.
         rounds_rows: rows that the weight is multiplied with are rounded to 8 bits, group by group.
         kind: of the codes.
@@ -65,6 +70,9 @@ class Packing:
         finish: "float16": the product of value and scale is rounded to float16 first; "127": scales are 127 times what
             they are, and the product is multiplied with 1 / 127 in float32. Where order is "int8" and rows are rounded,
             there is no such product: "float16" has no effect.
+        factors: the dtype of factors, float32 or float16; "": there are none.
+        factor_group: items of K with one factor.
+        divides: scales are divided by their factor, not multiplied.
     """
 
     bits: int
@@ -77,6 +85,9 @@ class Packing:
     kind: str = "int"
     is_sorted: bool = False
     finish: str = ""
+    factors: str = ""
+    factor_group: int = 0
+    divides: bool = False
 
     @property
     def has_zeros(self) -> bool:
@@ -107,10 +118,25 @@ class Packing:
         count = self.dimensions(shape)[0] * self.num_scales(shape)
         return self.scales_at(shape) + count * SCALE_BYTES[self.scale_dtype]
 
-    def order_at(self, shape: tuple[int, ...]) -> int:
-        """Where the numbers of the inputs begin, in bytes, if there are any."""
+    def num_factors(self, shape: tuple[int, ...]) -> int:
+        """Of the scales of one of the weights."""
+        _, columns, width = self.dimensions(shape)
+        return num_blocks(columns) * COLUMNS * (width // self.factor_group) if self.factors else 0
+
+    def factors_at(self, shape: tuple[int, ...]) -> int:
+        """Where the factors of scales begin, in bytes, if there are any."""
         count = self.dimensions(shape)[0] * self.num_scales(shape)
         return self.zeros_at(shape) + count * ZERO_BYTES[self.zeros]
+
+    def lows_at(self, shape: tuple[int, ...]) -> int:
+        """Where the factors of offsets begin, in bytes, if there are any."""
+        count = self.dimensions(shape)[0] * self.num_factors(shape)
+        return self.factors_at(shape) + (count * SCALE_BYTES[self.factors] if count else 0)
+
+    def order_at(self, shape: tuple[int, ...]) -> int:
+        """Where the numbers of the inputs begin, in bytes, if there are any."""
+        lows = self.lows_at(shape)
+        return lows + (lows - self.factors_at(shape) if self.zeros == "scaled" else 0)
 
     def num_bytes(self, shape: tuple[int, ...]) -> int:
         """Of all of it."""

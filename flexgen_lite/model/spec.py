@@ -40,7 +40,7 @@ class StoredPart:
     """Which part of a weight `[N, K]` in few bits a source is, and how it lies.
 
     Attributes:
-        fills: "values", "scales", "zeros", "offsets" or "order"; "all": items have their scales beside them.
+        fills: "values", "scales", "zeros", "offsets", "factors" or "order"; "all": items have their scales beside them.
         layout: a name in workers/loader/stored_layouts.py.
         num_bits: of an item of values or zeros.
         block: rows and items of K that one item of the source is for.

@@ -17,6 +17,8 @@ class StoredTensor:
 
     With `paired_rows` its rows are runs of so many, the halves of each run by turns: row 2 i of a run is row i of its
     first half, row 2 i + 1 that of its second.
+
+    With a `fault` it cannot be read, which counts where the model has it.
     """
 
     name: str
@@ -29,6 +31,7 @@ class StoredTensor:
     members: tuple[StoredTensor, ...] = ()
     is_turned: bool = False
     paired_rows: int = 0
+    fault: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,7 @@ class StoredBits:
         kind: "": it is not kept in few bits, but made of what is stored otherwise.
         num_bits: of a code in memory, 4 or 8.
         parts: each with the tensor that it is read from.
-        finish: as in Packing.
+        finish, factors, factor_group, divides: as in Packing.
         order: a digest of what says which group an input is in; b"": each group is a run of inputs.
     """
 
@@ -51,6 +54,14 @@ class StoredBits:
     parts: tuple[tuple[StoredPart, StoredTensor], ...]
     order: bytes = b""
     finish: str = ""
+    factors: str = ""
+    factor_group: int = 0
+    divides: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether weights are whole numbers times scales."""
+        return self.kind == "int" and self.zeros in ("", "uint8")
 
     @property
     def may_be_unpacked(self) -> bool:

@@ -30,6 +30,8 @@ ALLOCATOR_SLACK = 1.25  # what the allocator keeps beyond what is in use
 PRODUCTS_BYTES = 80 * MIB  # on a CPU: programs that oneDNN keeps (KEPT_PRODUCTS), results on their way
 PRODUCTS_OTHER_BYTES = 32 * MIB  # of them, beside what the threads have of their own
 THREAD_ROWS_BYTES = 320  # of a thread, for each item of a row: 64 rows in float32, weights that are put in order
+THREAD_WORDS_BYTES, THREADS_WORDS_BYTES = 4 * MIB, 64 * MIB  # of one, and of all: rows that are put in order
+ROUNDED_GROUP_BYTES = 6  # of a group of rows that are rounded to 8 bits, for each byte of a row: three numbers
 UNPACKING_BYTES = {"cpu": 40 * MIB, "gpu": 160 * MIB}  # of a weight in few bits, some columns at a time
 SAMPLING_BYTES = 64  # for each entry of the vocabulary, to draw from a row of logits: sorted, in double precision
 PAGE_TOKENS = 16
@@ -162,7 +164,11 @@ def need_of(
 
 def _products_bytes(spec: ModelSpec, threads: int) -> int:
     widest = max(spec.intermediate_size, spec.hidden_size)
-    return max(PRODUCTS_BYTES, PRODUCTS_OTHER_BYTES + threads * THREAD_ROWS_BYTES * widest)
+    of_rows = threads * min(THREAD_WORDS_BYTES, THREADS_WORDS_BYTES // threads)
+    packed = (tensor.packing for unit in spec.units for tensor in unit.tensors if tensor.packing is not None)
+    groups = [packing.group for packing in packed if packing.rounds_rows]
+    of_rows += of_rows * ROUNDED_GROUP_BYTES // min(groups) if groups else 0
+    return max(PRODUCTS_BYTES, PRODUCTS_OTHER_BYTES + of_rows + threads * THREAD_ROWS_BYTES * widest)
 
 
 def _loader_bytes(spec: ModelSpec) -> int:

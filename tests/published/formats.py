@@ -96,6 +96,18 @@ def _bytes(weight: torch.Tensor, is_symmetric: bool, bits: int = 8, group: int |
     return parts if is_symmetric else parts | {".weight_zero_point": zero}, exact
 
 
+def _with_wide_zeros(weight: torch.Tensor) -> Written:
+    parts, exact = _bytes(weight, is_symmetric=False)
+    return parts | {".weight_zero_point": parts[".weight_zero_point"].int()}, exact
+
+
+def _in_one_piece(weight: torch.Tensor) -> Written:
+    """One scale and one zero for all of it."""
+    parts, exact = _bytes(weight.reshape(1, -1), is_symmetric=False)
+    parts = {name: part.reshape(weight.shape) if name == ".weight" else part.reshape(1) for name, part in parts.items()}
+    return parts, exact.reshape(weight.shape)
+
+
 def _packed_scattered(weight: torch.Tensor) -> Written:
     """With actorder=group of older versions."""
     places = scattered(weight)
@@ -169,6 +181,10 @@ FORMATS: dict[str, Format] = {
                       _compressed("int-quantized", INT_8, input_activations=TOKENS)),
     "ct-int8-zeros": Format(every(partial(_bytes, is_symmetric=False)),
                             _compressed("int-quantized", INT_8 | {"symmetric": False})),
+    "ct-int8-zeros-int32": Format(every(_with_wide_zeros), _compressed(
+        "int-quantized", INT_8 | {"symmetric": False})),
+    "ct-int8-tensor": Format(every(_in_one_piece), _compressed(
+        "int-quantized", INT_8 | {"symmetric": False, "strategy": "tensor"})),
     "ct-int4-in-bytes": Format(every(partial(_bytes, is_symmetric=True, bits=4, group=32)), _compressed(
         "int-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True})),
     "ct-fp8-tensor": Format(every(partial(in_e4m3, block=None, kind="bfloat16", scales=".weight_scale", shape=ONE)),
@@ -201,6 +217,15 @@ FORMATS: dict[str, Format] = {
             (8, 32, False, 2), (3, 32, True, 1), (2, 32, False, 1),
         )
     },
+    "auto-round": Format(every(partial(gptq, bits=4, group=32, is_symmetric=False, version=2)), {
+        "quant_method": "auto-round", "packing_format": "auto_round:exllamav2", "bits": 4, "group_size": 32,
+        "sym": False, "data_type": "int"}),
+    "auto-round-for-gptq": Format(every(partial(gptq, bits=4, group=32, is_symmetric=False, version=1)), {
+        "quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4, "group_size": 32,
+        "sym": False}),
+    "auto-round-2024": Format(every(partial(gptq, bits=8, group=32, is_symmetric=False, version=2)), {
+        "quant_method": "intel/auto-round", "backend": "autoround:exllamav2", "bits": 8, "group_size": 32,
+        "sym": False}),
     "gptq-quantize-config": Format(
         every(partial(gptq, bits=4, group=32, is_symmetric=False, version=1)),
         {"bits": 4, "group_size": 32, "damp_percent": 0.01, "desc_act": False, "sym": False}, "quantize_config.json"),
@@ -217,6 +242,8 @@ FORMATS: dict[str, Format] = {
         "quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}),
     "awq-symmetric": Format(every(partial(awq, group=16, is_symmetric=True)), {
         "quant_method": "awq", "bits": 4, "group_size": 16, "zero_point": False, "version": "GEMM"}),
+    "awq-unnamed": Format(every(partial(awq, group=32)), {
+        "zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}),
     "awq-quant-config": Format(every(partial(awq, group=32)), {
         "zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}, "quant_config.json"),
     "modelopt-nvfp4": Format(every(partial(_in_nvfp4, of_modelopt=True)), MODELOPT),

@@ -106,7 +106,7 @@ def flexgen_lite_attention(
         key_BGTD=key,
         value_BGTE=value,
         scaling=float(query.shape[-1] ** -0.5 if scaling is None else scaling),
-        sliding_window=sliding_window,
+        sliding_window=sliding_window or None,  # some configs have 0 for none
         softcap=softcap,
         sinks_H=s_aux,
         attention_chunk=_attention_chunk(module),

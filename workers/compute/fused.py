@@ -12,7 +12,6 @@ import copy
 import inspect
 import sys
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from flexgen_lite.workers.compute import prefill_cpu
 from flexgen_lite.workers.simd import LANES
 
 _ROTARY = "apply_rotary_pos_emb"  # as all of Transformers' models call it
+_ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
 _MULTIPLY = {torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__}
 _ROUNDED_AWAY = 1e-6  # what is left of 1 - tanh(x) where it has few digits
 _EQUAL = 0.98  # of the items, at least; others may be the next bfloat16: sums are in another order here
@@ -35,7 +35,7 @@ def fuse(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     for module in model.modules():
         if _may_be_norm(module) and (found := _way_of_norm(module)) is not None:
             module.forward = _Norm(module, *found)
-        elif (way := _way_of_gate(type(module))) is not None:  # type: ignore[arg-type]
+        elif (way := _way_of_gate(module)) is not None:
             module.forward = _Gate(module.forward, way)
     for name in {type(module).__module__ for module in model.modules()}:
         code = sys.modules[name]
@@ -140,7 +140,7 @@ class _Gate:
         if type(rows) is not torch.Tensor or not _serves(rows):
             return self._unfused(rows)
         waiting = rows.as_subclass(_Waiting)
-        waiting.of = self
+        waiting.of, waiting.version = self, _version(rows)
         return waiting
 
     def times(self, rows: torch.Tensor, factor: object) -> torch.Tensor | None:
@@ -157,6 +157,7 @@ class _Waiting(torch.Tensor):
     """Input of an activation in its output's place: whatever is asked of it but a product is asked of the output."""
 
     of: _Gate
+    version: int
     _output: torch.Tensor | None = None
 
     @classmethod
@@ -170,7 +171,14 @@ class _Waiting(torch.Tensor):
 
 
 def _plain(waiting: _Waiting) -> torch.Tensor:
+    if waiting.version != _version(waiting):
+        raise RuntimeError("the input of an activation was changed before its output was used, which is not supported")
     return waiting.as_subclass(torch.Tensor)
+
+
+def _version(rows: torch.Tensor) -> int:
+    """How often it was changed; 0 where PyTorch does not count."""
+    return 0 if rows.is_inference() else rows._version
 
 
 def _outputs(value: Any) -> Any:
@@ -195,15 +203,18 @@ def _gated(gate: torch.Tensor, up: torch.Tensor, way: int) -> torch.Tensor:
     return target
 
 
-@cache
-def _way_of_gate(kind: type[nn.Module]) -> int | None:
-    """Of an activation that is a function alone; None: of another class, or another function."""
-    if not kind.__module__.startswith(("transformers.activations", "torch.nn.modules.activation")):
+def _way_of_gate(module: nn.Module) -> int | None:
+    """Of an activation that is a function alone; None: of another class, another function, or one that changes what it
+    is given."""
+    if not type(module).__module__.startswith(_ACTIVATIONS) or _hooked(module) or module._parameters:
         return None
     rows = torch.linspace(-12, 12, 64 * LANES).bfloat16()
+    given = rows.clone()
     try:
-        expected = kind()(rows)
-    except Exception:  # it wants to be told something
+        expected = module(given)
+    except Exception:  # it takes something else, or more
+        return None
+    if not torch.equal(given, rows):
         return None
     ones = torch.ones_like(rows)
     ways = (kernels.SILU, kernels.GELU_TANH)

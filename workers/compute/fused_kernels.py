@@ -92,7 +92,10 @@ def _one_and_power(exponent):  # type: ignore[no-untyped-def]
 @kernel
 def _gate_row(call, gate, up, target):  # type: ignore[no-untyped-def]
     for i in range(0, 2 * call.dim, 2 * LANES):
-        x = simd.maximum(simd.splat(_NOTHING), simd.load_items(gate + i, _HALF))
+        x = simd.load_items(gate + i, _HALF)
+        low = simd.minimum(simd.splat(_F(0)), x)
+        low = simd.subtract(low, low)  # no number where x is -infinity, as 0 times that is none
+        x = simd.subtract(simd.maximum(simd.splat(_NOTHING), x), low)
         if call.way == SILU:
             y = simd.divide(x, _one_and_power(simd.multiply(x, simd.splat(-_LOG2E))))
         else:

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexgen_lite.model.checkpoint import Checkpoint, check_config, model_source, open_checkpoint
 from flexgen_lite.model.files import CheckpointError, check_files, is_there
-from flexgen_lite.model.formats.gguf import all_parts
+from flexgen_lite.model.formats.gguf import all_parts, open_gguf
 from flexgen_lite.model.formats.gguf_header import is_gguf
 from flexgen_lite.model.formats.section import Section
 from flexgen_lite.model.packing import STEP
@@ -39,6 +39,7 @@ _OF_BITS = (
     "checkpoint that leaves it in 16 bits has room for many more tokens"
 )
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+SAME_AGAIN = ["original/*", "consolidated*"]  # weights as their makers' own code has them
 
 
 @dataclass
@@ -83,7 +84,7 @@ def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> Op
     is_known = config.model_type in probe.TESTED_TYPES and not order.always_probe
     keeps_latents = is_known or probe.prove(config)
     checkpoint = None if order.load_format == "dummy" else open_checkpoint(directory)
-    is_stored = _check_quantization(order, section, checkpoint)
+    is_stored = _check_quantization(order, directory, section, checkpoint)
     of_bits = keeps_latents and checkpoint is not None and _has_projections_of_bits(checkpoint)
     dtype = _dtype(order.dtype, config, checkpoint, device)
     model = model_builder.build(config, dtype)
@@ -128,7 +129,7 @@ def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> Op
         head_copy_bytes=products.copied_bytes(outside(model, layers)),
         warnings=(
             *warnings,
-            *_rounding(section, order, is_stored),
+            *_rounding(section, order, checkpoint),
             *(warnings_of(model, quantization) if quantization is not None else []),
             *([_OF_BITS] if of_bits else []),
             *([warning] if warning else []),
@@ -139,7 +140,7 @@ def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> Op
     return OpenedModel(model, layers, binding, products, head, spec, tokenizer)
 
 
-def _check_quantization(order: OpenModel, section: Section, checkpoint: Checkpoint | None) -> bool:
+def _check_quantization(order: OpenModel, directory: Path, section: Section, checkpoint: Checkpoint | None) -> bool:
     """Whether weights are stored in few bits. Raises UserError where they are and ought not to be, or the reverse."""
     stored = () if checkpoint is None else checkpoint.in_few_bits
     if stored and order.quantization is not None:
@@ -149,7 +150,7 @@ def _check_quantization(order: OpenModel, section: Section, checkpoint: Checkpoi
                 f"quantization: the checkpoint in {order.model} is quantised already ({', '.join(sorted(kinds))}): "
                 "leave the key out, or give the unquantised model"
             )
-    if section.format and order.load_format == "dummy":
+    if order.load_format == "dummy" and (section.format or _is_gguf_in_few_bits(directory)):
         raise UserError(
             f"load_format=dummy: the checkpoint in {order.model} is quantised: give the config.json of the unquantised "
             "model, and quantization with it"
@@ -157,9 +158,13 @@ def _check_quantization(order: OpenModel, section: Section, checkpoint: Checkpoi
     if order.activations == "int8":
         if order.quantization is None and not stored:
             raise UserError("activations=int8 needs weights in few bits: give quantization as well, int8 or int4")
-        if stored and not any(bits.kind == "int" and bits.zeros != "float32" for bits in stored):
+        if stored and not any(bits.is_whole for bits in stored):
             raise UserError(f"activations=int8: the weights in {order.model} are no whole numbers: leave the key out")
     return bool(stored)
+
+
+def _is_gguf_in_few_bits(path: Path) -> bool:
+    return is_gguf(path) and any(tensor.type.items > 1 for _, tensor in open_gguf(path).tensors())
 
 
 def _has_projections_of_bits(checkpoint: Checkpoint) -> bool:
@@ -169,8 +174,10 @@ def _has_projections_of_bits(checkpoint: Checkpoint) -> bool:
     return any(bits is not None and not bits.may_be_unpacked for bits in stored)
 
 
-def _rounding(section: Section, order: OpenModel, is_stored: bool) -> list[str]:
-    if not is_stored or not section.rounds_activations or order.activations == "int8":
+def _rounding(section: Section, order: OpenModel, checkpoint: Checkpoint | None) -> list[str]:
+    stored = () if checkpoint is None else checkpoint.in_few_bits
+    can_be = section.rounds_activations and any(bits.is_whole for bits in stored)
+    if not can_be or order.activations == "int8":
         return []
     return ["the checkpoint is meant for activations in few bits; they are rounded here only with activations=int8"]
 
@@ -222,7 +229,7 @@ def model_directory(model: str) -> Path:
     try:
         if file:
             return Path(snapshot_download(name, allow_patterns=[all_parts(file)])) / file
-        found = Path(snapshot_download(model, allow_patterns=MODEL_FILES))
+        found = Path(snapshot_download(model, allow_patterns=MODEL_FILES, ignore_patterns=SAME_AGAIN))
     except Exception as error:  # the hub client raises many kinds: no network, no such model, no access
         raise UserError(
             f"{model} is neither a directory nor a model that the hub gives: {first_line(error)}"

@@ -6,14 +6,13 @@ the numbers of its groups `[group][field][row]`.
 
 from __future__ import annotations
 
-import numpy as np
-
 from flexgen_lite.workers import simd
 from flexgen_lite.workers.compute import product_bytes as ops
 from flexgen_lite.workers.compute.product_bytes import GROUP_FIELDS, SCALES_BYTES
-from flexgen_lite.workers.compute.product_panels import BFLOAT16, BYTES4, FLOAT32, kernel, scale_bytes
+from flexgen_lite.workers.compute.product_panels import BYTES4, kernel
 from flexgen_lite.workers.compute.product_scratch import first_row, num_passes
 from flexgen_lite.workers.compute.product_tiles import COLUMNS
+from flexgen_lite.workers.compute.scale_loads import at_place, factor_place, scale_bytes
 
 if simd.BYTES:
     _tile_1, _tile_2, _tile_3, _tile_4, _tile_5, _tile_6 = (ops.byte_tile(rows) for rows in range(1, 7))
@@ -67,16 +66,13 @@ def multiply_in_bytes(call, weight, block, following, num_rows, scratch):  # typ
         panel = stored
         for group in range(first, last):
             place = ((weight * blocks + block) * groups + group) * COLUMNS
-            zeros = 0 if call.zeros == 0 else call.zeros + place
-            to = scratch.line + (group - first) * SCALES_BYTES
-            middle = 8 if call.storage == BYTES4 else 128
-            scales = call.scales + place * scale_bytes(call.scale_kind)
-            if call.scale_kind == BFLOAT16:
-                ops.load_scales(scales, zeros, middle, to, np.uint16(0))
-            elif call.scale_kind == FLOAT32:
-                ops.load_scales(scales, zeros, middle, to, np.float32(0))
-            else:
-                ops.load_scales(scales, zeros, middle, to, np.int16(0))
+            factor = factor_place(call, weight * blocks + block, group * call.group, width)
+            ops.load_line(
+                call.scales + place * scale_bytes(call.scale_kind), call.scale_kind,
+                at_place(call.zeros, place, 1), call.zero_bytes,
+                at_place(call.factors, factor, call.factor_bytes), call.factor_bytes, call.divides,
+                8 if call.storage == BYTES4 else 128, scratch.line + (group - first) * SCALES_BYTES,
+            )  # fmt: skip
         if call.storage == BYTES4:
             panel = scratch.panel
             ops.unpack_halves(stored, (last - first) * call.group // 8, panel, ahead)

@@ -17,6 +17,7 @@ from numba.core import cgutils
 
 from flexgen_lite.workers import simd
 from flexgen_lite.workers.compute.product_tiles import COLUMNS, LINE, ROW, STEP
+from flexgen_lite.workers.compute.scale_loads import Scales, load_scales, load_zeros
 from flexgen_lite.workers.simd import FLOAT, I32, LANES, VECTOR, WORDS
 
 _VECTORS = COLUMNS // LANES
@@ -66,17 +67,18 @@ def _round_group(builder: Any, source: Any, count: Any, middle: Any, target: Any
     simd.store_to(builder, builder.fmul(scale, builder.sitofp(total, FLOAT)), builder.add(numbers, stride))
 
 
-def _load_scales(builder: Any, kind: str, scales: Any, zeros: Any, middle: Any, target: Any) -> None:
-    """A group's scales and -zero * scale of COLUMNS columns; `zeros` 0: there are none."""
+def _load_scales(
+    builder: Any, scales: Any, kind: Any, zeros: Any, zero_bytes: Any, factors: Any, factor_bytes: Any, divides: Any,
+    middle: Any, target: Any,
+) -> None:  # fmt: skip
+    """A group's scales and -zero * scale of COLUMNS columns."""
+    at = Scales(scales, kind, zeros, zero_bytes, factors, middle.type(0), factor_bytes, divides)
     bias = simd.spread(builder, builder.sitofp(builder.trunc(middle, I32), FLOAT))
-    for group in range(_VECTORS):
-        size = 4 if kind == "float32" else 2
-        scale = simd.load_stored(builder, kind, _forward(builder, scales, group * LANES * size))
+    vectors = zip(load_scales(builder, at), load_zeros(builder, at, bias), strict=True)
+    for group, (scale, zero) in enumerate(vectors):
         simd.store_to(builder, scale, _forward(builder, target, group * ROW))
-        with builder.if_then(builder.icmp_unsigned("!=", zeros, zeros.type(0))):
-            codes = simd.load_from(builder, _forward(builder, zeros, group * LANES), _BYTES, align=1)
-            offset = builder.fmul(builder.fsub(bias, builder.uitofp(codes, VECTOR)), scale)
-            simd.store_to(builder, offset, _forward(builder, target, (_VECTORS + group) * ROW))
+        offset = builder.fmul(builder.fsub(bias, zero), scale)
+        simd.store_to(builder, offset, _forward(builder, target, (_VECTORS + group) * ROW))
 
 
 def _unpack_halves(builder: Any, values: Any, runs: Any, panel: Any, ahead: Any) -> None:
@@ -150,5 +152,5 @@ def byte_tile(rows: int) -> Any:
 
 
 round_group = simd.operation(_round_group, types.void, *[types.int64] * 6)
-load_scales = simd.operation_of_kind(_load_scales, types.void, *[types.int64] * 4)
+load_line = simd.operation(_load_scales, types.void, *[types.int64] * 9)
 unpack_halves = simd.operation(_unpack_halves, types.void, *[types.int64] * 4)

@@ -26,6 +26,7 @@ from numba import cfunc, types
 from flexgen_lite.workers import simd
 from flexgen_lite.workers.compute import product_amx as amx
 from flexgen_lite.workers.compute import product_tiles as tiles
+from flexgen_lite.workers.compute import scale_loads
 from flexgen_lite.workers.compute.prefill_packing import OPTIONS
 from flexgen_lite.workers.compute.product_byte_kernels import multiply_in_bytes, round_row
 from flexgen_lite.workers.compute.product_bytes import GROUP_FIELDS
@@ -42,7 +43,7 @@ CALL = np.dtype(
         *((name, np.int64) for name in ("segments", "num_segments")),  # SEGMENT each
         *((name, np.int64) for name in ("scratch", "scratch_bytes")),  # of a thread
         *((name, np.int64) for name in ("weights", "weight_bytes")),  # from one weight to the next
-        *((name, np.int64) for name in ("scales", "scale_kind", "zeros", "zero_bytes", "table", "group", "finish")),
+        *((name, np.int64) for name in (*scale_loads.FIELDS, "table", "group", "finish")),
         *((name, np.int64) for name in ("bias", "storage", "step_bytes")),  # bias `[weight][N]`; 0: none
         *((name, np.int64) for name in ("columns", "steps", "chunk")),  # N, K / 2, steps of a chunk
         *((name, np.int64) for name in ("span", "most_rows", "tiles")),  # of an item; of a segment; see amx.CONFIG

@@ -15,16 +15,16 @@ from flexgen_lite.workers import simd
 from flexgen_lite.workers.compute import product_unpack as unpack
 from flexgen_lite.workers.compute.prefill_packing import OPTIONS
 from flexgen_lite.workers.compute.product_tiles import COLUMNS, ROW, STEP
+from flexgen_lite.workers.compute.scale_loads import at_place, factor_place, scale_bytes
 from flexgen_lite.workers.simd import HALVES, LANES, WORDS
 
 PACKED, ROWS, TRANSPOSED, INT8, INT4, BYTES8, BYTES4, E4M3 = range(8)
 """Storages of a weight `[N, K]`: bfloat16 in blocks of columns as they are computed with; row by row; its transpose
 `[K, N]` row by row; 8 and 4 bits as in packing.py, for bfloat16, and for int8; 8 bits in floating point."""
-FLOAT32, BFLOAT16, FLOAT16 = range(3)
-SCALE_KINDS = {"float32": FLOAT32, "bfloat16": BFLOAT16, "float16": FLOAT16}
-TO_HALVES, OF_127, SUBTRACTED = range(1, 4)
+TO_HALVES, OF_127, SUBTRACTED, ADDED = range(1, 5)
 FINISHES = {"": 0, "float16": TO_HALVES, "127": OF_127}
-"""How products of values and scales are finished: as Packing says, or not at all, but the zero is subtracted first."""
+"""How products of values and scales are finished: as Packing says, or not at all, but the zero is subtracted first, or
+the offset added to what is rounded to float32."""
 STEP_BYTES = {
     PACKED: STEP,
     INT8: STEP // 2,
@@ -105,7 +105,7 @@ else:
         pass
 
     @kernel
-    def _finish_4(values, scales, table, runs, panel, ahead, factor, halves):  # type: ignore[no-untyped-def]
+    def _finish_4(values, scales, table, runs, panel, ahead, factor, halves, adds):  # type: ignore[no-untyped-def]
         pass
 
     _unpack_8 = _unpack_e4m3 = _unpack_4
@@ -113,31 +113,29 @@ else:
 
 
 @kernel
-def scale_bytes(kind):  # type: ignore[no-untyped-def]
-    return 4 if kind == FLOAT32 else 2
-
-
-@kernel
-def _load_scales(call, place, line):  # type: ignore[no-untyped-def]
-    middle = 8 if call.storage == INT4 else 128
-    zeros, scales = call.zeros + place * call.zero_bytes, call.scales + place * scale_bytes(call.scale_kind)
-    if call.scale_kind == BFLOAT16:
-        unpack.load_scales(scales, zeros, call.zero_bytes, middle, call.finish, line, np.uint16(0))
-    elif call.scale_kind == FLOAT32:
-        unpack.load_scales(scales, zeros, call.zero_bytes, middle, call.finish, line, np.float32(0))
-    else:
-        unpack.load_scales(scales, zeros, call.zero_bytes, middle, call.finish, line, np.int16(0))
+def _load_scales(call, block, group, line):  # type: ignore[no-untyped-def]
+    """Of a group of a block, which is counted through all weights."""
+    middle, width = 8 if call.storage == INT4 else 128, 2 * call.steps
+    place = (block * (width // call.group) + group) * COLUMNS
+    factor = factor_place(call, block, group * call.group, width)
+    unpack.load_line(
+        call.scales + place * scale_bytes(call.scale_kind), call.scale_kind,
+        at_place(call.zeros, place, call.zero_bytes), call.zero_bytes,
+        at_place(call.factors, factor, call.factor_bytes), at_place(call.lows, factor, call.factor_bytes),
+        call.factor_bytes, call.divides, middle, call.finish, line,
+    )  # fmt: skip
 
 
 @kernel
 def _finish(call, values, line, steps, to, ahead):  # type: ignore[no-untyped-def]
     factor, halves = np.float32(1 / 127) if call.finish == OF_127 else np.float32(1), call.finish == TO_HALVES
+    adds = call.finish == ADDED
     if call.storage == INT4:
-        _finish_4(values, line, call.table, steps // 8, to, ahead, factor, halves)
+        _finish_4(values, line, call.table, steps // 8, to, ahead, factor, halves, adds)
     elif call.storage == INT8:
-        _finish_8(values, line, call.table, steps // 4, to, ahead, factor, halves)
+        _finish_8(values, line, call.table, steps // 4, to, ahead, factor, halves, adds)
     else:
-        _finish_e4m3(values, line, call.table, steps // 4, to, ahead, factor, halves)
+        _finish_e4m3(values, line, call.table, steps // 4, to, ahead, factor, halves, adds)
 
 
 @kernel
@@ -145,12 +143,12 @@ def _panel_of_bits(call, weight, block, start, stop, panel, line, ahead):  # typ
     """`line` is aligned to a cache line and has room for a group's scales."""
     at = call.weights + weight * call.weight_bytes + block * call.steps * call.step_bytes
     group_steps = call.group // 2
-    blocks, groups = (call.columns + COLUMNS - 1) // COLUMNS, call.steps // group_steps
+    blocks = (call.columns + COLUMNS - 1) // COLUMNS
     step = start
     while step < stop:
         group = step // group_steps
         last = min(stop, (group + 1) * group_steps)
-        _load_scales(call, ((weight * blocks + block) * groups + group) * COLUMNS, line)
+        _load_scales(call, weight * blocks + block, group, line)
         to, offset = panel + (step - start) * STEP, (step - start) * call.step_bytes
         values = at + step * call.step_bytes
         if call.finish != 0:

@@ -22,15 +22,14 @@ from numba.core import cgutils
 from flexgen_lite.model.packing import TABLES
 from flexgen_lite.workers import simd
 from flexgen_lite.workers.compute.product_tiles import COLUMNS, LINE, ROW, STEP, prefetch_line
+from flexgen_lite.workers.compute.scale_loads import Scales, load_offsets, load_scales, load_zeros, of_e4m3
 from flexgen_lite.workers.simd import LANES, VECTOR, WORDS
 
 _PAIRS = ir.VectorType(simd.BFloatType(), 2 * LANES)
-_BYTES = ir.VectorType(ir.IntType(8), LANES)
 _LINE_OF_BYTES = ir.VectorType(ir.IntType(8), LINE)
 _VECTORS = 2 * COLUMNS // LANES  # of words
 _LOW = ir.Constant(WORDS, [lane // 2 for lane in range(LANES)])
 _HIGH = ir.Constant(WORDS, [LANES // 2 + lane // 2 for lane in range(LANES)])
-_NAN, _SUBNORMAL = 0x7F, 8  # of the codes of E4M3 without their sign: no number; the first that is none of these
 
 _tables = {kind: np.array(values, np.float32) for kind, values in TABLES.items()}
 
@@ -53,42 +52,24 @@ def _eight_bits(builder: Any, words: Any, item: int, table: Any) -> Any:
     return builder.sitofp(builder.ashr(left, simd.same(24, WORDS)), VECTOR)
 
 
-def of_e4m3(builder: Any, words: Any, item: int, table: Any = None) -> Any:
-    """Byte `item` of each word, a number of 4 bits of exponent and 3 of mantissa."""
-    left = builder.shl(words, simd.same(24 - 8 * item, WORDS)) if item < 3 else words
-    sign = builder.and_(left, simd.same(0x80000000, WORDS))
-    size = builder.and_(builder.lshr(left, simd.same(24, WORDS)), simd.same(0x7F, WORDS))
-    # The exponents' biases differ by 120. Of a subnormal number that makes 2^-7 + m 2^-10 instead of m 2^-9.
-    shifted = builder.add(builder.shl(size, simd.same(20, WORDS)), simd.same(120 << 23, WORDS))
-    value = builder.bitcast(shifted, VECTOR)
-    corrected = simd.fused(builder, value, simd.same(2.0), simd.same(-(2.0**-6)))
-    value = builder.select(builder.icmp_unsigned("<", size, simd.same(_SUBNORMAL, WORDS)), corrected, value)
-    value = builder.select(builder.icmp_unsigned("==", size, simd.same(_NAN, WORDS)), simd.same(float("nan")), value)
-    return builder.bitcast(builder.or_(builder.bitcast(value, WORDS), sign), VECTOR)
-
-
 def _load_scales(
-    builder: Any, kind: str, scales: Any, zeros: Any, zero_bytes: Any, bias: Any, finish: Any, target: Any
-) -> None:
+    builder: Any, scales: Any, kind: Any, zeros: Any, zero_bytes: Any, factors: Any, lows: Any, factor_bytes: Any,
+    divides: Any, bias: Any, finish: Any, target: Any,
+) -> None:  # fmt: skip
     """A group's scales, and offsets or -zero * scale, of COLUMNS columns, each twice: `[scale or offset][column][2]`.
 
     Args:
-        zeros: address of zero + `bias`, or of offsets where `zero_bytes` is 4; 0: there are none.
+        bias: zeros have it added to them.
         finish: but for 0, -zero as it is.
     """
-    middle = builder.sitofp(builder.trunc(bias, simd.I32), simd.FLOAT)
-    size = 4 if kind == "float32" else 2
-    for group in range(COLUMNS // LANES):
-        scale = simd.load_stored(builder, kind, builder.add(scales, scales.type(group * LANES * size)))
-        offset = cgutils.alloca_once_value(builder, simd.same(0.0))
-        with builder.if_then(builder.icmp_unsigned("==", zero_bytes, zero_bytes.type(1))):
-            codes = simd.load_from(builder, builder.add(zeros, zeros.type(group * LANES)), _BYTES, align=1)
-            less = builder.fsub(simd.spread(builder, middle), builder.uitofp(codes, VECTOR))
-            is_plain = builder.icmp_unsigned("==", finish, finish.type(0))
-            builder.store(builder.select(is_plain, builder.fmul(less, scale), less), offset)
-        with builder.if_then(builder.icmp_unsigned("==", zero_bytes, zero_bytes.type(4))):
-            builder.store(simd.load_from(builder, builder.add(zeros, zeros.type(group * 4 * LANES))), offset)
-        for part, vector in enumerate((scale, builder.load(offset))):
+    at = Scales(scales, kind, zeros, zero_bytes, factors, lows, factor_bytes, divides)
+    middle = simd.spread(builder, builder.sitofp(builder.trunc(bias, simd.I32), simd.FLOAT))
+    is_plain = builder.icmp_unsigned("==", finish, finish.type(0))
+    vectors = zip(load_scales(builder, at), load_zeros(builder, at, middle), load_offsets(builder, at), strict=True)
+    for group, (scale, zero, offset) in enumerate(vectors):
+        less = builder.fsub(middle, zero)
+        shift = builder.fadd(builder.select(is_plain, builder.fmul(less, scale), less), offset)
+        for part, vector in enumerate((scale, shift)):
             for half_index, lanes in enumerate((_LOW, _HIGH)):
                 place = target.type((part * _VECTORS + 2 * group + half_index) * ROW)
                 simd.store_to(builder, builder.shuffle_vector(vector, vector, lanes), builder.add(target, place))
@@ -98,17 +79,20 @@ def _fused(builder: Any, value: Any, scale: Any, offset: Any) -> Any:
     return simd.fused(builder, value, scale, offset)
 
 
-def _finished(builder: Any, value: Any, scale: Any, less: Any, factor: Any, halves: Any) -> Any:
-    product = builder.fmul(builder.fmul(builder.fadd(value, less), scale), factor)
+def _finished(builder: Any, value: Any, scale: Any, less: Any, factor: Any, halves: Any, adds: Any) -> Any:
+    nothing = simd.same(-0.0)
+    first, last = builder.select(adds, nothing, less), builder.select(adds, less, nothing)
+    product = builder.fmul(builder.fmul(builder.fadd(value, first), scale), factor)
     half = builder.fpext(builder.fptrunc(product, ir.VectorType(ir.HalfType(), LANES)), VECTOR)
-    return builder.select(halves, half, product)
+    return builder.fadd(builder.select(halves, half, product), last)
 
 
 def _unpack(decode: Decode, items: int, is_finished: bool = False) -> Any:
     """unpack(values, scales, table, runs, panel, ahead): `runs` runs of 2 * `items` items of K of a block, all of one
-    group, whose scales `load_scales` has left. Meanwhile as much memory from `ahead` on is fetched.
+    group, whose scales `load_line` has left. Meanwhile as much memory from `ahead` on is fetched.
 
-    Where it `is_finished`, two more arguments are the factor of the products and whether they are rounded to float16.
+    Where it `is_finished`, three more arguments are the factor of the products, whether they are rounded to float16,
+    and whether what the line has beside scales is added to them, not to values.
     """
 
     def build(
@@ -116,8 +100,8 @@ def _unpack(decode: Decode, items: int, is_finished: bool = False) -> Any:
     ) -> None:
         combine: Any = _fused
         if is_finished:
-            factor, halves = simd.spread(builder, more[0]), builder.icmp_unsigned("!=", more[1], more[1].type(0))
-            combine = partial(_finished, factor=factor, halves=halves)
+            halves, adds = (builder.icmp_unsigned("!=", flag, flag.type(0)) for flag in more[1:])
+            combine = partial(_finished, factor=simd.spread(builder, more[0]), halves=halves, adds=adds)
         values_of_codes = simd.load_from(builder, table) if decode is _four_bits else None
         doubled = [
             simd.load_from(builder, builder.add(scales, scales.type(i * ROW)), align=ROW) for i in range(2 * _VECTORS)
@@ -146,7 +130,7 @@ def _unpack(decode: Decode, items: int, is_finished: bool = False) -> Any:
                     place = panel.type(item * STEP + pair * LINE)
                     simd.store_to(builder, builder.bitcast(both, WORDS), builder.add(panel_at, place))
 
-    more = [types.float32, types.int64] if is_finished else []
+    more = [types.float32, types.int64, types.int64] if is_finished else []
     return simd.operation(build, types.void, *[types.int64] * 6, *more)
 
 
@@ -229,8 +213,8 @@ def _unpack_by_table() -> Any:
     return simd.operation(build, types.void, *[types.int64] * 6)
 
 
-SCALES_BYTES = 2 * _VECTORS * ROW  # of a group, as `load_scales` leaves them
-load_scales = simd.operation_of_kind(_load_scales, types.void, *[types.int64] * 6)
+SCALES_BYTES = 2 * _VECTORS * ROW  # of a group, as `load_line` leaves them
+load_line = simd.operation(_load_scales, types.void, *[types.int64] * 11)
 if simd.PAIRS:
     unpack_4, unpack_8 = _unpack(_four_bits, 8), _unpack(_eight_bits, 4)
     unpack_e4m3 = _unpack_by_table() if simd.BYTE_TABLES else _unpack(of_e4m3, 4)

@@ -20,12 +20,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from flexgen_lite.model.packing import STEP, TABLES, ZERO_BYTES, Packing
+from flexgen_lite.model.packing import STEP, TABLES, Packing
 from flexgen_lite.workers import simd
 from flexgen_lite.workers.compute import prefill_cpu, product_kernels
 from flexgen_lite.workers.compute import product_amx as amx
 from flexgen_lite.workers.compute.product_kernels import CALL, SEGMENT
 from flexgen_lite.workers.compute.product_panels import (
+    ADDED,
     BYTES4,
     BYTES8,
     E4M3,
@@ -34,7 +35,6 @@ from flexgen_lite.workers.compute.product_panels import (
     INT8,
     PACKED,
     ROWS,
-    SCALE_KINDS,
     STEP_BYTES,
     SUBTRACTED,
     TRANSPOSED,
@@ -42,6 +42,7 @@ from flexgen_lite.workers.compute.product_panels import (
 from flexgen_lite.workers.compute.product_scratch import scratch
 from flexgen_lite.workers.compute.product_tiles import COLUMNS, ROW, WIDENED
 from flexgen_lite.workers.compute.product_unpack import table_address
+from flexgen_lite.workers.compute.scale_loads import FIELDS, fields_of
 from flexgen_lite.workers.simd import LANES
 
 MAX_ROWS = 64  # of a segment, for vectors
@@ -58,10 +59,7 @@ class Weights:
     """`count` weights `[N, K]`, one behind the other from `address` on, stored as `storage` says.
 
     Attributes:
-        scales: address, of weights of 8 and 4 bits.
-        scale_kind: of them, see product_panels.py.
-        zeros: address, of zeros or offsets; 0: there are none.
-        zero_bytes: of one of them: 1 are zeros, 4 offsets.
+        scales: of weights of 8 and 4 bits, see FIELDS of scale_loads.py.
         table: address of what codes of 4 bits stand for.
         group: items of K that have a scale.
         finish: of products of values and scales, see product_panels.py.
@@ -72,10 +70,7 @@ class Weights:
     columns: int
     width: int
     count: int = 1
-    scales: int = 0
-    scale_kind: int = 0
-    zeros: int = 0
-    zero_bytes: int = 0
+    scales: tuple[int, ...] = (0,) * len(FIELDS)
     table: int = 0
     group: int = 0
     finish: int = 0
@@ -144,8 +139,7 @@ class Weights:
             _record, 0, 0, 0,
             x.data_ptr(), _address(x_rows), output.data_ptr(), _address(y_rows), segments.address, segments.number,
             prefill_cpu.scratch_address(threads * call.scratch_bytes), call.scratch_bytes,
-            self.address, call.weight_bytes, self.scales, self.scale_kind, self.zeros,
-            self.zero_bytes, self.table, self.group, self.finish,
+            self.address, call.weight_bytes, *self.scales, self.table, self.group, self.finish,
             _address(bias), self.storage, call.step_bytes,
             self.columns, self.width // 2, call.chunk, call.span, most_rows, tiles,
         )  # fmt: skip
@@ -235,11 +229,13 @@ def _weights_of_bits(address: int, packing: Packing, shape: tuple[int, ...]) -> 
     else:
         if finish == 0 and packing.has_zeros and packing.scale_dtype == "float32":  # zero * scale is not exact then
             finish = SUBTRACTED
+        if packing.zeros == "float32" and packing.scale_dtype == "float32":  # nor is value * scale
+            assert finish == 0, "no format has offsets and another finish"
+            finish = ADDED
         storage = INT4 if packing.bits == 4 else (E4M3 if packing.kind == "e4m3" else INT8)
     return Weights(
         address, storage, columns, width, count,
-        scales=address + packing.scales_at(shape), scale_kind=SCALE_KINDS[packing.scale_dtype],
-        zeros=address + packing.zeros_at(shape) if packing.zeros else 0, zero_bytes=ZERO_BYTES[packing.zeros],
+        scales=fields_of(packing, shape, address),
         table=table_address(packing.kind) if packing.kind in TABLES else 0, group=packing.group,
         finish=finish,
     )  # fmt: skip

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from flexgen_lite.model.packing import COLUMNS, TABLES, Packing, num_blocks
-from flexgen_lite.workers.compute import prefill_cpu
+from flexgen_lite.workers.compute import prefill_cpu, product_onednn
 from flexgen_lite.workers.compute.product_weights import Weights, weights_of_bits
 from flexgen_lite.workers.compute.unpack_kernels import unpack_blocks
 from flexgen_lite.workers.model.weight_map import packed_weights
 
+ROUNDED_ROWS = 256  # that are made float32 at once
 SLAB_ITEMS = {"cpu": 2 << 20, "cuda": 8 << 20}  # of a weight, unpacked at once
 
 
@@ -96,10 +97,15 @@ def _unpacked(
     count = blocks - first if count is None else count
     begin, size = index * blocks + first, packing.value_bytes(shape) // blocks
 
-    def by_column(start: int, kind: torch.dtype) -> torch.Tensor:
+    def by_column(start: int, kind: torch.dtype, groups: int = groups) -> torch.Tensor:
         block_bytes = groups * COLUMNS * kind.itemsize
         found = memory[start + begin * block_bytes : start + (begin + count) * block_bytes].view(kind)
         return found.view(count, groups, COLUMNS).transpose(1, 2).reshape(-1, groups, 1).float()
+
+    def factors(start: int) -> torch.Tensor:
+        of_group = width // packing.factor_group
+        found = by_column(start, getattr(torch, packing.factors), of_group)
+        return found.repeat_interleave(groups // of_group, 1)
 
     codes = _codes(memory[begin * size : (begin + count) * size], packing, count).view(-1, groups, packing.group)
     if packing.kind == "int":
@@ -109,13 +115,19 @@ def _unpacked(
         values = torch.tensor(TABLES[packing.kind], device=memory.device)[codes.int()]
     else:
         values = codes.view(torch.float8_e4m3fn).float()
-    values *= by_column(packing.scales_at(shape), getattr(torch, packing.scale_dtype))
+    scales = by_column(packing.scales_at(shape), getattr(torch, packing.scale_dtype))
+    if packing.factors:
+        factor = factors(packing.factors_at(shape))
+        scales = scales / factor if packing.divides else scales * factor
+    values *= scales
     if packing.finish == "127":
         values *= 1 / 127
     elif packing.finish == "float16":
         values = values.half().float()
     if packing.zeros == "float32":
         values += by_column(packing.zeros_at(shape), torch.float32)
+    elif packing.zeros == "scaled":
+        values -= by_column(packing.zeros_at(shape), torch.uint8) * factors(packing.lows_at(shape))
     return values.view(-1, width)[: columns - first * COLUMNS].to(dtype)
 
 
@@ -145,26 +157,36 @@ def multiplied(
     """
     packing, memory = bits.packing, bits.memory
     _, columns, width = packing.dimensions(bits.shape)
-    x = rounded(rows.float(), packing.group) if packing.rounds_rows else rows
-    x_TK = x.reshape(-1, width)
-    has_kernel = x.dtype == torch.float32 and packing.order == "int8" and memory.device.type == "cpu"
+    x_TK = rows.reshape(-1, width)
+    dtype = torch.float32 if packing.rounds_rows else rows.dtype
+    together = ROUNDED_ROWS if packing.rounds_rows else max(1, len(x_TK))  # rows; in float32 they take more memory
+    has_kernel = dtype == torch.float32 and packing.order == "int8" and memory.device.type == "cpu"
     has_kernel = has_kernel and prefill_cpu.parallel() is not None
     blocks = max(1, SLAB_ITEMS.get(memory.device.type, SLAB_ITEMS["cpu"]) // (COLUMNS * width))
-    parts = []
+    output_TN = rows.new_empty((len(x_TK), columns))
     for first in range(0, num_blocks(columns), blocks):
         count = min(blocks, num_blocks(columns) - first)
         part = slice(first * COLUMNS, min(columns, (first + count) * COLUMNS))
-        bias = None if bias_N is None else bias_N[part].to(x.dtype)
+        bias = None if bias_N is None else bias_N[part].to(dtype)
         if has_kernel:
-            slab_KN = x_TK.new_empty((width, count * COLUMNS))
+            slab_KN = x_TK.new_empty((width, count * COLUMNS), dtype=dtype)
             unpack_blocks(memory, packing, bits.shape, index, first, slab_KN)
-            product_TN = torch.mm(x_TK, slab_KN[:, : part.stop - part.start])
-            parts.append(product_TN if bias is None else product_TN.add_(bias))
+            weight_NK = slab_KN[:, : part.stop - part.start].t()
         else:
-            weight_NK = _unpacked(memory, packing, bits.shape, index, x.dtype, first, count)
-            parts.append(multiply(x_TK, weight_NK, bias))
-    output_TN = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-    return output_TN.to(rows.dtype).view(*rows.shape[:-1], columns)
+            weight_NK = _unpacked(memory, packing, bits.shape, index, dtype, first, count)
+        for row in range(0, len(x_TK), together):
+            x = x_TK[row : row + together]
+            x = rounded(x.float(), packing.group) if packing.rounds_rows else x
+            product_TN = _product(x, weight_NK, bias) if has_kernel else multiply(x, weight_NK, bias)
+            output_TN[row : row + together, part] = product_TN
+    return output_TN.view(*rows.shape[:-1], columns)
+
+
+def _product(x_TK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:
+    """By oneDNN, where there is one: with it a row's product does not depend on how many others there are."""
+    if torch.backends.mkldnn.is_available():
+        return product_onednn.multiply(x_TK, weight_NK, bias_N)
+    return torch.nn.functional.linear(x_TK, weight_NK, bias_N)
 
 
 def rounded(rows: torch.Tensor, group: int) -> torch.Tensor:

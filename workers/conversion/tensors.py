@@ -119,7 +119,7 @@ def packed_rows(rows: Bits, dtype: str, packing: Packing) -> tuple[Bits, Bits, B
     packed = PackedTensor(packing, dtype, (count, width), 0)
     memory = mmap.mmap(-1, packing.num_bytes(packed.shape))
     packed.fill(rows, dtype, 0, rows.strides, memory, 0)
-    values, scales, zeros = packed.parts(memory, 0, 1)
+    values, scales, zeros = packed.parts(memory, 0, 1)[:3]
     numbers, steps = np.arange(count, dtype=np.int64), width * packing.bits // 64
     places = numbers // COLUMNS * (steps * COLUMNS) + numbers % COLUMNS
     taken = np.empty((count, steps), np.uint64)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from flexgen_lite.workers.loader.cast_kernels import _as_float, _compiled, _from_float16
+from flexgen_lite.workers.loader.cast_kernels import _compiled
 
 U8, U16, U32, U64, F32 = np.uint8, np.uint16, np.uint32, np.uint64, np.float32
 LOW = U64(0x0F0F0F0F0F0F0F0F)
@@ -33,11 +33,6 @@ def _word(row: Any, at: Any) -> Any:
 def _byte(row: Any, at: Any, index: Any) -> Any:
     """Byte `index` behind half `at`."""
     return U32((U32(row[at + (index >> 1)]) >> U32(8 * (index & 1))) & U32(255))
-
-
-@_inlined  # type: ignore[untyped-decorator]
-def _float(half: Any) -> Any:
-    return _as_float(_from_float16(U32(half)))
 
 
 @_inlined  # type: ignore[untyped-decorator]
@@ -100,12 +95,12 @@ def _eights(lines: Any, codes: Any) -> None:
                 codes[r, 4 * b + i] = _word(row, 17 * b + 1 + 4 * i) ^ MIDDLE
 
 
-def _fours_k(lines: Any, codes: Any, scales: Any, offsets: Any) -> None:
+def _fours_k(lines: Any, codes: Any, scales: Any, lows: Any) -> None:
     for r in range(lines.shape[0]):
         row = lines[r]
         for b in range(codes.shape[1] // 16):
             at = 72 * b
-            _scales_k(row, at, r, 8 * b, scales, offsets)
+            _scales_k(row, at, r, 8 * b, scales, lows)
             for run in range(4):
                 for i in range(2):
                     first, second = _word(row, at + 8 + 16 * run + 8 * i), _word(row, at + 12 + 16 * run + 8 * i)
@@ -115,12 +110,12 @@ def _fours_k(lines: Any, codes: Any, scales: Any, offsets: Any) -> None:
                     codes[r, to + 2] = high | (_together((second >> U64(4)) & LOW) << U64(32))
 
 
-def _fives_k(lines: Any, codes: Any, scales: Any, offsets: Any) -> None:
+def _fives_k(lines: Any, codes: Any, scales: Any, lows: Any) -> None:
     for r in range(lines.shape[0]):
         row = lines[r]
         for b in range(codes.shape[1] // 32):
             at = 88 * b
-            _scales_k(row, at, r, 8 * b, scales, offsets)
+            _scales_k(row, at, r, 8 * b, scales, lows)
             for run in range(4):
                 for i in range(4):
                     word, top = _word(row, at + 24 + 16 * run + 4 * i), _word(row, at + 8 + 4 * i)
@@ -131,12 +126,9 @@ def _fives_k(lines: Any, codes: Any, scales: Any, offsets: Any) -> None:
 
 
 @_inlined  # type: ignore[untyped-decorator]
-def _scales_k(row: Any, at: Any, r: Any, to: Any, scales: Any, offsets: Any) -> None:
-    d, least = _float(row[at]), _float(row[at + 1])
+def _scales_k(row: Any, at: Any, r: Any, to: Any, scales: Any, lows: Any) -> None:
     for j in range(8):
-        scale, offset = _pair(row, at + 2, j)
-        scales[r, to + j] = d * F32(scale)
-        offsets[r, to + j] = -(least * F32(offset))
+        scales[r, to + j], lows[r, to + j] = _pair(row, at + 2, j)
 
 
 def _sixes_k(lines: Any, codes: Any, scales: Any) -> None:
@@ -145,10 +137,8 @@ def _sixes_k(lines: Any, codes: Any, scales: Any) -> None:
         row = lines[r]
         for b in range(codes.shape[1] // 32):
             at = 105 * b
-            d = _float(row[at + 104])
             for j in range(16):
-                scale = _byte(row, at + 96, j)
-                scales[r, 16 * b + j] = d * F32(np.int32(scale) - (np.int32(256) if scale > U32(127) else np.int32(0)))
+                scales[r, 16 * b + j] = _byte(row, at + 96, j)
             for run in range(2):
                 for i in range(4):
                     first, second = _word(row, at + 32 * run + 4 * i), _word(row, at + 32 * run + 16 + 4 * i)
@@ -187,9 +177,13 @@ _HALVES = {"q4_0": (9, 1), "q4_1": (10, 2), "q5_0": (11, 3), "q5_1": (12, 4)}
 """Of a block of 32 items, and where their lowest four bits begin."""
 
 
-def decode(layout: str, lines: Any, width: int) -> tuple[Any, ...]:
-    """Words of 64 bits, scales as float32 or the bits of float16, and offsets where there are some, of rows of `width`
-    items; `lines` are theirs, uint16."""
+_HALVES_K = {"q4_k": (72, 0), "q5_k": (88, 0), "q6_k": (105, 104)}
+"""Of a block of 256 items, and where the factor of its scales is; that of its offsets is behind it."""
+
+
+def decode(layout: str, lines: Any, width: int) -> dict[str, Any]:
+    """What there is of rows of `width` items, by what it fills: values as words of 64 bits, scales and factors as the
+    bits that they are kept as, offsets as float32. `lines` are the rows, uint16."""
     count = len(lines)
     codes = np.empty((count, width // (16 if layout.startswith("q4") else 8)), U64)
     if layout in _HALVES:
@@ -199,31 +193,43 @@ def decode(layout: str, lines: Any, width: int) -> tuple[Any, ...]:
             fours(lines, halves, begin, codes)
         else:
             fives(lines, halves, begin, MIDDLE if layout == "q5_1" else U64(112) * ONES, codes)  # 128 - 16
-        scales = np.ascontiguousarray(blocks[:, :, 0])
-        if layout.endswith("0"):
-            return codes, scales
-        return codes, scales, blocks[:, :, 1].view(np.float16).astype(F32)
+        found = {"values": codes, "scales": np.ascontiguousarray(blocks[:, :, 0])}
+        return found if layout.endswith("0") else found | {"offsets": blocks[:, :, 1].view(np.float16).astype(F32)}
     if layout == "q8_0":
         eights(lines, codes)
-        return codes, np.ascontiguousarray(lines.reshape(count, -1, 17)[:, :, 0])
-    scales = np.empty((count, width // (16 if layout == "q6_k" else 32)), F32)
+        return {"values": codes, "scales": np.ascontiguousarray(lines.reshape(count, -1, 17)[:, :, 0])}
+    halves, place = _HALVES_K[layout]
+    blocks = lines.reshape(count, -1, halves)
+    scales = np.empty((count, width // (16 if layout == "q6_k" else 32)), U8)
+    found = {"values": codes, "scales": scales, "factors": np.ascontiguousarray(blocks[:, :, place])}
     if layout == "q6_k":
         sixes_k(lines, codes, scales)
-        return codes, scales
-    offsets = np.empty_like(scales)
-    (fours_k if layout == "q4_k" else fives_k)(lines, codes, scales, offsets)
-    return codes, scales, offsets
+        return found
+    lows = np.empty_like(scales)
+    (fours_k if layout == "q4_k" else fives_k)(lines, codes, scales, lows)
+    return found | {"zeros": lows, "lows": np.ascontiguousarray(blocks[:, :, place + 1])}
 
 
 def floats(layout: str, lines: Any, width: int) -> Any:
     """The rows themselves, float32."""
-    codes, scales, *offsets = decode(layout, lines, width)
-    scales = scales if scales.dtype == F32 else scales.view(np.float16).astype(F32)
-    added = offsets[0] if offsets else np.full_like(scales, -0.0)  # that which changes no number, nor its sign
+    found = decode(layout, lines, width)
+    codes, scales = found["values"], found["scales"]
+    offsets = found.get("offsets", np.full(scales.shape, -0.0, F32))  # that which changes no number, nor its sign
+    if layout in _HALVES_K:
+        scales = _times(scales.view(np.int8) if layout == "q6_k" else scales, found["factors"])
+        offsets = -_times(found["zeros"], found["lows"]) if "lows" in found else np.full(scales.shape, -0.0, F32)
+    else:
+        scales = scales.view(np.float16).astype(F32)
     rows, is_whole = np.empty((len(lines), width), F32), not layout.endswith("_1") and layout not in ("q4_k", "q5_k")
     group = width // scales.shape[1]
     if layout.startswith("q4"):
-        floats_of_4(codes.view(U8), F32(8 if is_whole else 0), scales, added, group, rows)
+        floats_of_4(codes.view(U8), F32(8 if is_whole else 0), scales, offsets, group, rows)
     else:
-        floats_of_8(codes.view(U8), F32(128), scales, added, group, rows)
+        floats_of_8(codes.view(U8), F32(128), scales, offsets, group, rows)
     return rows
+
+
+def _times(codes: Any, factors: Any) -> Any:
+    """Whole numbers times their factors, float16."""
+    each = codes.shape[1] // factors.shape[1]
+    return codes.astype(F32) * np.repeat(factors.view(np.float16).astype(F32), each, axis=1)

@@ -57,8 +57,8 @@ class Lines:
 class Layout:
     """
     Attributes:
-        decode: rows of words; of scales and offsets rows of float32; of zeros rows of bytes. Where a part is all, rows
-            of words and of scales, and of offsets where there are some.
+        decode: rows of words; of scales and offsets rows of float32; of zeros rows of bytes. Where a part is all, all
+            of these that there are, by what they fill.
         line_bytes: of a part of a weight `[N, K]` whose items are of a dtype.
         unit: lines that are decoded together, and the rows, or items of K, that they are for.
     """

@@ -117,17 +117,6 @@ def _put_items(source: Any, places: Any, target: Any) -> None:
                     at += COLUMNS
 
 
-def _put_looked_up(source: Any, table: Any, places: Any, target: Any) -> None:
-    """`source` are places in a table."""
-    for r0 in range(0, source.shape[0], EIGHT):
-        for s0 in range(0, source.shape[1], EIGHT):
-            for r in range(r0, min(r0 + EIGHT, source.shape[0])):
-                row, at = source[r], U64(places[r]) + U64(s0) * COLUMNS
-                for s in range(U64(s0), U64(min(s0 + EIGHT, source.shape[1]))):
-                    target[at] = table[U64(row[s])]
-                    at += COLUMNS
-
-
 def _take_4(target: Any, places: Any, source: Any) -> None:
     for r0 in range(0, source.shape[0], EIGHT):
         for s0 in range(0, source.shape[1], EIGHT):
@@ -150,7 +139,6 @@ def _take_8(target: Any, places: Any, source: Any) -> None:
 
 put_4, put_8, put_4_bytes = _compiled(_put_4), _compiled(_put_8), _compiled(_put_4_bytes)
 put_8_as_they_are, put_items = _compiled(_put_8_as_they_are), _compiled(_put_items)
-put_looked_up = _compiled(_put_looked_up)
 take_4, take_8 = _compiled(_take_4), _compiled(_take_8)
 
 

@@ -15,19 +15,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from flexgen_lite.model.files import CheckpointError
-from flexgen_lite.model.packing import COLUMNS, num_blocks
+from flexgen_lite.model.formats.layers import FLOATS
+from flexgen_lite.model.packing import COLUMNS, Packing, num_blocks
 from flexgen_lite.model.spec import ITEM_BYTES, SmallSource, SourcePiece, StoredPart, TensorSpec
-from flexgen_lite.workers.loader.float_items import from_float32
+from flexgen_lite.workers.loader.float_items import from_float32, is_finite
 from flexgen_lite.workers.loader.lines import Lines
 from flexgen_lite.workers.loader.stored_layouts import (
     LAYOUTS,
     are_finite,
     num_lines,
     order_of,
-    scales_of_bytes,
 )
 from flexgen_lite.workers.loader.weight_cast import Bits, bits_type
-from flexgen_lite.workers.loader.weight_packing import PackedTensor
+from flexgen_lite.workers.loader.weight_packing import PackedParts, PackedTensor
 
 _SHARES = 4  # of columns, that are written by one thread at a time
 ReadSmall = Callable[[SmallSource], bytes]
@@ -73,7 +73,7 @@ class ChunkOfBits:
             np.ndarray(shape, np.uint8, bounce, bounce_offset),
             self.part, self.dtype, self.others, packing, width, self.first,
         )  # fmt: skip
-        if self.part.fills in ("scales", "offsets") and not are_finite(lines):
+        if self.part.fills in ("scales", "offsets", "factors") and not are_finite(lines):
             raise NotFiniteError(self.name)
         if self.part.layout in ("words", "awq_words"):
             self._put_turned(lines, self.packed.parts(arena, slot_offset, count)[0])
@@ -81,18 +81,16 @@ class ChunkOfBits:
         if self.part.layout == "sorted_words":
             self._put_sorted(lines, self.packed.parts(arena, slot_offset, count)[0])
             return
-        if (table := scales_of_bytes(lines)) is not None:
-            self._put_looked_up(lines, table, self.packed.parts(arena, slot_offset, count)[1])
-            return
         found, part = LAYOUTS[self.part.layout].decode(lines), self.part
         if part.fills == "order":
             self._put_order(found, self.packed.order(arena, slot_offset))
             return
-        parts = dict(zip(("values", "scales", "offsets"), found, strict=False)) if part.fills == "all" else {}
-        for fills, rows in (parts or {part.fills: found}).items():
+        for fills, rows in (found if part.fills == "all" else {part.fills: found}).items():
+            if part.fills == "all" and not _are_finite(rows, fills, packing):
+                raise NotFiniteError(self.name)
             self._put(fills, rows, self.packed.parts(arena, slot_offset, count))
 
-    def _put(self, fills: str, rows: Bits, targets: tuple[Bits, Bits, Bits]) -> None:
+    def _put(self, fills: str, rows: Bits, targets: PackedParts) -> None:
         from flexgen_lite.workers.loader import order_kernels
 
         packing, layout = self.packed.packing, LAYOUTS[self.part.layout]
@@ -100,28 +98,23 @@ class ChunkOfBits:
         if not layout.is_turned and self.part.block[0] > 1 and len(rows) < self.skipped + self.num_rows:
             rows = np.repeat(rows, self.part.block[0], axis=0)
         rows = np.ascontiguousarray(rows[self.skipped : self.skipped + self.num_rows])
-        values, scales, zeros = targets
         if fills == "values":
             put, item = order_kernels.of_values(packing)
             steps = width * packing.bits // 8 // item().itemsize
             first = self.first * packing.bits // 8 // item().itemsize
-            put(rows, self._places(steps, first), values.view(item))
+            put(rows, self._places(steps, first), targets.values.view(item))
             return
-        places = self._places(width // packing.group, self.first // packing.group)
+        group = packing.factor_group if fills in ("factors", "lows") else packing.group
+        places = self._places(width // group, self.first // group)
         if fills == "scales":
-            order_kernels.put_items(_as_stored(rows, packing.scale_dtype), places, scales)
+            order_kernels.put_items(_as_stored(rows, packing.scale_dtype), places, targets.scales)
         elif fills == "zeros":
-            order_kernels.put_items(rows, places, zeros)
+            order_kernels.put_items(rows, places, targets.zeros)
+        elif fills == "offsets":
+            order_kernels.put_items(rows.view(np.uint32), places, targets.zeros.view(np.uint32))
         else:
-            order_kernels.put_items(rows.view(np.uint32), places, zeros.view(np.uint32))
-
-    def _put_looked_up(self, lines: Lines, table: Bits, scales: Bits) -> None:
-        from flexgen_lite.workers.loader import order_kernels
-
-        packing = self.packed.packing
-        places = self._places(packing.dimensions(self.packed.shape)[2] // packing.group, 0)
-        rows = lines.bytes[self.skipped : self.skipped + self.num_rows]
-        order_kernels.put_looked_up(rows, from_float32(table, packing.scale_dtype), places, scales)
+            target = targets.factors if fills == "factors" else targets.lows
+            order_kernels.put_items(rows.view(target.dtype), places, target)
 
     def _put_order(self, order: Bits, target: Bits) -> None:
         _, columns, _ = self.packed.packing.dimensions(self.packed.shape)
@@ -177,6 +170,12 @@ class ChunkOfBits:
         if packed.packing.is_transposed:  # [E, K, N]
             return begins // (columns * width) * columns + begins % columns
         return begins // width
+
+
+def _are_finite(rows: Bits, fills: str, packing: Packing) -> bool:
+    dtypes = {"scales": packing.scale_dtype, "offsets": "float32", "factors": packing.factors, "lows": packing.factors}
+    dtype = dtypes.get(fills, "")
+    return dtype not in FLOATS or is_finite(rows.view(np.uint8), dtype)
 
 
 def _as_stored(rows: Bits, dtype: str) -> Bits:

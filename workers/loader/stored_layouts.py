@@ -29,6 +29,7 @@ offsets are one for every `group` items of K.
     added             floats, and a number that is added to each       GGUF
     fp8_blocks        FP8 along K; `others` has scales for blocks      what is unpacked while it is loaded
     filled_zeros      codes along K, with more of them behind a row's  AWQ, gemv
+    one               one number for the whole weight                  NVFP4
     order             which group each item of K is in                 GPTQ, compressed-tensors
 
 Where inputs are sorted by group, `others` of values is that, too.
@@ -43,6 +44,7 @@ import math
 
 import numpy as np
 
+from flexgen_lite.model.formats.fp8 import kept_scales
 from flexgen_lite.model.spec import ITEM_BYTES, StoredPart
 from flexgen_lite.workers.loader.float_items import is_finite, to_float32
 from flexgen_lite.workers.loader.lines import Layout, Lines
@@ -133,40 +135,27 @@ def _turned_items(lines: Lines) -> Bits:
 
 
 def _decoded_items(lines: Lines) -> Bits:
-    if lines.part.fills == "zeros":  # bytes with a sign
-        return np.asarray(lines.bytes + np.uint8(1 << (lines.part.num_bits - 1)))
-    if lines.part.fills == "scales" and lines.dtype == lines.kept.scale_dtype and not lines.others:
+    if lines.part.fills == "zeros":  # numbers with a sign, that fit in bytes
+        codes = lines.bytes if lines.dtype == "int8" else lines.words(np.uint32).astype(np.uint8)
+        return np.asarray(codes + np.uint8(1 << (lines.part.num_bits - 1)))
+    if lines.part.fills == "scales" and kept_scales(lines.dtype) == lines.kept.scale_dtype:
         return lines.words(bits_type(lines.dtype))  # as they are kept
-    return _scaled(to_float32(lines.bytes, lines.dtype), lines)
+    return to_float32(lines.bytes, lines.dtype)
 
 
 def are_finite(lines: Lines) -> bool:
-    """Whether scales or offsets are, with what they are multiplied with or divided by."""
+    """Whether scales, offsets or factors are, with what they are multiplied with; what divides is not 0."""
+    if lines.part.fills == "factors" and lines.kept.divides and not lines.bytes.view(np.float32).all():
+        return False
     factors = [other.view(np.float32) for other in lines.others if other.dtype == np.uint32]
-    if lines.part.layout == "items" and len(factors) > 1:
-        factors[1] = np.where(factors[1] == 0, np.float32(np.inf), factors[1])  # it divides
     are_places = lines.part.layout == "absmax" and lines.dtype == "uint8"
     return all(bool(np.isfinite(factor).all()) for factor in factors) and (
         are_places or is_finite(lines.bytes, lines.dtype)
     )
 
 
-def scales_of_bytes(lines: Lines) -> Bits | None:
-    """What each byte stands for where they are the scales of rows as they are in memory; None: they are not."""
-    part = lines.part
-    if part.fills != "scales" or part.layout != "items" or part.block != (1, lines.group):
-        return None
-    if ITEM_BYTES[lines.dtype] != 1:
-        return None
-    return _scaled(to_float32(np.arange(256, dtype=np.uint8), lines.dtype), lines)
-
-
-def _scaled(items: Bits, lines: Lines) -> Bits:
-    for divides, other in zip((False, True), lines.others, strict=False):
-        if other.size:
-            factor = to_float32(other.view(np.uint8), "float32").reshape(-1)[0]
-            items = items / factor if divides else items * factor
-    return items
+def _one(lines: Lines) -> Bits:
+    return lines.words(np.uint32).view(np.float32)
 
 
 def _spread(items: Bits, lines: Lines) -> Bits:
@@ -302,6 +291,7 @@ LAYOUTS = {
     "lessened_words": Layout(_lessened_words, _along_n, lambda part: (1, part.block[1]), is_turned=True),
     "awq_zeros": Layout(_awq_zeros, _along_n, lambda part: (1, part.block[1]), is_turned=True),
     "filled_zeros": Layout(_filled_zeros, lambda part, n, k, dtype: int(part.number) * part.num_bits // 8),
+    "one": Layout(_one, lambda part, n, k, dtype: ITEM_BYTES[dtype]),
     "order": Layout(_order, lambda part, n, k, dtype: 4 * k),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,6 +13,16 @@ from flexgen_lite.model.spec import ITEM_BYTES, TensorSpec
 from flexgen_lite.workers.loader.weight_cast import Bits, bits_type, copy_cast
 
 _PART_ELEMENTS = 1 << 18  # at once: what is made of them in float32 stays in the cache
+
+
+class PackedParts(NamedTuple):
+    """Values as words of 32 bits, scales, zeros or offsets as bytes, factors of scales, and those of offsets."""
+
+    values: Bits
+    scales: Bits
+    zeros: Bits
+    factors: Bits
+    lows: Bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +76,7 @@ class PackedTensor:
             rows, first = begins // width, begins % width
         length = runs.shape[-1]
         runs = runs.reshape(-1, length)
-        values, scales, zeros = self.parts(arena, slot_offset, count)
+        values, scales, zeros = self.parts(arena, slot_offset, count)[:3]
         scratch = np.empty((SCRATCH_ROWS + 3 * packing.group) * LANES, np.uint32)
         step = max(1, _PART_ELEMENTS // length // LANES) * LANES
         for start in range(0, len(runs), step):
@@ -77,14 +88,18 @@ class PackedTensor:
                 packing.group, packing.order == "int8", columns, width, values, scales, zeros, scratch,
             )  # fmt: skip
 
-    def parts(self, arena: mmap.mmap, slot_offset: int, count: int) -> tuple[Bits, Bits, Bits]:
-        """Values as words of 32 bits, scales, and zeros or offsets as bytes, of the `count` weights of the tensor."""
+    def parts(self, arena: mmap.mmap, slot_offset: int, count: int) -> PackedParts:
+        """Of the `count` weights of the tensor."""
         packing, shape, start = self.packing, self.shape, slot_offset + self.offset
-        scales = count * packing.num_scales(shape)
-        return (
+        scales, factors = count * packing.num_scales(shape), count * packing.num_factors(shape)
+        factor = bits_type(packing.factors) if packing.factors else np.uint8
+        lows = factors if packing.zeros == "scaled" else 0
+        return PackedParts(
             np.ndarray(packing.scales_at(shape) // 4, np.uint32, arena, start),
             np.ndarray(scales, bits_type(packing.scale_dtype), arena, start + packing.scales_at(shape)),
             np.ndarray(scales * ZERO_BYTES[packing.zeros], np.uint8, arena, start + packing.zeros_at(shape)),
+            np.ndarray(factors, factor, arena, start + packing.factors_at(shape)),
+            np.ndarray(lows, factor, arena, start + packing.lows_at(shape)),
         )
 
     def order(self, arena: mmap.mmap, slot_offset: int) -> Bits:

@@ -14,7 +14,7 @@ from flexgen_lite.workers.loader.lines import Layout, Lines
 from flexgen_lite.workers.loader.weight_cast import Bits
 
 
-def _blocks(lines: Lines) -> tuple[Bits, ...]:
+def _blocks(lines: Lines) -> dict[str, Bits]:
     from flexgen_lite.workers.loader import gguf_kernels
 
     return gguf_kernels.decode(lines.part.layout, lines.words(np.uint16), lines.width)

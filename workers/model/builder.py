@@ -38,6 +38,8 @@ ATTENTION_LAYERS = {
     "full_attention", "sliding_attention", "chunked_attention", "indexed_attention", "minimax_m3_sparse", "attention",
 }  # fmt: skip
 _MAX_TOKEN_ID = (1 << 31) - 1
+_KNOWN_AS = {"kimi_k2": "deepseek_v3"}
+"""Types that have code of their own on the hub, and are in all but name others that Transformers has."""
 _LARGE_BYTES = 1 << 20
 _SIZES = {  # in config.json, and the most that any model has, by far
     "num_hidden_layers": 10_000,
@@ -57,6 +59,9 @@ def load_config(directory: Path) -> PreTrainedConfig:
         return config_of_gguf(directory)
     path = directory / "config.json"
     try:
+        values, _ = PreTrainedConfig.get_config_dict(directory)
+        if (known := _KNOWN_AS.get(str(values.get("model_type")))) is not None:
+            return AutoConfig.for_model(**{**values, "model_type": known})
         config: PreTrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # of many kinds: a config class takes what it finds in the file
         raise UserError(

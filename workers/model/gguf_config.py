@@ -7,12 +7,14 @@ its tokenizer is used as it is.
 from __future__ import annotations
 
 import struct
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig, TokenizersBackend
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
 from flexgen_lite.model.files import open_file, read
@@ -25,6 +27,10 @@ from flexgen_lite.workers.serve import UserError, first_line
 _NEEDED = ("block_count", "embedding_length", "attention.head_count")
 _TOKENS = {"bos_token_id": "bos_token_id", "padding_token_id": "pad_token_id"}
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken")
+"""Ways of splitting text whose tokenizers put BOS before it, and look for a whole word before they merge its parts.
+Source: llama.cpp's llama-vocab.cpp."""
+_LIKE_GPT2 = ("default", "gpt-2", "gpt2", "mpt", "olmo", "jais", "trillion")  # likewise
 _LARGEST = {"gemma2": 46, "gemma3": 62}  # layers of the models whose attention is scaled by hidden_size / heads
 
 
@@ -48,10 +54,29 @@ def config_of_gguf(path: Path) -> PreTrainedConfig:
 def tokenizer_of_gguf(path: Path, config: PreTrainedConfig) -> Any:
     """Transformers' tokenizer; None where the file has none. Raises whatever Transformers raises."""
     first = open_gguf(path).headers[0]
-    if first.values.get("tokenizer.ggml.model", "none") == "none" or not first.values.get("tokenizer.ggml.tokens"):
+    kind, split = (first.values.get(f"tokenizer.ggml.{key}", "none") for key in ("model", "pre"))
+    if kind == "none" or not first.values.get("tokenizer.ggml.tokens"):
         return None
-    found = TOKENIZER_MAPPING.get(type(config), None) or TokenizersBackend
-    return found.from_pretrained(str(first.path.parent), gguf_file=first.path.name)
+    begins = {"add_bos_token": True} if kind == "gpt2" and split in _WHOLE_WORDS else {}  # if the file does not say
+    cls = TOKENIZER_MAPPING.get(type(config), None) or TokenizersBackend
+    with tempfile.TemporaryDirectory() as alone:  # Transformers would take a tokenizer.json that lies beside it
+        (Path(alone) / first.path.name).symlink_to(first.path.resolve())
+        found: Any = cls.from_pretrained(alone, gguf_file=first.path.name, **begins)
+    if begins:
+        found.backend_tokenizer.model.ignore_merges = True
+    return found
+
+
+def warning_of_gguf(path: Path) -> str | None:
+    """Where Transformers splits text otherwise than the file wants."""
+    values = open_gguf(path).headers[0].values
+    split = values.get("tokenizer.ggml.pre", "default")
+    if values.get("tokenizer.ggml.model") != "gpt2" or split in (*_LIKE_GPT2, *GGUF_PRE_TOKENIZER_SPLITS):
+        return None
+    return (
+        f"{path}: how its tokenizer splits text ({shown(split)}) is not known, so it is done as GPT-2's does: some "
+        "text may become other tokens than the model was trained with; if that matters, get the safetensors repository"
+    )
 
 
 def _values(model: GgufModel) -> dict[str, Any]:
@@ -62,10 +87,10 @@ def _values(model: GgufModel) -> dict[str, Any]:
     found: dict[str, Any] = dict(architecture.fixed)
     for key, name in {**SIZES, **architecture.sizes}.items():
         value = model.value(key)
-        if isinstance(value, list) and len(set(value)) == 1:
-            value = value[0]
         if value is not None:
             found[name] = value
+    if found.get("sliding_window") == 0:  # there is none
+        del found["sliding_window"]
     if model.value("expert_count") and architecture.with_experts:
         found["model_type"] = architecture.with_experts
     tensors = {tensor.name: tensor for _, tensor in model.tensors()}
@@ -84,15 +109,22 @@ def _values(model: GgufModel) -> dict[str, Any]:
         found["vocab_size"] = tensors["token_embd.weight"].shape[0]
     found["tie_word_embeddings"] = "output.weight" not in tensors
     found["dtype"] = _dtype(tensors.values())
-    return found | _tokens(model) | _rope(model, tensors, width)
+    return found | _tokens(model, found.get("vocab_size")) | _rope(model, tensors, width)
 
 
-def _tokens(model: GgufModel) -> dict[str, Any]:
+def _tokens(model: GgufModel, vocab_size: int | None) -> dict[str, Any]:
     """Special tokens; both that end an answer: of the text, and of a turn."""
-    found = {name: model.values.get(f"tokenizer.ggml.{key}") for key, name in _TOKENS.items()}
-    ends = (model.values.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot"))
+    found = {name: _token(model, key, vocab_size) for key, name in _TOKENS.items()}
+    ends = (_token(model, f"{key}_token_id", vocab_size) for key in ("eos", "eot"))
     eos = list(dict.fromkeys(end for end in ends if end is not None))
     return {**found, "eos_token_id": eos[0] if len(eos) == 1 else eos or None}
+
+
+def _token(model: GgufModel, key: str, vocab_size: int | None) -> int | None:
+    """None where there is none, or one that is not in the vocabulary."""
+    found = model.values.get(f"tokenizer.ggml.{key}")
+    is_token = type(found) is int and found >= 0 and (vocab_size is None or found < vocab_size)
+    return found if is_token else None
 
 
 def _dtype(tensors: Any) -> torch.dtype:
@@ -108,6 +140,8 @@ def _rope(model: GgufModel, tensors: dict[str, GgufTensor], head_dim: int) -> di
     if (theta := model.value("rope.freq_base")) is not None:
         found["rope_theta"] = theta
     kind, factor = model.value("rope.scaling.type", "none"), model.value("rope.scaling.factor")
+    if factor is None and kind == "none" and (linear := model.value("rope.scale_linear")) not in (None, 0, 1):
+        kind, factor = "linear", linear  # as it was written in 2023
     original = model.value("rope.scaling.original_context_length")
     if model.name == "phi3":
         return found | _rope_of_phi3(model, tensors, head_dim, original)

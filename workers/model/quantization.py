@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -114,12 +114,7 @@ def stored_packing(name: str, parts: Sequence[Part], held: HeldBits) -> Packing 
             f"{name} is quantised in the checkpoint, and only weights of linear layers and experts can be kept so that "
             "nobody else reads: use the unquantised model with `quantization`"
         )
-    kinds = {
-        None
-        if bits is None
-        else (bits.kind, bits.num_bits, bits.group, bits.scale_dtype, bits.zeros, bool(bits.order), bits.finish)
-        for bits in stored
-    }
+    kinds = {None if bits is None else replace(bits, parts=(), order=b"1" if bits.order else b"") for bits in stored}
     if len(kinds) > 1 and may_be_unpacked:
         return None
     if len(kinds) > 1:
@@ -136,8 +131,8 @@ def stored_packing(name: str, parts: Sequence[Part], held: HeldBits) -> Packing 
             f"{name} is joined from tensors whose inputs are in groups of different inputs (g_idx), which is not "
             "supported: use the unquantised model with `quantization`"
         )
-    is_whole = first.kind == "int" and first.zeros != "float32"
-    order = held.order if is_whole else held.other_order
+    order = held.order if first.is_whole else held.other_order
+    rounds_rows = held.rounds_rows and first.is_whole
     return Packing(
         first.num_bits,
         first.group,
@@ -145,10 +140,13 @@ def stored_packing(name: str, parts: Sequence[Part], held: HeldBits) -> Packing 
         first.scale_dtype,
         first.zeros,
         held.is_transposed[name],
-        held.rounds_rows and is_whole,
+        rounds_rows,
         first.kind,
         bool(first.order),
-        "" if order == "int8" and first.finish == "127" else first.finish,  # the loader divides then
+        "" if order == "int8" and (first.finish == "127" or rounds_rows) else first.finish,  # the loader divides by 127
+        first.factors,
+        first.factor_group,
+        first.divides,
     )
 
 

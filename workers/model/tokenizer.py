@@ -17,7 +17,7 @@ from flexgen_lite.chat.environment import fault_of
 from flexgen_lite.model.files import CheckpointError, check_contents, is_there, open_file, read_json
 from flexgen_lite.model.formats.gguf_header import is_gguf
 from flexgen_lite.wire.worker_messages import WireChatTemplate
-from flexgen_lite.workers.model.gguf_config import tokenizer_of_gguf
+from flexgen_lite.workers.model.gguf_config import tokenizer_of_gguf, warning_of_gguf
 from flexgen_lite.workers.serve import first_line
 
 FILES = (
@@ -93,8 +93,9 @@ def _open_gguf(path: Path, run_dir: str, config: PreTrainedConfig | None) -> Mod
     except Exception as error:  # of many kinds; prompts as token ids still work
         what = f"the tokenizer in {path} cannot be used ({type(error).__name__}: {first_line(error)})"
         return ModelTokenizer(None, None, (f"{what}: give prompts as token ids",))
-    template = _chat_template(path, tokenizer, None)
-    return ModelTokenizer(str(target), template, tuple(_template_warnings(template)))
+    template, warning = _chat_template(path, tokenizer, None), warning_of_gguf(path)
+    warnings = [warning] if warning else []
+    return ModelTokenizer(str(target), template, (*warnings, *_template_warnings(template)))
 
 
 def _load(directory: Path, run_dir: str) -> tuple[Any, str | None]:

@@ -156,10 +156,9 @@ def _may_be_missing(model: PreTrainedModel, shared: _SharedTensor) -> bool:
 def _missing_message(missing: Sequence[str], checkpoint: Checkpoint) -> str:
     names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
     files = ", ".join(checkpoint.files[:3]) + (", ..." if len(checkpoint.files) > 3 else "")
+    count = "one file" if len(checkpoint.files) == 1 else f"{len(checkpoint.files)} files"
     return (
-        f"the checkpoint lacks {names} (searched {len(checkpoint.files)} files: {files}): its "
-        "config.json does not belong "
-        "to these weights, or the download is incomplete; download the model again"
+        f"the checkpoint lacks {names} (searched {count}: {files}): the download is incomplete, or {checkpoint.misfit}"
     )
 
 

@@ -88,6 +88,8 @@ def find_weights(
             if name not in unused:
                 unexpected.append(name)
             continue
+        if checkpoint.tensors[key].fault:
+            raise CheckpointError(checkpoint.tensors[key].fault)
         stand_in = trace(checkpoint.tensors[key], dtypes.of(name, state[name]))
         if pattern is None:
             traced[name] = stand_in
@@ -139,9 +141,8 @@ def _check(checkpoint: Checkpoint, name: str, found: TracedTensor, wanted: torch
     if found.shape != wanted.shape:
         count = f" ({len(found.parts)} stored tensors joined)" if len(found.parts) > 1 else ""
         raise CheckpointError(
-            f"{where}: {name} has shape {list(found.shape)} in the checkpoint{count} and "
-            f"{list(wanted.shape)} in the "
-            "model: config.json does not belong to these weights, download both again"
+            f"{where}: {name} has shape {list(found.shape)} in the checkpoint{count} and {list(wanted.shape)} in the "
+            f"model: {checkpoint.misfit}"
         )
     target = dtype_name(found.dtype)
     if target not in ITEM_BYTES:

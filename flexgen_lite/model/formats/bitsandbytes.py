@@ -32,12 +32,14 @@ def join(layers: StoredLayers) -> None:
         for layer, state in list(layers.layers(_STATE + kind)):
             layers.take(state.name)
             values = layers.tensors.get(f"{layer}.weight")
-            if values is None:
-                raise layers.error(layer, state, f"has no weight: {AGAIN}")
-            _join_4(layers, layer, kind, values, _state(layers, layer, state))
+            with layers.apart(f"{layer}.weight", values or state):
+                if values is None:
+                    raise layers.error(layer, state, f"has no weight: {AGAIN}")
+                _join_4(layers, layer, kind, values, _state(layers, layer, state))
     for layer, scales in list(layers.layers(_SCALES_8)):
         layers.take(scales.name)
-        _join_8(layers, layer, scales)
+        with layers.apart(f"{layer}.weight", scales):
+            _join_8(layers, layer, scales)
 
 
 def _state(layers: StoredLayers, layer: str, state: StoredTensor) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from typing import Any
 from flexgen_lite.model.files import CheckpointError
 from flexgen_lite.model.formats import fp4, fp8
 from flexgen_lite.model.formats.input_order import part_of, read_order
-from flexgen_lite.model.formats.layers import AGAIN, FLOATS, REMEDY, Part, StoredLayers, small
+from flexgen_lite.model.formats.layers import AGAIN, FLOATS, FP8, REMEDY, Part, StoredLayers, small
 from flexgen_lite.model.formats.section import Section
 from flexgen_lite.model.packing import Packing
 from flexgen_lite.model.spec import StoredPart
@@ -48,6 +48,7 @@ _UNUSED = (
     ".v_scale",
     ".q_scale",
     ".output_scale",
+    ".weight_zero_point",
 )
 
 
@@ -91,23 +92,30 @@ class Schemes:
 def read_schemes(section: Section) -> Schemes:
     """Raises CheckpointError where they are not of the kind that can be read."""
     values, where = section.values, section.where
-    sparsity = values.get("sparsity_config")
-    if isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense":
-        raise CheckpointError(f"{where}: sparse weights ({shown_text(sparsity['format'])}) are not supported: {REMEDY}")
-    transforms = values.get("transform_config")
-    if isinstance(transforms, dict) and transforms.get("config_groups"):
-        raise CheckpointError(f"{where}: weights that are rotated (transform_config) are not supported: {REMEDY}")
     groups = values.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         raise CheckpointError(f"{where}: its quantization_config has no config_groups: download it again")
     schemes = []
     for name, group in groups.items():
+        if isinstance(group, dict) and "weights" in group and group["weights"] is None:
+            continue  # it is for activations or the KV cache
         if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
             raise CheckpointError(
                 f"{where}: {shown_text(name)} of config_groups has no weights, which is not supported"
             )
         schemes.append(_scheme(group, values, f"{where}: {shown_text(name)} of config_groups"))
     return Schemes(tuple(schemes))
+
+
+def _refuse_changed(section: Section) -> None:
+    """Weights that are other than their numbers say."""
+    values, where = section.values, section.where
+    sparsity = values.get("sparsity_config")
+    if isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense":
+        raise CheckpointError(f"{where}: sparse weights ({shown_text(sparsity['format'])}) are not supported: {REMEDY}")
+    transforms = values.get("transform_config")
+    if isinstance(transforms, dict) and transforms.get("config_groups"):
+        raise CheckpointError(f"{where}: weights that are rotated (transform_config) are not supported: {REMEDY}")
 
 
 def _scheme(group: Mapping[str, Any], section: Mapping[str, Any], where: str) -> Scheme:
@@ -137,24 +145,37 @@ def _scheme(group: Mapping[str, Any], section: Mapping[str, Any], where: str) ->
 
 def join(layers: StoredLayers) -> None:
     """Puts the parts of its weights together. Raises CheckpointError."""
-    packed = list(layers.layers(VALUES))
-    schemes = read_schemes(layers.section) if layers.section.format == METHOD else None
+    packed, is_named = list(layers.layers(VALUES)), layers.section.format == METHOD
+    whole = [(layer, values) for layer, values in layers.layers(".weight") if _is_whole(layers, layer, values)]
+    floats = [(layer, values) for layer, values in layers.layers(".weight") if is_named and values.dtype == FP8]
+    if is_named:
+        _refuse_changed(layers.section)
+    schemes = read_schemes(layers.section) if is_named and (packed or whole or floats) else None
     for layer, values in packed:
         layers.take(values.name)
-        if values.dtype == "uint8":
-            fp4.join_packed(layers, layer, values)
-        else:
-            _join_whole_numbers(layers, schemes, layer, values)
-    if schemes is None:
-        return
-    for layer, values in list(layers.layers(".weight")):
-        if values.dtype == "int8" and len(values.shape) == 2:
+        with layers.apart(f"{layer}.weight", values):
+            if values.dtype == "uint8":
+                fp4.join_packed(layers, layer, values)
+            else:
+                _join_whole_numbers(layers, schemes, layer, values)
+    for layer, values in whole:
+        with layers.apart(values.name, values):
             fp8.join_bytes(layers, layer, values, SCALES, None, layers.take(layer + ZEROS), in_scales=True)
-        elif values.dtype == "float8_e4m3fn":
-            fp8.join_bytes(layers, layer, values, SCALES, schemes.block(layer), in_scales=True)
+    for layer, values in floats:
+        with layers.apart(values.name, values):
+            block = schemes.block(layer) if schemes is not None else None
+            fp8.join_bytes(layers, layer, values, SCALES, block, in_scales=True)
+    if not is_named:
+        return
     for suffix in _UNUSED:
         for _, tensor in layers.layers(suffix):
             layers.take(tensor.name)
+
+
+def _is_whole(layers: StoredLayers, layer: str, values: StoredTensor) -> bool:
+    """Whether it is a weight of bytes with a sign, with scales as other formats do not have them."""
+    has_scales = layer + SCALES in layers.tensors or layers.section.format == METHOD
+    return values.dtype == "int8" and len(values.shape) == 2 and has_scales
 
 
 def _join_whole_numbers(layers: StoredLayers, schemes: Schemes | None, layer: str, values: StoredTensor) -> None:

@@ -12,9 +12,11 @@ compressed-tensors 0.20 and nvidia-modelopt 0.47.
 
 from __future__ import annotations
 
-from flexgen_lite.model.formats.fp8 import POWERS
+from dataclasses import replace
+
+from flexgen_lite.model.formats.fp8 import POWERS, kept_scales
 from flexgen_lite.model.formats.layers import FP8, REMEDY, StoredLayers, member, several
-from flexgen_lite.model.spec import SmallSource, StoredPart
+from flexgen_lite.model.spec import StoredPart
 from flexgen_lite.model.stored_tensor import StoredBits, StoredTensor
 
 _BLOCKS, _SCALES = "_blocks", "_scales"
@@ -26,30 +28,32 @@ def join(layers: StoredLayers) -> None:
     for name, blocks in list(layers.layers(_BLOCKS)):
         if blocks.dtype == "uint8" and len(blocks.shape) == 4:
             layers.take(blocks.name)
-            _join_experts(layers, name, blocks, layers.needed(name, _SCALES, blocks))
+            with layers.apart(name, blocks):
+                _join_experts(layers, name, blocks, layers.needed(name, _SCALES, blocks))
     for layer, values in list(layers.layers(".weight")):
         if values.dtype == "uint8" and f"{layer}.weight_scale_2" in layers.tensors:
-            _refuse_scaled_inputs(layers, layer, values)
             factor = layers.needed(layer, ".weight_scale_2", values)
-            scales = layers.needed(layer, ".weight_scale", values)
-            _join(layers, layer, values, scales, (layers.factor(layer, factor),))
+            with layers.apart(values.name, values):
+                _refuse_scaled_inputs(layers, layer, values)
+                _join(layers, layer, values, layers.needed(layer, ".weight_scale", values), factor)
         elif values.dtype == "int8" and f"{layer}.scale" in layers.tensors:
-            _join(layers, layer, values, layers.needed(layer, ".scale", values))
+            with layers.apart(values.name, values):
+                _join(layers, layer, values, layers.needed(layer, ".scale", values))
 
 
 def join_packed(layers: StoredLayers, layer: str, values: StoredTensor) -> None:
     """A layer of compressed-tensors, whose `values` are taken."""
     scales = layers.needed(layer, ".weight_scale", values)
-    factor = layers.take(f"{layer}.weight_global_scale")
-    if factor is None:
-        _join(layers, layer, values, scales)
-    else:
-        nothing = SmallSource(factor.file, factor.offset, 0, factor.dtype)
-        _join(layers, layer, values, scales, (nothing, layers.factor(layer, factor)))
+    _join(layers, layer, values, scales, layers.take(f"{layer}.weight_global_scale"), divides=True)
 
 
 def _join(
-    layers: StoredLayers, layer: str, values: StoredTensor, scales: StoredTensor, others: tuple[SmallSource, ...] = ()
+    layers: StoredLayers,
+    layer: str,
+    values: StoredTensor,
+    scales: StoredTensor,
+    factor: StoredTensor | None = None,
+    divides: bool = False,
 ) -> None:
     if len(values.shape) != 2 or len(scales.shape) != 2 or scales.dtype not in (FP8, *POWERS):
         raise layers.misfit(layer, values, scales)
@@ -57,26 +61,25 @@ def _join(
     if scales.shape[0] != columns:
         raise layers.misfit(layer, values, scales)
     layers.each(layer, values, width, groups)
-    bits = _bits(layers, layer, values, scales, width, others)
+    bits = _bits(layers, layer, values, scales, width)
+    if factor is not None:
+        if factor.dtype != "float32" or factor.num_bytes != 4:
+            raise layers.misfit(layer, factor)
+        part = StoredPart("factors", "one", block=(columns, width))
+        bits = replace(
+            bits, parts=(*bits.parts, (part, factor)), factors="float32", factor_group=width, divides=divides
+        )
     layers.add(f"{layer}.weight", (columns, width), bits, values)
 
 
-def _bits(
-    layers: StoredLayers,
-    layer: str,
-    values: StoredTensor,
-    scales: StoredTensor,
-    width: int,
-    others: tuple[SmallSource, ...] = (),
-) -> StoredBits:
+def _bits(layers: StoredLayers, layer: str, values: StoredTensor, scales: StoredTensor, width: int) -> StoredBits:
     each = width // scales.shape[1]
-    return StoredBits(
-        "e2m1", 4, layers.group(layer, values, width, each), "float32" if scales.dtype == FP8 else "bfloat16", "",
-        (
-            (StoredPart("values", "stream", 4), values),
-            (StoredPart("scales", "items", block=(1, each), others=others), scales),
-        ),
-    )  # fmt: skip
+    group = layers.group(layer, values, width, each)
+    parts = (
+        (StoredPart("values", "stream", 4), values),
+        (StoredPart("scales", "items", block=(1, each)), scales),
+    )
+    return StoredBits("e2m1", 4, group, kept_scales(scales.dtype), "", parts)
 
 
 def _join_experts(layers: StoredLayers, name: str, blocks: StoredTensor, scales: StoredTensor) -> None:

@@ -10,6 +10,7 @@ Sources: Transformers 5.24, `integrations/finegrained_fp8.py` and `fbgemm_fp8.py
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from flexgen_lite.model.formats.layers import AGAIN, FLOATS, FP8, REMEDY, StoredLayers, member, several
@@ -27,23 +28,26 @@ def join(layers: StoredLayers) -> None:
     """Puts the parts of its weights together. Raises CheckpointError."""
     block = _block(layers)
     for layer, values in list(layers.layers(".weight")):
-        if values.dtype == FP8:
-            suffix = next((suffix for suffix in _SCALES if layer + suffix in layers.tensors), None)
-            if suffix is None:
-                raise layers.error(layer, values, f"is in FP8 and has no scale: {AGAIN}")
-            join_bytes(layers, layer, values, suffix, block)
+        if values.dtype == FP8 and not values.fault:
+            with layers.apart(values.name, values):
+                suffix = next((suffix for suffix in _SCALES if layer + suffix in layers.tensors), None)
+                if suffix is None:
+                    raise layers.error(layer, values, f"is in FP8 and has no scale: {AGAIN}")
+                join_bytes(layers, layer, values, suffix, block)
     for name, scales in list(layers.layers(_JOINED)):
         joined = layers.tensors.get(name)
         if joined is not None and joined.dtype == FP8 and len(joined.shape) == 3:
             layers.take(scales.name)
-            _join_experts(layers, name, joined, scales, block)
+            with layers.apart(name, joined):
+                _join_experts(layers, name, joined, scales, block)
     if layers.section.format in ("fp8", "modelopt"):
         for suffix in _UNUSED:
             for _, tensor in layers.layers(suffix):
                 layers.take(tensor.name)
-    for name, tensor in layers.tensors.items():
-        if tensor.dtype.startswith("float8"):
-            raise layers.error(name, tensor, f"is in {tensor.dtype}, and no scale is known for it: {REMEDY}")
+    for name, tensor in list(layers.tensors.items()):
+        if tensor.dtype.startswith("float8") and not tensor.fault:
+            with layers.apart(name, tensor):
+                raise layers.error(name, tensor, f"is in {tensor.dtype}, and no scale is known for it: {REMEDY}")
 
 
 def join_bytes(
@@ -65,11 +69,14 @@ def join_bytes(
         raise layers.misfit(layer, values, scales)
     columns, width = values.shape
     each = _covered(layers, layer, values, scales, block)
-    if zeros is not None and (zeros.dtype != "int8" or zeros.num_bytes != columns or each != (1, width)):
-        raise layers.misfit(layer, values, scales, zeros)
+    if zeros is not None:
+        wanted = 1 if each == (columns, width) else columns
+        is_whole = zeros.dtype in ("int8", "int32") and math.prod(zeros.shape) == wanted
+        if not is_whole or each[1] != width:
+            raise layers.misfit(layer, values, scales, zeros)
     stored = _bits(layers, layer, values, scales, each, (columns, width))
     if zeros is not None and values.dtype == "int8":
-        part = StoredPart("zeros", "items", 8, (1, width))
+        part = StoredPart("zeros", "items", 8, each)
         parts = (*stored.parts, (part, zeros))
         stored = replace(stored, zeros="uint8", parts=parts)
     if in_scales:
@@ -101,7 +108,8 @@ def _covered(
 ) -> tuple[int, int]:
     """Rows and items of K that a scale is for."""
     columns, width = values.shape
-    if scales.shape in ((), (1,), (1, 1)):
+    is_one = scales.shape in ((), (1,), (1, 1))
+    if is_one and (scales.shape != (1, 1) or not _is_cut(layers, (columns, width))):
         return columns, width
     if block is not None and scales.shape == (-(-columns // block[0]), -(-width // block[1])):
         return block
@@ -110,6 +118,12 @@ def _covered(
     if len(scales.shape) == 2 and scales.shape[0] == columns and width % scales.shape[1] == 0:
         return 1, width // scales.shape[1]
     raise layers.misfit(layer, values, scales)
+
+
+def _is_cut(layers: StoredLayers, shape: tuple[int, int]) -> bool:
+    """Whether config.json says that such a weight has several blocks."""
+    block = layers.section.values.get("weight_block_size")
+    return block is not None and any(size > most for size, most in zip(shape, _block(layers), strict=True))
 
 
 def _join_experts(
@@ -133,8 +147,8 @@ def finish_in(dtype: str) -> str:
 
 
 def kept_scales(dtype: str) -> str:
-    """What scales are kept in: powers of two are exact in bfloat16."""
-    return "bfloat16" if dtype in POWERS else dtype
+    """What scales are kept in: powers of two are bytes, by either name."""
+    return "float8_e8m0fnu" if dtype in POWERS else dtype
 
 
 def _block(layers: StoredLayers) -> tuple[int, int]:

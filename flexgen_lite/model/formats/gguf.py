@@ -21,6 +21,8 @@ from flexgen_lite.model.stored_tensor import StoredBits, StoredTensor
 from flexgen_lite.text.shown import shown, shown_names, shown_path, shown_text
 
 _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
+_BESIDE = re.compile("mmproj|imatrix", re.IGNORECASE)  # names of files that are no language models
+_EXPERT = re.compile(r"(ffn_(?:gate|up|down))\.(\d+)")  # of files from before 2024-04
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 ADDED = "added"
@@ -36,6 +38,7 @@ class _Kept:
     group: int
     scale_dtype: str
     zeros: str = ""
+    factor_group: int = 0  # 0: there are none
 
 
 _KEPT = {
@@ -44,9 +47,9 @@ _KEPT = {
     "Q5_0": _Kept("int", 8, 32, "float16"),
     "Q5_1": _Kept("int", 8, 32, "float16", "float32"),
     "Q8_0": _Kept("int", 8, 32, "float16"),
-    "Q4_K": _Kept("uint", 4, 32, "float32", "float32"),
-    "Q5_K": _Kept("int", 8, 32, "float32", "float32"),
-    "Q6_K": _Kept("int", 8, 16, "float32"),
+    "Q4_K": _Kept("uint", 4, 32, "uint8", "scaled", 256),
+    "Q5_K": _Kept("int", 8, 32, "uint8", "scaled", 256),
+    "Q6_K": _Kept("int", 8, 16, "int8", "", 256),
 }
 
 
@@ -78,7 +81,9 @@ class GgufModel:
 
     def value(self, key: str, default: Any = None) -> Any:
         """Of the architecture's own values."""
-        return self.values.get(f"{self.name}.{key}", default)
+        found = self.values.get(f"{self.name}.{key}", default)
+        is_same = isinstance(found, list) and found and all(item == found[0] for item in found)
+        return found[0] if is_same else found  # what is the same in all layers
 
     def tensors(self) -> Iterator[tuple[int, GgufTensor]]:
         """With the numbers of their files."""
@@ -96,7 +101,7 @@ def find_gguf(directory: Path) -> Path | None:
     Raises:
         CheckpointError: there are several.
     """
-    found = sorted(path for path in directory.glob("*") if is_gguf(path) and not path.name.startswith("mmproj"))
+    found = sorted(path for path in directory.glob("*") if is_gguf(path) and not _BESIDE.search(path.name))
     models = {_SPLIT.sub(r"\1", path.name): path for path in reversed(found)}
     if len(models) > 1:
         names = shown_names(path.name for path in sorted(models.values()))
@@ -158,8 +163,12 @@ def _stored(model: GgufModel, file: int, tensor: GgufTensor) -> Iterator[StoredT
         yield _one(model, file, tensor, f"{architecture.outside.get(place, place)}{dot}{suffix}")
         return
     layer, place, suffix = block.groups()
-    name = architecture.names(model.value("expert_count", 0)).get(place, place)
-    prefix = f"model.layers.{layer}."
+    names, prefix = architecture.names(model.value("expert_count", 0)), f"model.layers.{layer}."
+    if (single := _EXPERT.fullmatch(place)) is not None:
+        name = names.get(f"{single[1]}_exps", place).format(single[2])
+        yield _one(model, file, tensor, f"{prefix}{name}.{suffix}", place)
+        return
+    name = names.get(place, place)
     if place not in EXPERTS:
         yield _one(model, file, tensor, f"{prefix}{name}.{suffix}", place)
         return
@@ -184,7 +193,10 @@ def _one(model: GgufModel, file: int, tensor: GgufTensor, name: str, place: str 
         return replace(source, bits=StoredBits("", 0, 0, floats, "", ((part, source),)))
     kept = _KEPT[kind.name]
     part = StoredPart("all", kind.name.lower(), kept.num_bits, (1, kind.items))
-    bits = StoredBits(kept.kind, kept.num_bits, kept.group, kept.scale_dtype, kept.zeros, ((part, source),))
+    bits = StoredBits(
+        kept.kind, kept.num_bits, kept.group, kept.scale_dtype, kept.zeros, ((part, source),),
+        factors="float16" if kept.factor_group else "", factor_group=kept.factor_group,
+    )  # fmt: skip
     return replace(source, bits=bits, dtype="bfloat16")
 
 

@@ -7,8 +7,9 @@
 
 All other words are int32. Which of these it is, shapes tell. Zeros of GPTQ's first version are one less than they are;
 which version it is, config.json does not always say right: where weights are symmetric, the first zero tells.
+auto-round's zeros are less by one only in those of its files that are made for AutoGPTQ.
 
-Sources: gptqmodel 7.7, `nn_modules/qlinear/`; AutoAWQ 0.2.9, `modules/linear/`.
+Sources: gptqmodel 7.7, `nn_modules/qlinear/`; AutoAWQ 0.2.9, `modules/linear/`; auto-round, `export/`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 from flexgen_lite.model.files import CheckpointError
 from flexgen_lite.model.formats.input_order import part_of, read_order
 from flexgen_lite.model.formats.layers import AGAIN, FLOATS, REMEDY, Part, StoredLayers, small
+from flexgen_lite.model.formats.section import is_auto_round
 from flexgen_lite.model.spec import StoredPart
 from flexgen_lite.model.stored_tensor import StoredBits, StoredTensor
 from flexgen_lite.text.shown import shown, shown_text
@@ -46,22 +48,27 @@ def join(layers: StoredLayers) -> None:
         _check(layers.section.values, layers.section.where, layers.section.format)
     for name, values in found:
         layers.take(values.name)
-        layer = _Layer(name, values, layers.needed(name, SCALES, values))
-        shape, scales = values.shape, layer.scales.shape
-        if len(shape) != 2 or len(scales) != 2 or layer.scales.dtype not in FLOATS or 0 in (*shape, *scales):
-            raise layers.misfit(name, values, layer.scales)
-        if values.dtype == "int16":
-            _join_gemv_fast(layers, layer)
-        elif values.dtype != "int32":
-            raise layers.misfit(name, values, layer.scales)
-        elif shape[1] * 8 == scales[1]:
-            _join_gemm(layers, layer)
-        elif shape[1] == scales[1]:
-            _join_gptq(layers, layer)
-        elif shape[0] == scales[0]:
-            _join_gemv(layers, layer)
-        else:
-            raise layers.misfit(name, values, layer.scales)
+        with layers.apart(f"{name}.weight", values):
+            _join(layers, name, values)
+
+
+def _join(layers: StoredLayers, name: str, values: StoredTensor) -> None:
+    layer = _Layer(name, values, layers.needed(name, SCALES, values))
+    shape, scales = values.shape, layer.scales.shape
+    if len(shape) != 2 or len(scales) != 2 or layer.scales.dtype not in FLOATS or 0 in (*shape, *scales):
+        raise layers.misfit(name, values, layer.scales)
+    if values.dtype == "int16":
+        _join_gemv_fast(layers, layer)
+    elif values.dtype != "int32":
+        raise layers.misfit(name, values, layer.scales)
+    elif shape[1] * 8 == scales[1]:
+        _join_gemm(layers, layer)
+    elif shape[1] == scales[1]:
+        _join_gptq(layers, layer)
+    elif shape[0] == scales[0]:
+        _join_gemv(layers, layer)
+    else:
+        raise layers.misfit(name, values, layer.scales)
 
 
 def _check(values: Mapping[str, Any], where: str, method: str) -> None:
@@ -70,7 +77,7 @@ def _check(values: Mapping[str, Any], where: str, method: str) -> None:
         version, known = values.get("version", values.get("format", "gemm")), _AWQ
     else:
         version, known = values.get("checkpoint_format", values.get("format", "gptq")), _GPTQ
-    if str(version).lower() not in known and method in ("awq", "gptq") and "packing_format" not in values:
+    if str(version).lower() not in known and method in ("awq", "gptq") and not is_auto_round(values):
         raise CheckpointError(
             f"{where}: the layout {shown_text(str(version))} is not read, only {', '.join(known)}: {REMEDY}"
         )
@@ -197,4 +204,7 @@ def _is_lessened(layers: StoredLayers, zeros: StoredTensor, bits: int) -> bool:
         if first in ((1 << (bits - 1)) - 1, 1 << (bits - 1)):
             return first != 1 << (bits - 1)
     values = layers.section.values
+    if is_auto_round(values):  # which keeps its own files as they are
+        kind = str(values.get("packing_format", values.get("backend", "")))
+        return "gptq" in kind and "gptqmodel" not in kind
     return bool(values.get("checkpoint_format", values.get("format", "gptq")) != "gptq_v2")

@@ -31,7 +31,11 @@ def join_layers(
     for join in _FORMATS:
         join(layers)
     found = layers.tensors
-    if section.format and not any(tensor.bits or tensor.members for tensor in found.values()) and _must_be(section):
+    if (
+        section.format
+        and not any(tensor.bits or tensor.members or tensor.fault for tensor in found.values())
+        and _must_be(section)
+    ):
         raise CheckpointError(
             f"{section.where}: it says that the checkpoint is quantised, but none of its weights is: {AGAIN}"
         )
@@ -40,4 +44,9 @@ def join_layers(
 
 def _must_be(section: Section) -> bool:
     """Whether weights in 16 bits beside this section are a mistake: fine-tuned models often keep it."""
-    return section.format == "compressed-tensors" and section.values.get("quantization_status") != "frozen"
+    groups = section.values.get("config_groups")
+    is_for_weights = not isinstance(groups, dict) or any(
+        not isinstance(group, dict) or group.get("weights") is not None for group in groups.values()
+    )
+    is_stored = section.values.get("quantization_status") != "frozen"
+    return section.format == "compressed-tensors" and is_for_weights and is_stored

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from flexgen_lite.model.files import CheckpointError
@@ -40,6 +41,15 @@ class StoredLayers:
     metadata: tuple[Mapping[str, str], ...]
     read: Callable[[SmallSource], bytes]
 
+    @contextmanager
+    def apart(self, name: str, beside: StoredTensor) -> Iterator[None]:
+        """What is wrong with the weight `name` counts only if the model has it: there are checkpoints of more than one
+        part, of which some are never read."""
+        try:
+            yield
+        except CheckpointError as error:
+            self.tensors[name] = replace(beside, name=name, fault=str(error), bits=None, members=())
+
     def layers(self, suffix: str) -> Iterator[tuple[str, StoredTensor]]:
         """Of all tensors whose names end so: the names without it, and the tensors."""
         for name, tensor in list(self.tensors.items()):
@@ -68,12 +78,6 @@ class StoredLayers:
         """Raises CheckpointError where the weight that `values` are of is there without them, too."""
         if self.tensors.get(name, values) is not values:
             raise self.error(name, values, f"is there twice, as {values.name} and as it is: {AGAIN}")
-
-    def factor(self, layer: str, tensor: StoredTensor) -> SmallSource:
-        """One number that scales are multiplied with or divided by."""
-        if tensor.dtype != "float32" or tensor.num_bytes != 4:
-            raise self.misfit(layer, tensor)
-        return small(tensor)
 
     def error(self, layer: str, tensor: StoredTensor, message: str) -> CheckpointError:
         return CheckpointError(f"{self.files[tensor.file]}, layer {shown_text(layer)} {message}")

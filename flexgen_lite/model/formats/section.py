@@ -13,7 +13,8 @@ from flexgen_lite.text.shown import shown_text
 READ = {
     "compressed-tensors": "compressed-tensors", "sparseml": "compressed-tensors",
     "fp8": "fp8", "fbgemm_fp8": "fp8", "mxfp4": "mxfp4", "modelopt": "modelopt", "modelopt_fp4": "modelopt",
-    "gptq": "gptq", "awq": "awq", "auto-round": "gptq", "bitsandbytes": "bitsandbytes", "torchao": "torchao",
+    "gptq": "gptq", "awq": "awq", "auto-round": "gptq", "intel/auto-round": "gptq",
+    "bitsandbytes": "bitsandbytes", "torchao": "torchao",
 }  # fmt: skip
 """Of the methods that config.json names, those that are read, and the format that they are."""
 _NOT_READ = (
@@ -51,14 +52,14 @@ def read_section(directory: Path, config: Mapping[str, Any]) -> Section:
         CheckpointError: it is a method that is not read.
     """
     nested = config.get("text_config")
+    if isinstance(config.get("quantization"), dict) and "bits" in config["quantization"]:
+        return _section({"quant_method": "mlx"}, str(directory / "config.json"))
     for part in (config, nested if isinstance(nested, dict) else {}):
         values = part.get("quantization_config") or part.get("compression_config")
         if isinstance(values, dict) and isinstance(values.get("quantization_config"), dict):
             values = {**values["quantization_config"], "quant_method": values.get("quant_method", "compressed-tensors")}
         if isinstance(values, dict) and values:
             return _section(values, str(directory / "config.json"))
-    if isinstance(config.get("quantization"), dict) and "bits" in config["quantization"]:
-        return _section({"quant_method": "mlx"}, str(directory / "config.json"))
     for name, method in _OTHER_FILES:
         if is_there(directory / name):
             values = read_json(directory / name)
@@ -80,10 +81,17 @@ def _section(values: Mapping[str, Any], where: str) -> Section:
     return Section(found, values, where)
 
 
+def is_auto_round(values: Mapping[str, Any]) -> bool:
+    """Whether that is what a section is of."""
+    return "packing_format" in values or "auto-round" in str(values.get("quant_method")).lower()
+
+
 def _told_by_keys(values: Mapping[str, Any]) -> str:
     """Before 2024 some tools left their name out."""
     if values.get("load_in_4bit") or values.get("load_in_8bit"):
         return "bitsandbytes"
     if "config_groups" in values:
         return "compressed-tensors"
+    if "zero_point" in values and ("version" in values or "w_bit" in values):
+        return "awq"
     return "gptq" if "bits" in values and ("desc_act" in values or "sym" in values) else "unknown"

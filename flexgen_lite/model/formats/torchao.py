@@ -26,16 +26,21 @@ def join(layers: StoredLayers) -> None:
     """Puts the parts of its weights together. Raises CheckpointError."""
     for layer, values in list(layers.layers(VALUES)):
         layers.take(values.name)
-        kind = _class_of(layers, layer, values)
-        scales, zeros = layers.needed(layer, SCALES, values), layers.take(layer + ZEROS)
-        for name in [name for name in layers.tensors if name.startswith(f"{layer}._weight_")]:
-            raise layers.error(layer, values, f"has {name.removeprefix(layer)}, which is not supported: {REMEDY}")
-        if len(values.shape) != 2 or scales.dtype not in FLOATS or len(scales.shape) != 2:
-            raise layers.misfit(layer, values, scales)
-        if kind == "Int4Tensor":
-            _join_halves(layers, layer, values, scales, zeros)
-        else:
-            _join_bytes(layers, layer, values, scales, zeros)
+        with layers.apart(f"{layer}.weight", values):
+            _join(layers, layer, values)
+
+
+def _join(layers: StoredLayers, layer: str, values: StoredTensor) -> None:
+    kind = _class_of(layers, layer, values)
+    scales, zeros = layers.needed(layer, SCALES, values), layers.take(layer + ZEROS)
+    for name in [name for name in layers.tensors if name.startswith(f"{layer}._weight_")]:
+        raise layers.error(layer, values, f"has {name.removeprefix(layer)}, which is not supported: {REMEDY}")
+    if len(values.shape) != 2 or scales.dtype not in FLOATS or len(scales.shape) != 2:
+        raise layers.misfit(layer, values, scales)
+    if kind == "Int4Tensor":
+        _join_halves(layers, layer, values, scales, zeros)
+    else:
+        _join_bytes(layers, layer, values, scales, zeros)
 
 
 def _class_of(layers: StoredLayers, layer: str, values: StoredTensor) -> str:

@@ -21,12 +21,34 @@ Change = Callable[[dict[str, torch.Tensor]], object]
 def refused(directory: Path, stored: Stored, *words: str) -> None:
     (directory / "config.json").write_text(json.dumps({"quantization_config": stored.section}))
     save_file({name: tensor.contiguous() for name, tensor in stored.tensors.items()}, directory / "model.safetensors")
-    with pytest.raises(CheckpointError) as caught:
-        open_checkpoint(directory)
-    message = str(caught.value)
+    message = fault_of(directory)
     assert "\n" not in message
     for word in (*words, str(directory)):
         assert word in message, message
+
+
+def fault_of(directory: Path) -> str:
+    """Of the checkpoint, or of its layer x."""
+    try:
+        tensors = open_checkpoint(directory).tensors
+    except CheckpointError as error:
+        return str(error)
+    return next(tensors[name].fault for name in ("x.weight", "x") if name in tensors)
+
+
+def test_what_is_wrong_with_a_layer_counts_only_where_the_model_has_it(tmp_path: Path) -> None:
+    """A vision part's layer, say, or that of a head for more tokens at once."""
+    stored = compressed(96, 256, 32)
+    others = {"visual.fc.weight": torch.zeros((8, 20)).to(FP8), "visual.fc.weight_scale": torch.ones(8, 1)}
+    others |= {"mtp.fc.weight": torch.zeros((8, 32)).to(FP8), "left.scale2": torch.zeros(4).to(FP8)}
+    stored.tensors.update(others)
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": stored.section}))
+    save_file({name: tensor.contiguous() for name, tensor in stored.tensors.items()}, tmp_path / "model.safetensors")
+    tensors = open_checkpoint(tmp_path).tensors
+    assert tensors["x.weight"].bits is not None
+    faults = {name: tensor.fault for name, tensor in tensors.items() if tensor.fault}
+    assert faults.keys() == {"visual.fc.weight", "mtp.fc.weight", "left.scale2"}
+    assert "every 20 inputs" in faults["visual.fc.weight"] and "weight_scale" in faults["mtp.fc.weight"]
 
 
 def sorted_with(value: int) -> Stored:

@@ -61,7 +61,7 @@ def test_tensors_have_the_names_of_transformers(tmp_path: Path) -> None:
     pairs = {name: tensor.paired_rows for name, tensor in checkpoint.tensors.items() if tensor.paired_rows}
     assert pairs == {f"{prefix}.self_attn.{name}_proj.weight": 128 for name in "qk"}
     bits = checkpoint.tensors[f"{prefix}.self_attn.q_proj.weight"].bits
-    assert bits is not None and (bits.kind, bits.num_bits, bits.group, bits.zeros) == ("uint", 4, 32, "float32")
+    assert bits is not None and (bits.kind, bits.num_bits, bits.group, bits.zeros) == ("uint", 4, 32, "scaled")
     assert len(checkpoint.in_few_bits) == 4 and check_config(tmp_path / "m.gguf").format == ""
 
 
@@ -215,7 +215,8 @@ def test_directories(tmp_path: Path) -> None:
     """One model is found, also beside other files; of several one must be given; safetensors come first."""
     assert find_gguf(tmp_path) is None and model_source(tmp_path) == tmp_path
     only = layer("Q4_0").write(tmp_path / "a.gguf")
-    (tmp_path / "mmproj-a.gguf").touch()
+    for name in ("mmproj-a.gguf", "a-mmproj-f16.gguf", "imatrix_x.gguf"):
+        (tmp_path / name).touch()
     assert model_source(tmp_path) == only
     layer("Q8_0").write(tmp_path / "b.gguf")
     with pytest.raises(CheckpointError, match=r"holds 2 models as GGUF \(a.gguf, b.gguf\): give one of them"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2FN, GELUTanh
 from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
@@ -32,6 +32,9 @@ def functions_as_they_were() -> Iterator[None]:
     names = [f"transformers.models.{kind}.modeling_{kind}" for kind in ("llama", "gemma3", "qwen3", "glm", "phi3")]
     modules = [importlib.import_module(name) for name in names]
     before = [module.apply_rotary_pos_emb for module in modules]
+    before = [function._unfused if isinstance(function, fused._Rotary) else function for function in before]
+    for module, function in zip(modules, before, strict=True):
+        module.apply_rotary_pos_emb = function
     yield
     for module, function in zip(modules, before, strict=True):
         module.apply_rotary_pos_emb = function
@@ -85,6 +88,34 @@ def test_a_rows_norm_depends_on_nothing_else() -> None:
     rows = drawn(700, 256)
     together = norm(rows)
     assert all(torch.equal(together[i], norm(rows[i : i + 1])[0]) for i in range(0, 700, 37))
+
+
+def test_gates_that_are_not_what_their_class_is_by_itself() -> None:
+    """One that is told to compute otherwise, and one that changes what it is given."""
+    model = nn.ModuleList([GELUTanh(use_gelu_tanh_python=True), nn.SiLU(inplace=True), GELUTanh(), nn.SiLU()])
+    fused.fuse(model, HALF, CPU)
+    assert [isinstance(module.forward, fused._Gate) for module in model] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("kind", [nn.SiLU, GELUTanh])
+def test_infinity_before_a_gate(kind: type[nn.Module]) -> None:
+    gate, rows, ones = kind(), torch.zeros(4, 64).to(HALF), torch.ones(4, 64).to(HALF)
+    rows[1, 3], rows[2, 5], rows[3, 7], rows[0, 0] = float("-inf"), float("inf"), float("nan"), -0.0
+    expected = gate(rows) * ones
+    model = nn.ModuleList([gate])
+    fused.fuse(model, HALF, CPU)
+    found = gate(rows) * ones
+    assert torch.equal(found.isnan(), expected.isnan()) and torch.equal(found.isposinf(), expected.isposinf())
+    assert torch.equal(found.signbit()[0], expected.signbit()[0])
+
+
+def test_an_input_that_changes_before_the_output_is_used() -> None:
+    gate, rows = nn.SiLU(), drawn(4, 64)
+    fused.fuse(nn.ModuleList([gate]), HALF, CPU)
+    waiting = gate(rows)
+    rows.zero_()
+    with pytest.raises(RuntimeError, match="was changed before"):
+        waiting * drawn(4, 64)
 
 
 @pytest.mark.parametrize("norm", [CohereLayerNorm(64), nn.LayerNorm(64), LlamaRMSNorm(36), Qwen3NextRMSNormGated(64)])

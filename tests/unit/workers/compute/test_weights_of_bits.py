@@ -43,8 +43,6 @@ def made(shape: tuple[int, int, int], group: int, packing: Packing) -> tuple[tor
     scales = (count, columns, width // group)
     scale_ENG = torch.rand(scales, generator=generator) * 0.01 + 0.001
     scale_ENG = scale_ENG.to(getattr(torch, packing.scale_dtype)).float()
-    if packing.zeros == "float32":  # value * scale is exact, as it is in all formats with offsets
-        scale_ENG = scale_ENG.bfloat16().float()
     zero_ENG = None
     if packing.kind == "int":
         values = codes_ENK.double()
@@ -131,6 +129,19 @@ def test_a_row_does_not_depend_on_others() -> None:
     alone = torch.cat([weight.multiply(x_TK[i : i + 1], None) for i in range(len(x_TK))])
     for rows in (2, 16, 17, 70):
         assert torch.equal(weight.multiply(x_TK[:rows], None), alone[:rows])
+
+
+@pytest.mark.parametrize("rounds_rows", [False, True])
+def test_a_row_does_not_depend_on_others_where_no_kernel_serves(rounds_rows: bool) -> None:
+    packing = Packing(4, 32, "int8", "bfloat16", "uint8", rounds_rows=rounds_rows)
+    memory, _ = made((1, 1024, 2048), 32, packing)
+    module = nn.Module()
+    packed_weights(module)["weight"] = memory
+    bits = PackedBits(module, "weight", packing, (1, 1024, 2048), torch.float32)
+    x_TK = torch.randn(600, 2048)
+    alone = multiplied(linear, x_TK[:1], bits, 0, None)
+    for rows in (2, 8, 129, 300, 600):
+        assert torch.equal(multiplied(linear, x_TK[:rows], bits, 0, None)[:1], alone)
 
 
 @pytest.mark.skipif(not serves_width(32) or not simd.BYTES, reason="not on this processor")

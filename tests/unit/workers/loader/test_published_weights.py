@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
 from tests.loaded_weights import spec_of, unpacked_weights
 from tests.published.checkpoint import base_model, publish
-from tests.published.formats import FORMATS, ONLY_FOR, pairs_of
+from tests.published.formats import FORMATS, FOUR, ONLY_FOR, pairs_of
 
 OTHERS = [
     (name, family)
@@ -54,6 +56,53 @@ def test_weights(name: str, family: str, models: dict[str, Path], tmp_path: Path
         assert not [w for w in spec.warnings if not w.startswith(EXPECTED_WARNINGS)]
 
 
+def test_whole_numbers_without_a_section(models: dict[str, Path], tmp_path: Path) -> None:
+    publish(models["llama"], tmp_path / "model", FORMATS["ct-int8"])
+    told = spec_of(tmp_path / "model")
+    edit(tmp_path / "model", lambda config: config.pop("quantization_config"))
+    assert spec_of(tmp_path / "model").units == told.units
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {
+            "quantization_status": "frozen",
+            "format": "fakequant",
+            "config_groups": {"a": {"targets": ["Linear"], "weights": FOUR}},
+        },
+        {
+            "quantization_status": "frozen",
+            "format": "dense",
+            "config_groups": {"a": {"targets": ["Linear"], "weights": FOUR}},
+        },
+        {"config_groups": {}, "kv_cache_scheme": {"num_bits": 8, "type": "float"}},
+        {"config_groups": {"a": {"targets": ["LlamaAttention"], "weights": None, "input_activations": FOUR}}},
+    ],
+)
+def test_sections_of_weights_in_16_bits(section: dict[str, Any], models: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(models["llama"], tmp_path / "model")
+    edit(tmp_path / "model", lambda c: c.update(quantization_config={"quant_method": "compressed-tensors", **section}))
+    spec = spec_of(tmp_path / "model")
+    assert not any(tensor.packing for unit in spec.units for tensor in unit.tensors)
+
+
+def test_kimi_k2_is_deepseek_v3_by_another_name(models: dict[str, Path], tmp_path: Path) -> None:
+    publish(models["deepseek-v3"], tmp_path / "model", FORMATS["fp8-blocks"])
+    spec = spec_of(tmp_path / "model")
+    auto_map = {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}
+    edit(tmp_path / "model", lambda config: config.update(model_type="kimi_k2", auto_map=auto_map))
+    assert spec_of(tmp_path / "model").units == spec.units
+
+
+def edit(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes its config.json."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
 def test_latents_are_kept_where_their_projection_is_in_fp8(models: dict[str, Path], tmp_path: Path) -> None:
     publish(models["deepseek-v3"], tmp_path / "model", FORMATS["fp8-blocks"])
     spec = spec_of(tmp_path / "model", dtype="bfloat16")
@@ -83,10 +132,7 @@ def test_tensors_tell_the_format_where_config_json_does_not(name: str, tmp_path:
     model = base_model(ONLY_FOR.get(name, ["llama"])[0], tmp_path / "base", num_hidden_layers=1)
     publish(model, tmp_path / "model", FORMATS[name])
     told = spec_of(tmp_path / "model")
-    path = tmp_path / "model" / "config.json"
-    config = json.loads(path.read_text())
-    del config["quantization_config"]
-    path.write_text(json.dumps(config))
+    edit(tmp_path / "model", lambda config: config.pop("quantization_config"))
     untold = spec_of(tmp_path / "model")
     assert any(tensor.packing for unit in told.units for tensor in unit.tensors)
     assert untold.units == told.units

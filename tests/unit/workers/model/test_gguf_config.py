@@ -147,6 +147,36 @@ def test_tokenizer(tmp_path: Path) -> None:
         assert read.encode(text, add_special_tokens=False).ids == own.encode(text, add_special_tokens=False).ids
 
 
+@pytest.mark.parametrize("split", ["llama-bpe", "tekken", "qwen2", "smollm"])
+def test_what_a_way_of_splitting_text_means(split: str, tmp_path: Path) -> None:
+    """Llama 3 and Tekken put BOS before text where the file does not say otherwise, and look for whole words first."""
+    make_tokenizer("bytes", "nothing", tmp_path)
+    values = tokenizer_values(tmp_path, SPECIAL, "") | {"tokenizer.ggml.pre": split}
+    begins = split in ("llama-bpe", "tekken")
+    for told in (None, False, True):
+        more = {} if told is None else {"tokenizer.ggml.add_bos_token": told}
+        path = gguf("llama", {}, **values, **more).write(tmp_path / "m.gguf")
+        found = open_tokenizer(path, str(tmp_path), config_of_gguf(path))
+        assert found.file is not None
+        text = Tokenizer.from_file(found.file)
+        assert (text.encode("a 1234").ids[0] == 1) is (begins if told is None else told)
+        assert text.model.ignore_merges is begins
+        assert [warning for warning in found.warnings if "'smollm'" in warning] == list(found.warnings)
+        assert bool(found.warnings) is (split == "smollm")
+
+
+def test_values_as_older_and_odd_files_have_them(tmp_path: Path) -> None:
+    config = config_of(gguf("phi3", {"attention.sliding_window": 0, "rope.dimension_count": 16}), tmp_path)
+    assert not config.sliding_window
+    config = config_of(gguf("llama", {"rope.scale_linear": 4.0}), tmp_path)
+    assert config.rope_parameters == {"rope_theta": 500000.0, "rope_type": "linear", "factor": 4.0}
+    config = config_of(gguf("llama", {"rope.scale_linear": 1.0, "attention.head_count_kv": [2, 2]}), tmp_path)
+    assert config.rope_parameters["rope_type"] == "default" and config.num_key_value_heads == 2
+    tokens = {"tokenizer.ggml.padding_token_id": 4294967295, "tokenizer.ggml.bos_token_id": 40}
+    config = config_of(gguf("llama", {}, **tokens), tmp_path)
+    assert config.pad_token_id is None and config.bos_token_id is None
+
+
 def test_a_tokenizer_that_is_not_there_or_not_known(tmp_path: Path) -> None:
     path = gguf("llama", {}).write(tmp_path / "m.gguf")
     assert open_tokenizer(path, str(tmp_path), config_of_gguf(path)).file is None
