@@ -36,6 +36,24 @@ class SmallSource:
 
 
 @dataclass(frozen=True, slots=True)
+class PartOfWhole:
+    """A part of a weight that is put together to be unpacked, as StoredPart has them.
+
+    Attributes:
+        dtype: of its source.
+        num_others: that its layout needs.
+    """
+
+    fills: str
+    layout: str
+    num_bits: int
+    block: tuple[int, int]
+    number: float
+    dtype: str
+    num_others: int
+
+
+@dataclass(frozen=True, slots=True)
 class StoredPart:
     """Which part of a weight `[N, K]` in few bits a source is, and how it lies.
 
@@ -46,6 +64,9 @@ class StoredPart:
         block: rows and items of K that one item of the source is for.
         others: what the layout needs beside it, in an order of its own.
         number: likewise.
+        packing: of a weight that is put together to be unpacked.
+        members: its parts; `others` are the sources of all but the first, and behind each, as behind the first, what
+            its layout needs.
     """
 
     fills: str
@@ -54,6 +75,8 @@ class StoredPart:
     block: tuple[int, int] = (1, 1)
     others: tuple[SmallSource, ...] = ()
     number: float = 0.0
+    packing: Packing | None = None
+    members: tuple[PartOfWhole, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

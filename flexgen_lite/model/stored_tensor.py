@@ -64,9 +64,9 @@ class StoredBits:
         return self.kind == "int" and self.zeros in ("", "uint8")
 
     @property
-    def may_be_unpacked(self) -> bool:
-        """Whether the loader can make items of it, too, where it cannot be kept so."""
-        return all(part.fills == "all" for part, _ in self.parts) or self.in_blocks is not None
+    def is_in_one_piece(self) -> bool:
+        """Whether items have their scales beside them."""
+        return all(part.fills == "all" for part, _ in self.parts)
 
     @property
     def in_blocks(self) -> tuple[StoredTensor, StoredPart, StoredTensor] | None:

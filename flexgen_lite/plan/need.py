@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,9 @@ CLIENT_BYTES = 50 * MIB  # the process that reads prompts and writes results
 LOADER_BYTES = 30 * MIB
 CONVERTING_LOADER_BYTES = 90 * MIB
 QUANTISING_LOADER_BYTES = 120 * MIB
+UNPACKED_ITEM_BYTES = (
+    16  # of an item that is unpacked with the whole of its weight: as it is read, as codes, twice as floats
+)
 NUMBA_BYTES = 95 * MIB
 SPANS_BYTES = 20 * MIB  # what an attention worker takes beyond what it has at the start: a pass's spans, partial sums
 ZYGOTE_BYTES = 48 * MIB  # what it does not share with the compute worker
@@ -173,8 +177,15 @@ def _products_bytes(spec: ModelSpec, threads: int) -> int:
 
 def _loader_bytes(spec: ModelSpec) -> int:
     if _has_few_bits(spec):
-        return QUANTISING_LOADER_BYTES
+        return QUANTISING_LOADER_BYTES + UNPACKED_ITEM_BYTES * _most_unpacked(spec)
     return CONVERTING_LOADER_BYTES if any(unit.converted for unit in spec.units) else LOADER_BYTES
+
+
+def _most_unpacked(spec: ModelSpec) -> int:
+    """Items of the largest weight that is unpacked while it is loaded, all of it at once."""
+    pieces = (piece for unit in spec.units for tensor in unit.tensors for piece in tensor.pieces)
+    whole = (math.prod(piece.source_shape) for piece in pieces if piece.part is not None and piece.part.packing)
+    return max(whole, default=0)
 
 
 def _has_few_bits(spec: ModelSpec) -> bool:

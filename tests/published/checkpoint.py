@@ -57,8 +57,11 @@ def base_model(family: str, directory: Path, **changes: Any) -> Path:
     return make_model(family, directory, torch.bfloat16, **SIZES[family] | changes)
 
 
-def publish(model: Path, target: Path, form: Format) -> Path:
+def publish(model: Path, target: Path, form: Format, more: str = "nothing") -> Path:
     """Writes `model` in a format, with weights that make mistakes show.
+
+    Args:
+        more: what the names of layers have in them that are written so, too; an expression.
 
     Returns:
         Beside `target`: the model that it stands for, as Transformers saves it, in float32.
@@ -71,7 +74,7 @@ def publish(model: Path, target: Path, form: Format) -> Path:
     new, layers, left = {}, {}, {}
     for name, tensor in tensors.items():
         layer, written = name.removesuffix(".weight"), None
-        if _LINEAR.match(name) and tensor.dim() > 1:
+        if (_LINEAR.match(name) or re.search(more, name)) and tensor.dim() > 1:
             tensor = sharpened(name, tensor.float()).bfloat16()
             written = form.write(layer, tensor.float())
         if written is None:

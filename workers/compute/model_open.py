@@ -34,10 +34,6 @@ from flexgen_lite.workers.model.tokenizer import TOKENIZER_FILES, ModelTokenizer
 from flexgen_lite.workers.model.weight_map import Binding, map_weights
 from flexgen_lite.workers.serve import UserError, first_line
 
-_OF_BITS = (
-    "kv_b_proj is quantised in the checkpoint, so keys and values are kept, not the latents that they are made of: a "
-    "checkpoint that leaves it in 16 bits has room for many more tokens"
-)
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 SAME_AGAIN = ["original/*", "consolidated*"]  # weights as their makers' own code has them
 
@@ -85,10 +81,9 @@ def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> Op
     keeps_latents = is_known or probe.prove(config)
     checkpoint = None if order.load_format == "dummy" else open_checkpoint(directory)
     is_stored = _check_quantization(order, directory, section, checkpoint)
-    of_bits = keeps_latents and checkpoint is not None and _has_projections_of_bits(checkpoint)
     dtype = _dtype(order.dtype, config, checkpoint, device)
     model = model_builder.build(config, dtype)
-    path = find_text_path(model, keeps_latents and not of_bits)
+    path = find_text_path(model, keeps_latents)
     layers, text = path.layers, model_builder.text_config(config)
     read = projections(model.modules())
     # Values of weights in few bits lie in the order of the kernels that multiply with them here.
@@ -131,7 +126,6 @@ def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> Op
             *warnings,
             *_rounding(section, order, checkpoint),
             *(warnings_of(model, quantization) if quantization is not None else []),
-            *([_OF_BITS] if of_bits else []),
             *([warning] if warning else []),
             *tokenizer.warnings,
         ),
@@ -165,13 +159,6 @@ def _check_quantization(order: OpenModel, directory: Path, section: Section, che
 
 def _is_gguf_in_few_bits(path: Path) -> bool:
     return is_gguf(path) and any(tensor.type.items > 1 for _, tensor in open_gguf(path).tensors())
-
-
-def _has_projections_of_bits(checkpoint: Checkpoint) -> bool:
-    """Whether a weight that makes keys and values of latents (latents.py) can only be kept in few bits, and so be read
-    by its own forward alone."""
-    stored = (t.bits for t in checkpoint.tensors.values() if t.name.endswith(".kv_b_proj.weight"))
-    return any(bits is not None and not bits.may_be_unpacked for bits in stored)
 
 
 def _rounding(section: Section, order: OpenModel, checkpoint: Checkpoint | None) -> list[str]:

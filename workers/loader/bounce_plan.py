@@ -21,6 +21,7 @@ from flexgen_lite.model.spec import ITEM_BYTES, SourcePiece, StoredPart, TensorS
 from flexgen_lite.workers.loader.lines import Lines
 from flexgen_lite.workers.loader.stored_bits import (
     ChunkOfBits,
+    NotFiniteError,
     ReadSmall,
     cannot_be_read,
     chunks_of_bits,
@@ -57,6 +58,7 @@ class Chunk:
     part: StoredPart | None = None  # that it is, of rows that are stored otherwise than item by item
     row: int = 0  # of these, the first
     others: tuple[Bits, ...] = ()  # what `part.others` names
+    name: str = ""  # of the source
 
     def convert(self, bounce: mmap.mmap, bounce_offset: int, arena: mmap.mmap, slot_offset: int) -> None:
         """Put the chunk, whose bytes are at `bounce_offset`, in its place."""
@@ -80,7 +82,10 @@ class Chunk:
             return np.ndarray(self.source_shape, bits_type(self.source_dtype), bounce, bounce_offset), self.source_dtype
         count, width = math.prod(self.source_shape[:-1]), self.source_shape[-1]
         lines = np.ndarray((count, self.num_bytes // count), np.uint8, bounce, bounce_offset)
-        rows = floats(Lines(lines, self.part, self.source_dtype, self.others, None, width, self.row))
+        try:
+            rows = floats(Lines(lines, self.part, self.source_dtype, self.others, None, width, self.row))
+        except NotFiniteError:
+            raise NotFiniteError(self.name) from None
         return rows.view(np.uint32).reshape(self.source_shape), "float32"
 
 
@@ -165,6 +170,7 @@ def _chunks(tensor: TensorSpec, piece: SourcePiece, limit: int, read: ReadSmall 
             part=piece.part,
             row=(offset - piece.offset) // _source_strides(piece)[-1] if piece.part is not None else 0,
             others=others,
+            name=piece.source_name,
         )
 
     turned = _in_source_order(target, piece)
@@ -175,7 +181,7 @@ def _chunks(tensor: TensorSpec, piece: SourcePiece, limit: int, read: ReadSmall 
         begin = _address(target) - base
         yield from chunks_of_bits(tensor, piece, piece.part, target, begin, rows_taken, limit, read)
         return
-    if turned is None:
+    if turned is None or (piece.part is not None and piece.part.layout == "whole"):
         yield chunk(piece.offset, piece.num_bytes, piece.source_shape, piece.views, target)
         return
     target, box = turned

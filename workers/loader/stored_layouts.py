@@ -27,6 +27,8 @@ offsets are one for every `group` items of K.
     awq_zeros         turned: a word has eight columns                 AWQ
     q4_0, q4_k ...    blocks of items, each with its scales            GGUF
     added             floats, and a number that is added to each       GGUF
+    whole             all bytes of a weight's values; `others` has     what is unpacked while it is loaded
+                      its other parts
     fp8_blocks        FP8 along K; `others` has scales for blocks      what is unpacked while it is loaded
     filled_zeros      codes along K, with more of them behind a row's  AWQ, gemv
     one               one number for the whole weight                  NVFP4

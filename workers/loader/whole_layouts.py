@@ -34,6 +34,10 @@ def floats(lines: Lines) -> Bits:
     """Rows of float32 of lines whose part is all."""
     if lines.part.layout == "fp8_blocks":
         return _floats_of_blocks(lines)
+    if lines.part.layout == "whole":
+        from flexgen_lite.workers.loader.whole_weights import floats_of_whole
+
+        return floats_of_whole(lines)
     if lines.part.layout == ADDED:
         return np.asarray(to_float32(lines.bytes, lines.dtype) + np.float32(lines.part.number))
     from flexgen_lite.workers.loader import gguf_kernels
@@ -47,5 +51,6 @@ WHOLE = {
     name: Layout(_blocks, lambda part, n, k, dtype: k // part.block[1] * _BLOCKS[part.layout].num_bytes)
     for name in _BLOCKS
 }
+WHOLE["whole"] = Layout(floats, lambda part, n, k, dtype: 1)  # they are read all at once
 WHOLE["fp8_blocks"] = Layout(floats, lambda part, n, k, dtype: k)
 WHOLE[ADDED] = Layout(floats, lambda part, n, k, dtype: k * ITEM_BYTES[dtype])

@@ -12,7 +12,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from flexgen_lite.model.files import CheckpointError
 from flexgen_lite.model.packing import Packing, fitting_groups
 from flexgen_lite.model.quantization import GROUPS, IGNORED, Quantization
 from flexgen_lite.text.shown import shown_text
@@ -97,40 +96,21 @@ class HeldBits:
 
 def stored_packing(name: str, parts: Sequence[Part], held: HeldBits) -> Packing | None:
     """How the parameter `name` is kept that the checkpoint's `parts` fill; None: they are not in few bits, or are
-    unpacked while they are loaded.
-
-    Raises:
-        CheckpointError: some are in few bits, and the parameter cannot be kept so.
+    unpacked while they are loaded, since others than products read the parameter, or they are not all alike.
     """
     stored = [part.stored.bits for part in parts]
     first = next((bits for bits in stored if bits is not None), None)
     if first is None or not first.kind:
         return None
-    may_be_unpacked = all(bits is None or bits.may_be_unpacked for bits in stored)
     if name not in held.is_transposed:
-        if may_be_unpacked:
-            return None
-        raise CheckpointError(
-            f"{name} is quantised in the checkpoint, and only weights of linear layers and experts can be kept so that "
-            "nobody else reads: use the unquantised model with `quantization`"
-        )
-    kinds = {None if bits is None else replace(bits, parts=(), order=b"1" if bits.order else b"") for bits in stored}
-    if len(kinds) > 1 and may_be_unpacked:
         return None
-    if len(kinds) > 1:
-        raise CheckpointError(
-            f"{name} is joined from tensors that are not all quantised alike: use the unquantised model with "
-            "`quantization`"
-        )
+    kinds = {None if bits is None else replace(bits, parts=(), order=b"1" if bits.order else b"") for bits in stored}
     # What is side by side in a weight, as gates are beside what they open, has the same inputs.
     orders = {
         (part.region[0] if len(part.region) > 2 else (), part.stored.bits and part.stored.bits.order) for part in parts
     }
-    if len(orders) > len({place for place, _ in orders}):
-        raise CheckpointError(
-            f"{name} is joined from tensors whose inputs are in groups of different inputs (g_idx), which is not "
-            "supported: use the unquantised model with `quantization`"
-        )
+    if len(kinds) > 1 or len(orders) > len({place for place, _ in orders}):
+        return None
     order = held.order if first.is_whole else held.other_order
     rounds_rows = held.rounds_rows and first.is_whole
     return Packing(

@@ -66,6 +66,7 @@ def map_weights(
     units: list[list[TensorSource]] = [[] for _ in range(len(layers) + 1)]
     found = None if checkpoint is None else find_weights(model, checkpoint, dtypes, unused)
     missing: list[str] = []
+    unlike: list[str] = []  # joined from tensors that are not alike
     for shared in _shared_tensors(model, layers):
         shape = tuple(shared.tensor.shape)
         if checkpoint is None or found is None:
@@ -79,6 +80,8 @@ def map_weights(
         for name in names:
             traced = found.traced[name]
             stored = stored_packing(name, traced.parts, held)
+            if stored is None and name in held.is_transposed and _is_in_few_bits(traced):
+                unlike.append(name)
             pieces = tuple(piece for part in traced.parts for piece in to_pieces(part, shape, stored is not None))
             packing = stored or packings.get(name)
             units[shared.unit].append(TensorSource(name, dtype_name(traced.dtype), shape, pieces, packing))
@@ -87,7 +90,7 @@ def map_weights(
     paths = {module: path for path, module in model.named_modules()}
     unit_names = [*(paths[layer] for layer in layers), "outside the layers"]
     specs = tuple(layout_unit(name, sources) for name, sources in zip(unit_names, units, strict=True))
-    return specs, _warnings(found)
+    return specs, (*_warnings(found), *_warnings_of_unlike(unlike))
 
 
 def _shared_tensors(model: PreTrainedModel, layers: Sequence[nn.Module]) -> list[_SharedTensor]:
@@ -159,6 +162,19 @@ def _missing_message(missing: Sequence[str], checkpoint: Checkpoint) -> str:
     count = "one file" if len(checkpoint.files) == 1 else f"{len(checkpoint.files)} files"
     return (
         f"the checkpoint lacks {names} (searched {count}: {files}): the download is incomplete, or {checkpoint.misfit}"
+    )
+
+
+def _is_in_few_bits(traced: Any) -> bool:
+    return any(part.stored.bits is not None and part.stored.bits.kind for part in traced.parts)
+
+
+def _warnings_of_unlike(names: Sequence[str]) -> tuple[str, ...]:
+    if not names:
+        return ()
+    return (
+        f"{len(names)} weights are joined from tensors that are quantised in different ways, and are kept in 16 bits: "
+        f"{shown_names(names)}",
     )
 
 

@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
-from flexgen_lite.model.spec import ITEM_BYTES, SmallSource, SourcePiece, StoredPart
+from flexgen_lite.model.formats.layers import small
+from flexgen_lite.model.packing import Packing
+from flexgen_lite.model.spec import ITEM_BYTES, PartOfWhole, SmallSource, SourcePiece, StoredPart
 from flexgen_lite.model.stored_tensor import StoredBits, StoredTensor
 
 Region = tuple[tuple[int, int], ...]
@@ -98,13 +100,29 @@ def to_pieces(part: Part, shape: Sequence[int], is_packed: bool = False) -> tupl
     """The part as SourcePieces of a parameter of `shape`: one, or those of a weight that is kept in few bits."""
     bits = part.stored.bits
     if bits is not None:
-        if not is_packed and (blocks := bits.in_blocks) is not None:
-            values, scale_part, scales = blocks
-            others = (SmallSource(scales.file, scales.offset, scales.num_bytes, scales.dtype),)
-            whole = StoredPart("all", "fp8_blocks", 8, scale_part.block, others)
-            bits = replace(bits, parts=((whole, values),))
-        return _pieces_of_bits(part, bits, shape)
+        return _pieces_of_bits(part, bits if is_packed or bits.is_in_one_piece else _in_one_piece(bits), shape)
     return (_to_piece(part, shape),)
+
+
+def _in_one_piece(bits: StoredBits) -> StoredBits:
+    """To be unpacked while it is loaded: row by row, or what is put together before."""
+    if (blocks := bits.in_blocks) is not None:
+        values, scale_part, scales = blocks
+        whole = StoredPart("all", "fp8_blocks", 8, scale_part.block, (small(scales),))
+        return replace(bits, parts=((whole, values),))
+    others: list[SmallSource] = []
+    for number, (part, source) in enumerate(bits.parts):
+        others += [*([small(source)] if number else []), *part.others]
+    members = tuple(
+        PartOfWhole(part.fills, part.layout, part.num_bits, part.block, part.number, source.dtype, len(part.others))
+        for part, source in bits.parts
+    )
+    packing = Packing(
+        bits.num_bits, bits.group, "int8", bits.scale_dtype, bits.zeros, kind=bits.kind, is_sorted=bool(bits.order),
+        finish=bits.finish, factors=bits.factors, factor_group=bits.factor_group, divides=bits.divides,
+    )  # fmt: skip
+    whole = StoredPart("all", "whole", others=tuple(others), packing=packing, members=members)
+    return replace(bits, parts=((whole, bits.parts[0][1]),))
 
 
 def _pieces_of_bits(part: Part, bits: StoredBits, shape: Sequence[int]) -> tuple[SourcePiece, ...]:

@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from flexgen_lite.model.files import CheckpointError
 from flexgen_lite.model.quantization import Quantization
 from flexgen_lite.workers.serve import UserError
-from tests.loaded_weights import spec_of
+from tests.loaded_weights import spec_of, unpacked_weights
 from tests.published.checkpoint import base_model, publish
 from tests.published.formats import FORMATS, ONLY_FOR
 
@@ -206,8 +207,13 @@ def plain(model: Path) -> Tensors:
 
 
 def test_experts_whose_inputs_are_in_orders_of_their_own(models: Callable[[str], Path], tmp_path: Path) -> None:
-    publish(models("qwen3-moe"), tmp_path / "model", FORMATS["gptq-4bit-desc-act"])
-    refused(tmp_path / "model", "experts.gate_up_proj", "g_idx", "not supported")
+    """Gate and up, which are one parameter: they are unpacked, with a warning."""
+    exact = publish(models("qwen3-moe"), tmp_path / "model", FORMATS["gptq-4bit-desc-act"])
+    expected = AutoModelForCausalLM.from_pretrained(exact, dtype=torch.float32).state_dict()
+    spec = spec_of(tmp_path / "model")
+    assert all(torch.equal(tensor, expected[name].to(tensor.dtype)) for name, tensor in unpacked_weights(spec).items())
+    (warning,) = spec.warnings
+    assert "experts.gate_up_proj" in warning and "kept in 16 bits" in warning
 
 
 def test_biases_without_a_place(write: Callable[[str], Path]) -> None:
