@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from tests.tiny_hybrids import HYBRIDS
+
 VOCAB = 160
 SHAPE: dict[str, Any] = {
     "num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": VOCAB,
@@ -95,6 +97,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mllama-wrapper": ("mllama", {"text_config": TEXT | MLLAMA, "vision_config": MLLAMA_VISION}),
 }
 """By name: model type, and what its config has beside SHAPE."""
+FAMILIES |= HYBRIDS
 
 
 SMALL_PASSES: dict[str, Any] = {
@@ -111,9 +114,11 @@ def make_model(family: str, directory: Path, dtype: torch.dtype = torch.float32,
     config = AutoConfig.for_model(kind, **common | overrides | changes)
     model = _auto_class(config).from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         parameter.data = 1 + 0.1 * noise if parameter.dim() == 1 else 1.5 * noise * parameter.shape[-1] ** -0.5
+        if name.endswith("A_log"):  # states are kept for long
+            parameter.data = 0.5 * noise - 3
     model.to(dtype).save_pretrained(directory, max_shard_size="100KB")
     return directory
 

@@ -69,7 +69,7 @@ class Coordinator:
             lanes = Lanes(config.trace, lambda text: log(f"warning: {text}"))
         except OSError as error:
             raise plan.PlanError(f"trace={config.trace} cannot be written: {error.strerror}") from error
-        self._arenas = {name: Arena(name) for name in ("weights", "kv", "exchange")}
+        self._arenas = {name: Arena(name) for name in ("weights", "kv", "exchange", "states")}
         self._stats = EngineStats(lanes, MemoryUse(self._arenas.values()))
         self._loop = EventLoop()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()

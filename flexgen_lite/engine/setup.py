@@ -65,7 +65,8 @@ class Setup:
     @property
     def arena_bytes(self) -> dict[str, int]:
         exchange = self.exchange.num_regions * self.exchange.region_bytes
-        return {"weights": self.plan.weights_bytes, "kv": self.kv.arena_bytes, "exchange": exchange}
+        states = self.plan.state_places * self.spec.state_bytes
+        return {"weights": self.plan.weights_bytes, "kv": self.kv.arena_bytes, "exchange": exchange, "states": states}
 
     @property
     def packed_units(self) -> frozenset[int]:
@@ -108,6 +109,7 @@ class Setup:
             made.attention_threads,
             made.attention_cpus[index],
             first_page(made.num_pages, made.attention_workers, index),
+            len(self.spec.stops),
         )
 
     def for_compute(self) -> worker_messages.AttachCompute:
@@ -125,6 +127,7 @@ class Setup:
             made.process_bytes["compute worker"],
             0 if self.opened.device_total_bytes else made.parts["workspace"],
             self.kv.dtype,
+            made.state_places,
         )
 
     # ------------------------------------------------------------------------------------------------ for the passes
@@ -137,11 +140,11 @@ class Setup:
         ring = range(len(made.resident_layers), last)
         host = SlotRing(pinned, made.ring_layers(layers), tuple(ring), made.device_alone)
         if not made.staged:
-            return Schedule(self.spec.columns, host)
+            return Schedule(self.spec.columns, host, stops=self.spec.stops)
         stay = dict(zip(made.device_layers, range(made.device_slots), strict=False))
         streamed = [layer for layer in range(layers) if layer not in stay]
         device = SlotRing({layers: made.device_slots} | stay, streamed, range(len(stay), made.device_slots))
-        return Schedule(self.spec.columns, host, device)
+        return Schedule(self.spec.columns, host, device, self.spec.stops)
 
     def make_requests(self, share_prefixes: bool, tokenizer: TextTokenizer | None) -> Requests:
         made, spec = self.plan, self.spec
@@ -153,8 +156,9 @@ class Setup:
             made.micro_batches,
             made.micro_batch_tokens,
             made.spread,
-            share_prefixes,
+            share_prefixes and not spec.states,  # a state is of its sequence's end alone
             ROWS_OF_A_PASS[where],
+            made.state_places // 2,
         )
         eos = tuple(token for token in spec.eos_token_ids if 0 <= token < spec.vocab_size)
         prefix = spec.bos_token_id if spec.bos_token_id is not None else next(iter(eos), None)
@@ -186,4 +190,5 @@ def set_up(
     made = plan.make_plan(config, spec, machine, processes, device_bytes > 0, device_bytes, expected)
     kv = kv_spec(spec.attention, spec.kv_columns, made.kv_groups, made.num_pages, made.kv_dtype)
     exchange = ExchangeSpec(made.micro_batches, made.region_bytes, made.micro_batch_tokens, spec.dtype)
-    return Setup(opened, made, kv, exchange, token_bytes_by_window(spec.attention, made.kv_dtype))
+    calls = [call for column, call in enumerate(spec.attention) if column not in spec.stops]
+    return Setup(opened, made, kv, exchange, token_bytes_by_window(calls, made.kv_dtype))

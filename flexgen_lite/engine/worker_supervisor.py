@@ -23,7 +23,7 @@ from flexgen_lite.wire.doorbells import doorbell_pair
 from flexgen_lite.wire.zygote_messages import zygote_pair
 
 COMPUTE, LOADER = "compute worker", "disk loader"
-ARENAS = {"compute": ("weights", "exchange"), "loader": ("weights",), "attention": ("kv", "exchange")}
+ARENAS = {"compute": ("weights", "exchange", "states"), "loader": ("weights",), "attention": ("kv", "exchange")}
 KEPT_PRODUCTS = 128  # a model has some six shapes of weights; a pass has one number of rows, or a few
 LEAVE_ZYGOTES = ("compute",)  # the others start in half a second
 ENVIRONMENT = {

@@ -6,6 +6,7 @@ workers work from the description alone.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from flexgen_lite.model.packing import Packing
@@ -173,6 +174,31 @@ class AttentionSpec:
         return self.num_kv_heads * (self.head_dim + self.stored_value_dim)
 
 
+@dataclass(frozen=True, slots=True)
+class StateSpec:
+    """A tensor that a sequence keeps from token to token beside keys and values.
+
+    Attributes:
+        kind: "conv", "recurrent" or "linear".
+        layer, number: as the model's class counts them.
+        offset: bytes from the beginning of the sequence's state.
+    """
+
+    kind: str
+    layer: int
+    number: int
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+STATE_ALIGNMENT = 64  # bytes, of its tensors
+
+
 def first_seen(position: int, window: int, attention_chunk: int) -> int:
     """The first token that the one at `position` sees, 0: there is no window, or are no chunks; a later one sees none
     before it."""
@@ -185,7 +211,8 @@ def first_seen(position: int, window: int, attention_chunk: int) -> int:
 class ModelSpec:
     """`units[:num_layers]` are the decoder layers in order, `units[num_layers]` is everything else.
 
-    A *column* is an attention call with what leads to it in its layer; every layer has one at least.
+    A *column* is an attention call with what leads to it in its layer, or a *stop*: what leads to the end of a mixer
+    that keeps other state than keys and values, or of a layer with neither. Every layer has a column at least.
     """
 
     model_type: str
@@ -204,7 +231,9 @@ class ModelSpec:
     units: tuple[UnitSpec, ...]
     columns: tuple[int, ...]  # the layer of each
     attention: tuple[AttentionSpec, ...]  # the call of each
-    kv_columns: tuple[int, ...]  # the column whose K and V each reads: itself, or one before it
+    kv_columns: tuple[int, ...]  # the column whose K and V each reads: itself, or one before it; of a stop any
+    stops: tuple[int, ...] = ()  # columns; `attention` has any other column's in their place
+    states: tuple[StateSpec, ...] = ()  # of a sequence
     held_bytes: int = 0  # that a token takes in the compute worker, at most, while its attention is computed elsewhere
     pass_bytes: int = 0  # and on its way through a layer; both measured, without what libraries take
     head_copy_bytes: int = 0  # of a copy of the tied head that suits the processor's products better; 0: no use
@@ -214,6 +243,14 @@ class ModelSpec:
     def own_kv(self) -> tuple[AttentionSpec, ...]:
         """The attention of the columns that have K and V of their own."""
         return tuple(spec for c, spec in enumerate(self.attention) if self.kv_columns[c] == c)
+
+    @property
+    def state_bytes(self) -> int:
+        """Of a sequence."""
+        if not self.states:
+            return 0
+        end = max(state.offset + state.num_bytes for state in self.states)
+        return -(-end // STATE_ALIGNMENT) * STATE_ALIGNMENT
 
     @property
     def column_names(self) -> tuple[str, ...]:

@@ -83,6 +83,11 @@ class Need:
     device_bytes: int  # of RAM, where the CPU plays the device's part
     compute_threads: int
 
+    @property
+    def state_bytes(self) -> int:
+        """Of a sequence, in both its places."""
+        return 2 * self.spec.state_bytes
+
     def fixed(self, tokens: int, count: int) -> dict[str, int]:
         """Bytes per part that do not depend on what is left of the budget."""
         region = region_bytes(self.spec.attention, tokens, ITEM_BYTES[self.spec.dtype])
@@ -102,7 +107,7 @@ class Need:
     def least(self, tokens: int, count: int, slots: int, pages: int | None = None) -> int:
         """RAM below which the engine cannot run with this block, so many layer slots, and KV pages."""
         kv = (pages or self.least_pages) * self.page
-        return sum(self.fixed(tokens, count).values()) + slots * self.layer_slot + kv
+        return sum(self.fixed(tokens, count).values()) + slots * self.layer_slot + kv + self.state_bytes
 
 
 def num_attention_workers(config: EngineConfig, machine: Machine) -> int:

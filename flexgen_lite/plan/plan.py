@@ -52,6 +52,7 @@ class Plan:
     kv_dtype: str
     kv_groups: tuple[KvGroup, ...]
     max_sequences: int
+    state_places: int  # two for each of them, where the model has states
     micro_batches: int
     micro_batch_tokens: int
     spread: bool
@@ -113,6 +114,10 @@ def make_plan(
     need = need_of(config, spec, machine, processes, on_gpu, expected)
     tokens, count, slots = _choose_block(need, ram)
     fixed = need.fixed(tokens, count)
+    max_sequences = min(need.max_sequences, tokens * count)
+    if spec.states:
+        max_sequences = min(max_sequences, _num_states(need, ram - sum(fixed.values()), tokens, slots))
+        fixed = fixed | {"states": max_sequences * need.state_bytes}
     staged = on_gpu if config.stage_weights is None else config.stage_weights
     if on_gpu and not staged:
         raise PlanError("stage_weights=false is not possible on a GPU: its layers are used from device slots")
@@ -143,7 +148,8 @@ def make_plan(
         num_pages=placed.num_pages,
         kv_dtype=need.kv_dtype,
         kv_groups=need.kv_groups,
-        max_sequences=min(need.max_sequences, tokens * count),
+        max_sequences=max_sequences,
+        state_places=2 * max_sequences if spec.states else 0,
         micro_batches=count,
         micro_batch_tokens=tokens,
         spread=on_gpu or config.micro_batches is not None,
@@ -213,6 +219,16 @@ def _choose_block(need: Need, ram: int) -> tuple[int, int, int]:
         if fixed["workspace"] + fixed["exchange"] <= ram // share:
             return tokens, count, slots
     return fitting[-1]
+
+
+def _num_states(need: Need, available: int, tokens: int, slots: int) -> int:
+    """Sequences whose states there is room for beside weights and KV cache: all layers, where they are no more than
+    three quarters of it; else what streams them, for a pass takes as long whatever rides on it."""
+    layers, ring = need.spec.num_layers * need.layer_slot, slots * need.layer_slot
+    each = need.state_bytes + need.wanted_pages * need.page // need.max_sequences
+    weights = layers if layers * 4 <= available * 3 else ring
+    longest = need.longest_pages(tokens) * need.page
+    return max(1, (available - weights - longest) // each)
 
 
 def _int8_would_help(need: Need, tokens: int, enough: int) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from typing import Protocol
 
 from flexgen_lite.queue.page_table import PageTable, block_keys
@@ -93,7 +94,11 @@ class MicroBatch:
             request = piece.request
             token_ids.extend(request.tokens[request.stored : request.stored + piece.num_rows])
             sample = request.next_sample() if piece.completes else None
-            spans.append(TokenSpan(row, piece.num_rows, request.stored, piece.prefill, sample, piece.scored))
+            spans.append(
+                TokenSpan(
+                    row, piece.num_rows, request.stored, piece.prefill, sample, piece.scored, *request.state_places
+                )
+            )
         return TokenBatch(index, index, tuple(token_ids), tuple(spans), self.workers())
 
     def kv_batch(self, index: int, worker: int) -> KvBatch:
@@ -143,6 +148,7 @@ class Batcher:
         spread: use as many micro-batches as there are, evenly filled, so that lanes overlap; else as few as will do.
         share: whether prompts do.
         least_gain: rows, for fewer no prompt waits for the beginning of another.
+        num_states: sequences that there is room for the state of, as many as may run; 0: the model has none.
     """
 
     def __init__(
@@ -154,6 +160,7 @@ class Batcher:
         spread: bool,
         share: bool = True,
         least_gain: int = 0,
+        num_states: int = 0,
     ) -> None:
         if max_sequences > micro_batches * micro_batch_tokens:
             raise ValueError(
@@ -165,6 +172,7 @@ class Batcher:
         self._micro_batch_tokens = micro_batch_tokens
         self._spread = spread
         self._share, self._least_gain = share, least_gain
+        self._has_states, self._states = num_states > 0, list(range(num_states))  # those that are free
         self._expected_share = 1.0  # of max_tokens that a request generates
         self.running: dict[int, RunningRequest] = {}
         self.num_preempted = 0
@@ -267,6 +275,8 @@ class Batcher:
             request.worker, request.pages, request.stored = worker, pages, stored
             self.num_shared += stored
             self.running[request.id] = waiting.take()
+            if self._has_states:
+                request.state, request.half = heappop(self._states), 0
             self._place(bins, request, rows)
         return held, gain
 
@@ -328,6 +338,7 @@ class Batcher:
                     stored = min(request.stored + piece.num_rows, request.num_prompt_tokens)
                     self._pages.publish(request.id, self._keys(request)[: stored // self._pages.block_tokens])
                 request.stored += piece.num_rows
+                request.half ^= 1
                 if request.finish_reason is not None or request.overflowed:
                     finished.append(request)
         for request in finished:
@@ -341,6 +352,9 @@ class Batcher:
         """The request runs no more."""
         del self.running[request.id]
         self._pages.release(request.id)
+        if request.state >= 0:
+            heappush(self._states, request.state)
+            request.state = -1
 
     def _most_room(self, bins: list[MicroBatch]) -> int:
         return self._micro_batch_tokens - min(b.num_rows for b in bins)

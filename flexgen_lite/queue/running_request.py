@@ -29,6 +29,8 @@ class RunningRequest:
     stored: int = 0
     worker: int = -1
     pages: tuple[PageRun, ...] = ()
+    state: int = -1  # of the model's states, two places of which are its own, see StateStore; -1: it has none
+    half: int = 0  # which of them is current
     times_preempted: int = 0
     overflowed: bool = False  # the model's numbers did, so that there is no next token
     logprobs: KeptLogprobs | None = None  # of the generated tokens, if asked for
@@ -38,6 +40,14 @@ class RunningRequest:
     text: TextStream | None = None  # of the answer, where something is asked of it before it is complete
     is_streamed: bool = False  # a reader wants its tokens as they come
     block_keys: tuple[bytes, ...] | None = None  # of the prompt's full blocks, once they are asked for
+
+    @property
+    def state_places(self) -> tuple[int, int]:
+        """From where its state is read in the next pass, and where it is written; -1: there is none."""
+        if self.state < 0:
+            return -1, -1
+        current = 2 * self.state + self.half
+        return (current if self.stored else -1), current ^ 1
 
     @property
     def num_generated(self) -> int:

@@ -21,7 +21,7 @@ loads, copies, attention and products of different layers and micro-batches over
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from flexgen_lite.schedule.slot_ring import SlotRing
@@ -59,10 +59,14 @@ class Schedule:
             outside the layers, which is needed from the first segment to the last.
         host: slots that the loader fills; holds units 0 .. L.
         device: slots that uploads fill, or None where layers are used where the loader put them.
+        stops: columns without attention.
     """
 
-    def __init__(self, layers: Sequence[int], host: SlotRing, device: SlotRing | None = None) -> None:
+    def __init__(
+        self, layers: Sequence[int], host: SlotRing, device: SlotRing | None = None, stops: Collection[int] = ()
+    ) -> None:
         self.num_columns = len(layers)
+        self._stops = frozenset(stops)
         self._layers = tuple(layers)
         self._outside = layers[-1] + 1
         self._host = host
@@ -88,7 +92,7 @@ class Schedule:
         self._parts = list(parts)
         self._granted = 0
         self._next = [0] * len(parts)
-        self._attended = [dict.fromkeys(workers, 0) for workers in parts]
+        self._attended = [dict.fromkeys(workers, self._behind_stops(0)) for workers in parts]
         self._left = [0] * len(parts)
         self._leavers = [0] * self._outside
         return self._advance()
@@ -133,7 +137,7 @@ class Schedule:
     def attended(self, column: int, micro_batch: int, worker: int) -> None:
         """An attention worker's part of attention(column, micro_batch) is done; only `waits_for` depends on it."""
         assert self._attended[micro_batch][worker] == column
-        self._attended[micro_batch][worker] = column + 1
+        self._attended[micro_batch][worker] = self._behind_stops(column + 1)
 
     # ------------------------------------------------------------------------------------------------ state
 
@@ -155,6 +159,12 @@ class Schedule:
         layers = (*self._layers, self._outside, self._outside)
         states = [f"micro-batch {k} before layer {layers[column]}" for k, column in enumerate(self._next)]
         return ", ".join(states) or "no pass"
+
+    def _behind_stops(self, column: int) -> int:
+        """The next column from `column` on that has attention."""
+        while column in self._stops:
+            column += 1
+        return column
 
     def _leave(self, column: int, micro_batch: int) -> None:
         if self._left[micro_batch] == column:

@@ -122,6 +122,7 @@ class AttachAttention:
     threads: int
     cpus: tuple[int, ...]
     first_page: int = 0  # of those that are this worker's
+    num_stops: int = 0  # columns that nothing will be asked of
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +242,7 @@ class AttachCompute:
     process_bytes: int  # that the process may take of main memory, what it maps of files among it
     workspace_bytes: int  # of that, for temporaries; 0 where they are in a GPU's memory
     kv_dtype: str
+    state_places: int = 0  # in the arena of states, two for each sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +252,9 @@ class TokenSpan:
     If `prefill`, they are the sequence's first tokens and attend to each other here; otherwise the attention worker
     computes their attention. `sample` is None where no token is wanted after them; `scored` where no logprobs of the
     tokens that follow them in the prompt are.
+
+    Where the model has states, the sequence's is read from place `state_from` (-1: these are its first tokens) and
+    written to place `state_to`.
     """
 
     row: int
@@ -258,6 +263,8 @@ class TokenSpan:
     prefill: bool
     sample: Sample | None
     scored: Scored | None
+    state_from: int = -1
+    state_to: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,9 +327,9 @@ class Segments:
     """Segments of every micro-batch in the columns `column`, `column` + 1, ..., one column for each of `slots`.
 
     A segment finishes column j - 1 of a micro-batch behind its attention and runs on up to the attention call of column
-    j. It may run when the attention workers have done column j - 1; those that may, run in the order (column,
-    micro-batch). The last one finishes the forward and samples. The slots hold the weights of the columns' layers
-    (device slots where there are any, else host slots); -1 for the last segment.
+    j, or to its end where that is a stop. It may run when the attention workers have done column j - 1; those that may,
+    run in the order (column, micro-batch). The last one finishes the forward and samples. The slots hold the weights of
+    the columns' layers (device slots where there are any, else host slots); -1 for the last segment.
     """
 
     pass_id: int

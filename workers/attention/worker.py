@@ -51,7 +51,7 @@ class AttentionWorker(serve.Worker):
             )
             warm_up(message.exchange.dtype, message.kv.dtype)
             self._state = AttentionState(message, kv, exchange)
-            self._num_columns = len(message.columns)
+            self._num_columns = len(message.columns) - message.num_stops
             threading.Thread(target=self._state.prefault, args=(self._prefaulted,), daemon=True).start()
             self._context.post(worker_messages.Ready(sum(resident_bytes())))
             return

@@ -23,6 +23,7 @@ from flexgen_lite.workers.serve import UserError
 
 if TYPE_CHECKING:
     from flexgen_lite.workers.compute.latents import Latents
+    from flexgen_lite.workers.compute.mixers import Mixer
 
 KNOWN_ARGUMENTS = {
     "position_ids", "cache_position", "use_cache", "output_attentions", "position_embeddings", "is_causal", "layer_idx",
@@ -76,6 +77,14 @@ class ModelGreenlet(greenlet.greenlet):
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
         """Returns the attention output, `[B, T, H, E]`."""
+        raise NotImplementedError
+
+    def mix(self, mixer: Mixer, rows_1TD: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Returns what a mixer makes of the rows (mixers.py), and stops behind it."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """At the end of a layer without attention and mixer."""
         raise NotImplementedError
 
 

@@ -15,6 +15,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import greenlet
 import torch
@@ -30,10 +31,12 @@ from flexgen_lite.workers.compute.device import Device
 from flexgen_lite.workers.compute.exchange_region import ExchangeRegion
 from flexgen_lite.workers.compute.head import Head
 from flexgen_lite.workers.compute.int8_rows import rounded
+from flexgen_lite.workers.compute.mixers import Mixer, StateSpan
 from flexgen_lite.workers.compute.model_inputs import model_inputs
 from flexgen_lite.workers.compute.prefill_attention import prompt_attention
 from flexgen_lite.workers.compute.products import Products
 from flexgen_lite.workers.compute.sampling import Drawn, Scores, sample, score
+from flexgen_lite.workers.compute.state_store import StateStore
 from flexgen_lite.workers.model.builder import text_config
 
 
@@ -50,11 +53,15 @@ class Forward(ModelGreenlet):
         products: Products,
         head: Head,
         kv_in_int8: bool,
+        states: StateStore | None,
     ) -> None:
         super().__init__(self._forward)
         self._model = model
         self._device = device
         self._columns, self._kv_columns = spec.attention, spec.kv_columns
+        self._stops = frozenset(spec.stops)
+        self._states = states
+        self._state_spans = [StateSpan(span.row, span.num_rows, span.state_from, span.state_to) for span in batch.spans]
         self._followed = {column for column, pair in enumerate(pairwise(spec.columns)) if pair[0] == pair[1]}
         self._batch = batch
         self._region = region
@@ -151,6 +158,7 @@ class Forward(ModelGreenlet):
     def attend(self, call: AttentionCall) -> torch.Tensor:
         """See ModelGreenlet.attend: called by the model, inside the greenlet."""
         self._reached += 1
+        assert self._reached not in self._stops, f"column {self._reached} is a stop"
         assert call.spec == self._columns[self._reached], f"column {self._reached}: {call.spec} is not as described"
         start_ns = time.monotonic_ns()
         self._send(call)
@@ -161,10 +169,30 @@ class Forward(ModelGreenlet):
         output = self._output(call)[None]
         if self._reached in self._followed:  # by another call of the layer, which may come before this is read
             output = output.clone()
+        self._pass_last_column()
+        return output
+
+    def mix(self, mixer: Mixer, rows_1TD: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """See ModelGreenlet.mix: called by the model, inside the greenlet."""
+        assert self._states is not None
+        output = mixer.run(rows_1TD, self._state_spans, self._states, args, kwargs)
+        self.stop()
+        return output
+
+    def stop(self) -> None:
+        """See ModelGreenlet.stop."""
+        self._reached += 1
+        assert self._reached in self._stops, f"column {self._reached} is no stop"
+        parent = self.parent
+        assert isinstance(parent, greenlet.greenlet)
+        parent.switch()
+        self._pass_last_column()
+
+    def _pass_last_column(self) -> None:
+        """Behind the last column only rows count of which something is asked."""
         if self._reached == len(self._columns) - 1:
             only = self._products.only(self._asked_rows_N, len(self._batch.token_ids))
             self._behind_last_attention.enter_context(only)
-        return output
 
     def _send(self, call: AttentionCall) -> None:
         views = self._region.views(call.spec)

@@ -25,6 +25,7 @@ from flexgen_lite.workers.compute import attention_call, experts, fused, probe
 from flexgen_lite.workers.compute.device import Device
 from flexgen_lite.workers.compute.head import Head
 from flexgen_lite.workers.compute.latents import projections
+from flexgen_lite.workers.compute.mixers import read_projections
 from flexgen_lite.workers.compute.product_weights import serves_width
 from flexgen_lite.workers.compute.products import Products
 from flexgen_lite.workers.compute.trial import find_text_path, outside
@@ -85,7 +86,7 @@ def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> Op
     model = model_builder.build(config, dtype)
     path = find_text_path(model, keeps_latents)
     layers, text = path.layers, model_builder.text_config(config)
-    read = projections(model.modules())
+    read = projections(model.modules()) | read_projections(model.modules())
     # Values of weights in few bits lie in the order of the kernels that multiply with them here.
     unpacked_first = device.torch_device.type == "cpu" and not (dtype == torch.bfloat16 and serves_width(STEP * 2))
     value_order = "int8" if unpacked_first or order.activations == "int8" else "bfloat16"
@@ -119,6 +120,8 @@ def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> Op
         columns=path.columns,
         attention=path.attention,
         kv_columns=path.kv_columns,
+        stops=path.stops,
+        states=path.states,
         held_bytes=path.held_bytes,
         pass_bytes=path.pass_bytes,
         head_copy_bytes=products.copied_bytes(outside(model, layers)),

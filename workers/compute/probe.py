@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import greenlet
@@ -17,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexgen_lite.workers.compute.attention_call import AttentionCall, ModelGreenlet
 from flexgen_lite.workers.compute.latents import in_latent_space
+from flexgen_lite.workers.compute.mixers import NOTHING, Key, Mixer, StateSpan
 from flexgen_lite.workers.compute.model_inputs import model_inputs
 from flexgen_lite.workers.compute.prefill_attention import causal_attention
 from flexgen_lite.workers.compute.tiny_config import tiny_config
@@ -29,7 +31,9 @@ TESTED_TYPES: frozenset[str] = frozenset(
         "opt", "gpt2", "gpt_neox", "gpt_bigcode", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral",
         "gemma2", "gemma3_text", "phi", "phi3", "gpt_oss", "olmo2", "starcoder2", "cohere", "granite", "deepseek_v3",
         "deepseek_v32", "llama4_text", "diffllama", "longcat_flash", "gemma3", "gemma4", "gemma4_text", "gemma3n_text",
-        "qwen3_vl", "mllama",
+        "qwen3_vl", "mllama", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "lfm2", "lfm2_moe", "lfm3", "bamba",
+        "nemotron_h", "granitemoehybrid", "jamba", "falcon_h1", "kimi_linear", "bailing_hybrid", "olmo_hybrid",
+        "zamba2", "mamba", "mamba2", "falcon_mamba",
     }
 )  # fmt: skip
 TOLERANCE = 2e-3  # of the largest logit; a wrong mask or position is off by far more
@@ -133,18 +137,42 @@ def _set(model: PreTrainedModel, name: str, value: torch.Tensor, is_parameter: b
 class _PackedForward(ModelGreenlet):
     """One pass of a micro-batch: the given new tokens of each sequence behind those whose K and V are kept."""
 
-    def __init__(self, model: PreTrainedModel, new_tokens: list[torch.Tensor], kept: list[dict[int, Any]]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, new_tokens: list[torch.Tensor], kept: list[dict[Any, Any]], starts: list[int]
+    ) -> None:
         super().__init__(self._forward)
-        self._model, self._new_tokens, self._kept = model, new_tokens, kept
+        self._model, self._new_tokens, self._kept, self._starts = model, new_tokens, kept, starts
+        self._has_past = starts[0] > 0
         self._layer = -1
         self.logits: list[torch.Tensor] = []
 
     def _forward(self) -> None:
-        starts = [kept[0][0].shape[1] if kept else 0 for kept in self._kept]
-        positions = [start + i for start, new in zip(starts, self._new_tokens, strict=True) for i in range(len(new))]
+        starts, new_tokens = self._starts, self._new_tokens
+        positions = [start + i for start, new in zip(starts, new_tokens, strict=True) for i in range(len(new))]
         inputs = model_inputs(self._model, torch.cat(self._new_tokens)[None], torch.tensor([positions]))
         output = self._model(**inputs)
         self.logits = list(output.logits[0].split([len(new) for new in self._new_tokens]))
+
+    def mix(self, mixer: Mixer, rows_1TD: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        spans, row = [], 0
+        for number, new in enumerate(self._new_tokens):
+            spans.append(StateSpan(row, len(new), number if self._has_past else NOTHING, number))
+            row += len(new)
+        output = mixer.run(rows_1TD, spans, self, args, kwargs)
+        self.stop()
+        return output
+
+    def stop(self) -> None:
+        self._layer += 1
+        assert isinstance(self.parent, greenlet.greenlet)
+        self.parent.switch()
+
+    def get(self, key: Key, places: Sequence[int]) -> torch.Tensor:
+        return torch.stack([self._kept[place][key] for place in places])
+
+    def put(self, key: Key, places: Sequence[int], values: torch.Tensor) -> None:
+        for place, value in zip(places, values, strict=True):
+            self._kept[place][key] = value.clone()
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
         self._layer += 1
@@ -174,7 +202,7 @@ def largest_error(theirs: PreTrainedModel, ours: PreTrainedModel) -> float:
     vocab = model_builder.text_config(theirs.config).vocab_size
     batches = [[torch.randint(vocab, (length + STEPS,), generator=generator) for length in group] for group in LENGTHS]
     found: dict[tuple[int, int], list[torch.Tensor]] = defaultdict(list)
-    kept: list[list[dict[int, Any]]] = [[{} for _ in group] for group in LENGTHS]
+    kept: list[list[dict[Any, Any]]] = [[{} for _ in group] for group in LENGTHS]
     with torch.no_grad():
         for step in range(STEPS + 1):
             forwards = []
@@ -182,7 +210,7 @@ def largest_error(theirs: PreTrainedModel, ours: PreTrainedModel) -> float:
                 ends = [length + step for length in group]
                 begins = [0 if step == 0 else end - 1 for end in ends]
                 new = [t[begin:end] for t, begin, end in zip(tokens, begins, ends, strict=True)]
-                forwards.append(_PackedForward(ours, new, kept[k]))
+                forwards.append(_PackedForward(ours, new, kept[k], begins))
             while not all(forward.dead for forward in forwards):
                 for forward in forwards:
                     if not forward.dead:

@@ -11,24 +11,28 @@ from __future__ import annotations
 import contextlib
 import mmap
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import greenlet
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from flexgen_lite.model.spec import AttentionSpec
+from flexgen_lite.model.spec import STATE_ALIGNMENT, AttentionSpec, StateSpec
+from flexgen_lite.workers.compute import mixers
 from flexgen_lite.workers.compute.attention_call import AttentionCall, ModelGreenlet
 from flexgen_lite.workers.compute.indexers import choose_all
 from flexgen_lite.workers.compute.latents import hand_over
 from flexgen_lite.workers.compute.live_bytes import LiveBytes
+from flexgen_lite.workers.compute.mixers import NOTHING, Key, Mixer, StateSpan
 from flexgen_lite.workers.compute.model_inputs import model_inputs
 from flexgen_lite.workers.model.builder import decoder_layers, decoder_of, no_interface, text_config
 from flexgen_lite.workers.serve import UserError, first_line
 
-NUM_TOKENS = 3
+NUM_TOKENS, NUM_TOKENS_OF_MIXERS = 3, 64  # of these, some take memory for so many at least
+NO_ATTENTION = AttentionSpec(1, 1, 16, 16, 1.0, None, None, False)
 _StorageRef = weakref.ref[torch.UntypedStorage]
 
 
@@ -42,6 +46,8 @@ class TextPath:
         attention: each of these calls.
         kv_columns: the call whose keys and values each reads: itself, or one before it.
         unused: names of the tensors that it does not need; the model has them no more.
+        stops: columns that are no attention calls; `attention` and `kv_columns` have those of another one for them.
+        states: that a sequence keeps beside keys and values.
         has_indexers: whether there are layers whose tokens see those that an indexer chooses.
         held_bytes: that a token has, at most, while its attention is computed elsewhere.
         pass_bytes: that a token has, at most, on its way through a layer.
@@ -51,6 +57,8 @@ class TextPath:
     columns: tuple[int, ...]
     attention: tuple[AttentionSpec, ...]
     kv_columns: tuple[int, ...]
+    stops: tuple[int, ...]
+    states: tuple[StateSpec, ...]
     unused: frozenset[str]
     has_indexers: bool
     held_bytes: int
@@ -65,35 +73,58 @@ class _Trial(ModelGreenlet):
     """Runs the first layer of each structure to its end, to see how often it calls attention, others up to their last
     call."""
 
-    def __init__(self, model: PreTrainedModel, layers: nn.ModuleList) -> None:
+    def __init__(self, model: PreTrainedModel, layers: nn.ModuleList, num_tokens: int, has_mixers: bool) -> None:
         super().__init__(self._run)
-        self._model, self._all_layers = model, layers
+        self._model, self._all_layers, self._num_tokens = model, layers, num_tokens
+        self.plain: list[nn.Module] = []  # layers without attention and mixer
+        self.states: dict[Key, tuple[tuple[int, ...], torch.dtype]] = {}
         self.layers: list[nn.Module] = []
         self.columns: list[int] = []
-        self.calls: list[AttentionSpec] = []
+        self.calls: list[AttentionSpec | None] = []  # None: a stop
         self.kv_columns: list[int] = []
         self._kv: dict[object, tuple[int, list[_StorageRef]]] = {}  # views -> the first call with them, while they live
         self._bytes = LiveBytes()
         self.held_bytes = self.pass_bytes = 0  # of all tokens
         self.entered: set[nn.Module] = set()  # of the modules outside the layers
         self._num_calls: dict[object, int] = {}  # by structure
+        self._plain: set[object] = set()  # structures
+        self._has_mixers = has_mixers
         self._outputs: dict[object, Any] = {}  # by structure, of its first layer
         self._leave_after: int | None = None
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
-        layer = len(self.layers) - 1
-        if layer < 0:
-            raise UserError(f"{type(self._model).__name__} attends before its first layer, which is not supported")
-        self.columns.append(layer)
-        self.kv_columns.append(self._kv_column(call))
-        self.calls.append(call.spec)
-        self.held_bytes = max(self.held_bytes, self._bytes.live)
-        if self.columns.count(layer) == self._leave_after:
-            raise _LayerLeft
+        self._note(call.spec, self._kv_column(call))
         query, latents = call.query_BHTD, call.latents
         _, heads, tokens, head_dim = query.shape
         value_dim = call.value_BGTE.shape[3] if latents is None else latents.value_dim(heads, head_dim)
         return query.new_zeros((1, tokens, heads, value_dim))
+
+    def mix(self, mixer: Mixer, rows_1TD: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        span = StateSpan(0, rows_1TD.shape[1], NOTHING, 0)
+        output = mixer.run(rows_1TD, [span], self, args, kwargs)
+        self.stop()
+        return output
+
+    def stop(self) -> None:
+        self._note(None, NOTHING)
+
+    def get(self, key: Key, places: Sequence[int]) -> torch.Tensor:
+        raise AssertionError("there is no state before the first token")
+
+    def put(self, key: Key, places: Sequence[int], values: torch.Tensor) -> None:
+        self.states[key] = tuple(values.shape[1:]), values.dtype
+
+    def _note(self, call: AttentionSpec | None, kv_column: int) -> None:
+        """A column."""
+        layer = len(self.layers) - 1
+        if layer < 0:
+            raise UserError(f"{type(self._model).__name__} attends before its first layer, which is not supported")
+        self.columns.append(layer)
+        self.kv_columns.append(kv_column)
+        self.calls.append(call)
+        self.held_bytes = max(self.held_bytes, self._bytes.live)
+        if self.columns.count(layer) == self._leave_after:
+            raise _LayerLeft
 
     def _kv_column(self, call: AttentionCall) -> int:
         """The first call with the keys and values of this one."""
@@ -117,9 +148,20 @@ class _Trial(ModelGreenlet):
                 layer.forward = self._of_layer(index, layer)
             undo.callback(setattr, nn.Linear, "forward", nn.Linear.forward)
             nn.Linear.forward = _zero_product  # type: ignore[assignment]
-            tokens, positions = torch.zeros((1, NUM_TOKENS), dtype=torch.long), torch.arange(NUM_TOKENS)[None]
+            count = self._num_tokens
+            tokens, positions = torch.zeros((1, count), dtype=torch.long), torch.arange(count)[None]
             with self._bytes:
                 self._model(**model_inputs(self._model, tokens, positions))
+
+    def _may_be_plain(self, layer: nn.Module) -> bool:
+        """Whether it is likely to have no attention at all, and not one that does not go through the interface."""
+        names = [f"{name} {type(module).__name__}".lower() for name, module in layer.named_modules()]
+        return self._has_mixers and not any("attn" in name or "attention" in name for name in names[1:])
+
+    def _end_plain(self, layer: nn.Module) -> None:
+        self.plain.append(layer)
+        self._leave_after = None
+        self.stop()
 
     def _of_layer(self, index: int, layer: nn.Module) -> Callable[..., torch.Tensor]:
         forward = layer.forward
@@ -130,11 +172,18 @@ class _Trial(ModelGreenlet):
                 raise UserError(f"{type(self._model).__name__} goes through a layer twice, which is not supported")
             self.layers.append(layer)
             before, self._leave_after = len(self.calls), self._num_calls.get(structure)
+            if structure in self._plain:
+                self._leave_after = None
+                self._end_plain(layer)
+                return self._outputs[structure]
             try:
                 output = forward(hidden_states, *args, **kwargs)
             except _LayerLeft:
                 known = self._outputs[structure]
                 return (hidden_states, *known[1:]) if isinstance(known, tuple) else hidden_states
+            if len(self.calls) == before and self._may_be_plain(layer) and structure not in self._num_calls:
+                self._plain.add(structure)
+                self._end_plain(layer)
             if len(self.calls) == before or structure in self._num_calls:
                 raise UserError(_no_call(self._model, index, layer))
             self._num_calls[structure] = len(self.calls) - before
@@ -164,7 +213,9 @@ def find_text_path(model: PreTrainedModel, keeps_latents: bool = True) -> TextPa
     has_indexers = choose_all(modules)
     if keeps_latents:
         hand_over(modules)
-    trial = _Trial(model, layers)
+    has_mixers = mixers.hand_over(modules)
+    num_tokens = NUM_TOKENS_OF_MIXERS if has_mixers else NUM_TOKENS
+    trial = _Trial(model, layers, num_tokens, has_mixers)
     with _zero_weights(model):
         try:
             trial.switch()
@@ -179,16 +230,45 @@ def find_text_path(model: PreTrainedModel, keeps_latents: bool = True) -> TextPa
                 f"{type(model).__name__} cannot be run on text alone ({type(error).__name__}: {first_line(error)}), "
                 "which is all that can be served"
             ) from error
+    for layer in trial.plain:
+        layer.register_forward_hook(_stop)
+    attention, kv_columns = _with_stops(trial)
     return TextPath(
         layers=tuple(trial.layers),
         columns=tuple(trial.columns),
-        attention=tuple(trial.calls),
-        kv_columns=tuple(trial.kv_columns),
+        attention=attention,
+        kv_columns=kv_columns,
+        stops=tuple(column for column, call in enumerate(trial.calls) if call is None),
+        states=_states(trial),
         unused=_strip(model, layers, trial),
         has_indexers=has_indexers,
-        held_bytes=-(-trial.held_bytes // NUM_TOKENS),
-        pass_bytes=-(-trial.pass_bytes // NUM_TOKENS),
+        held_bytes=-(-trial.held_bytes // num_tokens),
+        pass_bytes=-(-trial.pass_bytes // num_tokens),
     )
+
+
+def _stop(layer: nn.Module, inputs: object, output: object) -> None:
+    running = greenlet.getcurrent()
+    if isinstance(running, ModelGreenlet):
+        running.stop()
+
+
+def _with_stops(trial: _Trial) -> tuple[tuple[AttentionSpec, ...], tuple[int, ...]]:
+    """The attention of all columns, and whose keys and values they read; of stops the first call's, of which nothing is
+    asked there, or one that hardly takes memory."""
+    first = next((column for column, call in enumerate(trial.calls) if call is not None), 0)
+    usual = trial.calls[first] or NO_ATTENTION
+    kv_columns = [first if call is None else kv for call, kv in zip(trial.calls, trial.kv_columns, strict=True)]
+    return tuple(call or usual for call in trial.calls), tuple(kv_columns)
+
+
+def _states(trial: _Trial) -> tuple[StateSpec, ...]:
+    found, end = [], 0
+    for (kind, layer, number), (shape, dtype) in trial.states.items():
+        state = StateSpec(kind, layer, number, shape, str(dtype).removeprefix("torch."), end)
+        found.append(state)
+        end += -(-state.num_bytes // STATE_ALIGNMENT) * STATE_ALIGNMENT
+    return tuple(found)
 
 
 def outside(model: nn.Module, layers: nn.ModuleList | tuple[nn.Module, ...]) -> list[nn.Module]:

@@ -24,6 +24,7 @@ from flexgen_lite.workers.compute.forward import Forward, stop_at_layers
 from flexgen_lite.workers.compute.heap import Heap
 from flexgen_lite.workers.compute.model_open import OpenedModel, fingerprint, open_model
 from flexgen_lite.workers.compute.sampling import read, read_scores
+from flexgen_lite.workers.compute.state_store import StateStore
 from flexgen_lite.workers.model.weight_sources import compile_conversions
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class ComputeWorker(serve.Worker):
         self._slots: list[torch.Tensor] = []  # uint8 views of the weights arena
         self._device_slots: list[torch.Tensor] = []
         self._regions: list[ExchangeRegion] = []
+        self._states: StateStore | None = None
         self._batches: dict[int, worker_messages.TokenBatch] = {}
         self._bound: dict[int, int] = {}  # unit -> slot
         self._pass_id = -1
@@ -105,6 +107,9 @@ class ComputeWorker(serve.Worker):
             ExchangeRegion(exchange[i * size : (i + 1) * size], order.exchange.max_tokens, dtype)
             for i in range(order.exchange.num_regions)
         ]
+        if order.state_places:
+            memory = self._map("states", order.state_places * self._opened.spec.state_bytes)
+            self._states = StateStore(memory, self._opened.spec, self._device.torch_device)
         anonymous, files = resident_bytes()
         self._heap = Heap(order.process_bytes - files)
         self._workspace_bytes = order.workspace_bytes
@@ -151,6 +156,7 @@ class ComputeWorker(serve.Worker):
                 self._opened.products,
                 self._opened.head,
                 self._kv_in_int8,
+                self._states,
             )
             for batch in order.batches
         }
@@ -218,11 +224,19 @@ class ComputeWorker(serve.Worker):
             if pass_id != self._pass_id:
                 continue
             self._queue.done()
+            self._pass_stop(done)
             self._context.tell(done, at_once=self._streaming or self._is_last(done.column))
         segment = self._queue.take()
         if segment is not None:
             self._run(*segment)
         return segment is not None or bool(self._ended)
+
+    def _pass_stop(self, done: worker_messages.SegmentDone) -> None:
+        """Nobody attends in a column that is a stop."""
+        assert self._opened is not None
+        if done.column in self._opened.spec.stops and not done.left_only:
+            for _ in self._batches[done.micro_batch].workers:
+                self._queue.attended(done.column, done.micro_batch)
 
     def report(self, items: tuple[worker_messages.SegmentDone, ...]) -> worker_messages.ComputeReport:
         assert self._device is not None
@@ -236,7 +250,7 @@ class ComputeWorker(serve.Worker):
         if slot is not None and not self._is_last(column):
             self._bind(self._opened.spec.columns[column], slot)
         forward, batch, pass_id = self._forwards[micro_batch], self._batches[micro_batch], self._pass_id
-        copied_ns = forward.copy_ns
+        copied_ns, stops = forward.copy_ns, self._opened.spec.stops
         if slot is None:
             forward.leave(column - 1)
         else:
@@ -244,7 +258,7 @@ class ComputeWorker(serve.Worker):
         copy_ns = forward.copy_ns - copied_ns
 
         def done(to_host_ns: int) -> None:
-            if slot is not None and not self._is_last(column):
+            if slot is not None and not self._is_last(column) and column not in stops:
                 for worker in batch.workers:
                     ring(self._context.doorbells[str(worker)], Note(pass_id, column, micro_batch))
             read_back = [read(drawn, samples) for drawn, samples in forward.drawn]

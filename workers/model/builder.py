@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, Cache, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import (
@@ -37,6 +37,8 @@ EXPERTS_NAME = "flexgen_lite"
 ATTENTION_LAYERS = {
     "full_attention", "sliding_attention", "chunked_attention", "indexed_attention", "minimax_m3_sparse", "attention",
 }  # fmt: skip
+STATE_LAYERS = {"linear_attention", "conv", "hybrid", "mamba", "mamba2", "mlp", "moe", "recurrent"}
+STATE_VERSION = "5.24"  # of Transformers: its cache has one interface for all states
 _MAX_TOKEN_ID = (1 << 31) - 1
 _KNOWN_AS = {"kimi_k2": "deepseek_v3"}
 """Types that have code of their own on the hub, and are in all but name others that Transformers has."""
@@ -104,9 +106,13 @@ def language_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     if text is config and not getattr(config, "is_decoder", True) and _may_be_bidirectional(cls):
         raise UserError(f"{cls.__name__} is bidirectional: every token sees those behind it")
     kinds = set(getattr(text, "layer_types", None) or ())
-    if getattr(cls, "_is_stateful", False) and not (kinds and kinds <= ATTENTION_LAYERS):
-        raise UserError(f"{cls.__name__} keeps other state than a KV cache, which is not supported")
-    if other := sorted(kinds - ATTENTION_LAYERS):
+    is_stateful = getattr(cls, "_is_stateful", False) and not (kinds and kinds <= ATTENTION_LAYERS)
+    if (is_stateful or kinds - ATTENTION_LAYERS) and not hasattr(Cache, "get_recurrent_state"):
+        raise UserError(
+            f"{cls.__name__} keeps other state than a KV cache: that takes Transformers {STATE_VERSION} or newer, here "
+            f"is {transformers.__version__}"
+        )
+    if other := sorted(kinds - ATTENTION_LAYERS - STATE_LAYERS):
         raise UserError(f"{cls.__name__} has layers of type {', '.join(other)}, which are not supported")
     return cls
 

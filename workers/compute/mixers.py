@@ -1,0 +1,257 @@
+"""Layers that keep other state than keys and values (gated delta nets, Mamba, short convolutions ...): their own code,
+run sequence by sequence over packed rows, with states from a store of ours.
+
+Transformers' mixers read and write their state through the cache that they are given, by layer and number of the state:
+`get_conv_state`, `update_conv_state`, `get_recurrent_state`, `update_recurrent_state`. Here they are given a `_Cache`,
+which stands for the sequences of one call. Single-token kernels change what they have fetched in place, so that is
+written back, too.
+
+Shapes: T rows of a micro-batch, N sequences, D items of a row.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+import greenlet
+import torch
+from torch import nn
+
+from flexgen_lite.workers.compute.attention_call import ModelGreenlet
+
+CONV, RECURRENT, LINEAR = "conv", "recurrent", "linear"
+MOST_ROWS = 512  # of a sequence in one call: what a mixer makes of them takes memory
+NOTHING = -1  # a sequence's state before its first token
+_READS = ("get_conv_state(", "get_recurrent_state(", "get_linear_cache(")
+_METHODS = ("forward", "torch_forward", "slow_forward", "cuda_kernels_forward")
+_CACHES = ("cache", "cache_params", "past_key_values")
+_WEIGHT = re.compile(r"self\.(\w+)\.weight\b")
+Key = tuple[str, int, int]  # kind, layer, number of the state
+
+
+@dataclass(frozen=True, slots=True)
+class StateSpan:
+    """Rows `row .. row + num_rows` belong to one sequence, whose state is read from place `source` of the store
+    (NOTHING: they are its first) and written to place `target`."""
+
+    row: int
+    num_rows: int
+    source: int
+    target: int
+
+
+class States(Protocol):
+    """States of sequences, by places."""
+
+    def get(self, key: Key, places: Sequence[int]) -> torch.Tensor:
+        """A copy of `[N, ...]`."""
+        ...
+
+    def put(self, key: Key, places: Sequence[int], values: torch.Tensor) -> None: ...
+
+
+class _Layer:
+    """What some classes look at in a cache's layers."""
+
+    record_past = False
+
+
+class _Layers:
+    def __getitem__(self, index: int) -> _Layer:
+        return _Layer()
+
+    def __len__(self) -> int:
+        return 1 << 20
+
+
+class _Cache:
+    """The part of Transformers' Cache that mixers call, for the sequences of one call."""
+
+    layers = _Layers()
+
+    def __init__(self, states: States, sources: Sequence[int], targets: Sequence[int]) -> None:
+        self._states, self._sources, self._targets = states, sources, targets
+        self._has_past = sources[0] != NOTHING
+        self._fetched: dict[Key, torch.Tensor] = {}  # and not written since
+
+    def _get(self, key: Key) -> torch.Tensor | None:
+        if not self._has_past:
+            return None
+        if key not in self._fetched:
+            self._fetched[key] = self._states.get(key, self._sources)
+        return self._fetched[key]
+
+    def _put(self, key: Key, values: torch.Tensor) -> None:
+        self._fetched.pop(key, None)
+        self._states.put(key, self._targets, values)
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        return self._get((CONV, layer_idx, state_idx))
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        return self._get((RECURRENT, layer_idx, state_idx))
+
+    def get_linear_cache(self, layer_idx: int) -> torch.Tensor | None:
+        return self._get((LINEAR, layer_idx, 0))
+
+    def set_linear_cache(self, layer_idx: int, values: torch.Tensor) -> None:
+        self._put((LINEAR, layer_idx, 0), values)
+
+    def update_conv_state(
+        self,
+        conv_states: torch.Tensor,
+        layer_idx: int,
+        state_idx: int = 0,
+        conv_kernel_size: int | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """The past columns and the new ones, the last of which are kept."""
+        key = (CONV, layer_idx, state_idx)
+        past, new = self._get(key), conv_states
+        if past is not None:
+            new = torch.cat((past, new), dim=-1)
+        size = conv_kernel_size or (new.shape[-1] if past is None else past.shape[-1])
+        if new.shape[-1] < size:
+            new = nn.functional.pad(new, (size - new.shape[-1], 0))
+        self._put(key, new[..., -size:])
+        return new
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> torch.Tensor:
+        self._put((RECURRENT, layer_idx, state_idx), recurrent_states)
+        return recurrent_states
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int = 0) -> bool:
+        return self._has_past
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def finish(self) -> None:
+        """Writes what was fetched, which may have been changed in place."""
+        for key, values in list(self._fetched.items()):
+            self._put(key, values)
+
+
+class Mixer:
+    """A module that keeps state, in place of its forward."""
+
+    def __init__(self, module: nn.Module) -> None:
+        kind = type(module)
+        self._forward: Callable[..., Any] = module.forward
+        self._names = frozenset(inspect.signature(kind.forward).parameters)
+        self._cache = next(name for name in _CACHES if name in self._names)
+        self._goes_on = _goes_on(kind)
+
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        running = greenlet.getcurrent()
+        if not isinstance(running, ModelGreenlet):
+            return self._forward(hidden_states, *args, **kwargs)
+        return running.mix(self, hidden_states, args, kwargs)
+
+    def run(
+        self,
+        rows_1TD: torch.Tensor,
+        spans: Sequence[StateSpan],
+        states: States,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """What the module makes of the rows of several sequences, each after its own state: single tokens of all of
+        them at once, others one by one."""
+        known = {name: value for name, value in kwargs.items() if name in self._names}
+        if "attention_mask" in self._names and len(args) == 0:
+            known["attention_mask"] = None
+        others: tuple[Any, ...] = ()
+        result = torch.empty(0)
+
+        def call(rows: torch.Tensor, sources: Sequence[int], targets: Sequence[int]) -> torch.Tensor:
+            nonlocal others
+            cache = _Cache(states, sources, targets)
+            found = self._forward(rows, *args, **{**known, self._cache: cache})
+            cache.finish()
+            others = found[1:] if isinstance(found, tuple) else ()
+            output: torch.Tensor = found[0] if isinstance(found, tuple) else found
+            return output
+
+        def put(first: int, count: int, output: torch.Tensor) -> None:
+            nonlocal result
+            if not result.numel():
+                result = output.new_empty((1, rows_1TD.shape[1], output.shape[-1]))
+            result[0, first : first + count] = output
+
+        single = [span for span in spans if span.num_rows == 1 and span.source != NOTHING]
+        if single:
+            numbers = [span.row for span in single]
+            is_run = numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+            taken = rows_1TD[0, numbers[0] : numbers[0] + len(numbers)] if is_run else rows_1TD[0, numbers]
+            output = call(taken[:, None], [span.source for span in single], [span.target for span in single])
+            for index, span in enumerate(single[: 1 if is_run else None]):
+                put(span.row, len(single) if is_run else 1, output[:, 0] if is_run else output[index])
+        for span in spans:
+            if span.num_rows > 1 or span.source == NOTHING:
+                source, first = span.source, 0
+                while first < span.num_rows:
+                    left, begin = span.num_rows - first, span.row + first
+                    count = min(MOST_ROWS, left)
+                    if not self._goes_on:
+                        count = left if source == NOTHING else 1
+                    put(begin, count, call(rows_1TD[:, begin : begin + count], [source], [span.target])[0])
+                    source, first = span.target, first + count
+        return (result, *others) if others else result
+
+
+@cache
+def _source(kind: Any) -> str:
+    """Of the code that runs in its forward."""
+    texts = []
+    for name in _METHODS:
+        try:
+            texts.append(inspect.getsource(getattr(kind, name)))
+        except (AttributeError, OSError, TypeError):
+            continue
+    return "".join(texts)
+
+
+def is_mixer(module: nn.Module) -> bool:
+    """Whether it reads state from a cache."""
+    kind: Any = type(module)
+    text = _source(kind)
+    return any(call in text for call in _READS)
+
+
+def read_projections(modules: Iterable[nn.Module]) -> frozenset[nn.Module]:
+    """Linear layers of mixers whose weights are read beside their own forward."""
+    found: set[nn.Module] = set()
+    for module in modules:
+        kind: Any = type(module)
+        if is_mixer(module):
+            parts = (getattr(module, name, None) for name in _WEIGHT.findall(_source(kind)))
+            found |= {part for part in parts if isinstance(part, nn.Linear)}
+    return frozenset(found)
+
+
+def _goes_on(kind: Any) -> bool:
+    """Whether it takes several tokens after a state: Mamba's first version does not."""
+    text = _source(kind)
+    return "get_recurrent_state(" not in text or "initial_state" in text
+
+
+def hand_over(modules: Iterable[nn.Module]) -> bool:
+    """Has those of the modules that keep state do so in states of ours. Whether there are any."""
+    found = False
+    for module in modules:
+        if is_mixer(module):
+            found = True
+            if not isinstance(module.forward, Mixer):
+                module.forward = Mixer(module)
+    return found
