@@ -129,6 +129,12 @@ def store_to(builder: Any, value: Any, address: Any, align: int = 4) -> None:
     builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=align)
 
 
+def store_past_caches(builder: Any, value: Any, address: Any) -> None:
+    """To memory that is not read soon, whose lines need not be fetched before; `address` is a multiple of 64."""
+    instruction = builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=4 * LANES)
+    instruction.set_metadata("nontemporal", builder.module.add_metadata([I32(1)]))
+
+
 def call(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
     function_type = ir.FunctionType(result, [value.type for value in arguments])
     return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), arguments)
@@ -273,6 +279,7 @@ def _copy_item(builder: Any, half: bool, source: Any, target: Any) -> None:
 _address = types.int64
 load = operation(load_from, vector, _address)
 store = operation(store_to, types.void, vector, _address)
+stream = operation(store_past_caches, types.void, vector, _address)
 load_float = operation(lambda b, at: load_from(b, at, FLOAT), types.float32, _address)
 store_float = operation(store_to, types.void, types.float32, _address)
 load_int = operation(lambda b, at: load_from(b, at, I64), types.int64, _address)

@@ -16,12 +16,14 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import greenlet
 import torch
 from torch import nn
 
+from flexgen_lite.model.spec import StateSpec
+from flexgen_lite.workers.compute import delta_rule
 from flexgen_lite.workers.compute.attention_call import ModelGreenlet
 
 CONV, RECURRENT, LINEAR = "conv", "recurrent", "linear"
@@ -74,8 +76,9 @@ class _Cache:
 
     layers = _Layers()
 
-    def __init__(self, states: States, sources: Sequence[int], targets: Sequence[int]) -> None:
+    def __init__(self, states: States, sources: Sequence[int], targets: Sequence[int], stands_in: bool = False) -> None:
         self._states, self._sources, self._targets = states, sources, targets
+        self._stands_in = stands_in  # whether recurrent states may be left where they are
         self._has_past = sources[0] != NOTHING
         self._fetched: dict[Key, torch.Tensor] = {}  # and not written since
 
@@ -83,6 +86,10 @@ class _Cache:
         if not self._has_past:
             return None
         if key not in self._fetched:
+            if key[0] == RECURRENT and self._stands_in:
+                marker = self._states.in_place(key, self._sources, self._targets)  # type: ignore[attr-defined]
+                if marker is not None:
+                    return cast(torch.Tensor, marker)
             self._fetched[key] = self._states.get(key, self._sources)
         return self._fetched[key]
 
@@ -124,7 +131,8 @@ class _Cache:
     def update_recurrent_state(
         self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
     ) -> torch.Tensor:
-        self._put((RECURRENT, layer_idx, state_idx), recurrent_states)
+        if delta_rule.places_of(recurrent_states) is None:
+            self._put((RECURRENT, layer_idx, state_idx), recurrent_states)
         return recurrent_states
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int = 0) -> bool:
@@ -151,12 +159,19 @@ class Mixer:
         self._names = frozenset(inspect.signature(kind.forward).parameters)
         self._cache = next(name for name in _CACHES if name in self._names)
         self._goes_on = _goes_on(kind)
+        self._module, self._stands_in = module, False
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         running = greenlet.getcurrent()
         if not isinstance(running, ModelGreenlet):
             return self._forward(hidden_states, *args, **kwargs)
         return running.mix(self, hidden_states, args, kwargs)
+
+    def stand_in(self, states: Sequence[StateSpec]) -> None:
+        """Have single tokens computed by our own kernel, where it gives what the class's function gives."""
+        own = [s for s in states if s.layer == getattr(self._module, "layer_idx", None) and s.kind == RECURRENT]
+        if own and all(len(state.shape) == 3 and state.dtype == "float32" for state in own):
+            self._stands_in = delta_rule.stand_in(self._module, own[0].shape[-1])
 
     def run(
         self,
@@ -176,7 +191,8 @@ class Mixer:
 
         def call(rows: torch.Tensor, sources: Sequence[int], targets: Sequence[int]) -> torch.Tensor:
             nonlocal others
-            cache = _Cache(states, sources, targets)
+            stands_in = self._stands_in and rows.shape[1] == 1 and hasattr(states, "in_place")
+            cache = _Cache(states, sources, targets, stands_in)
             found = self._forward(rows, *args, **{**known, self._cache: cache})
             cache.finish()
             others = found[1:] if isinstance(found, tuple) else ()
@@ -227,6 +243,13 @@ def is_mixer(module: nn.Module) -> bool:
     kind: Any = type(module)
     text = _source(kind)
     return any(call in text for call in _READS)
+
+
+def stand_in(modules: Iterable[nn.Module], states: Sequence[StateSpec]) -> None:
+    """Has our own kernels serve those of the modules' mixers that they can."""
+    for module in modules:
+        if isinstance(module.forward, Mixer):
+            module.forward.stand_in(states)
 
 
 def read_projections(modules: Iterable[nn.Module]) -> frozenset[nn.Module]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from flexgen_lite.model.spec import ModelSpec
+from flexgen_lite.workers.compute.delta_rule import StateInPlace, marked
 from flexgen_lite.workers.compute.mixers import Key
 
 
@@ -30,6 +31,16 @@ class StateStore:
                 (num_places, *state.shape), (size // dtype.itemsize, *strides), state.offset // dtype.itemsize
             )
             self._views[state.kind, state.layer, state.number] = view
+
+    def in_place(self, key: Key, sources: Sequence[int], targets: Sequence[int]) -> torch.Tensor | None:
+        """Stands for states that are read and written where they lie; None: they are not in float32, or not in the
+        device's reach."""
+        view = self._views[key]
+        if view.dtype != torch.float32 or self._device.type != "cpu" or not view[0].is_contiguous():
+            return None
+        start, step = view.data_ptr(), 4 * view.stride(0)
+        addresses = [torch.tensor(places, dtype=torch.long) * step + start for places in (sources, targets)]
+        return marked((len(sources), *view.shape[1:]), StateInPlace(*addresses))
 
     def get(self, key: Key, places: Sequence[int]) -> torch.Tensor:
         return self._views[key][list(places)].to(self._device)
