@@ -110,6 +110,7 @@ class Passes:
         self._progress = time.monotonic()
         self._results = [Result(())] * len(self.running)
         self._stats.traffic["kv_read_bytes"] += self._setup.kv_read_bytes(self.running)
+        self._stats.traffic["state_bytes"] += self._setup.moved_state_bytes(self.running)
         token_batches = tuple(m.token_batch(k) for k, m in enumerate(self.running))
         self._workers.compute.send(
             worker_messages.BeginCompute(self._id, made.compute_threads, token_batches), expects_answer=False

@@ -83,6 +83,11 @@ class Setup:
             for window, size in self.kv_bytes_by_window.items()
         )
 
+    def moved_state_bytes(self, micro_batches: Iterable[MicroBatch]) -> int:
+        """Bytes of states that a pass reads and writes."""
+        pieces = [piece for micro_batch in micro_batches for piece in micro_batch.pieces]
+        return self.spec.state_bytes * sum(1 if piece.prefill else 2 for piece in pieces)
+
     # ------------------------------------------------------------------------------------------------ for workers
 
     def for_loader(self, load_format: str, verify: bool) -> worker_messages.AttachLoader:

@@ -26,7 +26,7 @@ class EngineStats:
         self.memory = memory
         self.device_peak_bytes = 0  # of a GPU's memory
         self.copy_ns = 0  # of the compute worker's time, on copies from and to other processes
-        self.traffic = dict.fromkeys(("disk_read_bytes", "uploaded_bytes", "kv_read_bytes"), 0)
+        self.traffic = dict.fromkeys(("disk_read_bytes", "uploaded_bytes", "kv_read_bytes", "state_bytes"), 0)
         self._busy_ns = 0
         self._pass_start_ns: int | None = None
         self._history: list[tuple[int, dict[str, int]]] = []

@@ -18,6 +18,7 @@ _COUNTERS = {
     "disk_read_bytes": "Bytes of weights read from files.",
     "uploaded_bytes": "Bytes of weights copied to the device.",
     "kv_read_bytes": "Bytes of the KV cache read for sequences that generate.",
+    "state_bytes": "Bytes of other state of sequences read and written.",
     "busy_seconds": "Seconds in which passes were running.",
     "overhead_seconds": "Seconds of passes in which no lane was busy, or only copied to another.",
 }

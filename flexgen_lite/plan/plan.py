@@ -114,10 +114,13 @@ def make_plan(
     need = need_of(config, spec, machine, processes, on_gpu, expected)
     tokens, count, slots = _choose_block(need, ram)
     fixed = need.fixed(tokens, count)
-    max_sequences = min(need.max_sequences, tokens * count)
+    asked = need.max_sequences
+    max_sequences = min(asked, tokens * count)
     if spec.states:
         max_sequences = min(max_sequences, _num_states(need, ram - sum(fixed.values()), tokens, slots))
         fixed = fixed | {"states": max_sequences * need.state_bytes}
+        fewer = config.model_copy(update={"max_sequences": max_sequences})  # KV pages are wanted for no more
+        need = need_of(fewer, spec, machine, processes, on_gpu, expected)
     staged = on_gpu if config.stage_weights is None else config.stage_weights
     if on_gpu and not staged:
         raise PlanError("stage_weights=false is not possible on a GPU: its layers are used from device slots")
@@ -162,7 +165,7 @@ def make_plan(
         compute_cpus=config.compute_cpus or (),
         loader_cpus=config.loader_cpus or (),
         parts={**fixed, "layers": layer_bytes, "KV cache": placed.num_pages * need.page},
-        warnings=_warnings(config, on_gpu, need.max_sequences, tokens * count),
+        warnings=_warnings(config, on_gpu, asked, tokens * count),
     )
 
 
