@@ -36,6 +36,7 @@ PRODUCTS_OTHER_BYTES = 32 * MIB  # of them, beside what the threads have of thei
 THREAD_ROWS_BYTES = 320  # of a thread, for each item of a row: 64 rows in float32, weights that are put in order
 THREAD_WORDS_BYTES, THREADS_WORDS_BYTES = 4 * MIB, 64 * MIB  # of one, and of all: rows that are put in order
 ROUNDED_GROUP_BYTES = 6  # of a group of rows that are rounded to 8 bits, for each byte of a row: three numbers
+STATES_BYTES = 96 * MIB  # of copies of states, and what is made of them for single tokens
 UNPACKING_BYTES = {"cpu": 40 * MIB, "gpu": 160 * MIB}  # of a weight in few bits, some columns at a time
 SAMPLING_BYTES = 64  # for each entry of the vocabulary, to draw from a row of logits: sorted, in double precision
 PAGE_TOKENS = 16
@@ -225,4 +226,5 @@ def _workspace_bytes(spec: ModelSpec, tokens: int, count: int, on_gpu: bool) -> 
     logits = spec.vocab_size * (rows * (2 * item + 4 + 1) + SAMPLING_BYTES)
     scores = heads * 128 * min(tokens, spec.max_length) * 4 * 2
     unpacking = UNPACKING_BYTES["gpu" if on_gpu else "cpu"] if _has_few_bits(spec) else 0
-    return int((running + suspended + max(logits, scores)) * ALLOCATOR_SLACK) + unpacking
+    states = STATES_BYTES if spec.states else 0
+    return int((running + suspended + max(logits, scores)) * ALLOCATOR_SLACK) + unpacking + states

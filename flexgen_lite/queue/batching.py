@@ -20,6 +20,7 @@ from flexgen_lite.wire.worker_messages import KvBatch, KvSpan, TokenBatch, Token
 
 EXPECTED_MARGIN = 1.25  # over the average life
 EXPECTED_WEIGHT = 0.02  # of the last request that ended, in the average
+STATE_PARTS = (256, 64)  # rows in which mixers of Mamba 2, and of gated delta nets, go through a prompt
 MOST_UNEVEN = 4  # requests' pages that a worker may have more than another because it has the beginning of a prompt
 
 
@@ -356,12 +357,19 @@ class Batcher:
             heappush(self._states, request.state)
             request.state = -1
 
+    def _cut(self, request: RunningRequest, rows: int) -> int:
+        """Rows of a prompt that go on in another pass, where the model has states: such that the parts in which a mixer
+        goes through it are the same wherever it is cut, if there is room for one."""
+        if not self._has_states or rows >= request.num_left:
+            return rows
+        return next((rows - (request.stored + rows) % part for part in STATE_PARTS if rows > part), rows)
+
     def _most_room(self, bins: list[MicroBatch]) -> int:
         return self._micro_batch_tokens - min(b.num_rows for b in bins)
 
     def _place(self, bins: list[MicroBatch], request: RunningRequest, rows: int) -> None:
         """The request's next rows into a micro-batch: all of them if they fit, else as many as the emptiest takes."""
-        rows = min(rows, self._most_room(bins))
+        rows = self._cut(request, min(rows, self._most_room(bins)))
         if rows == 0:
             return
         fitting = [b for b in bins if b.num_rows + rows <= self._micro_batch_tokens]

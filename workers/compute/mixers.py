@@ -28,6 +28,7 @@ from flexgen_lite.workers.compute.attention_call import ModelGreenlet
 
 CONV, RECURRENT, LINEAR = "conv", "recurrent", "linear"
 MOST_ROWS = 512  # of a sequence in one call: what a mixer makes of them takes memory
+COPIES_BYTES = 16 << 20  # of states, at once; what is made of them takes several times that (plan/need.py)
 NOTHING = -1  # a sequence's state before its first token
 _READS = ("get_conv_state(", "get_recurrent_state(", "get_linear_cache(")
 _METHODS = ("forward", "torch_forward", "slow_forward", "cuda_kernels_forward")
@@ -160,6 +161,7 @@ class Mixer:
         self._cache = next(name for name in _CACHES if name in self._names)
         self._goes_on = _goes_on(kind)
         self._module, self._stands_in = module, False
+        self._together = 1 << 20  # sequences whose single tokens are computed at once
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         running = greenlet.getcurrent()
@@ -167,11 +169,15 @@ class Mixer:
             return self._forward(hidden_states, *args, **kwargs)
         return running.mix(self, hidden_states, args, kwargs)
 
-    def stand_in(self, states: Sequence[StateSpec]) -> None:
-        """Have single tokens computed by our own kernel, where it gives what the class's function gives."""
-        own = [s for s in states if s.layer == getattr(self._module, "layer_idx", None) and s.kind == RECURRENT]
-        if own and all(len(state.shape) == 3 and state.dtype == "float32" for state in own):
-            self._stands_in = delta_rule.stand_in(self._module, own[0].shape[-1])
+    def prepare(self, states: Sequence[StateSpec], on_cpu: bool) -> None:
+        """Have single tokens computed by our own kernel on a CPU, where it gives what the class's function gives; else
+        not more at once than COPIES_BYTES of states are copied for."""
+        own = [state for state in states if state.layer == getattr(self._module, "layer_idx", None)]
+        matrices = [state for state in own if state.kind == RECURRENT]
+        if on_cpu and matrices and all(len(state.shape) == 3 and state.dtype == "float32" for state in matrices):
+            self._stands_in = delta_rule.stand_in(self._module, matrices[0].shape[-1])
+        copied = [state for state in own if not (self._stands_in and state.kind == RECURRENT)]
+        self._together = max(1, COPIES_BYTES // max(1, sum(state.num_bytes for state in copied)))
 
     def run(
         self,
@@ -205,8 +211,9 @@ class Mixer:
                 result = output.new_empty((1, rows_1TD.shape[1], output.shape[-1]))
             result[0, first : first + count] = output
 
-        single = [span for span in spans if span.num_rows == 1 and span.source != NOTHING]
-        if single:
+        singles = [span for span in spans if span.num_rows == 1 and span.source != NOTHING]
+        for begin in range(0, len(singles), self._together):
+            single = singles[begin : begin + self._together]
             numbers = [span.row for span in single]
             is_run = numbers == list(range(numbers[0], numbers[0] + len(numbers)))
             taken = rows_1TD[0, numbers[0] : numbers[0] + len(numbers)] if is_run else rows_1TD[0, numbers]
@@ -245,11 +252,11 @@ def is_mixer(module: nn.Module) -> bool:
     return any(call in text for call in _READS)
 
 
-def stand_in(modules: Iterable[nn.Module], states: Sequence[StateSpec]) -> None:
-    """Has our own kernels serve those of the modules' mixers that they can."""
+def prepare(modules: Iterable[nn.Module], states: Sequence[StateSpec], on_cpu: bool) -> None:
+    """Tells the modules' mixers of their states, see Mixer.prepare."""
     for module in modules:
         if isinstance(module.forward, Mixer):
-            module.forward.stand_in(states)
+            module.forward.prepare(states, on_cpu)
 
 
 def read_projections(modules: Iterable[nn.Module]) -> frozenset[nn.Module]:

@@ -25,7 +25,7 @@ from flexgen_lite.workers.compute import attention_call, experts, fused, probe
 from flexgen_lite.workers.compute.device import Device
 from flexgen_lite.workers.compute.head import Head
 from flexgen_lite.workers.compute.latents import projections
-from flexgen_lite.workers.compute.mixers import read_projections, stand_in
+from flexgen_lite.workers.compute.mixers import prepare, read_projections
 from flexgen_lite.workers.compute.product_weights import serves_width
 from flexgen_lite.workers.compute.products import Products
 from flexgen_lite.workers.compute.trial import find_text_path, outside
@@ -102,8 +102,7 @@ def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> Op
         raise UserError(f"max_model_len {order.max_model_len} is over the model's limit of {limit}: lower it")
     products = Products(model, dtype, device.torch_device, read, packed)
     fused.fuse(model, dtype, device.torch_device)
-    if device.torch_device.type == "cpu":
-        stand_in(model.modules(), path.states)
+    prepare(model.modules(), path.states, device.torch_device.type == "cpu")
     spec = ModelSpec(
         model_type=config.model_type,
         class_name=type(model).__name__,
