@@ -79,5 +79,9 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("mamba", {"num_hidden_layers": 3}),
     "falcon-mamba": ("falcon_mamba", {"num_hidden_layers": 3}),
     "mamba2": ("mamba2", {"num_hidden_layers": 3, "head_dim": 16, "n_groups": 1, "num_heads": 8, "state_size": 16}),
+    "minimax": ("minimax", KV | KINDS | EXPERTS | {"head_dim": 16, "block_size": 16}),
+    "recurrent-gemma": (
+        "recurrent_gemma", {"num_hidden_layers": 5, "num_key_value_heads": 1, "attention_window_size": 7},
+    ),
 }  # fmt: skip
 """By name: model type, and what its config has beside SHAPE."""

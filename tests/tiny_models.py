@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from tests.tiny_hybrids import HYBRIDS
+from tests.tiny_hybrids import DELTA, EXPERTS, HYBRIDS
 
 VOCAB = 160
 SHAPE: dict[str, Any] = {
@@ -56,6 +56,9 @@ QWEN_VISION: dict[str, Any] = {
     "depth": 4, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 64, "patch_size": 8,
     "deepstack_visual_indexes": [0, 1, 2],
 }  # fmt: skip
+QWEN35_VISION: dict[str, Any] = {
+    name: value for name, value in QWEN_VISION.items() if name != "deepstack_visual_indexes"
+}
 MLLAMA_VISION: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_global_layers": 2, "attention_heads": 4,
     "image_size": 32, "patch_size": 8, "vision_output_dim": 64, "intermediate_layers_indices": [0, 1],
@@ -95,6 +98,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3n-shared-kv": ("gemma3n_text", GQA | SHARED_KV | GEMMA3N),
     "qwen3-vl-wrapper": ("qwen3_vl", {"text_config": TEXT, "vision_config": QWEN_VISION}),
     "mllama-wrapper": ("mllama", {"text_config": TEXT | MLLAMA, "vision_config": MLLAMA_VISION}),
+    "qwen3.5-wrapper": ("qwen3_5", {"text_config": SHAPE | DELTA, "vision_config": QWEN35_VISION}),
+    "qwen3.5-moe-wrapper": (
+        "qwen3_5_moe",
+        {
+            "text_config": SHAPE | DELTA | EXPERTS | {"shared_expert_intermediate_size": 32},
+            "vision_config": QWEN35_VISION,
+        },
+    ),
 }
 """By name: model type, and what its config has beside SHAPE."""
 FAMILIES |= HYBRIDS

@@ -179,7 +179,7 @@ class StateSpec:
     """A tensor that a sequence keeps from token to token beside keys and values.
 
     Attributes:
-        kind: "conv", "recurrent" or "linear".
+        kind: "conv", "recurrent", "linear" or "attribute".
         layer, number: as the model's class counts them.
         offset: bytes from the beginning of the sequence's state.
     """

@@ -4,7 +4,7 @@ run sequence by sequence over packed rows, with states from a store of ours.
 Transformers' mixers read and write their state through the cache that they are given, by layer and number of the state:
 `get_conv_state`, `update_conv_state`, `get_recurrent_state`, `update_recurrent_state`. Here they are given a `_Cache`,
 which stands for the sequences of one call. Single-token kernels change what they have fetched in place, so that is
-written back, too.
+written back, too. RecurrentGemma's keep it in attributes, which are set before a call and read behind it.
 
 Shapes: T rows of a micro-batch, N sequences, D items of a row.
 """
@@ -25,8 +25,9 @@ from torch import nn
 from flexgen_lite.model.spec import StateSpec
 from flexgen_lite.workers.compute import delta_rule
 from flexgen_lite.workers.compute.attention_call import ModelGreenlet
+from flexgen_lite.workers.serve import UserError
 
-CONV, RECURRENT, LINEAR = "conv", "recurrent", "linear"
+CONV, RECURRENT, LINEAR, ATTRIBUTE = "conv", "recurrent", "linear", "attribute"
 MOST_ROWS = 512  # of a sequence in one call: what a mixer makes of them takes memory
 COPIES_BYTES = 16 << 20  # of states, at once; what is made of them takes several times that (plan/need.py)
 NOTHING = -1  # a sequence's state before its first token
@@ -34,6 +35,7 @@ _READS = ("get_conv_state(", "get_recurrent_state(", "get_linear_cache(")
 _METHODS = ("forward", "torch_forward", "slow_forward", "cuda_kernels_forward")
 _CACHES = ("cache", "cache_params", "past_key_values")
 _WEIGHT = re.compile(r"self\.(\w+)\.weight\b")
+_ATTRIBUTE = re.compile(r"self\.((?:\w+\.)?\w+_states?) = ")
 Key = tuple[str, int, int]  # kind, layer, number of the state
 
 
@@ -151,14 +153,41 @@ class _Cache:
             self._put(key, values)
 
 
-class Mixer:
-    """A module that keeps state, in place of its forward."""
+class _Attributes:
+    """State that a module keeps in attributes of its own, or of a part: None before the first token."""
 
-    def __init__(self, module: nn.Module) -> None:
-        kind = type(module)
+    def __init__(self, module: nn.Module, names: Iterable[str], number: int) -> None:
+        self._places: dict[Key, tuple[nn.Module, str]] = {}
+        for index, path in enumerate(names):
+            part, _, name = path.rpartition(".")
+            self._places[ATTRIBUTE, number, index] = module.get_submodule(part), name
+
+    def set(self, states: States, sources: Sequence[int]) -> None:
+        for key, (owner, name) in self._places.items():
+            setattr(owner, name, None if sources[0] == NOTHING else states.get(key, sources))
+
+    def take(self, states: States, targets: Sequence[int]) -> None:
+        for key, (owner, name) in self._places.items():
+            states.put(key, targets, getattr(owner, name))
+            setattr(owner, name, None)
+
+
+class Mixer:
+    """A module that keeps state, in place of its forward.
+
+    Args:
+        number: of the module among those of its model.
+    """
+
+    def __init__(self, module: nn.Module, number: int) -> None:
+        kind: Any = type(module)
         self._forward: Callable[..., Any] = module.forward
         self._names = frozenset(inspect.signature(kind.forward).parameters)
-        self._cache = next(name for name in _CACHES if name in self._names)
+        attributes = _attributes(kind)
+        self._attributes = _Attributes(module, attributes, number) if attributes else None
+        self._cache = next((name for name in _CACHES if name in self._names), "")
+        if not (self._cache or attributes):
+            raise UserError(f"{kind.__name__} takes its state from where it is not known here, which is not supported")
         self._goes_on = _goes_on(kind)
         self._module, self._stands_in = module, False
         self._together = 1 << 20  # sequences whose single tokens are computed at once
@@ -195,12 +224,16 @@ class Mixer:
         others: tuple[Any, ...] = ()
         result = torch.empty(0)
 
-        def call(rows: torch.Tensor, sources: Sequence[int], targets: Sequence[int]) -> torch.Tensor:
+        def call(rows: slice | list[int], sources: list[int], targets: list[int]) -> torch.Tensor:
+            """Several of one sequence, or one of each."""
             nonlocal others
-            stands_in = self._stands_in and rows.shape[1] == 1 and hasattr(states, "in_place")
-            cache = _Cache(states, sources, targets, stands_in)
-            found = self._forward(rows, *args, **{**known, self._cache: cache})
-            cache.finish()
+
+            def taken(value: Any) -> Any:
+                is_per_token = isinstance(value, torch.Tensor) and value.shape[:2] == rows_1TD.shape[:2]
+                return value[0, rows].unflatten(0, (len(sources), -1)) if is_per_token else value
+
+            given = {name: taken(value) for name, value in known.items()}
+            found = self._call([taken(value) for value in (rows_1TD, *args)], given, states, sources, targets)
             others = found[1:] if isinstance(found, tuple) else ()
             output: torch.Tensor = found[0] if isinstance(found, tuple) else found
             return output
@@ -216,8 +249,9 @@ class Mixer:
             single = singles[begin : begin + self._together]
             numbers = [span.row for span in single]
             is_run = numbers == list(range(numbers[0], numbers[0] + len(numbers)))
-            taken = rows_1TD[0, numbers[0] : numbers[0] + len(numbers)] if is_run else rows_1TD[0, numbers]
-            output = call(taken[:, None], [span.source for span in single], [span.target for span in single])
+            taken = slice(numbers[0], numbers[0] + len(numbers)) if is_run else numbers
+            places = [span.source for span in single], [span.target for span in single]
+            output = call(taken, *places)
             for index, span in enumerate(single[: 1 if is_run else None]):
                 put(span.row, len(single) if is_run else 1, output[:, 0] if is_run else output[index])
         for span in spans:
@@ -228,9 +262,23 @@ class Mixer:
                     count = min(MOST_ROWS, left)
                     if not self._goes_on:
                         count = left if source == NOTHING else 1
-                    put(begin, count, call(rows_1TD[:, begin : begin + count], [source], [span.target])[0])
+                    put(begin, count, call(slice(begin, begin + count), [source], [span.target])[0])
                     source, first = span.target, first + count
         return (result, *others) if others else result
+
+    def _call(
+        self, args: list[Any], known: dict[str, Any], states: States, sources: list[int], targets: list[int]
+    ) -> Any:
+        if self._attributes is not None:
+            self._attributes.set(states, sources)
+            found = self._forward(*args, **{**known, "use_cache": True})
+            self._attributes.take(states, targets)
+            return found
+        stands_in = self._stands_in and args[0].shape[1] == 1 and hasattr(states, "in_place")
+        cache = _Cache(states, sources, targets, stands_in)
+        found = self._forward(*args, **{**known, self._cache: cache})
+        cache.finish()
+        return found
 
 
 @cache
@@ -245,11 +293,19 @@ def _source(kind: Any) -> str:
     return "".join(texts)
 
 
+@cache
+def _attributes(kind: Any) -> tuple[str, ...]:
+    """Those in which a module keeps state, if it is asked to."""
+    if "use_cache" not in inspect.signature(kind.forward).parameters:
+        return ()
+    return tuple(sorted(set(_ATTRIBUTE.findall(_source(kind)))))
+
+
 def is_mixer(module: nn.Module) -> bool:
-    """Whether it reads state from a cache."""
+    """Whether it reads state from a cache, or keeps it itself."""
     kind: Any = type(module)
     text = _source(kind)
-    return any(call in text for call in _READS)
+    return any(call in text for call in _READS) or bool(_attributes(kind))
 
 
 def prepare(modules: Iterable[nn.Module], states: Sequence[StateSpec], on_cpu: bool) -> None:
@@ -271,17 +327,17 @@ def read_projections(modules: Iterable[nn.Module]) -> frozenset[nn.Module]:
 
 
 def _goes_on(kind: Any) -> bool:
-    """Whether it takes several tokens after a state: Mamba's first version does not."""
+    """Whether it takes several tokens after a state: Mamba's first version does not, nor does RecurrentGemma."""
     text = _source(kind)
+    if _attributes(kind):
+        return False
     return "get_recurrent_state(" not in text or "initial_state" in text
 
 
 def hand_over(modules: Iterable[nn.Module]) -> bool:
     """Has those of the modules that keep state do so in states of ours. Whether there are any."""
-    found = False
-    for module in modules:
-        if is_mixer(module):
-            found = True
-            if not isinstance(module.forward, Mixer):
-                module.forward = Mixer(module)
-    return found
+    found = [module for module in modules if is_mixer(module)]
+    for number, module in enumerate(found):
+        if not isinstance(module.forward, Mixer):
+            module.forward = Mixer(module, number)
+    return bool(found)
