@@ -236,6 +236,7 @@ class ModelSpec:
     states: tuple[StateSpec, ...] = ()  # of a sequence
     held_bytes: int = 0  # that a token takes in the compute worker, at most, while its attention is computed elsewhere
     pass_bytes: int = 0  # and on its way through a layer; both measured, without what libraries take
+    mix_bytes: int = 0  # and of a prompt in a mixer, besides
     head_copy_bytes: int = 0  # of a copy of the tied head that suits the processor's products better; 0: no use
     warnings: tuple[str, ...] = ()
 

@@ -226,5 +226,5 @@ def _workspace_bytes(spec: ModelSpec, tokens: int, count: int, on_gpu: bool) -> 
     logits = spec.vocab_size * (rows * (2 * item + 4 + 1) + SAMPLING_BYTES)
     scores = heads * 128 * min(tokens, spec.max_length) * 4 * 2
     unpacking = UNPACKING_BYTES["gpu" if on_gpu else "cpu"] if _has_few_bits(spec) else 0
-    states = STATES_BYTES if spec.states else 0
-    return int((running + suspended + max(logits, scores)) * ALLOCATOR_SLACK) + unpacking + states
+    mixing = max(spec.mix_bytes, STATES_BYTES) if spec.states else 0
+    return int((running + suspended + mixing + max(logits, scores)) * ALLOCATOR_SLACK) + unpacking

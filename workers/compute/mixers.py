@@ -177,6 +177,9 @@ class Mixer:
 
     Args:
         number: of the module among those of its model.
+
+    Attributes:
+        goes_on: it takes several tokens after a state.
     """
 
     def __init__(self, module: nn.Module, number: int) -> None:
@@ -188,7 +191,7 @@ class Mixer:
         self._cache = next((name for name in _CACHES if name in self._names), "")
         if not (self._cache or attributes):
             raise UserError(f"{kind.__name__} takes its state from where it is not known here, which is not supported")
-        self._goes_on = _goes_on(kind)
+        self.goes_on = _goes_on(kind)
         self._module, self._stands_in = module, False
         self._together = 1 << 20  # sequences whose single tokens are computed at once
 
@@ -260,7 +263,7 @@ class Mixer:
                 while first < span.num_rows:
                     left, begin = span.num_rows - first, span.row + first
                     count = min(MOST_ROWS, left)
-                    if not self._goes_on:
+                    if not self.goes_on:
                         count = left if source == NOTHING else 1
                     put(begin, count, call(slice(begin, begin + count), [source], [span.target])[0])
                     source, first = span.target, first + count

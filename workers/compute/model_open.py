@@ -125,6 +125,7 @@ def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> Op
         states=path.states,
         held_bytes=path.held_bytes,
         pass_bytes=path.pass_bytes,
+        mix_bytes=path.mix_bytes,
         head_copy_bytes=products.copied_bytes(outside(model, layers)),
         warnings=(
             *warnings,

@@ -26,12 +26,12 @@ from flexgen_lite.workers.compute.attention_call import AttentionCall, ModelGree
 from flexgen_lite.workers.compute.indexers import choose_all
 from flexgen_lite.workers.compute.latents import hand_over
 from flexgen_lite.workers.compute.live_bytes import LiveBytes
-from flexgen_lite.workers.compute.mixers import NOTHING, Key, Mixer, StateSpan
+from flexgen_lite.workers.compute.mixers import MOST_ROWS, NOTHING, Key, Mixer, StateSpan
 from flexgen_lite.workers.compute.model_inputs import model_inputs
 from flexgen_lite.workers.model.builder import decoder_layers, decoder_of, no_interface, text_config
 from flexgen_lite.workers.serve import UserError, first_line
 
-NUM_TOKENS, NUM_TOKENS_OF_MIXERS = 3, 64  # of these, some take memory for so many at least
+NUM_TOKENS = 3
 NO_ATTENTION = AttentionSpec(1, 1, 16, 16, 1.0, None, None, False)
 _StorageRef = weakref.ref[torch.UntypedStorage]
 
@@ -50,7 +50,8 @@ class TextPath:
         states: that a sequence keeps beside keys and values.
         has_indexers: whether there are layers whose tokens see those that an indexer chooses.
         held_bytes: that a token has, at most, while its attention is computed elsewhere.
-        pass_bytes: that a token has, at most, on its way through a layer.
+        pass_bytes: that a token has, at most, on its way through a layer, without mixers.
+        mix_bytes: that a mixer takes for a prompt's rows, as many as it gets at once.
     """
 
     layers: tuple[nn.Module, ...]
@@ -63,6 +64,7 @@ class TextPath:
     has_indexers: bool
     held_bytes: int
     pass_bytes: int
+    mix_bytes: int
 
 
 class _LayerLeft(BaseException):
@@ -73,9 +75,9 @@ class _Trial(ModelGreenlet):
     """Runs the first layer of each structure to its end, to see how often it calls attention, others up to their last
     call."""
 
-    def __init__(self, model: PreTrainedModel, layers: nn.ModuleList, num_tokens: int, has_mixers: bool) -> None:
+    def __init__(self, model: PreTrainedModel, layers: nn.ModuleList, has_mixers: bool) -> None:
         super().__init__(self._run)
-        self._model, self._all_layers, self._num_tokens = model, layers, num_tokens
+        self._model, self._all_layers = model, layers
         self.plain: list[nn.Module] = []  # layers without attention and mixer
         self.states: dict[Key, tuple[tuple[int, ...], torch.dtype]] = {}
         self.layers: list[nn.Module] = []
@@ -85,6 +87,7 @@ class _Trial(ModelGreenlet):
         self._kv: dict[object, tuple[int, list[_StorageRef]]] = {}  # views -> the first call with them, while they live
         self._bytes = LiveBytes()
         self.held_bytes = self.pass_bytes = 0  # of all tokens
+        self.mix_bytes = 0
         self.entered: set[nn.Module] = set()  # of the modules outside the layers
         self._num_calls: dict[object, int] = {}  # by structure
         self._plain: set[object] = set()  # structures
@@ -100,10 +103,19 @@ class _Trial(ModelGreenlet):
         return query.new_zeros((1, tokens, heads, value_dim))
 
     def mix(self, mixer: Mixer, rows_1TD: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        span = StateSpan(0, rows_1TD.shape[1], NOTHING, 0)
-        output = mixer.run(rows_1TD, [span], self, args, kwargs)
+        before, peak = self._bytes.live, self._bytes.peak
+        if mixer.goes_on and self._leave_after is None:  # the first layer of its structure
+            self._bytes.peak = before
+            self._mix(mixer, _longer(rows_1TD), tuple(map(_longer, args)), {n: _longer(v) for n, v in kwargs.items()})
+            self.mix_bytes = max(self.mix_bytes, self._bytes.peak - before)
+        output = self._mix(mixer, rows_1TD, args, kwargs)
+        if mixer.goes_on:
+            self._bytes.peak = max(peak, self._bytes.live)
         self.stop()
         return output
+
+    def _mix(self, mixer: Mixer, rows_1TD: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return mixer.run(rows_1TD, [StateSpan(0, rows_1TD.shape[1], NOTHING, 0)], self, args, kwargs)
 
     def stop(self) -> None:
         self._note(None, NOTHING)
@@ -148,8 +160,7 @@ class _Trial(ModelGreenlet):
                 layer.forward = self._of_layer(index, layer)
             undo.callback(setattr, nn.Linear, "forward", nn.Linear.forward)
             nn.Linear.forward = _zero_product  # type: ignore[assignment]
-            count = self._num_tokens
-            tokens, positions = torch.zeros((1, count), dtype=torch.long), torch.arange(count)[None]
+            tokens, positions = torch.zeros((1, NUM_TOKENS), dtype=torch.long), torch.arange(NUM_TOKENS)[None]
             with self._bytes:
                 self._model(**model_inputs(self._model, tokens, positions))
 
@@ -214,8 +225,7 @@ def find_text_path(model: PreTrainedModel, keeps_latents: bool = True) -> TextPa
     if keeps_latents:
         hand_over(modules)
     has_mixers = mixers.hand_over(modules)
-    num_tokens = NUM_TOKENS_OF_MIXERS if has_mixers else NUM_TOKENS
-    trial = _Trial(model, layers, num_tokens, has_mixers)
+    trial = _Trial(model, layers, has_mixers)
     with _zero_weights(model):
         try:
             trial.switch()
@@ -242,9 +252,17 @@ def find_text_path(model: PreTrainedModel, keeps_latents: bool = True) -> TextPa
         states=_states(trial),
         unused=_strip(model, layers, trial),
         has_indexers=has_indexers,
-        held_bytes=-(-trial.held_bytes // num_tokens),
-        pass_bytes=-(-trial.pass_bytes // num_tokens),
+        held_bytes=-(-trial.held_bytes // NUM_TOKENS),
+        pass_bytes=-(-trial.pass_bytes // NUM_TOKENS),
+        mix_bytes=trial.mix_bytes,
     )
+
+
+def _longer(value: Any) -> Any:
+    """What is given for each token, for as many tokens as a mixer gets at once."""
+    if not isinstance(value, torch.Tensor) or value.shape[:2] != (1, NUM_TOKENS):
+        return value
+    return value.new_zeros((1, MOST_ROWS, *value.shape[2:]))
 
 
 def _stop(layer: nn.Module, inputs: object, output: object) -> None:
