@@ -23,9 +23,10 @@ import torch
 from torch import nn
 
 from flexgen_lite.model.spec import StateSpec
-from flexgen_lite.workers.compute import delta_rule
+from flexgen_lite.workers.compute import recurrences
 from flexgen_lite.workers.compute.attention_call import ModelGreenlet
 from flexgen_lite.workers.serve import UserError
+from flexgen_lite.workers.simd import LANES
 
 CONV, RECURRENT, LINEAR, ATTRIBUTE = "conv", "recurrent", "linear", "attribute"
 MOST_ROWS = 512  # of a sequence in one call: what a mixer makes of them takes memory
@@ -134,7 +135,7 @@ class _Cache:
     def update_recurrent_state(
         self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
     ) -> torch.Tensor:
-        if delta_rule.places_of(recurrent_states) is None:
+        if recurrences.places_of(recurrent_states) is None:
             self._put((RECURRENT, layer_idx, state_idx), recurrent_states)
         return recurrent_states
 
@@ -193,6 +194,7 @@ class Mixer:
             raise UserError(f"{kind.__name__} takes its state from where it is not known here, which is not supported")
         self.goes_on = _goes_on(kind)
         self._module, self._stands_in = module, False
+        self._single_is_ours = recurrences.stand_in(module)
         self._together = 1 << 20  # sequences whose single tokens are computed at once
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -207,7 +209,7 @@ class Mixer:
         own = [state for state in states if state.layer == getattr(self._module, "layer_idx", None)]
         matrices = [state for state in own if state.kind == RECURRENT]
         if on_cpu and matrices and all(len(state.shape) == 3 and state.dtype == "float32" for state in matrices):
-            self._stands_in = delta_rule.stand_in(self._module, matrices[0].shape[-1])
+            self._stands_in = self._single_is_ours and matrices[0].shape[-1] % LANES == 0
         copied = [state for state in own if not (self._stands_in and state.kind == RECURRENT)]
         self._together = max(1, COPIES_BYTES // max(1, sum(state.num_bytes for state in copied)))
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 
 from flexgen_lite.model.spec import ModelSpec
-from flexgen_lite.workers.compute.delta_rule import StateInPlace, marked
 from flexgen_lite.workers.compute.mixers import Key
+from flexgen_lite.workers.compute.recurrences import StateInPlace, marked
 
 
 class StateStore:
