@@ -15,6 +15,8 @@ FAULTS = "FLEXGEN_LITE_TEST_FAULTS"
 PLACES: dict[str, tuple[str, str, str | None, str]] = {
     "advance": ("compute", "flexgen_lite.workers.compute.forward", "Forward", "advance"),
     "leave": ("compute", "flexgen_lite.workers.compute.forward", "Forward", "leave"),
+    "mix": ("compute", "flexgen_lite.workers.compute.forward", "Forward", "mix"),
+    "put": ("compute", "flexgen_lite.workers.compute.state_store", "StateStore", "put"),
     "open": ("compute", "flexgen_lite.workers.compute.products", "Products", "__init__"),
     "pack": ("compute", "flexgen_lite.workers.compute.products", "Products", "pack"),
     "begin": ("attention", "flexgen_lite.workers.attention.state", "AttentionState", "begin"),

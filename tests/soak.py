@@ -1,7 +1,7 @@
 """Hours of work under fire: engines whose workers are killed, stopped and broken at random, and batch runs that are
 killed and started again; every token is compared with an undisturbed run.
 
-    python -m tests.soak [--minutes 60] [--seed 0]
+    python -m tests.soak [--minutes 60] [--seed 0] [--family opt]
 
 Each round prints a line; the last lines are the totals. Exits with 1 at the first difference or leak, with the seed
 that shows it.
@@ -30,6 +30,7 @@ import pytest
 from flexgen_lite import FlexGenLite, SamplingParams
 from tests.engine_processes import workers_of
 from tests.fault_injection import Fault, inject, struck
+from tests.tiny_hybrids import HYBRIDS
 from tests.tiny_models import make_model, ragged_prompts, some_alike
 
 PROMPTS = some_alike(ragged_prompts(1200, longest=40))
@@ -46,13 +47,15 @@ FIXED = {"dtype": "float32", "attention_workers": 2, "attention_threads": 1, "wo
 
 
 class Soak:
-    def __init__(self, folder: Path, seed: int, shots: bool = True) -> None:
-        """`shots`: signals from outside, which on a busy machine may hit a worker again before it has started."""
+    def __init__(self, folder: Path, seed: int, shots: bool = True, family: str = "opt") -> None:
+        """`shots`: signals from outside, which on a busy machine may hit a worker again before it has started.
+        `family`: of the model, one of tiny_models.FAMILIES."""
         self.folder = folder
         self.shots = shots
         self.draw = random.Random(seed)
+        self.places = ["put", "put", "mix"] if family in HYBRIDS else []  # that others do not come by
         self.counts: Counter[str] = Counter()
-        self.model = make_model("opt", folder / "model")
+        self.model = make_model(family, folder / "model")
         with FlexGenLite(self.model, **FIXED) as engine:
             self.expected = [list(c.token_ids) for c in engine.generate(PROMPTS, SAMPLED)]
         self.requests = folder / "requests.jsonl"
@@ -75,7 +78,7 @@ class Soak:
         draw, faults = self.draw, self.folder / f"faults-{number}"
         drawn = [
             Fault(
-                draw.choice(["advance", "leave", "attend", "begin", "load", "pack", "open"]),
+                draw.choice(["advance", "leave", "attend", "begin", "load", "pack", "open", *self.places]),
                 draw.randrange(1, 150),
                 draw.choice(["SIGKILL", "SIGSEGV", "exit", "raise"]),
                 after=draw.random() < 0.5,
@@ -168,13 +171,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--family", default="opt", help="of the model, one of those of tests/tiny_models.py")
     args = parser.parse_args()
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fgs-") as folder:
         (Path(folder) / "r").mkdir()
         os.environ["XDG_RUNTIME_DIR"] = f"{folder}/r"
         os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
-        soak = Soak(Path(folder), args.seed)
+        soak = Soak(Path(folder), args.seed, family=args.family)
         soak.engine_round(-1)  # libraries open descriptors of their own at first
         number = 0
         while time.monotonic() - start < 60 * args.minutes:

@@ -11,14 +11,15 @@ from tests import soak
 
 
 @pytest.mark.timeout(600)
-def test_a_few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(soak, "PROMPTS", soak.PROMPTS[:150])
+@pytest.mark.parametrize(("family", "count", "seed"), [("opt", 150, 5), ("zamba2", 80, 56)])
+def test_a_few_rounds(family: str, count: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(soak, "PROMPTS", soak.PROMPTS[:count])
     with tempfile.TemporaryDirectory(prefix="fgs-") as folder:
         (Path(folder) / "r").mkdir()
         monkeypatch.setenv("XDG_RUNTIME_DIR", f"{folder}/r")
-        under_fire = soak.Soak(Path(folder), seed=5, shots=False)
+        under_fire = soak.Soak(Path(folder), seed=seed, shots=False, family=family)
         under_fire.engine_round(-1)
         for number in range(2):
             under_fire.round(number)
-        assert under_fire.counts["rows compared"] == 3 * 150
+        assert under_fire.counts["rows compared"] == 3 * count
         assert under_fire.counts["faults inside workers"] >= 3

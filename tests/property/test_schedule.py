@@ -6,7 +6,7 @@ import itertools
 import random
 from collections import Counter
 
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from flexgen_lite.plan.placement import spread_evenly
@@ -21,7 +21,8 @@ class Machine:
     The compute worker's queue decides which segment runs; reports reach the schedule late, in order per worker.
 
     Args:
-        calls: of attention, of each layer.
+        calls: of attention, of each layer; stops among them.
+        stops: columns that are.
     """
 
     def __init__(
@@ -33,10 +34,11 @@ class Machine:
         credit: int,
         seed: int,
         device_alone: bool = False,
+        stops: frozenset[int] = frozenset(),
     ) -> None:
         self.num_layers = num_layers = len(calls)
         self.layers = [layer for layer, count in enumerate(calls) for _ in range(count)]  # of the columns
-        self.credit = credit
+        self.stops, self.credit = stops, credit
         self.random = random.Random(seed)
         layers = spread_evenly(resident, num_layers)
         streamed = [layer for layer in range(num_layers) if layer not in layers]
@@ -52,7 +54,7 @@ class Machine:
             device = SlotRing({num_layers: device_slots} | stay, rest, range(len(stay), device_slots))
         host = SlotRing(pinned, streamed, range(first_ring, last), once)
         self.staged = device is not None
-        self.schedule = Schedule(self.layers, host, device)
+        self.schedule = Schedule(self.layers, host, device, stops)
         self.host: dict[int, int] = {}  # slot -> unit
         self.device: dict[int, int] = {}
         self.loads: Counter[int] = Counter()
@@ -130,6 +132,9 @@ class Machine:
             assert len(self.segments) <= self.credit
             lists = ("loading", "uploading", "segments", "attending", "ended", "attended")
             choices = [name for name in lists if getattr(self, name)]
+            if not self.ended and not self.attended:
+                workers = frozenset(worker for _, _, worker in self.attending)
+                assert self.schedule.waits_for() == (bool(self.segments), workers)
             assert choices, f"deadlock: {self.schedule.standing()}"
             match self.random.choice(choices):
                 case "loading":
@@ -144,7 +149,7 @@ class Machine:
                 case "segments":
                     column, k, slot = self.segments.pop(0)
                     self.check_segment(column, k, slot)
-                    if column > 0:
+                    if column > 0 and column - 1 not in self.stops:
                         assert all(attended[column - 1, k, worker] == 1 for worker in parts[k])
                     self.queue.done()
                     self.ended.append((column, k, slot is None))
@@ -154,7 +159,10 @@ class Machine:
                         self.left.add((column, k))
                         continue
                     ran[column, k] += 1
-                    if column < len(self.layers):
+                    if column in self.stops:
+                        for _ in parts[k]:
+                            self.queue.attended(column, k)
+                    elif column < len(self.layers):
                         self.attending.extend((column, k, worker) for worker in parts[k])
                 case "attending":
                     column, k, worker = self.attending.pop(self.random.randrange(len(self.attending)))
@@ -184,7 +192,8 @@ def machines(draw: st.DrawFn) -> Machine:
     slots = min(slots, streamed)
     device_slots = draw(st.none() | st.integers(min(2, num_layers), num_layers))
     credit, seed, device_alone = draw(st.integers(1, 2)), draw(st.integers(0, 2**32)), draw(st.booleans())
-    return Machine(calls, resident, slots, device_slots, credit, seed, device_alone)
+    stops = draw(st.just(frozenset()) | st.frozensets(st.integers(0, sum(calls) - 1)))
+    return Machine(calls, resident, slots, device_slots, credit, seed, device_alone, stops)
 
 
 PASSES = st.lists(
@@ -257,6 +266,7 @@ def test_columns_come_before_rows() -> None:
 def test_who_is_waited_for_is_named(machine: Machine, passes: list[list[tuple[int, ...]]]) -> None:
     """Once everything that was done is reported, exactly the workers with something to do are waited for."""
     schedule, queue = machine.schedule, machine.queue
+    assume(0 not in machine.stops)
     while machine.loading or machine.uploading:
         if machine.loading:
             load = machine.loading.pop(0)
