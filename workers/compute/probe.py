@@ -106,7 +106,10 @@ def _fill(ours: PreTrainedModel, theirs: PreTrainedModel) -> None:
     it does need it."""
     without_weights(theirs)
     generator = torch.Generator().manual_seed(0)
+    others = theirs.state_dict(keep_vars=True)
     for name, tensor in ours.state_dict(keep_vars=True).items():
+        if is_computed(tensor, others.get(name)):
+            continue
         value = torch.randn(tensor.shape, generator=generator) * 0.1 + 1
         if tensor.dim() > 1:
             value = torch.randn(tensor.shape, generator=generator) * tensor.shape[-1] ** -0.5
@@ -115,6 +118,13 @@ def _fill(ours: PreTrainedModel, theirs: PreTrainedModel) -> None:
                 _set(model, name, value, isinstance(tensor, nn.Parameter))
     for model in (ours, theirs):
         model.tie_weights()
+
+
+def is_computed(tensor: torch.Tensor, other: torch.Tensor | None) -> bool:
+    """Whether it is a buffer with values that the class makes of its config: the same in both models, and several."""
+    if isinstance(tensor, nn.Parameter) or other is None or tensor.shape != other.shape or tensor.numel() < 2:
+        return False
+    return torch.equal(tensor, other) and bool((tensor != tensor.flatten()[0]).any())
 
 
 def without_weights(model: PreTrainedModel) -> None:

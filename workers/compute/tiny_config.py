@@ -4,6 +4,7 @@ each kind that the model has."""
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,9 @@ SIZES = {
     "moe_k": 2, "moe_topk": 2, "top_k_experts": 2, "zero_expert_num": 2, "n_group": 1, "topk_group": 1,
     "q_lora_rank": 32, "kv_lora_rank": 16, "sliding_window": 8, "max_position_embeddings": 256, "n_positions": 256,
     "attention_dropout": 0.0, "vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 16, "laurel_rank": 16,
-    "floor_scale": 4, "max_seq_len": 256, "attention_chunk_size": 8,
+    "floor_scale": 4, "max_seq_len": 256, "attention_chunk_size": 8, "state_size": 16, "ssm_state_size": 16,
+    "mamba_d_state": 16, "chunk_size": 8, "mamba_chunk_size": 8, "block_size": 8, "linear_head_dim": 16,
+    "linear_num_heads": 4, "num_experts_per_token": 2, "num_expert_group": 1,
 }  # fmt: skip
 """The sizes of heads stay: other numbers of a config have to fit them."""
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
@@ -38,6 +41,13 @@ _FIRST_LAYERS = ("first_k_dense_replace",)  # so many at the beginning are diffe
 _LAST_LAYERS = ("num_kv_shared_layers",)  # and at the end
 _SOURCES = "kv_source_layers"  # of each layer, the one whose keys and values it reads
 _LEAST_LAYERS = 2
+_INNER = {  # heads of a state and their size: the inner width, which is `expand` times the model's
+    "mamba_num_heads": "mamba_head_dim", "mamba_n_heads": "mamba_d_head", "n_mamba_heads": "mamba_headdim",
+    "num_heads": "head_dim",
+}  # fmt: skip
+_EXPAND = ("expand", "mamba_expand")
+_GROUPS = ("n_groups", "mamba_n_groups", "mamba_ngroups")  # of these heads
+_INNER_HEAD = 16  # their size
 
 
 def tiny_config(config: PreTrainedConfig, keeps_vocabulary: bool = False) -> PreTrainedConfig:
@@ -51,7 +61,7 @@ def tiny_config(config: PreTrainedConfig, keeps_vocabulary: bool = False) -> Pre
         text = text[name]
     sizes = {key: size for key, size in SIZES.items() if not (keeps_vocabulary and key == "vocab_size")}
     before = _width(text)
-    _shrink(text, sizes)
+    _shrink(text, sizes, config.get_text_config(decoder=True).num_hidden_layers)
     if text is not values:
         _follow(values, text, before, _width(text))
     values["dtype"] = text["dtype"] = "float32"
@@ -84,8 +94,8 @@ def _width(values: Mapping[str, Any]) -> int:
     return width
 
 
-def _shrink(values: dict[str, Any], sizes: Mapping[str, float]) -> None:
-    count = next(values[name] for name in _COUNTS if isinstance(values.get(name), int))
+def _shrink(values: dict[str, Any], sizes: Mapping[str, float], num_layers: int) -> None:
+    count = next((values[name] for name in _COUNTS if isinstance(values.get(name), int)), num_layers)
     layers = _one_of_each_kind(values, count)
     for key, value in values.items():
         if key == _SOURCES and _is_per_layer(value, count):
@@ -113,7 +123,7 @@ def _shrink(values: dict[str, Any], sizes: Mapping[str, float]) -> None:
     for key in _COUNTS:
         if isinstance(values.get(key), int):
             values[key] = values[key] * len(layers) // count
-    heads, width = next(values[name] for name in _HEADS if isinstance(values.get(name), int)), _width(values)
+    heads, width = next((values[name] for name in _HEADS if isinstance(values.get(name), int)), HEADS), _width(values)
     kv_heads, head_dim = values.get("num_key_value_heads"), values.get("head_dim") or width // heads
     for key, value in values.items():
         values[key] = _small(sizes, key, value)
@@ -123,8 +133,30 @@ def _shrink(values: dict[str, Any], sizes: Mapping[str, float]) -> None:
         values.update((key, HEADS * head_dim) for key in _WIDTHS if key in values)
     if kv_heads is not None:
         values["num_key_value_heads"] = HEADS if kv_heads == heads else 1 if kv_heads == 1 else 2
+    _shrink_inner(values, width)
     for number, key in enumerate(("pad_token_id", "bos_token_id", "eos_token_id")):
         values[key] = number
+
+
+def _shrink_inner(values: dict[str, Any], width: int) -> None:
+    """Heads of states, which are as many as the inner width holds.
+
+    Args:
+        width: of the model, before.
+    """
+    if "attention_hidden_size" in values:
+        values["attention_hidden_size"] = values["attention_hidden_size"] * _width(values) // width
+    expand = next((values[name] for name in _EXPAND if isinstance(values.get(name), int | float)), None)
+    if expand is None:
+        return
+    inner = int(expand * _width(values))
+    if isinstance(values.get("mamba_d_ssm"), int):
+        values["mamba_d_ssm"] = inner
+    size = math.gcd(inner, _INNER_HEAD)
+    heads = next((key for key, other in _INNER.items() if isinstance(values.get(other), int) and key in values), None)
+    if heads is not None and (heads != "num_heads" or "state_size" in values):
+        values[heads], values[_INNER[heads]] = inner // size, size
+        values.update((key, math.gcd(values[key], inner // size, 2)) for key in _GROUPS if key in values)
 
 
 def _one_of_each_kind(values: Mapping[str, Any], count: int) -> list[int]:
@@ -156,7 +188,7 @@ def _is_per_layer(value: object, count: int) -> bool:
 
 def _is_of_layers(key: str, value: object, count: int) -> bool:
     """Whether it lists some layers by their numbers."""
-    named = key.endswith(("layers", "indices", "idxs", "idx"))
+    named = key.endswith(("layers", "layer_ids", "indices", "idxs", "idx"))
     return named and isinstance(value, list) and all(type(item) is int and 0 <= item < count for item in value)
 
 
