@@ -1,7 +1,8 @@
 """Proof that our path and Transformers' own give the same logits for a model class that the tests do not cover.
 
 A tiny model of the class with random weights runs ragged sequences both ways: Transformers' forward over each whole
-sequence alone, and ours in packed micro-batches, interleaved layer by layer, with a prefill and then single tokens.
+sequence alone, and ours in packed micro-batches, interleaved layer by layer, with prompts in two chunks and then single
+tokens.
 """
 
 from __future__ import annotations
@@ -207,6 +208,11 @@ class _PackedForward(ModelGreenlet):
         return (out_THE if latents is None else latents.expand_output(out_THE, head_dim))[None]
 
 
+def _passed(length: int, step: int) -> int:
+    """Tokens of a sequence before a step, `length` of which are its prompt."""
+    return (0, length // 2 + 1)[step] if step < 2 else length + step - 2
+
+
 def largest_error(theirs: PreTrainedModel, ours: PreTrainedModel) -> float:
     """Largest difference of the logits of all tokens, relative to the largest logit."""
     generator = torch.Generator().manual_seed(1)
@@ -215,11 +221,10 @@ def largest_error(theirs: PreTrainedModel, ours: PreTrainedModel) -> float:
     found: dict[tuple[int, int], list[torch.Tensor]] = defaultdict(list)
     kept: list[list[dict[Any, Any]]] = [[{} for _ in group] for group in LENGTHS]
     with torch.no_grad():
-        for step in range(STEPS + 1):
+        for step in range(STEPS + 2):
             forwards = []
             for k, (group, tokens) in enumerate(zip(LENGTHS, batches, strict=True)):
-                ends = [length + step for length in group]
-                begins = [0 if step == 0 else end - 1 for end in ends]
+                begins, ends = [_passed(length, step) for length in group], [_passed(n, step + 1) for n in group]
                 new = [t[begin:end] for t, begin, end in zip(tokens, begins, ends, strict=True)]
                 forwards.append(_PackedForward(ours, new, kept[k], begins))
             while not all(forward.dead for forward in forwards):
