@@ -141,8 +141,9 @@ def save_tiny(config: Any, directory: Path) -> PreTrainedModel:
     probe.without_weights(theirs)
     generator = torch.Generator().manual_seed(0)
     tensors: dict[str, torch.Tensor] = {}
+    others = theirs.state_dict(keep_vars=True)
     for name, tensor in ours.state_dict(keep_vars=True).items():
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() or probe.is_computed(tensor, others.get(name)):
             tensors[name] = tensor.clone()
             continue
         noise = torch.randn(tensor.shape, generator=generator)

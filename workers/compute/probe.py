@@ -90,9 +90,9 @@ def _prove(config: PreTrainedConfig, keeps_latents: bool) -> None:
 def tiny_model(config: PreTrainedConfig) -> tuple[PreTrainedConfig, PreTrainedModel]:
     """A tiny model of `config`, without weights, and its own config. Raises whatever its class does."""
     first: Exception | None = None
-    for keeps_vocabulary in (False, True):
+    for keeps_vocabulary, of_each_kind in ((False, 1), (True, 1), (False, 2)):
         try:
-            tiny = tiny_config(config, keeps_vocabulary)
+            tiny = tiny_config(config, keeps_vocabulary, of_each_kind)
             return tiny, model_builder.build(copy.deepcopy(tiny), torch.float32)  # each keeps its own, and changes it
         except UserError:
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,15 +46,17 @@ _INNER = {  # heads of a state and their size: the inner width, which is `expand
     "mamba_num_heads": "mamba_head_dim", "mamba_n_heads": "mamba_d_head", "n_mamba_heads": "mamba_headdim",
     "num_heads": "head_dim",
 }  # fmt: skip
+_PER_TOKEN = ("per_tok", "per_token")  # experts
 _EXPAND = ("expand", "mamba_expand")
 _GROUPS = ("n_groups", "mamba_n_groups", "mamba_ngroups")  # of these heads
 _INNER_HEAD = 16  # their size
 
 
-def tiny_config(config: PreTrainedConfig, keeps_vocabulary: bool = False) -> PreTrainedConfig:
+def tiny_config(config: PreTrainedConfig, keeps_vocabulary: bool = False, of_each_kind: int = 1) -> PreTrainedConfig:
     """
     Args:
         keeps_vocabulary: for classes that check ids of special tokens.
+        of_each_kind: layers; for classes that tie their weights to each other.
     """
     values = copy.deepcopy(config.to_dict())
     text = values
@@ -61,7 +64,7 @@ def tiny_config(config: PreTrainedConfig, keeps_vocabulary: bool = False) -> Pre
         text = text[name]
     sizes = {key: size for key, size in SIZES.items() if not (keeps_vocabulary and key == "vocab_size")}
     before = _width(text)
-    _shrink(text, sizes, config.get_text_config(decoder=True).num_hidden_layers)
+    _shrink(text, sizes, config.get_text_config(decoder=True).num_hidden_layers, of_each_kind)
     if text is not values:
         _follow(values, text, before, _width(text))
     values["dtype"] = text["dtype"] = "float32"
@@ -94,9 +97,9 @@ def _width(values: Mapping[str, Any]) -> int:
     return width
 
 
-def _shrink(values: dict[str, Any], sizes: Mapping[str, float], num_layers: int) -> None:
+def _shrink(values: dict[str, Any], sizes: Mapping[str, float], num_layers: int, of_each_kind: int) -> None:
     count = next((values[name] for name in _COUNTS if isinstance(values.get(name), int)), num_layers)
-    layers = _one_of_each_kind(values, count)
+    layers = _some_of_each_kind(values, count, of_each_kind)
     for key, value in values.items():
         if key == _SOURCES and _is_per_layer(value, count):
             values[key] = [layers.index(value[layer]) for layer in layers]
@@ -159,8 +162,8 @@ def _shrink_inner(values: dict[str, Any], width: int) -> None:
         values.update((key, math.gcd(values[key], inner // size, 2)) for key in _GROUPS if key in values)
 
 
-def _one_of_each_kind(values: Mapping[str, Any], count: int) -> list[int]:
-    """The first layer of each kind, two layers at least."""
+def _some_of_each_kind(values: Mapping[str, Any], count: int, of_each_kind: int) -> list[int]:
+    """The first layers of each kind, two layers at least."""
     per_layer = [value for key, value in values.items() if _is_per_layer(value, count) and key != _SOURCES]
     sources = values.get(_SOURCES) or range(count)
     of_layers = [value for key, value in values.items() if _is_of_layers(key, value, count)]
@@ -174,10 +177,11 @@ def _one_of_each_kind(values: Mapping[str, Any], count: int) -> list[int]:
         placed = [layer < number for number in first] + [layer >= count - number for number in last]
         return repr((listed, placed, overrides.get(layer)))
 
-    kinds: dict[str, int] = {}
+    kinds: dict[str, list[int]] = defaultdict(list)
     for layer in range(count):
-        kinds.setdefault(kind(layer), layer)
-    chosen = {*kinds.values(), *(sources[layer] for layer in kinds.values())}
+        kinds[kind(layer)].append(layer)
+    first_ones = [layer for layers in kinds.values() for layer in layers[:of_each_kind]]
+    chosen = {*first_ones, *(sources[layer] for layer in first_ones)}
     rest = [layer for layer in range(count) if layer not in chosen and sources[layer] == layer]
     return sorted([*chosen, *rest[: max(0, _LEAST_LAYERS - len(chosen))]])
 
@@ -203,4 +207,6 @@ def _kv_heads(values: Mapping[str, Any]) -> int:
 
 def _small(sizes: Mapping[str, float], key: str, value: Any) -> Any:
     known = key in sizes and isinstance(value, int | float) and not isinstance(value, bool)
+    if known and key.endswith(_PER_TOKEN):  # some classes take one alone
+        return min(sizes[key], value)
     return sizes[key] if known else value
