@@ -66,6 +66,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "aya_vision": {"vision_config": {"num_attention_heads": 16}},
     "minimax_m3_vl": {"text_config": SPARSE_LAYERS},
     "minimax_m3_vl_text": SPARSE_LAYERS,
+    "bamba": {"attn_layer_indices": [9, 18, 27]},
+    "granitemoehybrid": {"layer_types": (["linear_attention"] * 7 + ["full_attention"]) * 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "cohere_compass": {"text_config": ROTARY_BY_KIND},
     "cohere_compass_text": ROTARY_BY_KIND,

@@ -24,11 +24,12 @@ SIZES = {
     "attention_dropout": 0.0, "vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 16, "laurel_rank": 16,
     "floor_scale": 4, "max_seq_len": 256, "attention_chunk_size": 8, "state_size": 16, "ssm_state_size": 16,
     "mamba_d_state": 16, "chunk_size": 8, "mamba_chunk_size": 8, "block_size": 8, "linear_head_dim": 16,
-    "linear_num_heads": 4, "num_experts_per_token": 2, "num_expert_group": 1,
+    "linear_num_heads": 4, "num_experts_per_token": 2, "num_expert_group": 1, "lru_width": 64,
+    "attention_window_size": 8,
 }  # fmt: skip
 """The sizes of heads stay: other numbers of a config have to fit them."""
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
-_WIDTHS = ("hidden_size", "n_embd", "d_model", "embed_dim", "emb_dim", "word_embed_proj_dim")
+_WIDTHS = ("hidden_size", "n_embd", "d_model", "embed_dim", "emb_dim", "word_embed_proj_dim", "lru_width")
 _OUTPUT_WIDTHS = (
     "out_hidden_size",
     "output_dim",
@@ -38,6 +39,7 @@ _OUTPUT_WIDTHS = (
 )  # of towers
 _ADAPTERS = ("adaptor", "adapter", "projector", "connector")
 _COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "layers")
+_KINDS = ("layer_types", "layers_block_type")
 _FIRST_LAYERS = ("first_k_dense_replace",)  # so many at the beginning are different
 _LAST_LAYERS = ("num_kv_shared_layers",)  # and at the end
 _SOURCES = "kv_source_layers"  # of each layer, the one whose keys and values it reads
@@ -60,11 +62,12 @@ def tiny_config(config: PreTrainedConfig, keeps_vocabulary: bool = False, of_eac
     """
     values = copy.deepcopy(config.to_dict())
     text = values
-    for name in _path(config, config.get_text_config(decoder=True)) or ():
+    text_config = config.get_text_config(decoder=True)
+    for name in _path(config, text_config) or ():
         text = text[name]
     sizes = {key: size for key, size in SIZES.items() if not (keeps_vocabulary and key == "vocab_size")}
     before = _width(text)
-    _shrink(text, sizes, config.get_text_config(decoder=True).num_hidden_layers, of_each_kind)
+    _shrink(text, sizes, text_config, of_each_kind)
     if text is not values:
         _follow(values, text, before, _width(text))
     values["dtype"] = text["dtype"] = "float32"
@@ -97,9 +100,13 @@ def _width(values: Mapping[str, Any]) -> int:
     return width
 
 
-def _shrink(values: dict[str, Any], sizes: Mapping[str, float], num_layers: int, of_each_kind: int) -> None:
-    count = next((values[name] for name in _COUNTS if isinstance(values.get(name), int)), num_layers)
-    layers = _some_of_each_kind(values, count, of_each_kind)
+def _shrink(values: dict[str, Any], sizes: Mapping[str, float], config: PreTrainedConfig, of_each_kind: int) -> None:
+    """`values` are the config's."""
+    count = next((values[name] for name in _COUNTS if isinstance(values.get(name), int)), config.num_hidden_layers)
+    derived = [getattr(config, name, None) for name in _KINDS if name not in values]
+    layers = _some_of_each_kind(
+        values, count, [kinds for kinds in derived if _is_per_layer(kinds, count)], of_each_kind
+    )
     for key, value in values.items():
         if key == _SOURCES and _is_per_layer(value, count):
             values[key] = [layers.index(value[layer]) for layer in layers]
@@ -162,9 +169,11 @@ def _shrink_inner(values: dict[str, Any], width: int) -> None:
         values.update((key, math.gcd(values[key], inner // size, 2)) for key in _GROUPS if key in values)
 
 
-def _some_of_each_kind(values: Mapping[str, Any], count: int, of_each_kind: int) -> list[int]:
-    """The first layers of each kind, two layers at least."""
+def _some_of_each_kind(values: Mapping[str, Any], count: int, derived: list[Any], of_each_kind: int) -> list[int]:
+    """The first layers of each kind, two layers at least; all up to the last of these where their kinds are `derived`
+    of other values."""
     per_layer = [value for key, value in values.items() if _is_per_layer(value, count) and key != _SOURCES]
+    per_layer += derived
     sources = values.get(_SOURCES) or range(count)
     of_layers = [value for key, value in values.items() if _is_of_layers(key, value, count)]
     first = [values[key] for key in _FIRST_LAYERS if isinstance(values.get(key), int)]
@@ -182,6 +191,8 @@ def _some_of_each_kind(values: Mapping[str, Any], count: int, of_each_kind: int)
         kinds[kind(layer)].append(layer)
     first_ones = [layer for layers in kinds.values() for layer in layers[:of_each_kind]]
     chosen = {*first_ones, *(sources[layer] for layer in first_ones)}
+    if derived:
+        return list(range(min(count, max(_LEAST_LAYERS, *(layer + 1 for layer in chosen)))))
     rest = [layer for layer in range(count) if layer not in chosen and sources[layer] == layer]
     return sorted([*chosen, *rest[: max(0, _LEAST_LAYERS - len(chosen))]])
 
