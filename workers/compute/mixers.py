@@ -28,7 +28,8 @@ from flexgen_lite.workers.serve import UserError
 CONV, RECURRENT, LINEAR, ATTRIBUTE = "conv", "recurrent", "linear", "attribute"
 MOST_ROWS = 512  # of a sequence in one call: what a mixer makes of them takes memory
 NOTHING = -1  # a sequence's state before its first token
-_READS = ("get_conv_state(", "get_recurrent_state(", "get_linear_cache(")
+_LINEAR_READ = "get_linear_cache("
+_READS = ("get_conv_state(", "get_recurrent_state(", _LINEAR_READ)
 _METHODS = ("forward", "torch_forward", "slow_forward", "cuda_kernels_forward")
 _CACHES = ("cache", "cache_params", "past_key_values")
 _WEIGHT = re.compile(r"self\.(\w+)\.weight\b")
@@ -208,6 +209,7 @@ class Mixer:
         if not (self._cache or attributes):
             raise UserError(f"{kind.__name__} takes its state from where it is not known here, which is not supported")
         self._goes_on = _goes_on(kind)
+        self._begins_whole = not self._goes_on or _LINEAR_READ in _source(kind)  # goes on token by token within
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         running = greenlet.getcurrent()
@@ -254,9 +256,9 @@ class Mixer:
                 source, first = span.source, 0
                 while first < span.num_rows:
                     left, begin = span.num_rows - first, span.row + first
-                    count = min(MOST_ROWS, left)
-                    if not self._goes_on:
-                        count = left if source == NOTHING else 1
+                    count = min(MOST_ROWS, left) if self._goes_on else 1
+                    if source == NOTHING and self._begins_whole:
+                        count = left
                     call(slice(begin, begin + count), [source], [span.target])
                     source, first = span.target, first + count
         return outputs.result()

@@ -35,7 +35,7 @@ TESTED_TYPES: frozenset[str] = frozenset(
         "qwen3_vl", "mllama", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "lfm2", "lfm2_moe", "lfm3", "bamba",
         "nemotron_h", "granitemoehybrid", "jamba", "falcon_h1", "kimi_linear", "bailing_hybrid", "olmo_hybrid",
         "zamba2", "mamba", "mamba2", "falcon_mamba", "qwen3_5", "qwen3_5_moe", "minimax",
-        "recurrent_gemma",
+        "zaya", "zamba", "recurrent_gemma",
     }
 )  # fmt: skip
 TOLERANCE = 2e-3  # of the largest logit; a wrong mask or position is off by far more
