@@ -80,6 +80,19 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon-mamba": ("falcon_mamba", {"num_hidden_layers": 3}),
     "mamba2": ("mamba2", {"num_hidden_layers": 3, "head_dim": 16, "n_groups": 1, "num_heads": 8, "state_size": 16}),
     "minimax": ("minimax", KV | KINDS | EXPERTS | {"head_dim": 16, "block_size": 16}),
+    "zaya": (
+        "zaya",
+        KV
+        | {
+            "layer_types": ["hybrid", "hybrid_sliding", "hybrid"], "sliding_window": 7, "head_dim": 16,
+            "moe_intermediate_size": 32, "num_experts": 4, "router_hidden_size": 32,
+        },
+    ),
+    "zamba": (
+        "zamba",
+        {"num_hidden_layers": 5, "attn_layer_offset": 1, "attn_layer_period": 2, "mamba_dt_rank": 8,
+         "num_key_value_heads": 4},
+    ),
     "recurrent-gemma": (
         "recurrent_gemma", {"num_hidden_layers": 5, "num_key_value_heads": 1, "attention_window_size": 7},
     ),

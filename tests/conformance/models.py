@@ -66,6 +66,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "aya_vision": {"vision_config": {"num_attention_heads": 16}},
     "minimax_m3_vl": {"text_config": SPARSE_LAYERS},
     "minimax_m3_vl_text": SPARSE_LAYERS,
+    "bamba": {"attn_layer_indices": [9, 18, 27]},
+    "granitemoehybrid": {"layer_types": (["linear_attention"] * 7 + ["full_attention"]) * 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "cohere_compass": {"text_config": ROTARY_BY_KIND},
     "cohere_compass_text": ROTARY_BY_KIND,
@@ -141,8 +143,9 @@ def save_tiny(config: Any, directory: Path) -> PreTrainedModel:
     probe.without_weights(theirs)
     generator = torch.Generator().manual_seed(0)
     tensors: dict[str, torch.Tensor] = {}
+    others = theirs.state_dict(keep_vars=True)
     for name, tensor in ours.state_dict(keep_vars=True).items():
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() or probe.is_computed(tensor, others.get(name)):
             tensors[name] = tensor.clone()
             continue
         noise = torch.randn(tensor.shape, generator=generator)

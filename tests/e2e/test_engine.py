@@ -111,7 +111,7 @@ def test_a_cancelled_job_ends_and_the_others_go_on(engine: FlexGenLite) -> None:
 
 @pytest.mark.parametrize(
     ("family", "word"),
-    [("bloom", "BloomForCausalLM"), ("mamba", "other state"), ("bert", "bidirectional"), ("t5", "encoder")],
+    [("bloom", "BloomForCausalLM"), ("rwkv", "other state"), ("bert", "bidirectional"), ("t5", "encoder")],
 )
 def test_classes_that_cannot_be_served_are_refused(family: str, word: str, tmp_path: Path) -> None:
     from transformers import AutoConfig

@@ -32,7 +32,8 @@ CONV, RECURRENT, LINEAR, ATTRIBUTE = "conv", "recurrent", "linear", "attribute"
 MOST_ROWS = 512  # of a sequence in one call: what a mixer makes of them takes memory
 COPIES_BYTES = 16 << 20  # of states, at once; what is made of them takes several times that (plan/need.py)
 NOTHING = -1  # a sequence's state before its first token
-_READS = ("get_conv_state(", "get_recurrent_state(", "get_linear_cache(")
+_LINEAR_READ = "get_linear_cache("
+_READS = ("get_conv_state(", "get_recurrent_state(", _LINEAR_READ)
 _METHODS = ("forward", "torch_forward", "slow_forward", "cuda_kernels_forward")
 _CACHES = ("cache", "cache_params", "past_key_values")
 _WEIGHT = re.compile(r"self\.(\w+)\.weight\b")
@@ -173,6 +174,34 @@ class _Attributes:
             setattr(owner, name, None)
 
 
+class _Outputs:
+    """What a module gives for the rows of a micro-batch, from call to call: of what is per token, every row; of all
+    else, the last."""
+
+    def __init__(self, num_rows: int) -> None:
+        self._num_rows = num_rows
+        self._found: dict[int, Any] = {}  # by place in the module's tuple
+        self._per_token: set[int] = set()
+        self._is_tuple = False
+
+    def put(self, rows: slice | list[int], shape_NT: torch.Size, output: Any) -> None:
+        """`rows` are those of a call with `shape_NT` tokens."""
+        self._is_tuple = isinstance(output, tuple)
+        for index, part in enumerate(output if self._is_tuple else (output,)):
+            is_per_token = isinstance(part, torch.Tensor) and part.shape[:2] == shape_NT
+            if is_per_token and index not in self._found:
+                self._found[index] = part.new_empty((1, self._num_rows, *part.shape[2:]))
+                self._per_token.add(index)
+            if is_per_token and index in self._per_token:
+                self._found[index][0, rows] = part.flatten(0, 1)
+            else:
+                self._found[index] = part
+                self._per_token.discard(index)
+
+    def result(self) -> Any:
+        return tuple(self._found.values()) if self._is_tuple else self._found[0]
+
+
 class Mixer:
     """A module that keeps state, in place of its forward.
 
@@ -186,13 +215,14 @@ class Mixer:
     def __init__(self, module: nn.Module, number: int) -> None:
         kind: Any = type(module)
         self._forward: Callable[..., Any] = module.forward
-        self._names = frozenset(inspect.signature(kind.forward).parameters)
+        self._names = tuple(inspect.signature(kind.forward).parameters)[1:]  # without self
         attributes = _attributes(kind)
         self._attributes = _Attributes(module, attributes, number) if attributes else None
         self._cache = next((name for name in _CACHES if name in self._names), "")
         if not (self._cache or attributes):
             raise UserError(f"{kind.__name__} takes its state from where it is not known here, which is not supported")
         self.goes_on = _goes_on(kind)
+        self._begins_whole = not self.goes_on or _LINEAR_READ in _source(kind)  # goes on token by token within
         self._module, self._stands_in = module, False
         self._single_is_ours = recurrences.stand_in(module)
         self._together = 1 << 20  # sequences whose single tokens are computed at once
@@ -223,65 +253,54 @@ class Mixer:
     ) -> Any:
         """What the module makes of the rows of several sequences, each after its own state: single tokens of all of
         them at once, others one by one."""
-        known = {name: value for name, value in kwargs.items() if name in self._names}
-        if "attention_mask" in self._names and len(args) == 0:
+        given = {**dict(zip(self._names[1:], args, strict=False)), **kwargs}
+        known = {name: value for name, value in given.items() if name in self._names}
+        if "attention_mask" in self._names:
             known["attention_mask"] = None
-        others: tuple[Any, ...] = ()
-        result = torch.empty(0)
+        rows_of_tokens = rows_1TD.shape[:2]
+        outputs = _Outputs(rows_of_tokens[1])
 
-        def call(rows: slice | list[int], sources: list[int], targets: list[int]) -> torch.Tensor:
+        def call(rows: slice | list[int], sources: list[int], targets: list[int]) -> None:
             """Several of one sequence, or one of each."""
-            nonlocal others
 
             def taken(value: Any) -> Any:
-                is_per_token = isinstance(value, torch.Tensor) and value.shape[:2] == rows_1TD.shape[:2]
+                is_per_token = isinstance(value, torch.Tensor) and value.shape[:2] == rows_of_tokens
                 return value[0, rows].unflatten(0, (len(sources), -1)) if is_per_token else value
 
-            given = {name: taken(value) for name, value in known.items()}
-            found = self._call([taken(value) for value in (rows_1TD, *args)], given, states, sources, targets)
-            others = found[1:] if isinstance(found, tuple) else ()
-            output: torch.Tensor = found[0] if isinstance(found, tuple) else found
-            return output
-
-        def put(first: int, count: int, output: torch.Tensor) -> None:
-            nonlocal result
-            if not result.numel():
-                result = output.new_empty((1, rows_1TD.shape[1], output.shape[-1]))
-            result[0, first : first + count] = output
+            arguments = {name: taken(value) for name, value in known.items()}
+            rows_NTD = taken(rows_1TD)
+            outputs.put(rows, rows_NTD.shape[:2], self._call(rows_NTD, arguments, states, sources, targets))
 
         singles = [span for span in spans if span.num_rows == 1 and span.source != NOTHING]
         for begin in range(0, len(singles), self._together):
             single = singles[begin : begin + self._together]
             numbers = [span.row for span in single]
             is_run = numbers == list(range(numbers[0], numbers[0] + len(numbers)))
-            taken = slice(numbers[0], numbers[0] + len(numbers)) if is_run else numbers
-            places = [span.source for span in single], [span.target for span in single]
-            output = call(taken, *places)
-            for index, span in enumerate(single[: 1 if is_run else None]):
-                put(span.row, len(single) if is_run else 1, output[:, 0] if is_run else output[index])
+            rows = slice(numbers[0], numbers[0] + len(numbers)) if is_run else numbers
+            call(rows, [span.source for span in single], [span.target for span in single])
         for span in spans:
             if span.num_rows > 1 or span.source == NOTHING:
                 source, first = span.source, 0
                 while first < span.num_rows:
                     left, begin = span.num_rows - first, span.row + first
-                    count = min(MOST_ROWS, left)
-                    if not self.goes_on:
-                        count = left if source == NOTHING else 1
-                    put(begin, count, call(slice(begin, begin + count), [source], [span.target])[0])
+                    count = min(MOST_ROWS, left) if self.goes_on else 1
+                    if source == NOTHING and self._begins_whole:
+                        count = left
+                    call(slice(begin, begin + count), [source], [span.target])
                     source, first = span.target, first + count
-        return (result, *others) if others else result
+        return outputs.result()
 
     def _call(
-        self, args: list[Any], known: dict[str, Any], states: States, sources: list[int], targets: list[int]
+        self, rows_NTD: torch.Tensor, known: dict[str, Any], states: States, sources: list[int], targets: list[int]
     ) -> Any:
         if self._attributes is not None:
             self._attributes.set(states, sources)
-            found = self._forward(*args, **{**known, "use_cache": True})
+            found = self._forward(rows_NTD, **{**known, "use_cache": True})
             self._attributes.take(states, targets)
             return found
-        stands_in = self._stands_in and args[0].shape[1] == 1 and hasattr(states, "in_place")
+        stands_in = self._stands_in and rows_NTD.shape[1] == 1 and hasattr(states, "in_place")
         cache = _Cache(states, sources, targets, stands_in)
-        found = self._forward(*args, **{**known, self._cache: cache})
+        found = self._forward(rows_NTD, **{**known, self._cache: cache})
         cache.finish()
         return found
 

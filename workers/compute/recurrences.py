@@ -264,7 +264,7 @@ class MambaStep(Recurrence):
         options: dict[str, Any] = {"z": None, "dt_bias": bias, "dt_softplus": True}
         expected_state = state.clone()
         expected = self.unfused(expected_state, *arguments, skip, **options)
-        found = self(state, *arguments, skip, **options)
+        found = self(state, *arguments, skip, **options)  # type: ignore[call-arg]
         return _alike((found, state), (expected, expected_state))
 
 

@@ -196,7 +196,7 @@ class _Trial(ModelGreenlet):
                 self._plain.add(structure)
                 self._end_plain(layer)
             if len(self.calls) == before or structure in self._num_calls:
-                raise UserError(_no_call(self._model, index, layer))
+                raise UserError(_no_call(self._model, index, layer, self._has_mixers))
             self._num_calls[structure] = len(self.calls) - before
             self._outputs[structure] = output
             self.pass_bytes = self._bytes.peak
@@ -233,7 +233,7 @@ def find_text_path(model: PreTrainedModel, keeps_latents: bool = True) -> TextPa
             raise
         except Exception as error:  # of many kinds: it is the model's own code that asks for an image
             if not getattr(model, "_supports_attention_backend", False):
-                raise UserError(no_interface(type(model))) from error
+                raise UserError(_not_ours(model, has_mixers)) from error
             if text_config(model.config) is model.config:
                 raise
             raise UserError(
@@ -295,9 +295,16 @@ def outside(model: nn.Module, layers: nn.ModuleList | tuple[nn.Module, ...]) -> 
     return [module for module in model.modules() if module not in inside]
 
 
-def _no_call(model: PreTrainedModel, index: int, layer: nn.Module) -> str:
+def _not_ours(model: PreTrainedModel, has_mixers: bool) -> str:
+    """Why a class cannot be served that has no attention call."""
+    if getattr(model, "_is_stateful", False) and not has_mixers:
+        return f"{type(model).__name__} keeps other state than a KV cache, in a way of its own, which is not supported"
+    return no_interface(type(model))
+
+
+def _no_call(model: PreTrainedModel, index: int, layer: nn.Module, has_mixers: bool) -> str:
     if not getattr(model, "_supports_attention_backend", False):
-        return no_interface(type(model))
+        return _not_ours(model, has_mixers)
     return (
         f"layer {index} ({type(layer).__name__}) has no attention call: "
         "it keeps other state than a KV cache, which is not supported"

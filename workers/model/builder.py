@@ -37,7 +37,7 @@ EXPERTS_NAME = "flexgen_lite"
 ATTENTION_LAYERS = {
     "full_attention", "sliding_attention", "chunked_attention", "indexed_attention", "minimax_m3_sparse", "attention",
 }  # fmt: skip
-STATE_LAYERS = {"linear_attention", "conv", "hybrid", "mamba", "mamba2", "mlp", "moe", "recurrent"}
+STATE_LAYERS = {"linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba", "mamba2", "mlp", "moe", "recurrent"}
 STATE_VERSION = "5.24"  # of Transformers: its cache has one interface for all states
 _MAX_TOKEN_ID = (1 << 31) - 1
 _KNOWN_AS = {"kimi_k2": "deepseek_v3"}

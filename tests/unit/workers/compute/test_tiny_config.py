@@ -68,3 +68,24 @@ def test_the_first_layers_are_dense() -> None:
 def test_the_first_half_of_a_layer_that_calls_twice() -> None:
     config = tiny("longcat_flash")
     assert config.num_hidden_layers == 2 * config.num_layers
+
+
+@pytest.mark.parametrize(("kind", "name", "count"), [("jamba", "attention", 5), ("recurrent_gemma", "sliding", 3)])
+def test_kinds_of_layers_that_follow_from_other_values(kind: str, name: str, count: int) -> None:
+    config = tiny(kind)
+    assert config.num_hidden_layers == count and name in config.layers_block_type[-1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "heads", "size", "expand"),
+    [
+        ("mamba2", "num_heads", "head_dim", "expand"),
+        ("bamba", "mamba_n_heads", "mamba_d_head", "mamba_expand"),
+        ("nemotron_h", "mamba_num_heads", "mamba_head_dim", "expand"),
+        ("zamba2", "n_mamba_heads", "mamba_headdim", "mamba_expand"),
+    ],
+)
+def test_heads_of_states_fill_the_inner_width(kind: str, heads: str, size: str, expand: str) -> None:
+    config = tiny(kind)
+    assert getattr(config, heads) * getattr(config, size) == getattr(config, expand) * config.hidden_size
+    assert getattr(config, size) == 16
