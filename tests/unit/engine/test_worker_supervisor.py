@@ -41,7 +41,7 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> WorkerSupervisor:
     monkeypatch.setattr(supervisor_module, "WorkerProcess", NoProcess)
     monkeypatch.delenv(SHARED, raising=False)
     nothing: Any = Nothing()
-    arenas: Any = {name: SimpleNamespace(fd=0) for name in ("weights", "kv", "exchange")}
+    arenas: Any = {name: SimpleNamespace(fd=0) for name in ("weights", "kv", "exchange", "states")}
     workers = WorkerSupervisor(
         nothing,
         nothing,
