@@ -90,6 +90,30 @@ class Memory:
         return run.pages[page - run.first], within
 
 
+class States:
+    """What the places of the sequences' states hold: all tokens up to the one that was computed last."""
+
+    def __init__(self, count: int) -> None:
+        self._held: list[tuple[int, ...]] = [()] * 2 * count
+
+    def check(self, piece: Piece) -> None:
+        """The state that it goes on from is there, and it is left as it is."""
+        source, target = piece.request.state_places
+        assert source != target >= 0 and (source == -1) == piece.prefill
+        assert source == -1 or self._held[source] == tuple(piece.request.tokens[: piece.request.stored])
+
+    def write(self, piece: Piece, is_lost: bool = False) -> None:
+        """With `is_lost`, a pass that was given up wrote something."""
+        count = piece.request.stored + piece.num_rows
+        self._held[piece.request.state_places[1]] = (-1,) if is_lost else tuple(piece.request.tokens[:count])
+
+
+def check_states(batcher: Batcher, count: int) -> None:
+    """No two running sequences have the same."""
+    found = [running.state for running in batcher.running.values()]
+    assert len(set(found)) == len(found) and set(found) <= set(range(count))
+
+
 @given(
     prompts=st.lists(
         st.tuples(st.integers(1, 60), st.integers(1, 6), st.integers(0, 3) | st.none()), min_size=1, max_size=25
@@ -102,14 +126,18 @@ class Memory:
     tokens=st.integers(12, 40),
     spread=st.booleans(),
     least_gain=st.sampled_from([0, 20, 1000]),
+    has_states=st.booleans(),
     random=st.randoms(use_true_random=False),
 )
 def test_every_request_is_served(
-    prompts, pages, groups, workers, max_sequences, micro_batches, tokens, spread, least_gain, random
+    prompts, pages, groups, workers, max_sequences, micro_batches, tokens, spread, least_gain, has_states, random
 ) -> None:  # type: ignore[no-untyped-def]
     pages = max(pages * len(groups), pages_for(groups, 66, tokens))
     table = PageTable(pages * workers, groups, workers)
-    batcher = Batcher(table, max_sequences, micro_batches, tokens, spread, least_gain=least_gain)
+    num_states = max_sequences if has_states else 0
+    limits = max_sequences, micro_batches, tokens, spread
+    batcher = Batcher(table, *limits, share=not has_states, least_gain=least_gain, num_states=num_states)
+    states = States(num_states)
     requests = [request(i, *prompt) for i, prompt in enumerate(prompts)]
     memory = Memory(groups)
     waiting = queue(requests)
@@ -119,6 +147,9 @@ def test_every_request_is_served(
     while waiting or batcher.running:
         if random.random() < 0.05:  # passes turned out to be too large
             limit = batcher.limit_rows(random.randint(1, limit))
+        if has_states and random.random() < 0.1:  # a worker is lost in the middle of a pass
+            for piece in [piece for micro_batch in batcher.compose(waiting) for piece in micro_batch.pieces]:
+                states.write(piece, is_lost=True)
         running, preempted = set(batcher.running), batcher.num_preempted
         composed = batcher.compose(waiting)
         assert composed, "requests wait or run, but the pass is empty"
@@ -128,6 +159,11 @@ def test_every_request_is_served(
             memory.check(piece)
             if piece.request.id not in running:
                 stored[piece.request.id] = piece.request.stored  # by others, who began alike
+        if has_states:
+            check_states(batcher, num_states)
+            for piece in pieces:
+                states.check(piece)
+                states.write(piece)
         for piece in pieces:
             memory.store(piece)
         seen = [piece.request.id for piece in pieces]
@@ -158,6 +194,51 @@ def test_every_request_is_served(
         assert 1 <= done.num_generated <= done.params.max_tokens
         assert (done.tokens[-1] == EOS) == (done.finish_reason == "stop") or done.tokens[-1] == EOS
         assert stored[done.id] == len(done.tokens) - 1, "all but the last token are stored"
+
+
+def state_places(batcher: Batcher, waiting: WaitingQueue, is_lost: bool = False) -> dict[int, tuple[int, int]]:
+    """Of each request in the next pass, which is given up or not."""
+    composed = batcher.compose(waiting)
+    spans = {
+        piece.request.id: (span.state_from, span.state_to)
+        for index, micro_batch in enumerate(composed)
+        for (_, piece), span in zip(micro_batch.in_rows(), micro_batch.token_batch(index).spans, strict=True)
+    }
+    if not is_lost:
+        batcher.commit(composed, [Result((1,) * sum(p.completes for p in m.pieces)) for m in composed])
+    return spans
+
+
+def test_a_state_is_read_from_one_place_and_written_to_the_other() -> None:
+    """In turn, and from and to the same ones where a pass is repeated; it is free for another with the end."""
+    batcher = Batcher(PageTable(40, one_group(8), 1), 2, 1, 32, spread=False, share=False, num_states=2)
+    waiting = queue([request(0, 40, 2), request(1, 3, 2), request(2, 3, 1)])
+    found = [state_places(batcher, waiting, is_lost=number in (0, 2)) for number in range(6)]
+    assert found[0] == found[1] == {0: (-1, 1)}
+    assert found[2] == found[3] == {0: (1, 0), 1: (-1, 3)}
+    assert found[4] == {0: (0, 1), 1: (3, 2)}
+    assert found[5] == {2: (-1, 1)}
+
+
+def test_a_state_is_given_back_where_its_sequence_is_preempted() -> None:
+    """It begins anew, from no state."""
+    batcher = Batcher(PageTable(4, one_group(8), 1), 2, 1, 32, spread=False, share=False, num_states=2)
+    waiting = queue([request(0, 8, 20), request(1, 8, 20)])
+    batcher._expected_share = 0.0
+    places, stored = [], []
+    while 0 in batcher.running or not places:
+        places.append(state_places(batcher, waiting))
+        stored.append({r.id: r.stored for r in batcher.running.values()})
+    assert batcher.num_preempted == 1 and [r.state for r in waiting] == [-1]
+    again = state_places(batcher, waiting)
+    assert set(again) == {1} and again[1][0] == -1
+
+
+@pytest.mark.parametrize(("tokens", "chunks"), [(300, [256, 256, 138]), (100, [64] * 9 + [74]), (40, [40] * 16 + [10])])
+def test_chunks_of_prompts_end_where_the_parts_of_mixers_do(tokens: int, chunks: list[int]) -> None:
+    """Where there is room for a part."""
+    batcher = Batcher(PageTable(400, one_group(8), 1), 2, 1, tokens, spread=False, share=False, num_states=2)
+    assert [rows[0][1] for rows in rows_by_pass(batcher, queue([request(0, 650, 1)]))] == chunks
 
 
 def test_a_long_prompt_comes_in_chunks() -> None:

@@ -10,7 +10,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from flexgen_lite.config.engine import EngineConfig
-from flexgen_lite.model.spec import AttentionSpec, ModelSpec, UnitSpec
+from flexgen_lite.model.spec import AttentionSpec, ModelSpec, StateSpec, UnitSpec
 from flexgen_lite.plan.machine import Machine
 from flexgen_lite.plan.need import MODEST_LENGTH, Measured
 from flexgen_lite.plan.plan import SHAPES, Plan, PlanError, make_plan
@@ -25,21 +25,31 @@ MACHINE = Machine(cpus=(0, 1), available_ram=16 * GIB, numa_nodes=1)
 
 
 def model(
-    layers: int, layer_bytes: int, outside: int, hidden: int, max_length: int, window: int | None = None
+    layers: int,
+    layer_bytes: int,
+    outside: int,
+    hidden: int,
+    max_length: int,
+    window: int | None = None,
+    state_items: int = 0,
 ) -> ModelSpec:
-    """Every sixth layer sees everything, the others have the window."""
+    """Every sixth layer sees everything, the others have the window; or a state of so many items of float32."""
     units = tuple(UnitSpec(f"layer {i}", (), (), (), layer_bytes) for i in range(layers))
     attention = [
         AttentionSpec(hidden // 64, hidden // 64, 64, 64, 0.125, None if i % 6 == 5 else window, None, False)
         for i in range(layers)
     ]
+    kept = [i for i in range(layers) if i % 6 < 5] if state_items else []
+    size = -(-4 * state_items // 64) * 64
     return ModelSpec(
         model_type="opt", class_name="OPTForCausalLM", dtype="float32", num_layers=layers, vocab_size=50000,
         hidden_size=hidden, intermediate_size=4 * hidden, max_length=max_length, eos_token_ids=(2,), bos_token_id=1,
         num_parameters=1, files=(), stamps=(), units=(*units, UnitSpec("outside", (), (), (), outside)),
         columns=tuple(range(layers)),
         attention=tuple(attention),
-        kv_columns=tuple(range(layers)),
+        kv_columns=tuple(layers - 1 if i in kept else i for i in range(layers)),
+        stops=tuple(kept),
+        states=tuple(StateSpec("recurrent", i, 0, (state_items,), "float32", n * size) for n, i in enumerate(kept)),
     )  # fmt: skip
 
 
@@ -61,6 +71,7 @@ SPECS = st.builds(
     hidden=st.integers(1, 64).map(lambda heads: heads * 64),
     max_length=st.integers(1, 8192),
     window=st.none() | st.integers(1, 2048),
+    state_items=st.just(0) | st.integers(1, 2_000_000),
 )
 OPTIONS = st.fixed_dictionaries(
     {"ram": st.integers(700, 16_000).map(lambda mib: mib * MIB)},
@@ -105,6 +116,8 @@ def test_a_plan_stays_inside_the_budget_and_hangs_together(
     assert made.device_slots == 0 or made.device_slots >= len(on_device) + min(2, passing)
     assert made.weights_bytes == made.slot_offsets[-1] + spec.units[-1].num_bytes
     assert made.max_sequences <= made.micro_batches * made.micro_batch_tokens
+    assert made.state_places == (2 * made.max_sequences if spec.states else 0)
+    assert made.parts.get("states", 0) == made.state_places * spec.state_bytes
     table = PageTable(made.num_pages, made.kv_groups, made.attention_workers)
     assert table.max_tokens(256) >= min(spec.max_length, 256), "a sequence of ordinary length fits on every worker"
 
@@ -163,6 +176,33 @@ def test_what_a_process_may_take_is_in_the_parts() -> None:
     arenas = ("exchange", "embeddings and head", "layers", "KV cache", "client")
     assert sum(made.process_bytes.values()) == made.planned_bytes - sum(made.parts[name] for name in arenas)
     assert made.process_bytes["attention worker 1"] > MEASURED.attention
+
+
+def test_states_limit_how_many_sequences_run() -> None:
+    """A sequence's two places have 40 MiB each. Layers stay, and pages are no more than those sequences can use."""
+    spec = model(12, 100 * MIB, 100 * MIB, 512, 2048, state_items=MIB)
+    small, large = plan_for(spec, ram="4GiB"), plan_for(spec, ram="12GiB")
+    for made in (small, large):
+        assert spec.state_bytes == 40 * MIB and made.resident_layers == tuple(range(12))
+        assert made.parts["states"] == made.max_sequences * 80 * MIB
+        assert made.num_pages <= made.max_sequences * 2048 // 16
+        assert "states    40.0 MiB a sequence, twice" in describe(made, spec)
+    assert 10 < small.max_sequences < 40 < 80 < large.max_sequences < 150
+    assert plan_for(spec, ram="4GiB", max_sequences=5).max_sequences == 5
+
+
+def test_where_there_is_no_room_for_a_state_it_is_part_of_what_is_named() -> None:
+    """Of one sequence, in two places."""
+    least = []
+    for items in (1, 64 * MIB):
+        with pytest.raises(PlanError) as refusal:
+            plan_for(model(12, MIB, MIB, 512, 2048, state_items=items), ram="400MiB")
+        match = re.search(r"needs at least ([\d.]+ \w+) of RAM, 400\.0 MiB allowed", str(refusal.value))
+        assert match
+        least.append(parse_size(match[1].replace(" ", "")))
+    assert least[1] - least[0] == pytest.approx(2 * 10 * 256 * MIB, rel=0.03)
+    made = plan_for(model(12, MIB, MIB, 512, 2048, state_items=64 * MIB), ram=least[1] + 64 * MIB)
+    assert made.max_sequences == 1 and made.state_places == 2
 
 
 def test_a_model_that_fits_stays_in_memory() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from flexgen_lite.model.spec import STATE_ALIGNMENT
 from flexgen_lite.wire.worker_messages import OpenModel
 from flexgen_lite.workers.compute import attention_call, experts
 from flexgen_lite.workers.compute.device import open_device
@@ -148,6 +149,43 @@ def test_chunks_are_of_the_layers_that_say_so() -> None:
 def test_what_cannot_be_served(kind: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         path_of(kind)
+
+
+def test_a_version_of_transformers_without_one_interface_for_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builder, "Cache", object)
+    for kind, name in (("mamba2", "Mamba2"), ("qwen3_5_text", "Qwen3_5"), ("jamba", "Jamba")):
+        with pytest.raises(UserError, match=f"{name}ForCausalLM keeps other state .* takes Transformers 5.24 or newer"):
+            path_of(kind)
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "stops", "kinds"),
+    [
+        ("qwen3.5", (0, 1, 2), (0, 2), ["conv", "recurrent"] * 2),
+        ("lfm2", (0, 1, 2), (0, 1), ["conv"] * 2),
+        ("kimi-linear", (0, 1, 2), (0, 2), ["conv", "recurrent"] * 2),
+        ("nemotron-h", (0, 1, 2, 3, 4, 5), (0, 1, 3, 4, 5), ["conv", "recurrent"] * 2),
+        ("falcon-h1", (0, 0, 1, 1, 2, 2), (0, 2, 4), ["conv", "recurrent"] * 3),
+        ("mamba2", (0, 1, 2), (0, 1, 2), ["conv", "recurrent"] * 3),
+    ],
+)
+def test_columns_of_layers_with_states(
+    name: str, columns: tuple[int, ...], stops: tuple[int, ...], kinds: list[str]
+) -> None:
+    """Of layers with neither attention nor state as well: each has one. Keys and values are not of stops."""
+    path, _ = family(name)
+    assert (path.columns, path.stops) == (columns, stops)
+    assert [state.kind for state in path.states] == kinds
+    own = {column for column, kv in enumerate(path.kv_columns) if kv == column}
+    assert own == set(range(len(columns))) - set(stops) or len(stops) == len(columns)
+
+
+def test_states_do_not_overlap() -> None:
+    path, _ = family("kimi-linear")
+    end = 0
+    for state in path.states:
+        assert state.offset % STATE_ALIGNMENT == 0 and end <= state.offset < end + STATE_ALIGNMENT
+        end = state.offset + state.num_bytes
 
 
 def opened(directory: Path) -> OpenedModel:
