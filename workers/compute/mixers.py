@@ -175,8 +175,8 @@ class _Attributes:
 
 
 class _Outputs:
-    """What a module gives for the rows of a micro-batch, from call to call: of what is per token, every row; of all
-    else, the last."""
+    """What a module gives for the rows of a micro-batch, from call to call: of what is per token, every row; no other
+    tensors, which are states."""
 
     def __init__(self, num_rows: int) -> None:
         self._num_rows = num_rows
@@ -195,7 +195,7 @@ class _Outputs:
             if is_per_token and index in self._per_token:
                 self._found[index][0, rows] = part.flatten(0, 1)
             else:
-                self._found[index] = part
+                self._found[index] = None if isinstance(part, torch.Tensor) else part
                 self._per_token.discard(index)
 
     def result(self) -> Any:
@@ -210,6 +210,7 @@ class Mixer:
 
     Attributes:
         goes_on: it takes several tokens after a state.
+        begins_whole: it gets a prompt's first rows in one call, however many.
     """
 
     def __init__(self, module: nn.Module, number: int) -> None:
@@ -222,7 +223,7 @@ class Mixer:
         if not (self._cache or attributes):
             raise UserError(f"{kind.__name__} takes its state from where it is not known here, which is not supported")
         self.goes_on = _goes_on(kind)
-        self._begins_whole = not self.goes_on or _LINEAR_READ in _source(kind)  # goes on token by token within
+        self.begins_whole = not self.goes_on or _LINEAR_READ in _source(kind)  # goes on token by token within
         self._module, self._stands_in = module, False
         self._single_is_ours = recurrences.stand_in(module)
         self._together = 1 << 20  # sequences whose single tokens are computed at once
@@ -284,7 +285,7 @@ class Mixer:
                 while first < span.num_rows:
                     left, begin = span.num_rows - first, span.row + first
                     count = min(MOST_ROWS, left) if self.goes_on else 1
-                    if source == NOTHING and self._begins_whole:
+                    if source == NOTHING and self.begins_whole:
                         count = left
                     call(slice(begin, begin + count), [source], [span.target])
                     source, first = span.target, first + count

@@ -50,7 +50,7 @@ class TextPath:
         states: that a sequence keeps beside keys and values.
         has_indexers: whether there are layers whose tokens see those that an indexer chooses.
         held_bytes: that a token has, at most, while its attention is computed elsewhere.
-        pass_bytes: that a token has, at most, on its way through a layer, without mixers.
+        pass_bytes: that a token has, at most, on its way through a layer, without mixers that get a few rows at once.
         mix_bytes: that a mixer takes for a prompt's rows, as many as it gets at once.
     """
 
@@ -103,14 +103,18 @@ class _Trial(ModelGreenlet):
         return query.new_zeros((1, tokens, heads, value_dim))
 
     def mix(self, mixer: Mixer, rows_1TD: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        before, peak = self._bytes.live, self._bytes.peak
+        before, peak, grown = self._bytes.live, self._bytes.peak, 0
         if mixer.goes_on and self._leave_after is None:  # the first layer of its structure
             self._bytes.peak = before
             self._mix(mixer, _longer(rows_1TD), tuple(map(_longer, args)), {n: _longer(v) for n, v in kwargs.items()})
-            self.mix_bytes = max(self.mix_bytes, self._bytes.peak - before)
+            taken = self._bytes.peak - before
+            if mixer.begins_whole:  # however long a prompt is
+                grown = -(-taken * NUM_TOKENS // MOST_ROWS)
+            else:
+                self.mix_bytes = max(self.mix_bytes, taken)
         output = self._mix(mixer, rows_1TD, args, kwargs)
         if mixer.goes_on:
-            self._bytes.peak = max(peak, self._bytes.live)
+            self._bytes.peak = max(peak, self._bytes.live, before + grown)
         self.stop()
         return output
 

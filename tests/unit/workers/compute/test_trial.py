@@ -201,3 +201,12 @@ def test_nothing_of_the_rest_is_read_and_nothing_is_said_of_it(name: str, tmp_pa
     assert found.spec.num_parameters == sum(tensor.num_bytes // 4 for u in found.spec.units for tensor in u.tensors)
     assert (found.spec.vocab_size, found.spec.hidden_size, found.spec.max_length) == (160, 64, 128)
     assert found.spec.eos_token_ids == (2,) and found.spec.bos_token_id == 1
+
+
+def test_mixers_that_begin_with_a_whole_prompt_take_memory_for_each_token() -> None:
+    """MiniMax's lightning attention: queries, keys and values besides."""
+    linear = SHAPE | FAMILIES["minimax"][1] | {"layer_types": ["linear_attention"] * 3}
+    path, _ = path_of("minimax", **linear)
+    other, _ = path_of("minimax", **linear | {"head_dim": 512})
+    assert other.mix_bytes == path.mix_bytes == 0
+    assert other.pass_bytes - path.pass_bytes > 4 * 3 * 4 * (512 - 16)
