@@ -1,6 +1,6 @@
 """Stands in for the functions that Transformers' mixers call by name for their recurrences, where ours give the same:
-those of gated delta nets (Qwen3-Next, Qwen3.5, OLMo-Hybrid) and of Mamba 2 (Nemotron-H, Granite, Bamba, Falcon-H1,
-Zamba2).
+those of gated delta nets (Qwen3-Next, Qwen3.5, OLMo-Hybrid), of KDA (Kimi-Linear, Bailing-Hybrid) and of Mamba 2
+(Nemotron-H, Granite, Bamba, Falcon-H1, Zamba2).
 
 For single tokens states are read and written where they lie in the arena, without copies.
 
@@ -94,6 +94,8 @@ class Recurrence:
 
 
 class DeltaRule(Recurrence):
+    by_key_item = False  # whether there is a decay for each item of a key
+
     def __call__(
         self,
         query: torch.Tensor,
@@ -119,11 +121,13 @@ class DeltaRule(Recurrence):
 
     def try_out(self) -> bool:
         draws = _Draws()
-        batch, key_heads, heads, rows, columns = 3, 2, 4, 24, 5 * LANES
+        batch, heads, rows, columns = 3, 4, 24, 5 * LANES
+        key_heads = heads if self.by_key_item else 2
         for tokens in (1, 70):
             sizes = (batch, tokens)
             arguments = [draws(*sizes, n, size) for n, size in ((key_heads, rows), (key_heads, rows), (heads, columns))]
-            options: dict[str, Any] = {"g": -0.1 * draws(*sizes, heads).abs(), "beta": draws(*sizes, heads).sigmoid()}
+            decays = (*sizes, heads, rows) if self.by_key_item else (*sizes, heads)
+            options: dict[str, Any] = {"g": -0.1 * draws(*decays).abs(), "beta": draws(*sizes, heads).sigmoid()}
             for is_normed in (True, False):
                 scale = 1.0 if is_normed else 0.1  # of keys that are not: states would grow
                 given = [arguments[0], arguments[1] * scale, arguments[2]]
@@ -165,6 +169,10 @@ def _delta(
         rows, columns, 4 if decay.dim() == 4 else 0,
     )  # fmt: skip
     return output
+
+
+class KimiDeltaRule(DeltaRule):
+    by_key_item = True
 
 
 class MambaScan(Recurrence):
@@ -316,10 +324,15 @@ def _alike(found: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> b
 
 SINGLE: dict[str, type[Recurrence]] = {
     "torch_recurrent_gated_delta_rule": DeltaRule,
+    "recurrent_kimi_delta_attention": KimiDeltaRule,
     "mamba2_selective_state_update": MambaStep,
 }
 """Functions for one token of each sequence, which take states that are left in place."""
-SEVERAL: dict[str, type[Recurrence]] = {"torch_chunk_gated_delta_rule": DeltaRule, "mamba2_chunk_scan": MambaScan}
+SEVERAL: dict[str, type[Recurrence]] = {
+    "torch_chunk_gated_delta_rule": DeltaRule,
+    "chunk_kimi_delta_attention": KimiDeltaRule,
+    "mamba2_chunk_scan": MambaScan,
+}
 
 
 def stand_in(module: nn.Module) -> bool:

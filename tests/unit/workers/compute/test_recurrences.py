@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.bailing_hybrid import modeling_bailing_hybrid
 from transformers.models.bamba import modeling_bamba
 from transformers.models.granitemoehybrid import modeling_granitemoehybrid
+from transformers.models.kimi_linear import modeling_kimi_linear
 from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.nemotron_h import modeling_nemotron_h
 from transformers.models.olmo_hybrid import modeling_olmo_hybrid
@@ -27,8 +29,9 @@ from flexgen_lite.workers.compute.recurrences import (
 
 pytestmark = pytest.mark.skipif(prefill_cpu.parallel() is None, reason="PyTorch's threads are not GNU's")
 DELTA = (modeling_qwen3_next, modeling_qwen3_5, modeling_olmo_hybrid)
+KIMI = (modeling_kimi_linear, modeling_bailing_hybrid)
 MAMBA = (modeling_granitemoehybrid, modeling_nemotron_h, modeling_bamba, modeling_mamba2)
-DELTA_STEP, MAMBA_STEP = SINGLE
+DELTA_STEP, _, MAMBA_STEP = SINGLE
 
 
 def original(module: Any, name: str) -> Any:
@@ -44,7 +47,7 @@ class Drawn:
         return torch.randn(shape, generator=self._generator)
 
 
-@pytest.mark.parametrize("module", [*DELTA, *MAMBA])
+@pytest.mark.parametrize("module", [*DELTA, *KIMI, *MAMBA])
 def test_each_function_is_proved(module: Any) -> None:
     kinds = {name: kind for name, kind in {**SINGLE, **SEVERAL}.items() if hasattr(module, name)}
     assert len(kinds) == 2
