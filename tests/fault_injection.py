@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -54,3 +55,12 @@ def inject(monkeypatch: pytest.MonkeyPatch, folder: Path, *faults: Fault) -> Non
 def struck(folder: Path) -> set[int]:
     """The faults that have struck, by their place in the list."""
     return {int(path.name) for path in folder.iterdir() if path.name.isdigit()}
+
+
+def until_all_struck(folder: Path, count: int, rounds: int = 5) -> Iterator[None]:
+    """Rounds of work, until all of so many faults have struck; that they have is asserted."""
+    for _ in range(rounds):
+        yield
+        if struck(folder) == set(range(count)):
+            return
+    raise AssertionError(f"of {count} faults only {sorted(struck(folder))} have struck")

@@ -14,7 +14,7 @@ import pytest
 
 from flexgen_lite import FlexGenLite, SamplingParams
 from tests.engine_processes import workers_of
-from tests.fault_injection import Fault, inject, struck
+from tests.fault_injection import Fault, inject, struck, until_all_struck
 from tests.tiny_models import make_model, ragged_prompts
 
 WORKERS = ("compute worker", "disk loader", "attention worker 1")
@@ -94,14 +94,10 @@ def test_faults_in_the_middle_of_the_work(
     """Before and after states are written: of the first layers of a pass, not of the others."""
     model, expected = hybrids[family]
     inject(monkeypatch, tmp_path / "faults", *FAULTS[layout])
-    everything = set(range(len(FAULTS[layout])))
     with start(model, **OPTIONS[layout]) as engine:
-        for _ in range(5):
+        for _ in until_all_struck(tmp_path / "faults", len(FAULTS[layout])):
             assert tokens(engine) == expected
-            if struck(tmp_path / "faults") == everything:
-                break
-        assert struck(tmp_path / "faults") == everything
-        assert restarts(engine) == len(everything)
+        assert restarts(engine) == len(FAULTS[layout])
 
 
 def test_a_model_without_attention(runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import pytest
 from flexgen_lite import EngineError, FlexGenLite, SamplingParams
 from flexgen_lite.launcher import supervisor
 from tests.engine_processes import workers_of
-from tests.fault_injection import Fault, inject, struck
+from tests.fault_injection import Fault, inject, struck, until_all_struck
 from tests.tiny_models import make_model, ragged_prompts, some_alike
 
 WORKERS = ("compute worker", "disk loader", "attention worker 1")
@@ -195,14 +195,10 @@ def test_faults_in_the_middle_of_the_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     inject(monkeypatch, tmp_path / "faults", *FAULTS[layout])
-    everything = set(range(len(FAULTS[layout])))
     with start(model, **OPTIONS[layout]) as engine:
-        for _ in range(5):
+        for _ in until_all_struck(tmp_path / "faults", len(FAULTS[layout])):
             assert tokens(engine) == expected
-            if struck(tmp_path / "faults") == everything:
-                break
-        assert struck(tmp_path / "faults") == everything
-        assert restarts(engine) == len(everything)
+        assert restarts(engine) == len(FAULTS[layout])
 
 
 def test_a_schedule_of_faults_drawn_at_random(
