@@ -8,6 +8,13 @@ from pathlib import Path
 from flexgen_lite.engine.trace_file import COORDINATOR, TraceFile
 
 LANES = ("disk", "host-to-device", "compute", "attention", "device-to-host")
+TRAFFIC_LANES = {
+    "disk_read_bytes": "disk",
+    "uploaded_bytes": "host-to-device",
+    "kv_read_bytes": "attention",
+    "state_bytes": "compute",
+}
+"""The lane that moves them, of counters of bytes."""
 PROCESSES = {
     "disk": "disk loader",
     "host-to-device": "compute worker",

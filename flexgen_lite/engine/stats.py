@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from flexgen_lite import __version__
 from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.engine.events import log
-from flexgen_lite.engine.lanes import Lanes
+from flexgen_lite.engine.lanes import TRAFFIC_LANES, Lanes
 from flexgen_lite.engine.setup import Setup
+from flexgen_lite.engine.trace_file import TRAFFIC
 from flexgen_lite.memory.usage import MemoryUse
 from flexgen_lite.plan.plan import CUDA_CONTEXT_BYTES
 from flexgen_lite.plan.text import describe
@@ -26,7 +27,7 @@ class EngineStats:
         self.memory = memory
         self.device_peak_bytes = 0  # of a GPU's memory
         self.copy_ns = 0  # of the compute worker's time, on copies from and to other processes
-        self.traffic = dict.fromkeys(("disk_read_bytes", "uploaded_bytes", "kv_read_bytes", "state_bytes"), 0)
+        self.traffic = dict.fromkeys(TRAFFIC_LANES, 0)
         self._busy_ns = 0
         self._pass_start_ns: int | None = None
         self._history: list[tuple[int, dict[str, int]]] = []
@@ -39,6 +40,8 @@ class EngineStats:
         now = self._pass_start_ns = time.monotonic_ns()
         if not self._history or now - self._history[-1][0] > LANE_SECONDS * 1e9:  # an idle time says nothing
             self._history = [(now, self.lanes.busy_ns)]
+        if not self._busy_ns:
+            self._trace_traffic(now)
 
     def pass_ends(self, name: str) -> None:
         assert self._pass_start_ns is not None
@@ -114,6 +117,11 @@ class EngineStats:
             tokens = {name: totals.get(f"{name}_tokens", 0) for name in ("generated", "prompt")}
             trace.counter("tokens", now, tokens)
             trace.counter("requests", now, {"done": totals.get("requests_done", 0)})
+            self._trace_traffic(now)
+
+    def _trace_traffic(self, time_ns: int) -> None:
+        if self.lanes.trace is not None:
+            self.lanes.trace.counter(TRAFFIC, time_ns, self.traffic)
 
     def trace_loss(self, worker: str, why: str) -> None:
         if self.lanes.trace is not None:

@@ -14,6 +14,7 @@ from typing import TextIO
 
 ABOUT = "flexgen-lite"
 COORDINATOR = "coordinator"
+TRAFFIC = "traffic, bytes"
 
 
 class TraceFile:

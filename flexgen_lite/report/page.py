@@ -10,7 +10,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from flexgen_lite.engine.lanes import LANES
+from flexgen_lite.engine.lanes import LANES, TRAFFIC_LANES
+from flexgen_lite.engine.trace_file import TRAFFIC
 from flexgen_lite.report.bottleneck import verdict
 from flexgen_lite.report.trace_reader import Series, Summary, TraceError, Track, look_closer, read_events, summarise
 from flexgen_lite.text.sizes import format_size
@@ -18,6 +19,12 @@ from flexgen_lite.text.sizes import format_size
 PARTS = 240  # of the time, in charts
 WINDOW_SPANS = 3000  # that are drawn of a pass
 RATE_POINTS = 240
+MOVED = {
+    "disk_read_bytes": "weights",
+    "uploaded_bytes": "weights",
+    "kv_read_bytes": "KV cache",
+    "state_bytes": "states, read and written",
+}
 
 
 def write_report(trace: Path, page: Path) -> str:
@@ -89,6 +96,19 @@ def lane_shares(summary: Summary) -> dict[str, float]:
     }
 
 
+def lane_traffic(summary: Summary) -> dict[str, str]:
+    """What each lane moved in passes, and at what rate while it was busy."""
+    shares, counter = lane_shares(summary), summary.counters.get(TRAFFIC, Series())
+    found = {}
+    for name, lane in TRAFFIC_LANES.items():
+        moved = counter.last.get(name, 0) - counter.first.get(name, 0)
+        busy = shares[lane] * summary.pass_time / 1e6
+        if moved > 0 and busy > 0:
+            each = format_size(int(moved / summary.num_passes))
+            found[lane] = f"{MOVED[name]}: {each} a pass, {moved / busy / 1e9:,.1f} GB/s"
+    return found
+
+
 def rates(tokens: Series, name: str, summary: Summary) -> list[tuple[float, float]]:
     """(time, tokens per second) over stretches long enough to be smooth."""
     least = (summary.end - summary.begin) / RATE_POINTS
@@ -143,9 +163,10 @@ def _facts(summary: Summary, shares: dict[str, float]) -> str:
         "version": str(summary.about.get("version", "?")),
     }
     cells = [f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>" for name, value in facts.items()]
+    traffic = lane_traffic(summary)
     bars = [
         f"<tr><th>{lane}</th><td><div class=bar><i style='width:{share:.1%};background:var(--{lane})'></i></div></td>"
-        f"<td class=num>{share:.0%}</td></tr>"
+        f"<td class=num>{share:.0%}</td><td class=moved>{html.escape(traffic.get(lane, ''))}</td></tr>"
         for lane, share in shares.items()
     ]
     return f"<dl>{''.join(cells)}</dl><table class=bars>{''.join(bars)}</table>"

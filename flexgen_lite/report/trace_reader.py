@@ -39,18 +39,19 @@ class Series:
 
     Attributes:
         points: (time, values).
-        last: the last values, thinned out or not.
+        first, last: values, thinned out or not.
         most: the largest of each.
     """
 
     points: list[tuple[float, dict[str, float]]] = field(default_factory=list)
+    first: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
     most: dict[str, float] = field(default_factory=dict)
     _every: int = 1
     _seen: int = 0
 
     def add(self, time: float, values: dict[str, float]) -> None:
-        self.last = values
+        self.first, self.last = self.first or values, values
         for name, value in values.items():
             self.most[name] = max(value, self.most.get(name, value))
         if self._seen % self._every == 0:

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from flexgen_lite.cli.main import app
 from flexgen_lite.engine.lanes import Lanes
-from flexgen_lite.engine.trace_file import TraceFile
+from flexgen_lite.engine.trace_file import TRAFFIC, TraceFile
 from flexgen_lite.report.bottleneck import verdict
-from flexgen_lite.report.page import choose_passes, lane_shares, rates, write_report
+from flexgen_lite.report.page import choose_passes, lane_shares, lane_traffic, rates, write_report
 from flexgen_lite.report.trace_reader import MOST_POINTS, Series, TraceError, look_closer, read_events, summarise
 
 SECOND = 1_000_000_000  # nanoseconds
@@ -85,6 +85,27 @@ def test_loading_before_the_first_pass_and_work_between_passes_do_not_count(tmp_
     assert found.busy == {DISK: pytest.approx(1.5e6), COMPUTE: pytest.approx(1e6)}
     assert lane_shares(found)["disk"] == pytest.approx(0.5)
     assert "3.0 s, 19.0 s between" in _page(tmp_path / "t.json")
+
+
+def test_what_lanes_move_counts_from_the_first_pass_on(tmp_path: Path) -> None:
+    """1 GB is loaded before it."""
+    path = tmp_path / "t.json"
+    trace = TraceFile(path)
+    for number in range(3):
+        start = (10 + number) * SECOND
+        trace.span(*DISK, "load 1", start, start + SECOND // 5)
+        trace.span(*COMPUTE, "layer 0", start, start + SECOND // 2)
+        for passes, time in [(0, start)] * (number == 0) + [(number + 1, start + SECOND)]:
+            moved = {"disk_read_bytes": 10**9 * (1 + passes), "kv_read_bytes": 0, "state_bytes": (2 << 30) * passes}
+            trace.counter(TRAFFIC, time, moved)
+        trace.span("coordinator", "pass", f"pass {number + 1}", start, start + SECOND)
+    trace.close()
+    assert lane_traffic(summarise(read_events(path))) == {
+        "disk": "weights: 953.7 MiB a pass, 5.0 GB/s",
+        "compute": "states, read and written: 2.0 GiB a pass, 4.3 GB/s",
+    }
+    assert "states, read and written: 2.0 GiB a pass" in _page(path)
+    assert lane_traffic(summarise(read_events(write_trace(tmp_path / "older.json")))) == {}
 
 
 def test_a_killed_engine_leaves_what_it_was_and_all_passes(tmp_path: Path) -> None:
