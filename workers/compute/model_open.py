@@ -34,6 +34,7 @@ from flexgen_lite.workers.model.quantization import HeldBits, holds_bits, packin
 from flexgen_lite.workers.model.tokenizer import TOKENIZER_FILES, ModelTokenizer, open_tokenizer
 from flexgen_lite.workers.model.weight_map import Binding, map_weights
 from flexgen_lite.workers.serve import UserError, first_line
+from flexgen_lite.workers.simd import PAIRS
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 SAME_AGAIN = ["original/*", "consolidated*"]  # weights as their makers' own code has them
@@ -240,7 +241,7 @@ def _dtype(wanted: str, config: PreTrainedConfig, checkpoint: Checkpoint | None,
     stored = told if told in (torch.bfloat16, torch.float16) else torch.float32
     if device.torch_device.type == "cuda" or stored == torch.float32:
         return stored
-    return torch.bfloat16 if _bfloat16_is_fast() else torch.float32
+    return torch.bfloat16 if PAIRS or _bfloat16_is_fast() else torch.float32
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype | None:
@@ -250,15 +251,13 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype | None:
 
 
 def _bfloat16_is_fast() -> bool:
-    """Measured: processors without bfloat16 instructions compute it several times slower than float32."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.ones((64, 1024), dtype=dtype), torch.ones((1024, 1024), dtype=dtype)
-        torch.matmul(a, b)
-        times = []
-        for _ in range(3):
+    """Measured: processors without bfloat16 instructions compute it several times slower than float32. In turns, for
+    what else the machine does makes any of them take long."""
+    seconds: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
+    for _ in range(10):
+        for dtype, times in seconds.items():
+            a, b = torch.ones((64, 1024), dtype=dtype), torch.ones((1024, 1024), dtype=dtype)
             start = time.perf_counter()
             torch.matmul(a, b)
             times.append(time.perf_counter() - start)
-        seconds[dtype] = min(times)
-    return seconds[torch.bfloat16] < seconds[torch.float32]
+    return min(seconds[torch.bfloat16]) < min(seconds[torch.float32])

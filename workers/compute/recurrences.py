@@ -10,6 +10,7 @@ Shapes: B sequences, T tokens, H heads; K items of a key, V of a value; P items 
 from __future__ import annotations
 
 import ctypes
+import logging
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -320,6 +321,12 @@ def _alike(found: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> b
         one.shape == other.shape and bool((one - other).abs().max() <= _TOLERANCE * other.abs().max())
         for one, other in zip(found, expected, strict=True)
     )
+
+
+def hush() -> None:
+    """Transformers does not ask for packages of kernels: they are for GPUs, and on a CPU ours stand in."""
+    said = logging.getLogger("transformers.integrations.hub_kernels")
+    said.addFilter(lambda record: "is falling back to its reference" not in record.getMessage())
 
 
 SINGLE: dict[str, type[Recurrence]] = {

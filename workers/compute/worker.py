@@ -17,7 +17,7 @@ from flexgen_lite.text.sizes import format_size
 from flexgen_lite.wire import worker_messages
 from flexgen_lite.wire.doorbells import Note, ring
 from flexgen_lite.workers import serve
-from flexgen_lite.workers.compute import int8_rows, prefill_attention
+from flexgen_lite.workers.compute import int8_rows, prefill_attention, recurrences
 from flexgen_lite.workers.compute.device import Device, open_device
 from flexgen_lite.workers.compute.exchange_region import ExchangeRegion
 from flexgen_lite.workers.compute.forward import Forward, stop_at_layers
@@ -69,6 +69,8 @@ class ComputeWorker(serve.Worker):
     def _open(self, order: worker_messages.OpenModel) -> None:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         self._device = open_device(order.device)
+        if self._device.torch_device.type == "cpu":
+            recurrences.hush()
         self._opened = open_model(order, self._device, self._context.run_dir)
         stop_at_layers(self._opened.layers)
         prefill_attention.prepare(self._device.torch_device, getattr(torch, self._opened.spec.dtype))

@@ -224,6 +224,15 @@ def test_dtype_of_a_config_without_one(stored: torch.dtype, tmp_path: Path, monk
     assert model_open._dtype("auto", config, open_checkpoint(tmp_path), open_device("cpu")) == wanted
 
 
+def test_a_slow_moment_does_not_make_a_model_twice_as_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = AutoConfig.for_model("llama")
+    config.dtype = torch.bfloat16
+    monkeypatch.setattr(model_open, "_bfloat16_is_fast", lambda: False)
+    for has_instructions, wanted in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(model_open, "PAIRS", has_instructions)
+        assert model_open._dtype("auto", config, None, open_device("cpu")) == wanted
+
+
 def test_a_class_that_makes_its_parameters_of_zeros_takes_no_memory_for_them() -> None:
     """Llama 4's experts."""
     sizes = {"hidden_size": 1024, "intermediate_size": 8192, "num_local_experts": 16, "num_hidden_layers": 2}
