@@ -76,7 +76,7 @@ class EngineConfig(BaseModel):
         default="auto",
         description="Type of weights, activations and, unless `kv_dtype` says otherwise, KV cache. `auto`: the "
         "checkpoint's own on CUDA, and where it is float32; a 16-bit checkpoint on a CPU becomes bfloat16 where the "
-        "processor has instructions for it, or where that is measured to be faster than float32 at start, else float32.",
+        "processor has instructions for it, or where it is measured to be faster than float32 at start, else float32.",
         json_schema_extra=expects('"auto", "float32", "bfloat16" or "float16"'),
     )
     kv_dtype: Literal["auto", "int8"] = Field(

@@ -26,13 +26,12 @@ from flexgen_lite.engine.frontend import Frontend
 from flexgen_lite.engine.lanes import Lanes
 from flexgen_lite.engine.losses import Losses
 from flexgen_lite.engine.passes import Passes
-from flexgen_lite.engine.setup import Setup, open_tokenizer, set_up
+from flexgen_lite.engine.setup import Setup, open_tokenizer, order_to_open, set_up
 from flexgen_lite.engine.stats import EngineStats
 from flexgen_lite.engine.worker_process import WorkerDied, WorkerProcess
 from flexgen_lite.engine.worker_supervisor import WorkerSupervisor, overdue
 from flexgen_lite.memory.arena import Arena
 from flexgen_lite.memory.usage import MemoryUse, give_back_memory, resident_bytes
-from flexgen_lite.model.quantization import IGNORED, Quantization
 from flexgen_lite.plan import plan
 from flexgen_lite.plan.machine import inspect_machine
 from flexgen_lite.plan.need import Measured, num_attention_workers
@@ -190,18 +189,7 @@ class Coordinator:
         if worker.kind == "compute":
             # "auto" is measured: it might differ.
             dtype = self._serving.setup.spec.dtype if self._serving else config.dtype
-            worker.send(
-                worker_messages.OpenModel(
-                    config.model,
-                    config.load_format,
-                    dtype,
-                    config.device,
-                    False,
-                    config.max_model_len,
-                    _quantization(config),
-                    config.activations,
-                )
-            )
+            worker.send(order_to_open(config, dtype))
         elif self._serving is not None:
             self._attach(worker, self._serving)
         elif worker.kind == "attention" and self._opened is not None:
@@ -348,16 +336,3 @@ class Coordinator:
         totals = {**requests.totals, "restarts": self._workers.restarts, "sent_back": requests.num_preempted}
         totals["shared_prompt_tokens"] = requests.num_shared
         return self._stats.status(requests.num_running, requests.num_waiting, totals, self._served.setup.plan.ram)
-
-
-def _quantization(config: EngineConfig) -> Quantization | None:
-    """What is asked of the weights; None: nothing."""
-    if config.quantization == "auto":
-        return None
-    return Quantization(
-        bits=8 if config.quantization == "int8" else 4,
-        group_size=config.quantization_group_size,
-        ignore=IGNORED if config.quantization_ignore is None else config.quantization_ignore,
-        activations="int8" if config.activations == "int8" else "bfloat16",
-        symmetric=config.quantization_symmetric,
-    )

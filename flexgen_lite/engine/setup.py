@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.memory.kv_layout import kv_spec, token_bytes_by_window
+from flexgen_lite.model.quantization import IGNORED, Quantization
 from flexgen_lite.model.spec import ModelSpec
 from flexgen_lite.plan import plan
 from flexgen_lite.plan.machine import Machine
@@ -170,6 +171,33 @@ class Setup:
         kv_tokens = pages.max_tokens(made.micro_batch_tokens)
         limits = Limits(spec.max_length, kv_tokens, spec.vocab_size, eos, prefix)
         return Requests(batcher, limits, tokenizer)
+
+
+def order_to_open(config: EngineConfig, dtype: str) -> worker_messages.OpenModel:
+    """`dtype`: the config's, or what "auto" came to before."""
+    return worker_messages.OpenModel(
+        config.model,
+        config.load_format,
+        dtype,
+        config.device,
+        False,
+        config.max_model_len,
+        _quantization(config),
+        config.activations,
+    )
+
+
+def _quantization(config: EngineConfig) -> Quantization | None:
+    """What is asked of the weights; None: nothing."""
+    if config.quantization == "auto":
+        return None
+    return Quantization(
+        bits=8 if config.quantization == "int8" else 4,
+        group_size=config.quantization_group_size,
+        ignore=IGNORED if config.quantization_ignore is None else config.quantization_ignore,
+        activations="int8" if config.activations == "int8" else "bfloat16",
+        symmetric=config.quantization_symmetric,
+    )
 
 
 def open_tokenizer(file: str | None) -> TextTokenizer | None:

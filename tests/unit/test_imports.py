@@ -16,6 +16,7 @@ FLOORS = (
     ("batch",),
     ("openai", "demo"),
     ("client", "engine"),
+    ("cost",),
     ("queue", "plan"),
     ("tokens", "chat", "schedule"),
     ("memory",),
@@ -115,7 +116,7 @@ def test_imports_of_workers_run_down(name: str) -> None:
         assert same or floor_of(used, WORKER_FLOORS) > floor_of(inner, WORKER_FLOORS), used
 
 
-DECIDE = [name for name in sorted(PACKAGE) if name.split(".")[1] in ("queue", "schedule", "plan")]
+DECIDE = [name for name in sorted(PACKAGE) if name.split(".")[1] in ("queue", "schedule", "plan", "cost")]
 PURE = [name for name in DECIDE if not name.endswith(NOT_PURE)] + [f"flexgen_lite.{name}" for name in PURE_ELSEWHERE]
 
 

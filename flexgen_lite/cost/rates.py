@@ -1,0 +1,141 @@
+"""How fast a machine does the parts of a pass of one model: what calibration measures. Pure logic.
+
+All times are seconds of one lane alone; what lanes take from each other is in `keeps`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+PACKED, RAW = "packed", "raw"  # weights in the order that products want, and as they are loaded
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Seconds over a number of rows, straight between the points that were measured and on behind the last one."""
+
+    points: tuple[tuple[float, float], ...]
+
+    def at(self, rows: float) -> float:
+        if rows <= 0:
+            return 0.0
+        numbers = [point[0] for point in self.points]
+        index = bisect_left(numbers, rows)
+        if index == 0:
+            return self.points[0][1]
+        index = min(index, len(self.points) - 1)
+        if index == 0:
+            return self.points[0][1] * rows / self.points[0][0]
+        (x0, y0), (x1, y1) = self.points[index - 1], self.points[index]
+        return y0 + (y1 - y0) * (rows - x0) / (x1 - x0)
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentRates:
+    """Of segments of one kind.
+
+    Attributes:
+        prompt: rows of prompts, without what grows with the square of their lengths.
+        decode: single rows of as many sequences.
+    """
+
+    prompt: Curve
+    decode: Curve
+
+    def seconds(self, singles: int, others: int) -> float:
+        """Of a segment with both: all rows go through the same products, single ones cost what they cost beyond."""
+        rows = singles + others
+        if not others:
+            return self.decode.at(singles)
+        beyond = self.decode.at(singles) - self.prompt.at(singles) if singles else 0.0
+        return max(self.prompt.at(rows) + beyond, self.prompt.at(others))
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionRates:
+    """Of an attention worker, for a column of one kind.
+
+    Attributes:
+        call: of a micro-batch, with the way there and back.
+        sequence: of a sequence that attends.
+        token: of a token whose K and V are read.
+        row: of a row whose K and V are stored.
+    """
+
+    call: float
+    sequence: float
+    token: float
+    row: float
+
+    def seconds(self, sequences: int, tokens: float, rows: int) -> float:
+        return self.call + self.sequence * sequences + self.token * tokens + self.row * rows
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """
+    Attributes:
+        segments: by "packed" or "raw" and the kinds of the columns, "packed 0>1".
+        pair: of a row of a prompt and a token that it sees, by the kind of the column.
+        head: of the last segment, by rows that are sampled from; without what its column costs.
+        attention: by the kind of the column.
+        load, pack, upload: of a unit, by the kind of its layer; -1 for what is outside the layers.
+        begin: of a pass before its first segment, by rows.
+        turn: of the coordinator between two passes, and of each sequence.
+        keeps: share of its speed that a lane keeps beside another, "compute beside disk".
+    """
+
+    segments: Mapping[str, SegmentRates]
+    pair: Mapping[int, float]
+    head: Curve
+    attention: Mapping[int, AttentionRates]
+    load: Mapping[int, float]
+    pack: Mapping[int, float]
+    upload: Mapping[int, float]
+    begin: Curve
+    turn: tuple[float, float]
+    keeps: Mapping[str, float]
+
+    def segment(self, packed: bool, kinds: tuple[int, int]) -> SegmentRates:
+        """Of the kind, or of the one that is nearest to it of those that were measured."""
+        order = (PACKED, RAW) if packed else (RAW, PACKED)
+        for name in order:
+            if (found := self.segments.get(f"{name} {kinds[0]}>{kinds[1]}")) is not None:
+                return found
+        for name in order:
+            for key, value in self.segments.items():
+                if key.startswith(name) and key.endswith(f">{kinds[1]}"):
+                    return value
+        return next(iter(self.segments.values()))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Raises KeyError, TypeError or ValueError where they are no rates."""
+
+        def curve(value: Mapping[str, Any]) -> Curve:
+            return Curve(tuple((float(x), float(y)) for x, y in value["points"]))
+
+        def by_kind(name: str) -> dict[int, float]:
+            return {int(kind): float(value) for kind, value in values[name].items()}
+
+        return cls(
+            segments={
+                key: SegmentRates(curve(value["prompt"]), curve(value["decode"]))
+                for key, value in values["segments"].items()
+            },
+            pair=by_kind("pair"),
+            head=curve(values["head"]),
+            attention={int(kind): AttentionRates(**value) for kind, value in values["attention"].items()},
+            load=by_kind("load"),
+            pack=by_kind("pack"),
+            upload=by_kind("upload"),
+            begin=curve(values["begin"]),
+            turn=(float(values["turn"][0]), float(values["turn"][1])),
+            keeps={str(key): float(value) for key, value in values["keeps"].items()},
+        )
