@@ -152,12 +152,11 @@ class Setup:
         device = SlotRing({layers: made.device_slots} | stay, streamed, range(len(stay), made.device_slots))
         return Schedule(self.spec.columns, host, device, self.spec.stops)
 
-    def make_requests(self, share_prefixes: bool, tokenizer: TextTokenizer | None) -> Requests:
+    def make_batcher(self, share_prefixes: bool) -> Batcher:
         made, spec = self.plan, self.spec
-        pages = PageTable(made.num_pages, made.kv_groups, made.attention_workers)
         where = "device" if made.staged else "disk" if made.ring_layers(spec.num_layers) else "memory"
-        batcher = Batcher(
-            pages,
+        return Batcher(
+            PageTable(made.num_pages, made.kv_groups, made.attention_workers),
             made.max_sequences,
             made.micro_batches,
             made.micro_batch_tokens,
@@ -166,11 +165,14 @@ class Setup:
             ROWS_OF_A_PASS[where],
             made.state_places // 2,
         )
+
+    def make_requests(self, share_prefixes: bool, tokenizer: TextTokenizer | None) -> Requests:
+        made, spec = self.plan, self.spec
         eos = tuple(token for token in spec.eos_token_ids if 0 <= token < spec.vocab_size)
         prefix = spec.bos_token_id if spec.bos_token_id is not None else next(iter(eos), None)
-        kv_tokens = pages.max_tokens(made.micro_batch_tokens)
+        kv_tokens = PageTable(made.num_pages, made.kv_groups, made.attention_workers).max_tokens(made.micro_batch_tokens)
         limits = Limits(spec.max_length, kv_tokens, spec.vocab_size, eos, prefix)
-        return Requests(batcher, limits, tokenizer)
+        return Requests(self.make_batcher(share_prefixes), limits, tokenizer)
 
 
 def order_to_open(config: EngineConfig, dtype: str) -> worker_messages.OpenModel:

@@ -142,6 +142,11 @@ class Schedule:
     # ------------------------------------------------------------------------------------------------ state
 
     @property
+    def stops(self) -> frozenset[int]:
+        """Columns without attention."""
+        return self._stops
+
+    @property
     def pass_done(self) -> bool:
         return all(column == self.num_columns + 1 for column in self._next)
 

@@ -1,0 +1,191 @@
+"""Rates from what calibration has seen. Pure logic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
+
+from flexgen_lite.cost.kinds import OUTSIDE, column_kinds, segment_kinds
+from flexgen_lite.cost.measured import PassTimes, Times
+from flexgen_lite.cost.rates import AttentionRates, Curve, Rates, SegmentRates
+from flexgen_lite.model.spec import AttentionSpec, ModelSpec
+
+LEAST = 1e-7  # seconds; of what came out as nothing
+TURN = (0.8e-3, 12e-6)  # seconds of the coordinator between passes, and of each sequence in them
+
+
+def pairs(spec: AttentionSpec, first: int, rows: int) -> float:
+    """Of rows `first` .. of a sequence and the tokens that they see."""
+
+    def up_to(count: int) -> float:
+        """Of all rows before row `count`."""
+        if spec.attention_chunk:
+            whole, rest = divmod(count, spec.attention_chunk)
+            return whole * spec.attention_chunk * (spec.attention_chunk + 1) / 2 + rest * (rest + 1) / 2
+        window = min(count, spec.sliding_window or count)
+        return window * (window + 1) / 2 + (count - window) * window
+
+    return up_to(first + rows) - up_to(first)
+
+
+def rates_of(spec: ModelSpec, times: Times) -> Rates:
+    """Raises ValueError where something is missing."""
+    alone = [one for one in times.passes if len(one.shape.singles) == 1]
+    if not alone:
+        raise ValueError("no pass was measured")
+    kinds = column_kinds(spec)
+    pair = {kind: _pair(spec, kinds, kind, alone) for kind in set(kinds)}
+    segments = {
+        f"{order} {before}>{after}": rates
+        for order in ("packed", "raw")
+        for before, after in dict.fromkeys(segment_kinds(spec)[:-1])
+        if (rates := _segment(spec, (before, after), [one for one in alone if one.shape.order == order], pair))
+    }
+    decode = [one for one in alone if one.shape.singles[0]]
+    ends = [(float(one.shape.singles[0]), one.segments[-1][0]) for one in decode if _is_whole(spec, one)]
+    begins = _rising((float(one.shape.singles[0]), one.begin) for one in decode)
+    return Rates(
+        segments=segments,
+        pair=pair,
+        head=Curve(_rising(ends)) if ends else Curve(((1.0, LEAST),)),
+        attention={kind: _attention(spec, kinds, kind, alone) for kind in set(kinds)},
+        load={kind: median(found.again) for kind, found in times.loads.items()},
+        pack=dict(times.packs),
+        upload=dict(times.uploads),
+        begin=Curve(begins) if begins else Curve(((1.0, LEAST),)),
+        turn=TURN,
+        keeps=_keeps(spec, times),
+    )
+
+
+def _is_whole(spec: ModelSpec, one: PassTimes) -> bool:
+    return len(one.segments) > len(spec.columns)
+
+
+def _rows(one: PassTimes) -> int:
+    return one.shape.singles[0] + sum(map(sum, one.shape.prompts))
+
+
+def _pairs_of(spec: ModelSpec, kinds: Sequence[int], kind: int, one: PassTimes) -> float:
+    attention = spec.attention[kinds.index(kind)]
+    return sum(pairs(attention, 0, rows) for lengths in one.shape.prompts for rows in lengths)
+
+
+def _columns_behind(kinds: Sequence[int], kind: int, count: int) -> list[int]:
+    """Segments behind a column of the kind, whose end is no end of the model."""
+    return [column + 1 for column in range(min(count - 1, len(kinds) - 1)) if kinds[column] == kind]
+
+
+def _pair(spec: ModelSpec, kinds: Sequence[int], kind: int, passes: Sequence[PassTimes]) -> float:
+    """From two passes of as many rows, of short prompts and of a long one."""
+    if kinds.index(kind) in spec.stops:
+        return 0.0
+    found = []
+    prompts = [one for one in passes if not one.shape.singles[0]]
+    for one in prompts:
+        for other in prompts:
+            same = one.shape.order == other.shape.order and _rows(one) == _rows(other)
+            beyond = _pairs_of(spec, kinds, kind, one) - _pairs_of(spec, kinds, kind, other)
+            if not same or beyond <= 0:
+                continue
+            columns = _columns_behind(kinds, kind, min(len(one.segments), len(other.segments)))
+            if columns:
+                taken = median(one.segments[c][0] for c in columns) - median(other.segments[c][0] for c in columns)
+                found.append(max(0.0, taken / beyond))
+    return median(found) if found else 0.0
+
+
+def _segment(
+    spec: ModelSpec, kind: tuple[int, int], passes: Sequence[PassTimes], pair: Mapping[int, float]
+) -> SegmentRates | None:
+    kinds, of_segments = column_kinds(spec), segment_kinds(spec)
+    prompt: list[tuple[float, float]] = []
+    decode: list[tuple[float, float]] = []
+    for one in passes:
+        columns = [c for c in range(min(len(one.segments), len(of_segments) - 1)) if of_segments[c] == kind]
+        if not columns:
+            continue
+        seconds = median(one.segments[c][0] for c in columns)
+        if one.shape.singles[0]:
+            decode.append((_rows(one), seconds))
+        else:
+            less = 0.0 if kind[0] == OUTSIDE else pair[kind[0]] * _pairs_of(spec, kinds, kind[0], one)
+            prompt.append((_rows(one), max(LEAST, seconds - less)))
+    if not (prompt and decode):
+        return None
+    return SegmentRates(Curve(_rising(prompt)), Curve(_rising(decode)))
+
+
+def _rising(points: Iterable[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    """The median of each number of rows, in order, and no less time for more of them."""
+    of_rows: dict[float, list[float]] = {}
+    for rows, seconds in points:
+        of_rows.setdefault(rows, []).append(seconds)
+    found: list[tuple[float, float]] = []
+    for rows, times in sorted(of_rows.items()):
+        found.append((rows, max(median(times), found[-1][1] if found else LEAST)))
+    return tuple(found)
+
+
+def _attention(spec: ModelSpec, kinds: Sequence[int], kind: int, passes: Sequence[PassTimes]) -> AttentionRates:
+    column = kinds.index(kind)
+    if column in spec.stops:
+        return AttentionRates(0.0, 0.0, 0.0, 0.0)
+    window = spec.attention[column].sliding_window
+
+    def seconds(one: PassTimes) -> float:
+        columns = [c for c in range(min(len(one.attention), len(kinds))) if kinds[c] == kind]
+        return median(one.attention[c][0] for c in columns) if columns else 0.0
+
+    def tokens(one: PassTimes) -> float:
+        seen = one.shape.context + 1
+        return one.shape.singles[0] * (min(seen, window) if window else seen)
+
+    decode = sorted((one for one in passes if one.shape.singles[0]), key=tokens)
+    stores = [one for one in passes if not one.shape.singles[0]]
+    longest = decode[-1]
+    short = [one for one in decode if one.shape.context < longest.shape.context]
+    same = [one for one in short if one.shape.singles == longest.shape.singles]
+    token = 0.0
+    if same and tokens(longest) > tokens(same[-1]):
+        token = max(0.0, (seconds(longest) - seconds(same[-1])) / (tokens(longest) - tokens(same[-1])))
+    few, many = short[0] if short else decode[0], short[-1] if short else decode[-1]
+    more = many.shape.singles[0] - few.shape.singles[0]
+    rest = seconds(many) - seconds(few) - token * (tokens(many) - tokens(few))
+    sequence = max(0.0, rest / more) if more else 0.0
+    call = max(LEAST, seconds(few) - token * tokens(few) - sequence * few.shape.singles[0])
+    row = 0.0
+    if stores:
+        most = max(stores, key=_rows)
+        row = max(0.0, (seconds(most) - call) / _rows(most))
+    hops = [one.hop for one in passes if one.shape.singles[0] in range(1, 33)]
+    return AttentionRates(call + (median(hops) if hops else 0.0), sequence, token, row)
+
+
+def _keeps(spec: ModelSpec, times: Times) -> dict[str, float]:
+    few: list[float] = []
+    many: list[float] = []
+    attention: list[float] = []
+    by_shape = {(one.shape, len(one.segments)): one for one in times.passes}
+    for beside in times.beside_loads:
+        alone = by_shape.get((beside.shape, len(beside.segments)))
+        if alone is None:
+            continue
+        ratio = _ratio(alone.segments, beside.segments)
+        (many if sum(map(sum, beside.shape.prompts)) else few).append(ratio)
+        if beside.shape.singles[0] and any(part[0] for part in alone.attention):
+            attention.append(_ratio(alone.attention, beside.attention))
+    loads = [seconds for kind, found in times.loads.items() if kind != OUTSIDE for seconds in found.again]
+    disk = min(1.0, median(loads) / median(times.loads_beside)) if loads and times.loads_beside else 1.0
+    return {
+        "few rows beside disk": min(1.0, median(few)) if few else 1.0,
+        "many rows beside disk": min(1.0, median(many)) if many else 1.0,
+        "attention beside disk": min(1.0, median(attention)) if attention else 1.0,
+        "disk beside compute": disk,
+        "compute beside attention": 1.0,
+        "attention beside compute": 1.0,
+    }
+
+
+def _ratio(alone: Sequence[Sequence[float]], beside: Sequence[Sequence[float]]) -> float:
+    return sum(map(sum, alone)) / max(LEAST, sum(map(sum, beside)))

@@ -1,0 +1,69 @@
+"""What calibration has seen: passes of known shape, and the time that their parts took. Pure data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class PassShape:
+    """
+    Attributes:
+        order: of the weights, "packed" or "raw".
+        singles: by micro-batch, sequences of which one token is computed.
+        context: tokens that each of these has stored.
+        prompts: by micro-batch, rows of each prompt; empty: there are none.
+    """
+
+    order: str
+    singles: tuple[int, ...]
+    context: int
+    prompts: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PassTimes:
+    """Seconds; of the segments of the first columns, or of all.
+
+    Attributes:
+        segments: by column and micro-batch.
+        attention: of the worker that took longest, by column and micro-batch; 0 where there is none.
+        hop: that an attention's way there and back takes, where there is one micro-batch.
+        begin: from the order to the first segment.
+        length: from the beginning of the first segment to the end of the last.
+    """
+
+    shape: PassShape
+    segments: tuple[tuple[float, ...], ...]
+    attention: tuple[tuple[float, ...], ...]
+    hop: float
+    begin: float
+    length: float
+
+
+@dataclass(frozen=True, slots=True)
+class LoadTimes:
+    """Seconds of a unit: into memory that has never been touched, and again."""
+
+    first: tuple[float, ...]
+    again: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """
+    Attributes:
+        passes: with nothing beside them.
+        beside_loads: some of the same while the loader reads.
+        loads: by the kind of layer.
+        loads_beside: seconds of a load beside these passes.
+        packs, uploads: seconds by the kind of layer.
+    """
+
+    passes: tuple[PassTimes, ...]
+    beside_loads: tuple[PassTimes, ...]
+    loads: Mapping[int, LoadTimes]
+    loads_beside: tuple[float, ...]
+    packs: Mapping[int, float]
+    uploads: Mapping[int, float]

@@ -1,0 +1,109 @@
+"""Seconds of each part of a pass, by rates. Pure logic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flexgen_lite.cost.fit import pairs
+from flexgen_lite.cost.kinds import OUTSIDE, column_kinds, layer_kinds, segment_kinds
+from flexgen_lite.cost.rates import Rates
+from flexgen_lite.model.spec import ModelSpec, first_seen
+from flexgen_lite.plan.plan import Plan
+from flexgen_lite.queue.batching import MicroBatch, Piece
+
+MANY_ROWS = 128  # products of so many take the processor's arithmetic, of fewer its memory
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatchWork:
+    """Of one micro-batch.
+
+    Attributes:
+        workers: that its sequences are held by.
+        segments: seconds by column, and of the last segment.
+        attention: seconds by column and worker, of those that there are.
+        has_many_rows: its products are bound by arithmetic.
+    """
+
+    workers: tuple[int, ...]
+    segments: tuple[float, ...]
+    attention: tuple[dict[int, float], ...]
+    has_many_rows: bool
+
+
+class Work:
+    """What a model's passes take under a plan."""
+
+    def __init__(self, spec: ModelSpec, plan: Plan, rates: Rates) -> None:
+        self._spec, self._rates = spec, rates
+        self._columns, self._segments = column_kinds(spec), segment_kinds(spec)
+        layers = layer_kinds(spec)
+        ring = set(plan.ring_layers(spec.num_layers))
+        packed = [not plan.staged and layer not in ring for layer in spec.columns]
+        # A segment is mostly what is behind the attention of the column before.
+        self._packed = [packed[0], *packed]
+        self._loads = {layer: rates.load.get(kind, 0.0) for layer, kind in enumerate(layers)}
+        self._loads[spec.num_layers] = rates.load.get(OUTSIDE, 0.0)
+        self._uploads = {layer: rates.upload.get(kind, 0.0) for layer, kind in enumerate(layers)}
+        self._stops = frozenset(spec.stops)
+
+    def load(self, unit: int) -> float:
+        return self._loads[unit]
+
+    def upload(self, unit: int) -> float:
+        return self._uploads.get(unit, 0.0)
+
+    def begin(self, micro_batches: Sequence[MicroBatch]) -> float:
+        """From the end of a pass to the first segment of this one."""
+        sequences = sum(len(batch.pieces) for batch in micro_batches)
+        turn, each = self._rates.turn
+        return turn + each * sequences + self._rates.begin.at(sum(batch.num_rows for batch in micro_batches))
+
+    def of(self, batch: MicroBatch) -> MicroBatchWork:
+        prompts = [piece for piece in batch.pieces if piece.prefill]
+        singles = sum(1 for piece in batch.pieces if piece.num_rows == 1 and not piece.prefill)
+        others = batch.num_rows - singles
+        asked = sum(1 for piece in batch.pieces if piece.completes)
+        asked += sum(len(scored.targets) for piece in batch.pieces if (scored := piece.scored) is not None)
+        seconds, of_kinds = [], dict[tuple[int, int, bool], float]()
+        pairs_of_kinds = {kind: self._pairs(kind, prompts) for kind in set(self._columns)}
+        for (before, after), packed in zip(self._segments[:-1], self._packed, strict=False):
+            key = before, after, packed
+            if key not in of_kinds:
+                rate = self._rates.segment(packed, (before, after)).seconds(singles, others)
+                of_kinds[key] = rate + (pairs_of_kinds[before] if before != OUTSIDE else 0.0)
+            seconds.append(of_kinds[key])
+        seconds.append(self._rates.head.at(asked) + pairs_of_kinds[self._columns[-1]])
+        by_worker: dict[int, list[Piece]] = {}
+        for piece in batch.pieces:
+            by_worker.setdefault(piece.request.worker, []).append(piece)
+        attention_of_kinds: dict[int, dict[int, float]] = {}
+        attention = []
+        for column, kind in enumerate(self._columns):
+            if kind not in attention_of_kinds:
+                stop = column in self._stops
+                attention_of_kinds[kind] = {
+                    worker: 0.0 if stop else self._attention(kind, pieces) for worker, pieces in by_worker.items()
+                }
+            attention.append(attention_of_kinds[kind])
+        return MicroBatchWork(batch.workers(), tuple(seconds), tuple(attention), batch.num_rows >= MANY_ROWS)
+
+    def _pairs(self, kind: int, prompts: Sequence[Piece]) -> float:
+        rate = self._rates.pair.get(kind, 0.0)
+        spec = self._spec.attention[self._columns.index(kind)]
+        return rate * sum(pairs(spec, 0, piece.num_rows) for piece in prompts) if rate else 0.0
+
+    def _attention(self, kind: int, pieces: Sequence[Piece]) -> float:
+        spec = self._spec.attention[self._columns.index(kind)]
+        sequences, tokens, rows = 0, 0.0, 0
+        for piece in pieces:
+            if piece.prefill:
+                rows += piece.num_rows
+                continue
+            sequences += 1
+            last = piece.request.stored + piece.num_rows - 1
+            seen = last + 1 - first_seen(last, spec.sliding_window or 0, spec.attention_chunk or 0)
+            tokens += seen * max(1.0, piece.num_rows / 4)  # queries of some rows go through a token at once
+            rows += piece.num_rows if piece.num_rows > 1 else 0
+        return self._rates.attention[kind].seconds(sequences, tokens, rows)

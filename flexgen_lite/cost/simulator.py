@@ -1,0 +1,199 @@
+"""The schedule run with lane speeds instead of workers: when each pass of a job would begin and end. Pure logic.
+
+Orders are the schedule's own (zigzag.py, slot_ring.py), and which segment runs next is SegmentQueue's to say, as in the
+compute worker. Each lane does one thing at a time, in the order in which it is told; attention workers are a lane each.
+What lanes take from each other is in Rates.keeps.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from flexgen_lite.cost.pass_work import MicroBatchWork, Work
+from flexgen_lite.cost.rates import Rates
+from flexgen_lite.queue.batching import MicroBatch
+from flexgen_lite.schedule.segment_queue import SegmentQueue
+from flexgen_lite.schedule.zigzag import LoadUnit, Order, RunColumns, Schedule, UploadUnit
+
+DISK, UPLOAD, COMPUTE = "disk", "host-to-device", "compute"
+ATTENTION = "attention"  # with the number of the worker behind it
+BEHIND_ATTENTION = 0.7  # of a segment: the output's projection and the MLP of the column before
+
+
+@dataclass(slots=True)
+class _Task:
+    left: float  # seconds, alone
+    what: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PassTime:
+    """Seconds of a pass, and of those in which each lane was busy."""
+
+    seconds: float
+    busy: dict[str, float] = field(default_factory=dict)
+
+
+class Simulator:
+    """Passes one after the other; weights are on their way from one into the next.
+
+    Args:
+        credit: segments that the device takes at a time.
+    """
+
+    def __init__(self, schedule: Schedule, work: Work, rates: Rates, num_workers: int, credit: int = 1) -> None:
+        self._schedule, self._work, self._keeps, self._credit = schedule, work, rates.keeps, credit
+        self._lanes: dict[str, _Task | None] = {DISK: None, UPLOAD: None, COMPUTE: None}
+        self._queues: dict[str, deque[_Task]] = {DISK: deque(), UPLOAD: deque()}
+        for worker in range(num_workers):
+            self._lanes[f"{ATTENTION} {worker}"] = None
+            self._queues[f"{ATTENTION} {worker}"] = deque()
+        self._batches: list[MicroBatchWork] = []
+        self._segments = SegmentQueue((), credit)
+        self._left: set[tuple[int, int]] = set()  # segments whose first part has run
+        self._ended = True
+        self._orders(schedule.start())
+
+    def load_all(self) -> float:
+        """Seconds until everything that can be loaded before the first pass is there."""
+        seconds = 0.0
+        while any(self._lanes.values()):
+            seconds += self._advance({})
+        return seconds
+
+    def run(self, micro_batches: Sequence[MicroBatch]) -> PassTime:
+        """The next pass."""
+        busy: dict[str, float] = {}
+        seconds = self._wait(self._work.begin(micro_batches), busy)
+        self._batches = [self._work.of(batch) for batch in micro_batches]
+        self._segments = SegmentQueue([len(batch.workers) for batch in self._batches], self._credit)
+        self._ended = False
+        self._orders(self._schedule.begin_pass([batch.workers for batch in self._batches]))
+        self._start_segment()
+        while not self._schedule.pass_done:
+            assert any(self._lanes.values()), f"nothing goes on: {self._schedule.standing()}"
+            seconds += self._advance(busy)
+        self._ended = True
+        attention = [busy.pop(lane) for lane in list(busy) if lane.startswith(ATTENTION)]
+        return PassTime(seconds, busy | {ATTENTION: max(attention, default=0.0)})
+
+    def _wait(self, seconds: float, busy: dict[str, float]) -> float:
+        """Time in which only the weights go on."""
+        left = seconds
+        while left > 0:
+            running = [task.left / self._speed(lane) for lane, task in self._lanes.items() if task]
+            step = min([left, *running])
+            self._advance(busy, step)
+            left -= step
+        return seconds
+
+    def _advance(self, busy: dict[str, float], most: float = float("inf")) -> float:
+        """To the next end of a task, or at most so many seconds on."""
+        speeds = {lane: self._speed(lane) for lane, task in self._lanes.items() if task is not None}
+        step = min([most, *(self._task(lane).left / speed for lane, speed in speeds.items())])
+        done = []
+        for lane, speed in speeds.items():
+            task = self._task(lane)
+            task.left -= step * speed
+            busy[lane] = busy.get(lane, 0.0) + step
+            if task.left <= 1e-12:
+                done.append((lane, task))
+        for lane, task in done:
+            self._lanes[lane] = None
+            self._next(lane)
+            self._has_ended(lane, task.what)
+        return step
+
+    def _task(self, lane: str) -> _Task:
+        task = self._lanes[lane]
+        assert task is not None
+        return task
+
+    def _speed(self, lane: str) -> float:
+        keeps, lanes = self._keeps, self._lanes
+        attends = any(task for name, task in lanes.items() if name.startswith(ATTENTION))
+        speed = 1.0
+        if lane == COMPUTE:
+            if lanes[DISK]:
+                many = self._batches[self._task(COMPUTE).what[1]].has_many_rows
+                speed *= keeps[f"{'many' if many else 'few'} rows beside disk"]
+            if attends:
+                speed *= keeps["compute beside attention"]
+        elif lane == DISK:
+            if lanes[COMPUTE] or attends:
+                speed *= keeps["disk beside compute"]
+        elif lane.startswith(ATTENTION):
+            if lanes[DISK]:
+                speed *= keeps["attention beside disk"]
+            if lanes[COMPUTE]:
+                speed *= keeps["attention beside compute"]
+        return speed
+
+    # ------------------------------------------------------------------------------------------------ what ended
+
+    def _has_ended(self, lane: str, what: tuple[int, ...]) -> None:
+        schedule = self._schedule
+        if lane == DISK:
+            self._orders(schedule.loaded(what[0]))
+        elif lane == UPLOAD:
+            self._orders(schedule.uploaded(what[0]))
+        elif lane == COMPUTE:
+            self._segment_ended(*what)
+        else:
+            column, micro_batch, worker = what
+            schedule.attended(column, micro_batch, worker)
+            self._segments.attended(column, micro_batch)
+        if not self._ended:
+            self._start_segment()
+
+    def _segment_ended(self, column: int, micro_batch: int, left_only: int) -> None:
+        self._segments.done()
+        if left_only:
+            self._orders(self._schedule.column_left(column, micro_batch))
+            return
+        batch = self._batches[micro_batch]
+        if column < self._schedule.num_columns:
+            for worker in batch.workers:
+                if column in self._schedule.stops:
+                    self._segments.attended(column, micro_batch)
+                else:
+                    self._give(f"{ATTENTION} {worker}", batch.attention[column][worker], (column, micro_batch, worker))
+        self._orders(self._schedule.segment_done(column, micro_batch))
+
+    def _start_segment(self) -> None:
+        if self._lanes[COMPUTE] is not None:
+            return
+        segment = self._segments.take()
+        if segment is None:
+            return
+        column, micro_batch, slot = segment
+        seconds, key = self._batches[micro_batch].segments[column], (column, micro_batch)
+        if slot is None:
+            seconds *= BEHIND_ATTENTION
+            self._left.add(key)
+        elif key in self._left:
+            seconds *= 1 - BEHIND_ATTENTION
+            self._left.remove(key)
+        self._lanes[COMPUTE] = _Task(max(seconds, 1e-9), (column, micro_batch, int(slot is None)))
+
+    def _orders(self, orders: Sequence[Order]) -> None:
+        for order in orders:
+            match order:
+                case LoadUnit():
+                    self._give(DISK, self._work.load(order.unit), (order.unit,))
+                case UploadUnit():
+                    self._give(UPLOAD, self._work.upload(order.unit), (order.unit,))
+                case RunColumns():
+                    for index, slot in enumerate(order.slots):
+                        for micro_batch in range(len(self._batches)):
+                            self._segments.grant(order.column + index, micro_batch, slot)
+
+    def _give(self, lane: str, seconds: float, what: tuple[int, ...]) -> None:
+        self._queues[lane].append(_Task(max(seconds, 1e-9), what))
+        self._next(lane)
+
+    def _next(self, lane: str) -> None:
+        if lane != COMPUTE and self._lanes[lane] is None and self._queues[lane]:
+            self._lanes[lane] = self._queues[lane].popleft()
