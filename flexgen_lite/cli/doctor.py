@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import importlib.metadata
-import mmap
 import os
 import platform
 import re
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from flexgen_lite import __version__
 from flexgen_lite.config.engine import EngineConfig
+from flexgen_lite.plan.disk_rate import READS, read_rate
 from flexgen_lite.plan.machine import Machine, cgroup_free_bytes, inspect_machine
 from flexgen_lite.plan.need import num_attention_workers
 from flexgen_lite.plan.plan import auto_ram
@@ -22,7 +21,6 @@ from flexgen_lite.text.sizes import format_size
 
 PACKAGES = ("torch", "transformers", "pyzmq", "msgpack", "numpy", "numba", "greenlet", "safetensors", "tokenizers")
 INSTRUCTIONS = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
-READ_BYTES = 8 << 20
 READ_SECONDS = 2.0
 
 
@@ -98,30 +96,11 @@ def _disk(model: Path) -> str:
     files = sorted(found, key=lambda path: path.stat().st_size)
     if not files:
         raise FileNotFoundError(f"{shown_path(model)} has no .safetensors and no .gguf file: give a model")
-    rate, num_bytes, direct = read_rate(files[-1])
-    how = "direct reads" if direct else "reads through the page cache, for its file system has no direct ones"
+    rate, num_bytes, direct = read_rate(files[-1], READ_SECONDS)
+    kind = "direct reads" if direct else "reads through the page cache, for its file system has no direct ones,"
+    how = f"{kind} with {READS} at once"
     note = "" if num_bytes >= 64 << 20 else "; too little for a fair figure"
     return f"{rate / 1e9:.2f} GB/s, {how} of {format_size(num_bytes)} of {files[-1].name}{note}"
-
-
-def read_rate(path: Path, seconds: float = READ_SECONDS) -> tuple[float, int, bool]:
-    """Bytes per second of one reader from the start of a file, the bytes that were read, and whether past the cache."""
-    direct = hasattr(os, "O_DIRECT")
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0))
-    except OSError:
-        direct = False
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    num_bytes, start = 0, time.perf_counter()
-    try:
-        with mmap.mmap(-1, READ_BYTES) as buffer:  # at the start of a page, as direct reads ask for
-            while time.perf_counter() - start < seconds and (got := os.preadv(descriptor, [buffer], num_bytes)):
-                num_bytes += got
-                if got < READ_BYTES:
-                    break
-    finally:
-        os.close(descriptor)
-    return num_bytes / max(time.perf_counter() - start, 1e-9), num_bytes, direct
 
 
 def _versions() -> str:

@@ -6,68 +6,41 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+
+from flexgen_lite.cli.group import Group
+from flexgen_lite.cli.options import (
+    ENGINE_FLAGS,
+    Activations,
+    AsJson,
+    AttentionWorkers,
+    Config,
+    Device,
+    Dtype,
+    Endpoint,
+    Gpu,
+    KeyFile,
+    KvDtype,
+    LoadFormat,
+    MaxModelLen,
+    Model,
+    Quantization,
+    Quiet,
+    Ram,
+    Set,
+    Trace,
+)
 
 if TYPE_CHECKING:
     from flexgen_lite.config.engine import EngineConfig
 
 
-class _Group(TyperGroup):
-    """Commands whose errors end in one sentence and an exit code: 2 for the user's, 1 for the engine's."""
-
-    def make_context(self, *args: Any, **options: Any) -> Any:
-        try:
-            return super().make_context(*args, **options)
-        except Exception as error:
-            raise _shortened(error) from None
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (typer.Exit, typer.Abort):
-            raise
-        except KeyboardInterrupt as interrupt:
-            typer.echo("stopped", err=True)
-            raise typer.Exit(interrupt.args[0] if interrupt.args else 130) from None
-        except Exception as error:
-            if hasattr(error, "format_message"):  # a usage error, which typer reports itself
-                raise _shortened(error) from None
-            raise typer.Exit(_report(error)) from None
-
-
 app = typer.Typer(
-    cls=_Group,
+    cls=Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Large language models over big batches of prompts on one ordinary machine.",
 )
-
-Model = Annotated[str | None, typer.Option(help="Hugging Face model directory or hub id.")]
-Config = Annotated[Path | None, typer.Option("--config", help="YAML file; flags win over it.")]
-Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
-KvDtype = Annotated[str | None, typer.Option(help="Of the KV cache: auto or int8.")]
-Quantization = Annotated[str | None, typer.Option(help="Of weights: auto, int8 or int4.")]
-Activations = Annotated[str | None, typer.Option(help="Of products with quantised weights: bfloat16 or int8.")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Ram = Annotated[str | None, typer.Option(help="Budget of main memory, such as 8GiB.")]
-Gpu = Annotated[str | None, typer.Option(help="Budget of GPU memory, such as 14GiB.")]
-AttentionWorkers = Annotated[str | None, typer.Option(help="Number of attention workers, or auto.")]
-LoadFormat = Annotated[str | None, typer.Option(help="auto, or dummy for random weights from config.json.")]
-Trace = Annotated[Path | None, typer.Option(help="Write a trace of all lanes to this file.")]
-MaxModelLen = Annotated[str | None, typer.Option(help="Most tokens of one sequence, or auto.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Tell of warnings and errors only.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Tell everything as JSON, one object a line.")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other configuration key.")]
-Endpoint = Annotated[str | None, typer.Option(help="Endpoint of a running engine, ipc://... or tcp://HOST:PORT.")]
-KeyFile = Annotated[Path | None, typer.Option(help="Key file of the engine at --endpoint, where it has one.")]
-
-
-ENGINE_FLAGS = (
-    "dtype", "kv_dtype", "quantization", "activations", "device", "ram", "gpu", "attention_workers", "load_format",
-    "trace", "max_model_len",
-)  # fmt: skip
-"""Configuration keys with a flag of their own, in every command that starts an engine."""
 
 
 def main() -> None:
@@ -163,6 +136,79 @@ def launch(
     flags = _engine_flags(locals())
     with make_console(quiet, as_json) as console, errors_told(console):
         launch_engine(_engine_config(config, model, flags, settings), console)
+
+
+@app.command()
+def plan(
+    model: Model = None,
+    input_file: Annotated[
+        Path | None, typer.Option("-i", "--input-file", help="Requests, in the OpenAI batch format.")
+    ] = None,
+    requests: Annotated[int | None, typer.Option(min=1, help="Without a file: so many requests.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of each of these.")] = 512,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of each answer to these, at most.")] = 64,
+    answer_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of answers, on average; as many as they may have where it is not given.")
+    ] = None,
+    machine: Annotated[
+        Path | None, typer.Option(help="Predict for the machine that `calibrate -o` wrote this on.")
+    ] = None,
+    config: Config = None,
+    dtype: Dtype = None,
+    kv_dtype: KvDtype = None,
+    quantization: Quantization = None,
+    activations: Activations = None,
+    device: Device = None,
+    ram: Ram = None,
+    gpu: Gpu = None,
+    attention_workers: AttentionWorkers = None,
+    load_format: LoadFormat = None,
+    max_model_len: MaxModelLen = None,
+    settings: Set = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print where everything would be, how long a job would take, and what would change that. Starts no engine.
+
+    The first time with a model it measures how fast this machine is with it, for about a minute.
+    """
+    from flexgen_lite.cli.console import errors_told, make_console
+    from flexgen_lite.cli.plan import Job, show_plan
+
+    flags = _engine_flags({**locals(), "trace": None})
+    with make_console(quiet, as_json) as console, errors_told(console):
+        job = None if requests is None else Job(requests, prompt_tokens, max_tokens)
+        if job is not None and input_file is not None:
+            raise ValueError("--requests and -i exclude each other: give one of them")
+        show_plan(_engine_config(config, model, flags, settings), input_file, job, answer_tokens, machine, console)
+
+
+@app.command()
+def calibrate(
+    model: Model = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write it to this file as well.")] = None,
+    config: Config = None,
+    dtype: Dtype = None,
+    kv_dtype: KvDtype = None,
+    quantization: Quantization = None,
+    activations: Activations = None,
+    device: Device = None,
+    ram: Ram = None,
+    gpu: Gpu = None,
+    attention_workers: AttentionWorkers = None,
+    load_format: LoadFormat = None,
+    max_model_len: MaxModelLen = None,
+    settings: Set = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how fast this machine is with a model, for `plan` here, or with -o on another machine."""
+    from flexgen_lite.cli.console import errors_told, make_console
+    from flexgen_lite.cli.plan import run_calibration
+
+    flags = _engine_flags({**locals(), "trace": None})
+    with make_console(quiet, as_json) as console, errors_told(console):
+        run_calibration(_engine_config(config, model, flags, settings), output, console)
 
 
 @app.command()
@@ -317,30 +363,3 @@ def _refuse_engine_flags(flags: dict[str, Any]) -> None:
     given = [f"--{key.replace('_', '-')}" for key, value in flags.items() if value]
     if given:
         raise ValueError(f"{', '.join(given)} cannot change the running engine at --endpoint: leave one or the other")
-
-
-def _shortened(error: Exception) -> Exception:
-    """A usage error that repeats no more of an argument than its beginning and its end."""
-    from flexgen_lite.text.shown import shown_path
-
-    for name in ("message", "option_name"):
-        if isinstance(getattr(error, name, None), str):
-            setattr(error, name, shown_path(getattr(error, name)))
-    return error
-
-
-def _report(error: Exception) -> int:
-    """Print one sentence; the exit code."""
-    import logging
-    import os
-    import sys
-
-    from flexgen_lite.errors import describe
-
-    logging.getLogger("flexgen_lite").debug("the command failed", exc_info=error)
-    if isinstance(error, BrokenPipeError):  # whoever read the output has had enough of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    message, code = describe(error)
-    typer.echo(f"error: {message}", err=True)
-    return code

@@ -54,7 +54,8 @@ def rates_of(spec: ModelSpec, times: Times) -> Rates:
         upload=dict(times.uploads),
         begin=Curve(begins) if begins else Curve(((1.0, LEAST),)),
         turn=TURN,
-        keeps=_keeps(spec, times),
+        keeps=_keeps(times),
+        disk=times.disk,
     )
 
 
@@ -162,21 +163,17 @@ def _attention(spec: ModelSpec, kinds: Sequence[int], kind: int, passes: Sequenc
     return AttentionRates(call + (median(hops) if hops else 0.0), sequence, token, row)
 
 
-def _keeps(spec: ModelSpec, times: Times) -> dict[str, float]:
+def _keeps(times: Times) -> dict[str, float]:
     few: list[float] = []
     many: list[float] = []
     attention: list[float] = []
-    by_shape = {(one.shape, len(one.segments)): one for one in times.passes}
-    for beside in times.beside_loads:
-        alone = by_shape.get((beside.shape, len(beside.segments)))
-        if alone is None:
-            continue
+    for alone, beside in times.beside.passes:
         ratio = _ratio(alone.segments, beside.segments)
         (many if sum(map(sum, beside.shape.prompts)) else few).append(ratio)
         if beside.shape.singles[0] and any(part[0] for part in alone.attention):
             attention.append(_ratio(alone.attention, beside.attention))
-    loads = [seconds for kind, found in times.loads.items() if kind != OUTSIDE for seconds in found.again]
-    disk = min(1.0, median(loads) / median(times.loads_beside)) if loads and times.loads_beside else 1.0
+    loads = times.beside
+    disk = min(1.0, median(loads.loads_alone) / median(loads.loads)) if loads.loads else 1.0
     return {
         "few rows beside disk": min(1.0, median(few)) if few else 1.0,
         "many rows beside disk": min(1.0, median(many)) if many else 1.0,

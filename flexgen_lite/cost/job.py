@@ -39,8 +39,8 @@ class JobTime:
         passes: of those that were followed.
         busy: share of the time in which each lane works.
         prompt_tokens, generated_tokens: of all requests.
-        followed: requests that were followed.
-        longest_pass: seconds of the longest one.
+        requests, followed: all, and those that were followed.
+        pass_seconds: of each pass that was followed.
     """
 
     load: float
@@ -49,6 +49,7 @@ class JobTime:
     busy: dict[str, float]
     prompt_tokens: int
     generated_tokens: int
+    requests: int
     followed: int
     pass_seconds: tuple[float, ...] = ()
 
@@ -84,7 +85,7 @@ def predict(batcher: Batcher, simulator: Simulator, requests: Sequence[JobReques
         seconds += rest * (ends[last] - ends[first]) / max(1, last - first)
     return JobTime(
         load, seconds, len(each), shares, sum(one.prompt for one in requests), sum(one.generated for one in requests),
-        len(followed), tuple(each),
+        len(requests), len(followed), tuple(each),
     )  # fmt: skip
 
 

@@ -51,19 +51,31 @@ class LoadTimes:
 
 
 @dataclass(frozen=True, slots=True)
+class BesideLoads:
+    """
+    Attributes:
+        passes: with nothing beside them, and while the loader reads.
+        loads_alone, loads: seconds of a unit, with nothing beside it and beside these passes.
+    """
+
+    passes: tuple[tuple[PassTimes, PassTimes], ...]
+    loads_alone: tuple[float, ...]
+    loads: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Times:
     """
     Attributes:
         passes: with nothing beside them.
-        beside_loads: some of the same while the loader reads.
         loads: by the kind of layer.
-        loads_beside: seconds of a load beside these passes.
         packs, uploads: seconds by the kind of layer.
+        disk: bytes per second of plain reads before the loads; 0: they come from no file.
     """
 
     passes: tuple[PassTimes, ...]
-    beside_loads: tuple[PassTimes, ...]
+    beside: BesideLoads
     loads: Mapping[int, LoadTimes]
-    loads_beside: tuple[float, ...]
     packs: Mapping[int, float]
     uploads: Mapping[int, float]
+    disk: float = 0.0

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
+HELD_UP = 0.8  # share of a load's time that plain reads of as much would take, from which on the disk sets it
 PACKED, RAW = "packed", "raw"  # weights in the order that products want, and as they are loaded
 
 
@@ -85,7 +86,8 @@ class Rates:
         load, pack, upload: of a unit, by the kind of its layer; -1 for what is outside the layers.
         begin: of a pass before its first segment, by rows.
         turn: of the coordinator between two passes, and of each sequence.
-        keeps: share of its speed that a lane keeps beside another, "compute beside disk".
+        keeps: share of its speed that a lane keeps beside another, "disk beside compute".
+        disk: bytes per second of plain reads when loads were measured; 0: they come from no file.
     """
 
     segments: Mapping[str, SegmentRates]
@@ -98,6 +100,23 @@ class Rates:
     begin: Curve
     turn: tuple[float, float]
     keeps: Mapping[str, float]
+    disk: float = 0.0
+
+    def with_disk(self, rate: float, unit_bytes: Mapping[int, int]) -> Rates:
+        """The same where a disk gives so many bytes per second: loads that it held up take longer or less, others that
+        go through the processor's hands longer at most.
+
+        Args:
+            unit_bytes: that are read of a unit, by the kind of its layer.
+        """
+        if not self.disk or not rate:
+            return self
+        load = {}
+        for kind, seconds in self.load.items():
+            read = unit_bytes.get(kind, 0)
+            is_held_up = read / self.disk >= HELD_UP * seconds
+            load[kind] = seconds * self.disk / rate if is_held_up else max(seconds, read / rate)
+        return replace(self, load=load, disk=rate)
 
     def segment(self, packed: bool, kinds: tuple[int, int]) -> SegmentRates:
         """Of the kind, or of the one that is nearest to it of those that were measured."""
@@ -138,4 +157,5 @@ class Rates:
             begin=curve(values["begin"]),
             turn=(float(values["turn"][0]), float(values["turn"][1])),
             keeps={str(key): float(value) for key, value in values["keeps"].items()},
+            disk=float(values["disk"]),
         )

@@ -15,6 +15,7 @@ import traceback
 from pathlib import Path
 
 from flexgen_lite.config.engine import ConfigError, EngineConfig
+from flexgen_lite.engine.calibrator import Calibrator
 from flexgen_lite.engine.coordinator import Coordinator, Stopping
 from flexgen_lite.engine.events import emit
 from flexgen_lite.engine.worker_process import WorkerDied
@@ -33,6 +34,10 @@ def main() -> int:
     run_dir = Path(order["run_dir"])
     try:
         config = EngineConfig.from_json(json.dumps(order["config"]))
+        if order.get("calibrate"):
+            with Calibrator(config, run_dir) as calibrator:
+                emit("calibrated", **calibrator.run().to_dict())
+            return 0
         expected = Workload.from_dict(order.get("expected"))
         with Coordinator(config, run_dir, expected) as coordinator:
             coordinator.run()

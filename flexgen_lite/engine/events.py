@@ -8,7 +8,7 @@ import sys
 
 
 def emit(event: str, **values: object) -> None:
-    """Events are log, plan, ready and failed."""
+    """Events are log, plan, ready, calibrated and failed."""
     with contextlib.suppress(BrokenPipeError, OSError):
         sys.stdout.write(json.dumps({"event": event, **values}) + "\n")
         sys.stdout.flush()

@@ -170,7 +170,8 @@ class Setup:
         made, spec = self.plan, self.spec
         eos = tuple(token for token in spec.eos_token_ids if 0 <= token < spec.vocab_size)
         prefix = spec.bos_token_id if spec.bos_token_id is not None else next(iter(eos), None)
-        kv_tokens = PageTable(made.num_pages, made.kv_groups, made.attention_workers).max_tokens(made.micro_batch_tokens)
+        pages = PageTable(made.num_pages, made.kv_groups, made.attention_workers)
+        kv_tokens = pages.max_tokens(made.micro_batch_tokens)
         limits = Limits(spec.max_length, kv_tokens, spec.vocab_size, eos, prefix)
         return Requests(self.make_batcher(share_prefixes), limits, tokenizer)
 

@@ -44,6 +44,7 @@ class EngineProcess:
         on_plan: is given the plan, for people, on another thread.
         environment: variables beside this process's own.
         wait: until it is ready; else `wait_until_ready` does.
+        calibrate: it serves nobody, but measures and ends; `wait_until_calibrated` has what it found.
 
     Raises:
         EngineError: it did not become ready.
@@ -59,6 +60,7 @@ class EngineProcess:
         on_plan: Callable[[str], None] | None = None,
         environment: Mapping[str, str] | None = None,
         wait: bool = True,
+        calibrate: bool = False,
     ) -> None:
         run_directory = RuntimeDir()
         try:
@@ -77,6 +79,7 @@ class EngineProcess:
                 "config": json.loads(config.to_json()),
                 "run_dir": str(run_directory.path),
                 "expected": None if expected is None else expected.to_dict(),
+                "calibrate": calibrate,
             }
             _tell(child, order)
             if wait:
@@ -91,6 +94,13 @@ class EngineProcess:
             EngineError: it did not become ready; `stop()` it. Also where that is done meanwhile, on another thread.
         """
         self._news.wait_until_ready(self._ready_within)
+
+    def wait_until_calibrated(self, timeout: float) -> dict[str, Any]:
+        """
+        Raises:
+            EngineError: it failed, or took longer.
+        """
+        return self._news.wait_until_calibrated(timeout)
 
     @property
     def endpoint(self) -> str:
@@ -157,6 +167,7 @@ class _News:
         self.endpoint: str | None = None
         self.plan = ""
         self.decided: dict[str, Any] = {}
+        self.calibrated: dict[str, Any] | None = None
         self.failure: EngineError | None = None  # as it told it; once it has ended, in any case
         self._ended = False
 
@@ -185,6 +196,10 @@ class _News:
             with self._changed:
                 self.endpoint = str(event.get("endpoint"))
                 self._changed.notify_all()
+        elif kind == "calibrated":
+            with self._changed:
+                self.calibrated = event
+                self._changed.notify_all()
         elif kind == "failed":
             with self._changed:
                 self.failure = EngineError(
@@ -202,6 +217,13 @@ class _News:
                 raise self.failure
             if self.endpoint is None:
                 raise EngineError(f"the engine was not ready within {timeout:g} s: raise start_timeout")
+
+    def wait_until_calibrated(self, timeout: float) -> dict[str, Any]:
+        with self._changed:
+            self._changed.wait_for(lambda: self.calibrated is not None or self.failure is not None, timeout)
+            if self.calibrated is None:
+                raise self.failure or EngineError(f"the engine was not calibrated within {timeout:g} s")
+            return self.calibrated
 
     def last_words(self, patience: float) -> str | None:
         with self._changed:

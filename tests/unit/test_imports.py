@@ -34,7 +34,7 @@ WORKER_FLOORS = (
     ("zygote",),
 )
 OF_USE_TO_WORKERS = ("memory", "wire", "model", "text", "chat.environment", "schedule.segment_queue")
-NOT_PURE = ("plan.machine", "queue.kept_jobs")  # reads what the machine has; keeps what it is told in a file
+NOT_PURE = ("plan.machine", "plan.disk_rate", "queue.kept_jobs")  # read what the machine has; keeps a file
 PURE_ELSEWHERE = (
     "model.spec", "model.packing", "model.quantization", "memory.exchange", "memory.kv_layout", "memory.kv_groups",
     "wire.arena_specs",

@@ -1,0 +1,180 @@
+"""`flexgen-lite plan` and `calibrate`: what an engine would do, without one. Options of all commands are in main.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flexgen_lite.batch.survey import survey
+from flexgen_lite.batch.token_counts import count_tokens
+from flexgen_lite.cli.console import Console
+from flexgen_lite.cli.rates import clock
+from flexgen_lite.cli.terminal import signals_interrupt
+from flexgen_lite.config.engine import EngineConfig
+from flexgen_lite.cost.job import JobRequest, JobTime
+from flexgen_lite.launcher import calibrate
+from flexgen_lite.launcher.forecast import Forecast, Forecaster, Variant, disk_now
+from flexgen_lite.plan.machine import inspect_machine
+from flexgen_lite.plan.text import describe
+from flexgen_lite.plan.workload import Workload
+
+WORTH_TELLING = 1.05  # times as fast
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Without a file: so many requests, all alike."""
+
+    requests: int
+    prompt_tokens: int
+    max_tokens: int
+
+
+def show_plan(
+    config: EngineConfig,
+    input_file: Path | None,
+    job: Job | None,
+    answer_tokens: int | None,
+    machine_file: Path | None,
+    console: Console,
+) -> None:
+    """
+    Args:
+        input_file: of requests; None: as `job` says, and where that is None only the plan is shown.
+        answer_tokens: of an answer, on average; None: as many as it may have.
+        machine_file: of another machine's calibration.
+
+    Raises:
+        CalibrationError: the file holds none.
+        PlanError: the budget does not hold even the smallest plan.
+    """
+    with signals_interrupt():
+        if machine_file is None:
+            calibration = calibrate.calibrated(config, console.log)
+            machine, disk = inspect_machine(), disk_now(calibration.opened.spec)
+        else:
+            calibration = calibrate.read(machine_file)
+            machine, disk = calibration.machine, None
+        requests, expected = _work(calibration.opened, input_file, job, answer_tokens)
+        forecaster = Forecaster(calibration, machine, expected, requests, disk)
+        found = forecaster.forecast(config)
+        variants = forecaster.variants(config, found) if found.job else []
+    console.plan(describe(found.setup.plan, found.setup.spec))
+    console.done("\n".join(_lines(found, variants)), _values(found, variants))
+
+
+def run_calibration(config: EngineConfig, output: Path | None, console: Console) -> None:
+    """Measure, whatever is there; keep it, and write it to `output` as well."""
+    with signals_interrupt():
+        found = calibrate.calibrated(config, console.log, again=True)
+        if output is not None:
+            calibrate.write(found, output)
+    rates = found.rates
+    name = "packed" if any(key.startswith("packed") for key in rates.segments) else "raw"
+    rows = max((rate.prompt.points[-1][0] for rate in rates.segments.values()), default=1)
+    layers = [rate for key, rate in rates.segments.items() if key.startswith(name)]
+    slowest = max(layers, key=lambda rate: rate.prompt.at(rows))
+    lines = [
+        f"disk         {rates.disk / 1e9:.2f} GB/s" if rates.disk else "disk         not used",
+        f"a layer      {slowest.prompt.at(rows) * 1e3:.1f} ms for {rows:.0f} rows of prompts, "
+        f"{slowest.decode.at(64) * 1e3:.1f} ms for 64 single rows",
+    ]
+    if output is not None:
+        lines.append(f"{output}: for `flexgen-lite plan --machine`")
+    console.done("\n".join(lines), {"rates": rates.to_dict()})
+
+
+def _work(
+    opened: Any, input_file: Path | None, job: Job | None, answer_tokens: int | None
+) -> tuple[list[JobRequest], Workload | None]:
+    if input_file is not None:
+        requests = [
+            JobRequest(prompt, max(1, min(most, answer_tokens or most)), most)
+            for prompt, most in count_tokens(input_file, opened.tokenizer_file, opened.chat_template)
+        ]
+        return requests, survey(input_file)
+    if job is None:
+        return [], None
+    one = JobRequest(job.prompt_tokens, max(1, min(job.max_tokens, answer_tokens or job.max_tokens)), job.max_tokens)
+    whole = job.prompt_tokens + job.max_tokens
+    return [one] * job.requests, Workload(job.requests, whole, whole, whole)
+
+
+def _lines(found: Forecast, variants: Sequence[Variant]) -> list[str]:
+    job = found.job
+    if job is None:
+        return ["give -i FILE, or --requests, to have a job predicted"]
+    lines = [
+        f"predicted {clock(job.seconds)} for {job.requests:,} requests, "
+        f"{job.generated_tokens / job.seconds:,.1f} tok/s ({job.prompt_tokens:,} tokens of prompts, "
+        f"{job.generated_tokens:,} of answers); "
+        f"{clock(job.load)} before that to load weights",
+        "lanes     " + ", ".join(f"{lane} {share:.0%}" for lane, share in _busiest(job)),
+        f"          {_verdict(job, variants)}",
+        "with      " + "time".rjust(26) + "tok/s".rjust(12) + "as fast".rjust(12),
+    ]
+    for variant in variants:
+        if variant.job is None:
+            lines.append(f"          {variant.name:<28} does not fit: {variant.problem}")
+            continue
+        rate = variant.job.generated_tokens / variant.job.seconds
+        factor = _rate(variant.job) / _rate(job)
+        name = f"{variant.name:<28}"
+        lines.append(f"          {name}{clock(variant.job.seconds):>8}{rate:>12,.1f}{factor:>10.2f} x")
+    return lines
+
+
+def _rate(job: JobTime) -> float:
+    """Requests per second."""
+    return job.requests / job.seconds
+
+
+def _busiest(job: JobTime) -> list[tuple[str, float]]:
+    ranked = sorted(job.busy.items(), key=lambda item: item[1], reverse=True)
+    return [(lane, share) for lane, share in ranked if share >= 0.005]
+
+
+def _verdict(job: JobTime, variants: Sequence[Variant]) -> str:
+    """Which lane sets the time, and what of the variants would help most."""
+    lane, share = _busiest(job)[0]
+    text = f"the busiest lane is {lane}, {share:.0%} of the time"
+    choices = [one for one in variants if one.job is not None and "answers" not in one.name]
+    best = max(choices, key=lambda one: _rate(one.job) if one.job else 0.0, default=None)
+    if best is None or best.job is None or _rate(best.job) < WORTH_TELLING * _rate(job):
+        return f"{text}: none of the changes below would help much"
+    return f"{text}: {best.name} would be {_rate(best.job) / _rate(job):.1f} times as fast"
+
+
+def _values(found: Forecast, variants: Sequence[Variant]) -> dict[str, Any]:
+    plan = found.setup.plan
+    values: dict[str, Any] = {
+        "memory": dict(plan.parts),
+        "ram": plan.ram,
+        "resident_layers": len(plan.resident_layers),
+        "num_layers": found.setup.spec.num_layers,
+        "max_sequences": plan.max_sequences,
+        "micro_batches": plan.micro_batches,
+        "micro_batch_tokens": plan.micro_batch_tokens,
+        "disk_bytes_per_second": found.disk,
+    }
+    if found.job is not None:
+        values["predicted"] = _numbers(found.job)
+        values["with"] = [
+            {"name": one.name, **({"problem": one.problem} if one.job is None else _numbers(one.job))}
+            for one in variants
+        ]
+    return values
+
+
+def _numbers(job: JobTime) -> dict[str, Any]:
+    return {
+        "seconds": job.seconds,
+        "load_seconds": job.load,
+        "requests": job.requests,
+        "prompt_tokens": job.prompt_tokens,
+        "generated_tokens": job.generated_tokens,
+        "tokens_per_second": job.generated_tokens / job.seconds,
+        "lanes": job.busy,
+    }

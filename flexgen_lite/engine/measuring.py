@@ -1,0 +1,255 @@
+"""What calibration measures, one after the other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flexgen_lite.cost.kinds import columns_to_measure, layer_kinds
+from flexgen_lite.cost.measured import BesideLoads, LoadTimes, PassShape, PassTimes, Times
+from flexgen_lite.engine.setup import Setup
+from flexgen_lite.model.spec import ModelSpec
+from flexgen_lite.plan.disk_rate import read_rate
+from flexgen_lite.queue.batching import MicroBatch, Piece
+from flexgen_lite.queue.page_table import PageTable
+from flexgen_lite.queue.running_request import RunningRequest
+from flexgen_lite.wire.sampling import WireParams
+
+if TYPE_CHECKING:
+    from flexgen_lite.engine.calibrator import Calibrator, PassSpans
+
+MOST_COLUMNS = 16
+FEW_COLUMNS = 4  # of passes with many rows, whose weights are in no cache anyway
+MANY_ROWS = 256
+SINGLES = (1, 4, 16, 32, 64, 128, 256)
+PROMPT_ROWS = (16, 64, 128, 256, 512, 1024, 2048)
+SHORT_PROMPT = 64
+SHORT_CONTEXT, LONG_CONTEXT = 32, 1024
+SECONDS = 45.0  # for all passes; what is left of the list then is left out
+LONGEST_PASS = 8.0
+LOADED_AGAIN = 8  # units at most, of each kind
+DISK_SECONDS = 1.5
+PARAMS = WireParams(
+    max_tokens=1 << 30, min_tokens=0, temperature=0.0, top_k=0, top_p=1.0, seed=0, stop_token_ids=(), ignore_eos=True,
+    skip_special_tokens=True,
+)  # fmt: skip
+
+
+class Measuring:
+    """What is measured, one after the other."""
+
+    def __init__(self, owner: Calibrator, setup: Setup) -> None:
+        self._owner, self._setup = owner, setup
+        self._spec: ModelSpec = setup.spec
+        self._plan = setup.plan
+        self._kinds = layer_kinds(self._spec)
+        self._num_slots = len(self._plan.slot_offsets) - 1
+        self._until = time.monotonic() + SECONDS
+        self._tables = PageTable(self._plan.num_pages, self._plan.kv_groups, self._plan.attention_workers)
+
+    def run(self) -> Times:
+        owner, plan = self._owner, self._plan
+        owner.give_time(600)
+        disk = read_rate(Path(max(self._spec.files, key=_size)), DISK_SECONDS)[0] if self._spec.files else 0.0
+        loads = self._load()
+        uploads = self._upload() if plan.staged else {}
+        kinds = ("raw",) if plan.staged else ("raw", "packed")
+        passes: list[PassTimes] = []
+        packs: dict[int, float] = {}
+        self._until = time.monotonic() + SECONDS
+        for number, order in enumerate(kinds):
+            if order == "packed":
+                packs = self._pack()
+            budget = (self._until - time.monotonic()) / (len(kinds) - number)
+            passes += self._passes(order, time.monotonic() + budget)
+        return Times(tuple(passes), self._beside_loads(passes), loads, packs, uploads, disk)
+
+    # ------------------------------------------------------------------------------------------------ weights
+
+    def _slot(self, layer: int) -> int:
+        """Where weights of its kind are."""
+        if layer < self._num_slots - 1:
+            return layer
+        same = [other for other in range(self._num_slots - 1) if self._kinds[other] == self._kinds[layer]]
+        return same[layer % len(same)] if same else 0
+
+    def _load(self) -> dict[int, LoadTimes]:
+        """The first time memory is taken; the second time it is there."""
+        owner, spec = self._owner, self._spec
+        found: dict[int, list[list[float]]] = {}
+        units = [(layer, layer, self._kinds[layer]) for layer in range(min(self._num_slots, spec.num_layers))]
+        units.append((spec.num_layers, len(self._plan.slot_offsets) - 1, -1))
+        for unit, slot, kind in units:
+            found.setdefault(kind, [[], []])[0].append(owner.load(unit, slot))
+        for unit, slot, kind in units[:-1]:
+            if len(found[kind][1]) < LOADED_AGAIN:
+                found[kind][1].append(owner.load(unit, slot))
+        return {kind: LoadTimes(tuple(first), tuple(again or first)) for kind, (first, again) in found.items()}
+
+    def _upload(self) -> dict[int, float]:
+        owner, plan, spec = self._owner, self._plan, self._spec
+        owner.upload(spec.num_layers, len(plan.slot_offsets) - 1, plan.device_slots)
+        found: dict[int, float] = {}
+        for layer in range(min(plan.device_slots, self._num_slots)):
+            for _ in range(2):
+                found[self._kinds[layer]] = owner.upload(layer, self._slot(layer), layer)
+        return found
+
+    def _pack(self) -> dict[int, float]:
+        """All layers: those that have no slot of their own lie in the order that another's are put in."""
+        found: dict[int, float] = {}
+        done: set[int] = set()
+        owner, spec = self._owner, self._spec
+        for layer in range(spec.num_layers):
+            slot = self._slot(layer)
+            seconds = owner.pack(layer, slot, slot in done)
+            if slot not in done:
+                found[self._kinds[layer]] = seconds
+            done.add(slot)
+        owner.pack(spec.num_layers, len(self._plan.slot_offsets) - 1, False)
+        return found
+
+    # ------------------------------------------------------------------------------------------------ passes
+
+    def _passes(self, order: str, until: float) -> list[PassTimes]:
+        most, sequences = self._setup.exchange.max_tokens, self._plan.max_sequences
+        whole = order == "packed" or self._plan.staged
+        context, short = min(SHORT_CONTEXT, self._spec.max_length - 2), min(SHORT_PROMPT, self._spec.max_length)
+        shapes = [
+            PassShape(order, (n,), context, ())
+            for n in SINGLES
+            if n <= min(most, sequences) and self._has_pages(n, context + 1)
+        ]
+        singles = len(shapes)
+        for rows in PROMPT_ROWS:
+            each = min(rows, short)
+            if rows <= most and self._has_pages(rows // each, each):
+                shapes.append(PassShape(order, (0,), 0, ((each,) * (rows // each),)))
+        longest = max((shape.prompts[0] for shape in shapes[singles:] if shape.prompts), key=sum, default=(0,))
+        long = min(sum(longest), LONG_CONTEXT, self._spec.max_length)
+        if long > short and self._has_pages(1, long):
+            shapes.append(PassShape(order, (0,), 0, ((long,),)))
+        found = []
+        for number, shape in enumerate(shapes):
+            if time.monotonic() > until and number not in (0, len(shapes) - 1):
+                continue
+            columns = None
+            if whole and number < singles and shape.singles[0] in (1, 16, 64, 256):
+                columns = len(self._spec.columns) + 1
+            one = self.measure(shape, columns)
+            found.append(one)
+        if whole:
+            context = self._longest_context(64)
+            count = min(64, sequences)
+            if context > 2 * SHORT_CONTEXT:
+                found.append(self.measure(PassShape(order, (count,), context, ()), None))
+            if self._plan.micro_batches > 1 and count > 1:
+                both = (count // 2, count // 2)
+                found.append(self.measure(PassShape(order, both, max(context, SHORT_CONTEXT), ((), ())), None))
+        return found
+
+    def _has_pages(self, sequences: int, tokens: int) -> bool:
+        table = self._tables
+        each = -(-sequences // table.num_workers)
+        return all(table.pages_for(tokens, tokens) * each <= table.size(w) for w in range(table.num_workers))
+
+    def _longest_context(self, count: int) -> int:
+        context = min(LONG_CONTEXT, self._spec.max_length - 2)
+        while context > SHORT_CONTEXT and not self._has_pages(count, context + 1):
+            context //= 2
+        return context
+
+    def _columns(self, rows: int) -> int:
+        most = columns_to_measure(self._spec, MOST_COLUMNS)
+        if rows > MANY_ROWS:
+            return min(len(self._spec.columns), max(most, FEW_COLUMNS))
+        layers = self._num_slots - 1
+        with_slots = sum(1 for layer in self._spec.columns if layer < max(1, layers))
+        return max(most, min(len(self._spec.columns), with_slots))
+
+    def measure(self, shape: PassShape, columns: int | None, times: int = 2) -> PassTimes:
+        """The last of some runs: the first one finds caches empty and programs not made."""
+        batches = self._batches(shape)
+        rows = sum(batch.num_rows for batch in batches)
+        columns = columns or self._columns(rows)
+        spec = self._spec
+        slots = [self._device_or_slot(spec.columns[c]) if c < len(spec.columns) else -1 for c in range(columns)]
+        found, ordered = self._owner.run_pass(batches, slots, self._setup)
+        length = max(end for _, end in found.segments.values()) - ordered
+        if length < LONGEST_PASS * 1e9:
+            for _ in range(times - 1):
+                found, ordered = self._owner.run_pass(batches, slots, self._setup)
+        return _times_of(shape, found, ordered, columns, len(batches))
+
+    def _device_or_slot(self, layer: int) -> int:
+        return layer % self._plan.device_slots if self._plan.staged else self._slot(layer)
+
+    def _batches(self, shape: PassShape) -> list[MicroBatch]:
+        table = PageTable(self._plan.num_pages, self._plan.kv_groups, self._plan.attention_workers)
+        batches, number = [], 0
+        prompts = shape.prompts or ((),) * len(shape.singles)
+        for singles, lengths in zip(shape.singles, prompts, strict=True):
+            batch = MicroBatch()
+            for length, stored in [(shape.context + 1, shape.context)] * singles + [(n, 0) for n in lengths]:
+                tokens = [(7 * i + 3) % self._spec.vocab_size for i in range(length)]
+                request = RunningRequest(number, tokens, length, PARAMS, 0, frozenset())
+                request.worker = number % table.num_workers
+                pages = table.allocate(number, request.worker, length, length)
+                assert pages is not None, f"no pages for {length} tokens"
+                request.stored = stored
+                request.pages = (table.grow(number, stored, length) if stored else pages) or pages
+                if self._spec.states:
+                    request.state = number % self._plan.max_sequences
+                batch.add(Piece(request, length - stored))
+                number += 1
+            batches.append(batch)
+        return batches
+
+    def _beside_loads(self, passes: Sequence[PassTimes]) -> BesideLoads:
+        """Some passes, with nothing beside them and while the loader reads."""
+        order = passes[-1].shape.order
+        few = [one for one in passes if one.shape.order == order and sum(one.shape.singles) in (16, 64)]
+        many = [one for one in passes if one.shape.order == order and 256 <= sum(map(sum, one.shape.prompts)) <= 1024]
+        spare = self._num_slots - 1
+        unit = min(spare, self._spec.num_layers - 1)
+        pairs: list[tuple[PassTimes, PassTimes]] = []
+        loads_alone: list[float] = []
+        loads: list[float] = []
+        for one in (*few[:1], *few[-1:], *many[:1]):
+            for _ in range(2):  # in turns, for a machine's speed drifts
+                alone = self.measure(one.shape, len(one.segments), times=1)
+                loads_alone.append(self._owner.load(unit, spare))
+                stop = self._owner.load_on_and_on(unit, spare)
+                other = self.measure(one.shape, len(one.segments), times=1)
+                loads += stop()
+                pairs.append((alone, other))
+        return BesideLoads(tuple(pairs), tuple(loads_alone), tuple(loads))
+
+
+def _size(path: str) -> int:
+    return Path(path).stat().st_size
+
+
+def _times_of(shape: PassShape, found: PassSpans, ordered: int, columns: int, count: int) -> PassTimes:
+    segments = tuple(
+        tuple((found.segments[c, k][1] - found.segments[c, k][0]) / 1e9 for k in range(count)) for c in range(columns)
+    )
+    spans: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for (column, k, _), span in found.attention.items():
+        spans.setdefault((column, k), []).append(span)
+    attention = tuple(
+        tuple(max((end - start for start, end in spans.get((c, k), ())), default=0) / 1e9 for k in range(count))
+        for c in range(columns)
+    )
+    hops = []
+    if count == 1:
+        for column in range(columns - 1):
+            if (column, 0) in spans:
+                waited = found.segments[column + 1, 0][0] - found.segments[column, 0][1]
+                hops.append(waited / 1e9 - attention[column][0])
+    first = min(start for start, _ in found.segments.values())
+    last = max(end for _, end in found.segments.values())
+    hop = sorted(hops)[len(hops) // 2] if hops else 0.0
+    return PassTimes(shape, segments, attention, max(0.0, hop), (first - ordered) / 1e9, (last - first) / 1e9)

@@ -1,0 +1,115 @@
+"""Calibrations of this machine: measured once for each model and its settings, then kept in a file."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from flexgen_lite import __version__
+from flexgen_lite.config.engine import EngineConfig
+from flexgen_lite.engine.calibration import Calibration, CalibrationError
+from flexgen_lite.launcher.process import EngineProcess
+from flexgen_lite.model.spec import ModelSpec
+from flexgen_lite.plan.machine import inspect_machine
+from flexgen_lite.text.shown import shown_path
+
+_WITHOUT_EFFECT = {
+    "ram", "gpu", "trace", "endpoint", "key_file", "max_sequences", "micro_batches", "micro_batch_tokens",
+    "layer_slots", "device_slots", "prefix_caching", "start_timeout", "worker_timeout", "verify_weights",
+}  # fmt: skip
+"""Keys that change what is planned, not how fast its parts are."""
+_SECONDS = 300.0  # for all that is measured
+
+
+def calibrate(config: EngineConfig, on_log: Callable[[str], None] | None = None) -> Calibration:
+    """Measures, in a minute or less behind the start of an engine.
+
+    Raises:
+        EngineError: an engine with this configuration cannot be started.
+    """
+    with EngineProcess(config, on_log=on_log, wait=False, calibrate=True) as engine:
+        return Calibration.from_dict(engine.wait_until_calibrated(config.start_timeout + _SECONDS))
+
+
+def calibrated(config: EngineConfig, on_log: Callable[[str], None], again: bool = False) -> Calibration:
+    """What is kept, or else measured now and kept.
+
+    Args:
+        again: measure, whatever is kept.
+    """
+    kept = None if again else known(config)
+    if kept is not None:
+        return kept
+    on_log(f"measuring how fast this machine is with {shown_path(config.model)}: about a minute, once")
+    found = calibrate(config, on_log)
+    with contextlib.suppress(OSError):  # it is measured again the next time
+        write(found, _file(config))
+    return found
+
+
+def known(config: EngineConfig) -> Calibration | None:
+    """What is kept of the model as it is now, if there is any."""
+    try:
+        found = read(_file(config))
+    except (OSError, CalibrationError):
+        return None
+    return found if _is_unchanged(found.opened.spec) else None
+
+
+def read(path: Path) -> Calibration:
+    """
+    Raises:
+        OSError: it cannot be read.
+        CalibrationError: it holds none.
+    """
+    try:
+        values = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CalibrationError(f"{shown_path(path)} is no calibration: {error}") from error
+    try:
+        return Calibration.from_dict(values)
+    except CalibrationError as error:
+        raise CalibrationError(f"{shown_path(path)}: {error}") from error
+
+
+def write(calibration: Calibration, path: Path) -> None:
+    """Raises OSError where it cannot be written; a file that is there is replaced as a whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(calibration.to_dict()), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _file(config: EngineConfig) -> Path:
+    """Named after what decides about rates."""
+    machine = inspect_machine()
+    settings = {key: value for key, value in json.loads(config.to_json()).items() if key not in _WITHOUT_EFFECT}
+    described = Path(config.model) / "config.json"
+    shape = described.read_bytes() if described.is_file() else b""
+    where = {"cpus": machine.cpus, "threads": machine.num_threads, "processor": _processor(), "version": __version__}
+    text = json.dumps([settings | {"model": os.path.realpath(config.model)}, where], sort_keys=True)
+    digest = hashlib.blake2b(text.encode() + shape, digest_size=8).hexdigest()
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "flexgen-lite" / "calibrations" / f"{Path(config.model).name[:60]}-{digest}.json"
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith(("model name", "CPU part")):
+                return line.partition(":")[2].strip()
+    return ""
+
+
+def _is_unchanged(spec: ModelSpec) -> bool:
+    with contextlib.suppress(OSError):
+        for file, stamp in zip(spec.files, spec.stamps, strict=True):
+            now = os.stat(file)
+            if (now.st_size, now.st_mtime_ns) != (stamp.size, stamp.mtime_ns):
+                return False
+        return True
+    return False
