@@ -96,7 +96,7 @@ def _disk(model: Path) -> str:
     files = sorted(found, key=lambda path: path.stat().st_size)
     if not files:
         raise FileNotFoundError(f"{shown_path(model)} has no .safetensors and no .gguf file: give a model")
-    rate, num_bytes, direct = read_rate(files[-1], READ_SECONDS)
+    rate, num_bytes, direct = read_rate(files[-1:], READ_SECONDS)
     kind = "direct reads" if direct else "reads through the page cache, for its file system has no direct ones,"
     how = f"{kind} with {READS} at once"
     note = "" if num_bytes >= 64 << 20 else "; too little for a fair figure"

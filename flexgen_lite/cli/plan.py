@@ -16,6 +16,7 @@ from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.cost.job import JobRequest, JobTime
 from flexgen_lite.launcher import calibrate
 from flexgen_lite.launcher.forecast import Forecast, Forecaster, Variant, disk_now
+from flexgen_lite.launcher.search import Policy, search
 from flexgen_lite.plan.machine import inspect_machine
 from flexgen_lite.plan.text import describe
 from flexgen_lite.plan.workload import Workload
@@ -59,10 +60,31 @@ def show_plan(
             machine, disk = calibration.machine, None
         requests, expected = _work(calibration.opened, input_file, job, answer_tokens)
         forecaster = Forecaster(calibration, machine, expected, requests, disk)
-        found = forecaster.forecast(config)
-        variants = forecaster.variants(config, found) if found.job else []
+        policy = search(forecaster, config) if requests else Policy({}, forecaster.forecast(config), 1.0)
+        found = policy.forecast
+        variants = forecaster.variants(config.model_copy(update=policy.settings), found) if found.job else []
     console.plan(describe(found.setup.plan, found.setup.spec))
-    console.done("\n".join(_lines(found, variants)), _values(found, variants))
+    lines = [*policy_lines(policy), *_lines(found, variants)]
+    console.done("\n".join(lines), {"policy": policy.settings, "gain": policy.gain} | _values(found, variants))
+
+
+def policy_for(config: EngineConfig, input_file: Path, answer_tokens: int | None = None) -> Policy | None:
+    """Of a file's job; None where this machine was not calibrated with the model, or there is no good line."""
+    calibration = calibrate.known(config)
+    if calibration is None or not input_file.is_file():
+        return None
+    requests, expected = _work(calibration.opened, input_file, None, answer_tokens)
+    if not requests:
+        return None
+    disk = disk_now(calibration.opened.spec)
+    return search(Forecaster(calibration, inspect_machine(), expected, requests, disk), config)
+
+
+def policy_lines(policy: Policy) -> list[str]:
+    if not policy.settings:
+        return []
+    settings = ", ".join(f"{key}={value}" for key, value in policy.settings.items())
+    return [f"policy    {settings}: predicted to be {policy.gain:.2f} times as fast as what the plan's rules choose"]
 
 
 def run_calibration(config: EngineConfig, output: Path | None, console: Console) -> None:

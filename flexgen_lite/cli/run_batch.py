@@ -11,11 +11,15 @@ from flexgen_lite.batch.result_file import ResultWriter
 from flexgen_lite.batch.run import BatchRun, Progress
 from flexgen_lite.batch.survey import survey
 from flexgen_lite.cli.console import Console
+from flexgen_lite.cli.plan import policy_for, policy_lines
+from flexgen_lite.cli.rates import clock
 from flexgen_lite.cli.terminal import signals_interrupt
 from flexgen_lite.client.client import Client
 from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.errors import EngineError
+from flexgen_lite.launcher.search import Policy
 from flexgen_lite.launcher.supervisor import EngineSupervisor
+from flexgen_lite.plan.plan import PlanError
 from flexgen_lite.text.shown import shown_path
 
 
@@ -24,13 +28,32 @@ def run_on_own_engine(
 ) -> None:
     """Start an engine, run the file, stop the engine. One that dies on the way is started again."""
     _leave_to_rows(output_file, console)
+    policy = None
+    if overwrite or not output_file.exists():  # of a rest nothing is predicted
+        policy = _policy(config, input_file, console)
+        config = config if policy is None else config.model_copy(update=policy.settings)
     with (
         signals_interrupt(),
         ResultWriter(output_file, overwrite=overwrite, warn=console.warn) as results,
         EngineSupervisor(config, expected=survey(input_file), on_log=console.log, on_plan=console.plan) as engine,
         engine.connect() as client,
     ):
-        _run(client, input_file, results, console)
+        _run(client, input_file, results, console, policy)
+
+
+def _policy(config: EngineConfig, input_file: Path, console: Console) -> Policy | None:
+    """What was measured of this machine and the model, if it was, makes of the job."""
+    try:
+        policy = policy_for(config, input_file)
+    except (PlanError, OSError):  # the engine says so, or reads no file that it was calibrated with
+        return None
+    if policy is not None and policy.forecast.job is not None:
+        for line in policy_lines(policy):
+            console.log(line)
+        job = policy.forecast.job
+        rate = job.generated_tokens / job.seconds
+        console.log(f"predicted {clock(job.seconds)} where answers are as long as they may be, {rate:,.1f} tok/s")
+    return policy
 
 
 def run_on_endpoint(
@@ -66,7 +89,9 @@ def _leave_to_rows(output_file: Path, console: Console) -> None:
             console.standard_output = sys.stderr
 
 
-def _run(client: Client, input_file: Path, results: ResultWriter, console: Console) -> None:
+def _run(
+    client: Client, input_file: Path, results: ResultWriter, console: Console, policy: Policy | None = None
+) -> None:
     run = BatchRun(client, input_file, results, warn=console.warn)
     if num_rows := results.there.num_rows:
         _tell_what_is_there(run, num_rows, console)
@@ -76,7 +101,11 @@ def _run(client: Client, input_file: Path, results: ResultWriter, console: Conso
         if error.user_error:
             raise
         raise EngineError(f"{error}; the same command goes on where it stopped", details=error.details) from error
-    console.done(last.summary(), last.to_dict())
+    values, text = last.to_dict(), last.summary()
+    if policy is not None and policy.forecast.job is not None:
+        values["predicted_seconds"] = predicted = policy.forecast.job.seconds
+        text += f"; predicted {clock(predicted)}"
+    console.done(text, values)
 
 
 def _tell_what_is_there(run: BatchRun, num_rows: int, console: Console) -> None:

@@ -34,21 +34,22 @@ def rates_of(spec: ModelSpec, times: Times) -> Rates:
     if not alone:
         raise ValueError("no pass was measured")
     kinds = column_kinds(spec)
-    pair = {kind: _pair(spec, kinds, kind, alone) for kind in set(kinds)}
+    whole = [one for one in alone if not one.behind]
+    pair = {kind: _pair(spec, kinds, kind, whole) for kind in set(kinds)}
     segments = {
         f"{order} {before}>{after}": rates
         for order in ("packed", "raw")
         for before, after in dict.fromkeys(segment_kinds(spec)[:-1])
         if (rates := _segment(spec, (before, after), [one for one in alone if one.shape.order == order], pair))
     }
-    decode = [one for one in alone if one.shape.singles[0]]
+    decode = [one for one in whole if one.shape.singles[0]]
     ends = [(float(one.shape.singles[0]), one.segments[-1][0]) for one in decode if _is_whole(spec, one)]
     begins = _rising((float(one.shape.singles[0]), one.begin) for one in decode)
     return Rates(
         segments=segments,
         pair=pair,
         head=Curve(_rising(ends)) if ends else Curve(((1.0, LEAST),)),
-        attention={kind: _attention(spec, kinds, kind, alone) for kind in set(kinds)},
+        attention={kind: _attention(spec, kinds, kind, whole) for kind in set(kinds)},
         load={kind: median(found.again) for kind, found in times.loads.items()},
         pack=dict(times.packs),
         upload=dict(times.uploads),
@@ -100,11 +101,15 @@ def _segment(
     spec: ModelSpec, kind: tuple[int, int], passes: Sequence[PassTimes], pair: Mapping[int, float]
 ) -> SegmentRates | None:
     kinds, of_segments = column_kinds(spec), segment_kinds(spec)
+    behind: list[float] = []
     prompt: list[tuple[float, float]] = []
     decode: list[tuple[float, float]] = []
     for one in passes:
         columns = [c for c in range(min(len(one.segments), len(of_segments) - 1)) if of_segments[c] == kind]
         if not columns:
+            continue
+        if one.behind:
+            behind += [one.behind[c] for c in columns]
             continue
         seconds = median(one.segments[c][0] for c in columns)
         if one.shape.singles[0]:
@@ -114,7 +119,8 @@ def _segment(
             prompt.append((_rows(one), max(LEAST, seconds - less)))
     if not (prompt and decode):
         return None
-    return SegmentRates(Curve(_rising(prompt)), Curve(_rising(decode)))
+    share = {"behind": median(behind)} if behind else {}
+    return SegmentRates(Curve(_rising(prompt)), Curve(_rising(decode)), **share)
 
 
 def _rising(points: Iterable[tuple[float, float]]) -> tuple[tuple[float, float], ...]:

@@ -30,6 +30,8 @@ class PassTimes:
         segments: by column and micro-batch.
         attention: of the worker that took longest, by column and micro-batch; 0 where there is none.
         hop: that an attention's way there and back takes, where there is one micro-batch.
+        behind: by column, the share of its segment that is behind the attention of the column before; empty: these
+            parts did not run by themselves.
         begin: from the order to the first segment.
         length: from the beginning of the first segment to the end of the last.
     """
@@ -40,6 +42,7 @@ class PassTimes:
     hop: float
     begin: float
     length: float
+    behind: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

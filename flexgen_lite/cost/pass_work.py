@@ -22,12 +22,14 @@ class MicroBatchWork:
     Attributes:
         workers: that its sequences are held by.
         segments: seconds by column, and of the last segment.
+        behind: by column, the share of its segment that is behind the attention of the column before.
         attention: seconds by column and worker, of those that there are.
         has_many_rows: its products are bound by arithmetic.
     """
 
     workers: tuple[int, ...]
     segments: tuple[float, ...]
+    behind: tuple[float, ...]
     attention: tuple[dict[int, float], ...]
     has_many_rows: bool
 
@@ -47,6 +49,9 @@ class Work:
         self._loads[spec.num_layers] = rates.load.get(OUTSIDE, 0.0)
         self._uploads = {layer: rates.upload.get(kind, 0.0) for layer, kind in enumerate(layers)}
         self._stops = frozenset(spec.stops)
+        self._behind = tuple(
+            rates.segment(packed, kind).behind for kind, packed in zip(self._segments[:-1], self._packed, strict=False)
+        )
 
     def load(self, unit: int) -> float:
         return self._loads[unit]
@@ -87,7 +92,9 @@ class Work:
                     worker: 0.0 if stop else self._attention(kind, pieces) for worker, pieces in by_worker.items()
                 }
             attention.append(attention_of_kinds[kind])
-        return MicroBatchWork(batch.workers(), tuple(seconds), tuple(attention), batch.num_rows >= MANY_ROWS)
+        return MicroBatchWork(
+            batch.workers(), tuple(seconds), (*self._behind, 0.0), tuple(attention), batch.num_rows >= MANY_ROWS
+        )
 
     def _pairs(self, kind: int, prompts: Sequence[Piece]) -> float:
         rate = self._rates.pair.get(kind, 0.0)

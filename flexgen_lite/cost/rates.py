@@ -41,10 +41,12 @@ class SegmentRates:
     Attributes:
         prompt: rows of prompts, without what grows with the square of their lengths.
         decode: single rows of as many sequences.
+        behind: share of it that is behind the attention of the column before.
     """
 
     prompt: Curve
     decode: Curve
+    behind: float = 0.8
 
     def seconds(self, singles: int, others: int) -> float:
         """Of a segment with both: all rows go through the same products, single ones cost what they cost beyond."""
@@ -145,7 +147,7 @@ class Rates:
 
         return cls(
             segments={
-                key: SegmentRates(curve(value["prompt"]), curve(value["decode"]))
+                key: SegmentRates(curve(value["prompt"]), curve(value["decode"]), float(value["behind"]))
                 for key, value in values["segments"].items()
             },
             pair=by_kind("pair"),

@@ -19,7 +19,6 @@ from flexgen_lite.schedule.zigzag import LoadUnit, Order, RunColumns, Schedule, 
 
 DISK, UPLOAD, COMPUTE = "disk", "host-to-device", "compute"
 ATTENTION = "attention"  # with the number of the worker behind it
-BEHIND_ATTENTION = 0.7  # of a segment: the output's projection and the MLP of the column before
 
 
 @dataclass(slots=True)
@@ -169,12 +168,13 @@ class Simulator:
         if segment is None:
             return
         column, micro_batch, slot = segment
-        seconds, key = self._batches[micro_batch].segments[column], (column, micro_batch)
+        batch, key = self._batches[micro_batch], (column, micro_batch)
+        seconds, behind = batch.segments[column], batch.behind[column]
         if slot is None:
-            seconds *= BEHIND_ATTENTION
+            seconds *= behind
             self._left.add(key)
         elif key in self._left:
-            seconds *= 1 - BEHIND_ATTENTION
+            seconds *= 1 - behind
             self._left.remove(key)
         self._lanes[COMPUTE] = _Task(max(seconds, 1e-9), (column, micro_batch, int(slot is None)))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -42,6 +43,7 @@ class PassSpans:
 
     segments: dict[tuple[int, int], tuple[int, int]]  # (column, micro-batch) -> start, end, ns
     attention: dict[tuple[int, int, int], tuple[int, int]]  # with the worker
+    left: dict[tuple[int, int], tuple[int, int]]  # of segments whose part behind the attention ran by itself
 
 
 class Calibrator:
@@ -65,7 +67,7 @@ class Calibrator:
         self._uploads: list[worker_messages.Uploaded] = []
         self._abandoned = 0
         self._pass_id = 0
-        self._pass = PassSpans({}, {})
+        self._pass = PassSpans({}, {}, {})
         self._go_on_loading: Callable[[], None] = lambda: None
         self._deadline = 0.0
 
@@ -144,8 +146,8 @@ class Calibrator:
                 self._abandoned += 1
             case worker_messages.ComputeReport() if message.pass_id == self._pass_id:
                 for done in message.done:
-                    if not done.left_only:
-                        self._pass.segments[done.column, done.micro_batch] = done.start_ns, done.end_ns
+                    spans = self._pass.left if done.left_only else self._pass.segments
+                    spans[done.column, done.micro_batch] = done.start_ns, done.end_ns
             case worker_messages.AttentionReport() if message.pass_id == self._pass_id:
                 for part in message.done:
                     self._pass.attention[part.column, part.micro_batch, worker.index] = part.start_ns, part.end_ns
@@ -202,12 +204,14 @@ class Calibrator:
         again()
         return stop
 
-    def run_pass(self, batches: Sequence[MicroBatch], slots: Sequence[int], setup: Setup) -> tuple[PassSpans, int]:
+    def run_pass(
+        self, batches: Sequence[MicroBatch], slots: Sequence[int], setup: Setup, by_layer: bool = False
+    ) -> tuple[PassSpans, int]:
         """The segments whose layers' weights are in `slots`, and the attention behind each but the model's last; with
         when it was ordered."""
         plan, num_columns = setup.plan, len(setup.spec.columns)
         self._pass_id += 1
-        self._pass = PassSpans({}, {})
+        self._pass = PassSpans({}, {}, {})
         ordered = time.monotonic_ns()
         token_batches = tuple(batch.token_batch(k) for k, batch in enumerate(batches))
         self._workers.compute.send(
@@ -219,10 +223,15 @@ class Calibrator:
             worker.send(
                 worker_messages.BeginAttention(self._pass_id, plan.attention_threads, spans), expects_answer=False
             )
-        self._workers.compute.send(worker_messages.Segments(self._pass_id, 0, tuple(slots)), expects_answer=False)
+        found = self._pass
+        starts = _layer_starts(setup.spec.columns, len(slots)) if by_layer else [0]
+        for start, stop in pairwise((*starts, len(slots))):
+            if start:
+                self._until(lambda start=start: all((start, k) in found.left for k in range(len(batches))))  # type: ignore[misc]
+            order = worker_messages.Segments(self._pass_id, start, tuple(slots[start:stop]))
+            self._workers.compute.send(order, expects_answer=False)
         attended = [column for column in range(min(len(slots), num_columns)) if column not in setup.spec.stops]
         parts = sum(len(batch.workers()) for batch in batches) * len(attended)
-        found = self._pass
         self._until(lambda: len(found.segments) == len(slots) * len(batches) and len(found.attention) == parts)
         if len(slots) <= num_columns:
             self._abandoned = 0
@@ -231,3 +240,8 @@ class Calibrator:
                 worker.send(worker_messages.Abandon())
             self._until(lambda: self._abandoned == 1 + len(attention))
         return found, ordered
+
+
+def _layer_starts(layers: Sequence[int], count: int) -> list[int]:
+    """The first columns of their layers, of the first `count` ones."""
+    return [column for column in range(min(count, len(layers))) if column == 0 or layers[column] != layers[column - 1]]

@@ -52,7 +52,7 @@ class Measuring:
     def run(self) -> Times:
         owner, plan = self._owner, self._plan
         owner.give_time(600)
-        disk = read_rate(Path(max(self._spec.files, key=_size)), DISK_SECONDS)[0] if self._spec.files else 0.0
+        disk = read_rate([Path(file) for file in self._spec.files], DISK_SECONDS)[0] if self._spec.files else 0.0
         loads = self._load()
         uploads = self._upload() if plan.staged else {}
         kinds = ("raw",) if plan.staged else ("raw", "packed")
@@ -140,6 +140,8 @@ class Measuring:
                 columns = len(self._spec.columns) + 1
             one = self.measure(shape, columns)
             found.append(one)
+        for shape in (shapes[singles - 1], shapes[-1]):
+            found.append(self.measure(shape, self._columns(MANY_ROWS + 1), times=1, by_layer=True))
         if whole:
             context = self._longest_context(64)
             count = min(64, sequences)
@@ -169,18 +171,18 @@ class Measuring:
         with_slots = sum(1 for layer in self._spec.columns if layer < max(1, layers))
         return max(most, min(len(self._spec.columns), with_slots))
 
-    def measure(self, shape: PassShape, columns: int | None, times: int = 2) -> PassTimes:
+    def measure(self, shape: PassShape, columns: int | None, times: int = 2, by_layer: bool = False) -> PassTimes:
         """The last of some runs: the first one finds caches empty and programs not made."""
         batches = self._batches(shape)
         rows = sum(batch.num_rows for batch in batches)
         columns = columns or self._columns(rows)
         spec = self._spec
         slots = [self._device_or_slot(spec.columns[c]) if c < len(spec.columns) else -1 for c in range(columns)]
-        found, ordered = self._owner.run_pass(batches, slots, self._setup)
+        found, ordered = self._owner.run_pass(batches, slots, self._setup, by_layer)
         length = max(end for _, end in found.segments.values()) - ordered
         if length < LONGEST_PASS * 1e9:
             for _ in range(times - 1):
-                found, ordered = self._owner.run_pass(batches, slots, self._setup)
+                found, ordered = self._owner.run_pass(batches, slots, self._setup, by_layer)
         return _times_of(shape, found, ordered, columns, len(batches))
 
     def _device_or_slot(self, layer: int) -> int:
@@ -228,10 +230,6 @@ class Measuring:
         return BesideLoads(tuple(pairs), tuple(loads_alone), tuple(loads))
 
 
-def _size(path: str) -> int:
-    return Path(path).stat().st_size
-
-
 def _times_of(shape: PassShape, found: PassSpans, ordered: int, columns: int, count: int) -> PassTimes:
     segments = tuple(
         tuple((found.segments[c, k][1] - found.segments[c, k][0]) / 1e9 for k in range(count)) for c in range(columns)
@@ -252,4 +250,12 @@ def _times_of(shape: PassShape, found: PassSpans, ordered: int, columns: int, co
     first = min(start for start, _ in found.segments.values())
     last = max(end for _, end in found.segments.values())
     hop = sorted(hops)[len(hops) // 2] if hops else 0.0
-    return PassTimes(shape, segments, attention, max(0.0, hop), (first - ordered) / 1e9, (last - first) / 1e9)
+    behind = tuple(_share_behind(found, column) for column in range(columns)) if found.left else ()
+    return PassTimes(shape, segments, attention, max(0.0, hop), (first - ordered) / 1e9, (last - first) / 1e9, behind)
+
+
+def _share_behind(found: PassSpans, column: int) -> float:
+    if (column, 0) not in found.left:
+        return 0.0
+    (begin, middle), (start, end) = found.left[column, 0], found.segments[column, 0]
+    return (middle - begin) / max(1, middle - begin + end - start)

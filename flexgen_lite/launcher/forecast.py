@@ -128,8 +128,5 @@ def read_bytes(spec: ModelSpec) -> dict[int, int]:
 
 
 def disk_now(spec: ModelSpec) -> float | None:
-    """Bytes per second of the file that most weights are in; None where there is none."""
-    files = [Path(file) for file in spec.files]
-    if not files:
-        return None
-    return read_rate(max(files, key=lambda file: file.stat().st_size), DISK_SECONDS)[0]
+    """Bytes per second of the weights' files; None where there are none."""
+    return read_rate([Path(file) for file in spec.files], DISK_SECONDS)[0] if spec.files else None

@@ -48,7 +48,7 @@ OF_PURE_ALONE = (
 """Of ours they import each other alone, so that nothing comes in by a detour."""
 PURE_MODULES = {
     "__future__", "array", "bisect", "collections", "collections.abc", "dataclasses", "hashlib", "heapq", "itertools",
-    "math", "random", "typing",
+    "math", "random", "statistics", "typing",
 }  # fmt: skip
 TENSORS = {"torch", "transformers", "numba", "greenlet"}
 

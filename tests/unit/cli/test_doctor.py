@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from flexgen_lite.cli import doctor
 from flexgen_lite.cli.main import app
-from flexgen_lite.plan.disk_rate import read_rate
+from flexgen_lite.plan.disk_rate import READ_BYTES, read_rate
 from flexgen_lite.plan.machine import inspect_machine
 
 SUBJECTS = ["processors", "instructions", "memory", "/dev/shm", "GPU", "disk", "auto", "versions"]
@@ -65,7 +65,7 @@ def test_instructions(tmp_path: Path, text: str, names: list[str]) -> None:
 
 def test_the_whole_of_a_short_file_is_read(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    path.write_bytes(bytes(3 * doctor.READ_BYTES + 4097))
-    rate, num_bytes, _ = read_rate(path, seconds=60)
-    assert num_bytes == 3 * doctor.READ_BYTES + 4097
+    path.write_bytes(bytes(3 * READ_BYTES + 4097))
+    rate, num_bytes, _ = read_rate([path], seconds=60)
+    assert num_bytes == 3 * READ_BYTES + 4097
     assert rate > 0

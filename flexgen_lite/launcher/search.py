@@ -1,0 +1,83 @@
+"""Which settings a job would be fastest with: searched over what passes of them would take.
+
+The search goes key by key, from what the plan's own rules choose, and ends where no change of one helps. Keys that are
+given are left as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from flexgen_lite.config.engine import EngineConfig
+from flexgen_lite.launcher.forecast import Forecast, Forecaster
+from flexgen_lite.plan.plan import SHAPES, PlanError
+
+SEQUENCES = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+SLOTS = (2, 3, 4)
+WORTH = 1.03  # times as fast as the rules' choice: predictions are no better than that
+STEP = 1.005  # times as fast, for a change to be taken
+ROUNDS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """
+    Attributes:
+        settings: of keys of the configuration; none: the rules' choice stands.
+        forecast: of the job with them.
+        gain: times as fast as with the rules' choice.
+    """
+
+    settings: dict[str, int]
+    forecast: Forecast
+    gain: float
+
+
+def search(forecaster: Forecaster, config: EngineConfig) -> Policy:
+    """Raises PlanError where the budget does not hold even the smallest plan; ValueError: there are no requests."""
+    base = forecaster.forecast(config)
+    best, settings = base, dict[str, int]()
+    for _ in range(ROUNDS):
+        before = dict(settings)
+        for changes in _changes(config, base):
+            for change in changes:
+                tried = settings | change
+                found = _try(forecaster, config, tried)
+                if found is not None and _rate(found) > STEP * _rate(best):
+                    best, settings = found, tried
+        if settings == before:
+            break
+    gain = _rate(best) / _rate(base)
+    return Policy(settings, best, gain) if gain >= WORTH else Policy({}, base, 1.0)
+
+
+def _changes(config: EngineConfig, base: Forecast) -> list[list[dict[str, int]]]:
+    """By group of keys that are free, what each may become."""
+    found = []
+    plan = base.setup.plan
+    if config.max_sequences is None:
+        found.append([{"max_sequences": count} for count in SEQUENCES if count != plan.max_sequences])
+    if config.micro_batch_tokens is None and config.micro_batches is None:
+        shapes = dict.fromkeys((*SHAPES, *((tokens, 1) for tokens, _ in SHAPES)))
+        found.append([{"micro_batch_tokens": tokens, "micro_batches": count} for tokens, count in shapes])
+    if config.layer_slots is None and plan.layer_slots:
+        found.append([{"layer_slots": count} for count in SLOTS if count < base.setup.spec.num_layers])
+    return found
+
+
+def _try(forecaster: Forecaster, config: EngineConfig, settings: dict[str, Any]) -> Forecast | None:
+    sequences, rows = settings.get("max_sequences", 0), settings.get("micro_batch_tokens", 0)
+    if rows and sequences > rows * settings.get("micro_batches", 1):
+        return None
+    try:
+        return forecaster.forecast(config.model_copy(update=settings))
+    except PlanError:
+        return None
+
+
+def _rate(found: Forecast) -> float:
+    """Requests per second, loading counted."""
+    if found.job is None:
+        raise ValueError("there are no requests to search for")
+    return found.job.requests / (found.job.load + found.job.seconds)

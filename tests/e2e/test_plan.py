@@ -1,0 +1,114 @@
+"""`plan` and `calibrate` as a user meets them: a tiny model is measured by real workers, once, and jobs are predicted
+from that."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexgen_lite.engine.calibration import CalibrationError
+from flexgen_lite.launcher import calibrate
+from tests.tiny_models import make_model
+
+JOB = ("--requests", "100", "--prompt-tokens", "20", "--max-tokens", "8")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model("llama", tmp_path_factory.mktemp("model"))
+
+
+def flexgen(cache: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "flexgen_lite", *map(str, arguments)]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert "Traceback" not in done.stdout + done.stderr
+    return done
+
+
+def events(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_a_job_is_predicted_and_the_machine_measured_once(model: Path, cache: Path) -> None:
+    told = events(flexgen(cache, "plan", "--model", model, "--ram", "1GiB", *JOB, "--json"))
+    assert any("measuring how fast" in event.get("message", "") for event in told)
+    assert any(event["event"] == "plan" and "LlamaForCausalLM" in event["text"] for event in told)
+    first = told[-1]["predicted"]
+    assert (first["requests"], first["generated_tokens"], first["prompt_tokens"]) == (100, 800, 2000)
+    assert 0.01 < first["seconds"] < 600 and 0 < first["lanes"]["compute"] <= 1
+    assert {one["name"] for one in told[-1]["with"]} >= {"twice the RAM", "half the RAM", "answers half as long"}
+    again = events(flexgen(cache, "plan", "--model", model, "--ram", "1GiB", *JOB, "--json"))
+    assert not any("measuring" in event.get("message", "") for event in again)
+    assert again[-1]["predicted"]["seconds"] == pytest.approx(first["seconds"], rel=0.2)
+    longer = [*JOB[:-1], "16"]
+    more = events(flexgen(cache, "plan", "--model", model, "--ram", "1GiB", *longer, "--json"))
+    assert more[-1]["predicted"]["seconds"] > 1.3 * first["seconds"]
+
+
+def test_a_file_is_predicted_and_run_with_what_was_found(model: Path, cache: Path, tmp_path: Path) -> None:
+    requests = tmp_path / "in.jsonl"
+    body = {"prompt": [5, 6, 7, 8], "max_tokens": 6, "temperature": 0, "ignore_eos": True}
+    rows = [{"custom_id": f"r{i}", "method": "POST", "url": "/v1/completions", "body": body} for i in range(30)]
+    requests.write_text("".join(json.dumps(row) + "\n" for row in rows) + "no request\n", encoding="utf-8")
+    flags = ("--model", model, "--ram", "1GiB")
+    found = events(flexgen(cache, "plan", *flags, "-i", requests, "--json"))[-1]["predicted"]
+    assert (found["requests"], found["generated_tokens"], found["prompt_tokens"]) == (30, 180, 120)
+    half = events(flexgen(cache, "plan", *flags, "-i", requests, "--answer-tokens", "3", "--json"))[-1]["predicted"]
+    assert half["generated_tokens"] == 90 and half["seconds"] < found["seconds"]
+    done = flexgen(cache, "run-batch", *flags, "-i", requests, "-o", tmp_path / "out.jsonl")
+    assert done.returncode == 0 and "predicted 0:0" in done.stderr and "; predicted 0:0" in done.stdout
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 31
+
+
+def test_another_machine_is_predicted_from_its_file(model: Path, cache: Path, tmp_path: Path) -> None:
+    (kept,) = (cache / "flexgen-lite" / "calibrations").glob("*.json")
+    values = json.loads(kept.read_bytes())
+    for rate in values["rates"]["segments"].values():
+        for curve in rate.values():
+            curve["points"] = [[x, 10 * y] for x, y in curve["points"]]
+    slow = tmp_path / "slow.json"
+    slow.write_text(json.dumps(values))
+    flags = ("plan", "--model", model, "--ram", "1GiB", *JOB, "--json")
+    here, there = (events(flexgen(cache, *flags, *more))[-1]["predicted"] for more in ((), ("--machine", slow)))
+    assert there["seconds"] > 3 * here["seconds"]
+    slow.write_text("{}")
+    done = flexgen(cache, *flags[:-1], "--machine", slow)
+    assert done.returncode == 2 and "is no calibration" in done.stderr
+
+
+def test_what_changed_is_measured_again(model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    (kept,) = (cache / "flexgen-lite" / "calibrations").glob("*.json")
+    found = calibrate.read(kept)
+    assert calibrate._is_unchanged(found.opened.spec)
+    os.utime(model / "model.safetensors", ns=(0, 0))
+    assert not calibrate._is_unchanged(found.opened.spec)
+    values = json.loads(kept.read_bytes()) | {"version": "0.0"}
+    kept.write_text(json.dumps(values))
+    with pytest.raises(CalibrationError, match=r"it is of version 0\.0"):
+        calibrate.read(kept)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--ram", "10MiB", *JOB), "needs at least"),
+        ((*JOB, "-i", "x.jsonl"), "--requests and -i exclude each other"),
+    ],
+)
+def test_what_cannot_be_planned(model: Path, cache: Path, arguments: tuple[str, ...], said: str) -> None:
+    done = flexgen(cache, "plan", "--model", model, *arguments)
+    assert done.returncode == 2 and said in done.stderr

@@ -1,0 +1,159 @@
+"""Passes whose times can be reckoned by hand, and what holds for any."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexgen_lite.cost.job import JobRequest, predict
+from flexgen_lite.cost.pass_work import MicroBatchWork
+from flexgen_lite.cost.rates import AttentionRates, Curve, Rates, SegmentRates
+from flexgen_lite.cost.simulator import ATTENTION, COMPUTE, DISK, Simulator
+from flexgen_lite.queue.batching import Batcher, MicroBatch
+from flexgen_lite.queue.page_table import PageTable
+from flexgen_lite.schedule.slot_ring import SlotRing
+from flexgen_lite.schedule.zigzag import Schedule
+from flexgen_lite.wire.arena_specs import KvGroup
+
+KEEPS = dict.fromkeys(
+    (
+        "few rows beside disk", "many rows beside disk", "attention beside disk", "disk beside compute",
+        "compute beside attention", "attention beside compute",
+    ),
+    1.0,
+)  # fmt: skip
+ONE = Curve(((1, 1.0),))
+
+
+def rates(**keeps: float) -> Rates:
+    segments = {"raw 0>0": SegmentRates(ONE, ONE)}
+    return Rates(
+        segments, {}, ONE, {0: AttentionRates(0, 0, 0, 0)}, {}, {}, {}, ONE, (0.0, 0.0),
+        KEEPS | {name.replace("_", " "): value for name, value in keeps.items()},
+    )  # fmt: skip
+
+
+class FixedWork:
+    """Whatever the micro-batches are."""
+
+    def __init__(self, batches: list[MicroBatchWork], load: float, begin: float = 0.0) -> None:
+        self.batches, self._load, self._begin = batches, load, begin
+
+    def load(self, unit: int) -> float:
+        return self._load
+
+    def upload(self, unit: int) -> float:
+        return self._load
+
+    def begin(self, micro_batches: list[MicroBatch]) -> float:
+        return self._begin
+
+    def of(self, batch: MicroBatch) -> MicroBatchWork:
+        return self.batches[batch.num_rows]
+
+
+def schedule(layers: int, resident: int, slots: int = 2) -> Schedule:
+    pinned = {layers: resident + slots} | {layer: layer for layer in range(resident)}
+    ring = SlotRing(pinned, range(resident, layers), range(resident, resident + slots))
+    return Schedule(list(range(layers)), ring)
+
+
+def simulator(work: FixedWork, order: Schedule, workers: int = 1, **keeps: float) -> Simulator:
+    return Simulator(order, work, rates(**keeps), workers)  # type: ignore[arg-type]
+
+
+def alike(layers: int, segment: float, attends: float, many: bool = False) -> MicroBatchWork:
+    return MicroBatchWork((0,), (segment,) * (layers + 1), (0.8,) * (layers + 1), ({0: attends},) * layers, many)
+
+
+def batches(count: int) -> list[MicroBatch]:
+    return [MicroBatch(num_rows=k) for k in range(count)]
+
+
+def test_in_memory_one_micro_batch_alternates_with_attention() -> None:
+    made = simulator(FixedWork([alike(4, 1.0, 0.5)], 0.0, begin=0.25), schedule(4, 4))
+    assert made.load_all() == pytest.approx(0.0, abs=1e-6)
+    found = made.run(batches(1))
+    assert found.seconds == pytest.approx(5 * 1.0 + 4 * 0.5 + 0.25)
+    assert found.busy == pytest.approx({COMPUTE: 5.0, ATTENTION: 2.0}, abs=1e-6)
+
+
+def test_two_micro_batches_hide_their_attention() -> None:
+    made = simulator(FixedWork([alike(4, 1.0, 0.5)] * 2, 0.0), schedule(4, 4))
+    made.load_all()
+    assert made.run(batches(2)).seconds == pytest.approx(10.0)
+
+
+def test_layers_from_a_slow_disk_set_the_pace() -> None:
+    made = simulator(FixedWork([alike(6, 0.1, 0.0)], 1.0), schedule(6, 0))
+    made.load_all()
+    made.run(batches(1))
+    found = made.run(batches(1))
+    assert found.seconds == pytest.approx(6.0, abs=0.3)
+    assert found.busy[DISK] == pytest.approx(found.seconds, rel=0.05)
+
+
+def test_lanes_take_from_each_other() -> None:
+    alone = simulator(FixedWork([alike(6, 1.0, 0.0)], 0.9), schedule(6, 0))
+    slowed = simulator(FixedWork([alike(6, 1.0, 0.0)], 0.9), schedule(6, 0), few_rows_beside_disk=0.5)
+    many = simulator(FixedWork([alike(6, 1.0, 0.0, many=True)], 0.9), schedule(6, 0), few_rows_beside_disk=0.5)
+    seconds = []
+    for one in (alone, slowed, many):
+        one.load_all()
+        one.run(batches(1))
+        seconds.append(one.run(batches(1)).seconds)
+    assert seconds[0] == pytest.approx(seconds[2]) and seconds[1] > 1.3 * seconds[0]
+
+
+@given(
+    layers=st.integers(2, 8),
+    resident=st.integers(0, 8),
+    slots=st.integers(2, 4),
+    times=st.lists(st.tuples(st.floats(0.001, 2), st.floats(0, 2)), min_size=1, max_size=3),
+    load=st.floats(0.001, 3),
+)
+def test_no_pass_is_shorter_than_its_busiest_lane_or_longer_than_all(
+    layers: int, resident: int, slots: int, times: list[tuple[float, float]], load: float
+) -> None:
+    resident = min(resident, layers)
+    work = [alike(layers, segment, attends) for segment, attends in times]
+    made = simulator(FixedWork(work, load), schedule(layers, resident, slots))
+    made.load_all()
+    for _ in range(3):
+        found = made.run(batches(len(work)))
+        compute = sum(segment * (layers + 1) for segment, _ in times)
+        assert found.busy[COMPUTE] == pytest.approx(compute)
+        assert found.seconds >= max(found.busy.values()) - 1e-6
+        everything = compute + sum(attends * layers for _, attends in times) + load * (layers - resident + slots)
+        assert found.seconds <= everything + 1e-6
+
+
+def test_a_job_is_followed_to_its_end_and_longer_ones_go_on() -> None:
+    def job(count: int) -> float:
+        group = KvGroup((0, 1), 16)
+        batcher = Batcher(PageTable(400, (group,), 1), 8, 1, 64, False, False)
+        made = simulator(_Counted(0.0), schedule(2, 2))
+        found = predict(batcher, made, [JobRequest(4, 5, 5)] * count, 8)
+        assert (found.requests, found.generated_tokens, found.prompt_tokens) == (count, 5 * count, 4 * count)
+        assert found.followed == min(count, 400)
+        return found.seconds
+
+    assert job(8) == pytest.approx(5 * 3.0), "all at once: a pass for each token"
+    assert job(16) == pytest.approx(10 * 3.0)
+    assert job(4000) == pytest.approx(10 * job(400), rel=0.02)
+
+
+def test_answers_end_where_they_are_expected_to() -> None:
+    group = KvGroup((0, 1), 16)
+    batcher = Batcher(PageTable(400, (group,), 1), 8, 1, 64, False, False)
+    found = predict(batcher, simulator(_Counted(0.0), schedule(2, 2)), [JobRequest(4, 3, 50)] * 8, 8)
+    assert found.passes == 3
+
+
+class _Counted(FixedWork):
+    def __init__(self, load: float) -> None:
+        super().__init__([], load)
+
+    def of(self, batch: MicroBatch) -> MicroBatchWork:
+        return alike(2, 1.0, 0.0)
