@@ -4,8 +4,8 @@
         [-o TABLE.md]
 
 Each model is calibrated first. Budgets are shares of its weights beside 1.5 GiB; the smallest has to hold two layers.
-Jobs are 0: short prompts and answers of 24 tokens; 1: ragged prompts up to 300 tokens, answers of 8; 2: prompts of 256
-tokens and one token each; 3: eight sequences, answers of 16; and 4: as 0, in two micro-batches given by hand. Prompts
+Jobs are 0: short prompts and answers of 16 tokens; 1: ragged prompts up to 300 tokens, answers of 6; 2: prompts of 256
+tokens and one token each; 3: eight sequences, answers of 12; and 4: as 0, in two micro-batches given by hand. Prompts
 are random tokens. Disks drift: each cell is predicted with the rate of plain reads before and after it.
 """
 
@@ -46,11 +46,11 @@ class JobShape:
 
 
 JOBS = (
-    JobShape(48, 16, 48, 24),
-    JobShape(24, 20, 300, 8),
-    JobShape(16, 256, 256, 1),
-    JobShape(8, 32, 64, 16),
-    JobShape(48, 16, 48, 24, (("micro_batches", 2),)),
+    JobShape(32, 16, 48, 16),
+    JobShape(16, 20, 300, 6),
+    JobShape(10, 256, 256, 1),
+    JobShape(8, 32, 64, 12),
+    JobShape(32, 16, 48, 16, (("micro_batches", 2),)),
 )
 
 

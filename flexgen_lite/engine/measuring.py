@@ -183,7 +183,7 @@ class Measuring:
         if length < LONGEST_PASS * 1e9:
             for _ in range(times - 1):
                 found, ordered = self._owner.run_pass(batches, slots, self._setup, by_layer)
-        return _times_of(shape, found, ordered, columns, len(batches))
+        return _times_of(shape, found, ordered, columns, len(batches), by_layer)
 
     def _device_or_slot(self, layer: int) -> int:
         return layer % self._plan.device_slots if self._plan.staged else self._slot(layer)
@@ -230,7 +230,7 @@ class Measuring:
         return BesideLoads(tuple(pairs), tuple(loads_alone), tuple(loads))
 
 
-def _times_of(shape: PassShape, found: PassSpans, ordered: int, columns: int, count: int) -> PassTimes:
+def _times_of(shape: PassShape, found: PassSpans, ordered: int, columns: int, count: int, by_layer: bool) -> PassTimes:
     segments = tuple(
         tuple((found.segments[c, k][1] - found.segments[c, k][0]) / 1e9 for k in range(count)) for c in range(columns)
     )
@@ -250,7 +250,7 @@ def _times_of(shape: PassShape, found: PassSpans, ordered: int, columns: int, co
     first = min(start for start, _ in found.segments.values())
     last = max(end for _, end in found.segments.values())
     hop = sorted(hops)[len(hops) // 2] if hops else 0.0
-    behind = tuple(_share_behind(found, column) for column in range(columns)) if found.left else ()
+    behind = tuple(_share_behind(found, column) for column in range(columns)) if by_layer else ()
     return PassTimes(shape, segments, attention, max(0.0, hop), (first - ordered) / 1e9, (last - first) / 1e9, behind)
 
 
