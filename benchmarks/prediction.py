@@ -3,7 +3,7 @@
     python -m benchmarks.prediction MODEL [MODEL ...] [--dtype bfloat16] [--shares 1.2,0.6,0.1] [--jobs 0,1,2,3]
         [-o TABLE.md]
 
-Each model is calibrated first. Budgets are shares of its weights beside 1.5 GiB; the smallest has to hold two layers.
+Each model is calibrated first, if it never was, or with `--calibrate`. Budgets are shares of its weights beside 1.5 GiB; the smallest has to hold two layers.
 Jobs are 0: short prompts and answers of 16 tokens; 1: ragged prompts up to 300 tokens, answers of 6; 2: prompts of 256
 tokens and one token each; 3: eight sequences, answers of 12; and 4: as 0, in two micro-batches given by hand. Prompts
 are random tokens. Disks drift: each cell is predicted with the rate of plain reads before and after it.
@@ -23,7 +23,7 @@ from typing import Any
 from flexgen_lite import FlexGenLite, SamplingParams
 from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.cost.job import JobRequest
-from flexgen_lite.launcher.calibrate import calibrate
+from flexgen_lite.launcher.calibrate import calibrated
 from flexgen_lite.launcher.forecast import Forecaster, disk_now
 from flexgen_lite.plan.machine import inspect_machine
 
@@ -98,7 +98,7 @@ def run_job(engine: FlexGenLite, shape: JobShape) -> tuple[float, dict[str, floa
 
 def cells_of(model: str, args: argparse.Namespace, cells: list[Cell]) -> None:
     options: dict[str, Any] = json.loads(args.options) | ({"dtype": args.dtype} if args.dtype else {})
-    calibration = calibrate(EngineConfig(model=model, **options))
+    calibration = calibrated(EngineConfig(model=model, **options), lambda _: None, again=args.calibrate)
     spec = calibration.opened.spec
     print(f"{Path(model).name}: calibrated, {spec.weight_bytes / 1e9:.1f} GB of weights", flush=True)
     for share in map(float, args.shares.split(",")):
@@ -130,6 +130,7 @@ def cells_of(model: str, args: argparse.Namespace, cells: list[Cell]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+")
+    parser.add_argument("--calibrate", action="store_true")
     parser.add_argument("--dtype", default="")
     parser.add_argument("--options", default="{}", help="JSON; other keys of the configuration")
     parser.add_argument("--shares", default="1.2,0.6,0.1")

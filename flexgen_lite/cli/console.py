@@ -163,7 +163,9 @@ class LiveConsole(Console):
         if "done" in values:
             elapsed, total = now - self._begun, values["total"]
             new = None if total is None else total - values["earlier"]
-            left = seconds_left(counters["done"], new, elapsed, self._window.rate("done"))
+            left = values.get("seconds_left")  # by a prediction
+            if left is None:
+                left = seconds_left(counters["done"], new, elapsed, self._window.rate("done"))
             batch = BatchView(values["done"], values["failed"], total, elapsed, left)
         self._show(render(engine, batch))
 

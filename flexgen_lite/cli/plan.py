@@ -18,10 +18,12 @@ from flexgen_lite.launcher import calibrate
 from flexgen_lite.launcher.forecast import Forecast, Forecaster, Variant, disk_now
 from flexgen_lite.launcher.search import Policy, search
 from flexgen_lite.plan.machine import inspect_machine
+from flexgen_lite.plan.plan import PlanError
 from flexgen_lite.plan.text import describe
 from flexgen_lite.plan.workload import Workload
 
 WORTH_TELLING = 1.05  # times as fast
+INT4 = "quantization int4"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +65,28 @@ def show_plan(
         policy = search(forecaster, config) if requests else Policy({}, forecaster.forecast(config), 1.0)
         found = policy.forecast
         variants = forecaster.variants(config.model_copy(update=policy.settings), found) if found.job else []
+        if found.job and machine_file is None and config.quantization == "auto" and not _has_few_bits(found):
+            variants.append(_in_int4(config, expected, requests, disk))
     console.plan(describe(found.setup.plan, found.setup.spec))
     lines = [*policy_lines(policy), *_lines(found, variants)]
     console.done("\n".join(lines), {"policy": policy.settings, "gain": policy.gain} | _values(found, variants))
+
+
+def _has_few_bits(found: Forecast) -> bool:
+    return any(tensor.packing is not None for unit in found.setup.spec.units for tensor in unit.tensors)
+
+
+def _in_int4(
+    config: EngineConfig, expected: Workload | None, requests: Sequence[JobRequest], disk: float | None
+) -> Variant:
+    other = config.model_copy(update={"quantization": "int4"})
+    known = calibrate.known(other)
+    if known is None:
+        return Variant(INT4, None, "not measured yet: `flexgen-lite calibrate --quantization int4` does")
+    try:
+        return Variant(INT4, Forecaster(known, inspect_machine(), expected, requests, disk).forecast(other).job)
+    except PlanError as error:
+        return Variant(INT4, None, str(error))
 
 
 def policy_for(config: EngineConfig, input_file: Path, answer_tokens: int | None = None) -> Policy | None:
@@ -139,7 +160,7 @@ def _lines(found: Forecast, variants: Sequence[Variant]) -> list[str]:
     ]
     for variant in variants:
         if variant.job is None:
-            lines.append(f"          {variant.name:<28} does not fit: {variant.problem}")
+            lines.append(f"          {variant.name:<28}{variant.problem}")
             continue
         rate = variant.job.generated_tokens / variant.job.seconds
         factor = _rate(variant.job) / _rate(job)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 WINDOW_SECONDS = 30.0  # passes may take seconds, and results come in bursts
 LEAST_SECONDS = 5.0  # before anything is foretold
+TRUSTED_SHARE = 0.2  # of a job, whose pace is that of the rest
+MOST_OFF = 4.0  # times as long or as short as predicted, of what is believed
 
 
 class Window:
@@ -49,6 +52,29 @@ def seconds_left(done: float, total: float | None, elapsed: float, rate_now: flo
     overall = done / elapsed
     rate = (overall + rate_now) / 2 if rate_now > 0 else overall
     return max(0.0, total - done) / rate
+
+
+class Expected:
+    """How long a job will take by a prediction, corrected by what is seen of it.
+
+    Args:
+        done_at: seconds by which equal parts of the requests were to be done, the first of which are none.
+    """
+
+    def __init__(self, done_at: Sequence[float]) -> None:
+        self._done_at = tuple(done_at)
+
+    def seconds_left(self, done: float, total: float, elapsed: float) -> float:
+        """As the prediction has it behind so many requests; the pace until now counts as far as the job is."""
+        share = min(1.0, done / total) if total > 0 else 0.0
+        place = share * (len(self._done_at) - 1)
+        index = min(int(place), len(self._done_at) - 2)
+        until_now = self._done_at[index] + (place - index) * (self._done_at[index + 1] - self._done_at[index])
+        left = self._done_at[-1] - until_now
+        if not done:
+            return max(0.0, self._done_at[-1] - elapsed)
+        pace = min(MOST_OFF, max(1 / MOST_OFF, elapsed / max(until_now, 1e-9)))
+        return left * (1 + (pace - 1) * min(1.0, share / TRUSTED_SHARE))
 
 
 def clock(seconds: float | None) -> str:

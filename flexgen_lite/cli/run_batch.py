@@ -12,7 +12,7 @@ from flexgen_lite.batch.run import BatchRun, Progress
 from flexgen_lite.batch.survey import survey
 from flexgen_lite.cli.console import Console
 from flexgen_lite.cli.plan import policy_for, policy_lines
-from flexgen_lite.cli.rates import clock
+from flexgen_lite.cli.rates import Expected, clock
 from flexgen_lite.cli.terminal import signals_interrupt
 from flexgen_lite.client.client import Client
 from flexgen_lite.config.engine import EngineConfig
@@ -96,7 +96,7 @@ def _run(
     if num_rows := results.there.num_rows:
         _tell_what_is_there(run, num_rows, console)
     try:
-        last = watch(run, console)
+        last = watch(run, console, policy)
     except EngineError as error:
         if error.user_error:
             raise
@@ -117,6 +117,17 @@ def _tell_what_is_there(run: BatchRun, num_rows: int, console: Console) -> None:
         console.log("nothing to do: every line of the input has its row")
 
 
-def watch(run: BatchRun, console: Console) -> Progress:
+def watch(run: BatchRun, console: Console, policy: Policy | None = None) -> Progress:
     """Run to the end, and tell of it."""
-    return run.run(lambda now: console.progress(str(now), now.to_dict(), now.status), console.interval)
+    job = None if policy is None else policy.forecast.job
+    expected = None if job is None or not job.done_at else Expected(job.done_at)
+
+    def tell(now: Progress) -> None:
+        values, text = now.to_dict(), str(now)
+        if expected is not None and now.total:
+            left = expected.seconds_left(now.done - now.earlier, now.total - now.earlier, now.busy_seconds)
+            values["seconds_left"] = left
+            text += f"; {clock(left)} left"
+        console.progress(text, values, now.status)
+
+    return run.run(tell, console.interval)

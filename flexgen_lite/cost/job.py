@@ -19,6 +19,7 @@ from flexgen_lite.wire.sampling import WireParams
 FOLLOWED_ROUNDS = 5  # requests that are followed, in numbers of those that run at once
 LEAST_FOLLOWED = 400
 END = 1  # the token that ends a sequence here
+DONE_PARTS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class JobTime:
         prompt_tokens, generated_tokens: of all requests.
         requests, followed: all, and those that were followed.
         pass_seconds: of each pass that was followed.
+        done_at: seconds by which each twentieth of the requests is done; the first is when the first one is.
     """
 
     load: float
@@ -52,6 +54,7 @@ class JobTime:
     requests: int
     followed: int
     pass_seconds: tuple[float, ...] = ()
+    done_at: tuple[float, ...] = ()
 
 
 def predict(batcher: Batcher, simulator: Simulator, requests: Sequence[JobRequest], at_once: int) -> JobTime:
@@ -81,11 +84,17 @@ def predict(batcher: Batcher, simulator: Simulator, requests: Sequence[JobReques
     shares = {lane: time / seconds for lane, time in busy.items() if seconds > 0}
     rest = len(requests) - len(followed)
     if rest:
-        first, last = len(ends) * 3 // 10, len(ends) * 8 // 10
-        seconds += rest * (ends[last] - ends[first]) / max(1, last - first)
+        begin, end = len(ends) * 3 // 10, len(ends) * 8 // 10
+        seconds += rest * (ends[end] - ends[begin]) / max(1, end - begin)
+    first = ends[0] if ends else 0.0
+    twentieths = range(DONE_PARTS + 1)
+    if rest or not ends:
+        done_at = tuple(first + (seconds - first) * part / DONE_PARTS for part in twentieths)
+    else:
+        done_at = tuple(ends[max(0, -(-len(ends) * part // DONE_PARTS) - 1)] for part in twentieths)
     return JobTime(
         load, seconds, len(each), shares, sum(one.prompt for one in requests), sum(one.generated for one in requests),
-        len(requests), len(followed), tuple(each),
+        len(requests), len(followed), tuple(each), done_at,
     )  # fmt: skip
 
 

@@ -6,11 +6,10 @@ All times are seconds of one lane alone; what lanes take from each other is in `
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
-HELD_UP = 0.8  # share of a load's time that plain reads of as much would take, from which on the disk sets it
 PACKED, RAW = "packed", "raw"  # weights in the order that products want, and as they are loaded
 
 
@@ -104,20 +103,20 @@ class Rates:
     keeps: Mapping[str, float]
     disk: float = 0.0
 
-    def with_disk(self, rate: float, unit_bytes: Mapping[int, int]) -> Rates:
-        """The same where a disk gives so many bytes per second: loads that it held up take longer or less, others that
-        go through the processor's hands longer at most.
+    def with_disk(self, rate: float, unit_bytes: Mapping[int, int], converted: Collection[int]) -> Rates:
+        """The same where a disk gives so many bytes per second: loads take as long as plain reads of as much, those that
+        go through the processor's hands no less than they took.
 
         Args:
             unit_bytes: that are read of a unit, by the kind of its layer.
+            converted: kinds whose weights are cast or rearranged on their way.
         """
         if not self.disk or not rate:
             return self
-        load = {}
-        for kind, seconds in self.load.items():
-            read = unit_bytes.get(kind, 0)
-            is_held_up = read / self.disk >= HELD_UP * seconds
-            load[kind] = seconds * self.disk / rate if is_held_up else max(seconds, read / rate)
+        load = {
+            kind: max(seconds if kind in converted else 0.0, unit_bytes.get(kind, 0) / rate)
+            for kind, seconds in self.load.items()
+        }
         return replace(self, load=load, disk=rate)
 
     def segment(self, packed: bool, kinds: tuple[int, int]) -> SegmentRates:

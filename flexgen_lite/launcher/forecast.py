@@ -74,7 +74,7 @@ class Forecaster:
         self._expected, self._requests = expected, requests
         spec = calibration.opened.spec
         rates = calibration.rates
-        self._rates = rates if disk is None else rates.with_disk(disk, read_bytes(spec))
+        self._rates = rates if disk is None else with_disk(rates, spec, disk)
 
     def forecast(self, config: EngineConfig) -> Forecast:
         """Raises PlanError where the budget does not hold even the smallest plan."""
@@ -98,7 +98,7 @@ class Forecaster:
             ("half the RAM", {"ram": ram // TWICE}, self._rates),
         ]
         if base.setup.plan.layer_slots:
-            faster = self._rates.with_disk(FAST_DISK, read_bytes(base.setup.spec))
+            faster = with_disk(self._rates, base.setup.spec, FAST_DISK)
             changes.append((f"a disk of {FAST_DISK / 1e9:g} GB/s", {}, faster))
         most = base.setup.plan.max_sequences
         changes.append(("twice the sequences at once", {"max_sequences": TWICE * most}, self._rates))
@@ -106,7 +106,7 @@ class Forecaster:
             try:
                 changed = self._of(config.model_copy(update=update), rates, self._requests)
             except PlanError as error:
-                found.append(Variant(name, None, str(error)))
+                found.append(Variant(name, None, f"does not fit: {error}"))
             else:
                 found.append(Variant(name, changed.job))
         shorter = [replace(one, generated=max(1, one.generated // TWICE)) for one in self._requests]
@@ -115,16 +115,15 @@ class Forecaster:
         return found
 
 
-def read_bytes(spec: ModelSpec) -> dict[int, int]:
-    """Of a unit, from files, by the kind of its layer."""
-    kinds = (*layer_kinds(spec), OUTSIDE)
-    found = {}
-    for kind, unit in zip(kinds, spec.units, strict=True):
-        if kind not in found:
-            extents = sum(extent.num_bytes for extent in unit.extents)
-            converted = (piece.num_bytes for index in unit.converted for piece in unit.tensors[index].pieces)
-            found[kind] = extents + sum(converted)
-    return found
+def with_disk(rates: Rates, spec: ModelSpec, disk: float) -> Rates:
+    """Where it gives so many bytes per second."""
+    read, converted = dict[int, int](), set[int]()
+    for kind, unit in zip((*layer_kinds(spec), OUTSIDE), spec.units, strict=True):
+        pieces = (piece.num_bytes for index in unit.converted for piece in unit.tensors[index].pieces)
+        read[kind] = sum(extent.num_bytes for extent in unit.extents) + sum(pieces)
+        if unit.converted:
+            converted.add(kind)
+    return rates.with_disk(disk, read, converted)
 
 
 def disk_now(spec: ModelSpec) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flexgen_lite.cli.rates import Window, clock, seconds_left
+from flexgen_lite.cli.rates import Expected, Window, clock, seconds_left
 
 
 def test_a_window_forgets() -> None:
@@ -39,3 +39,20 @@ def test_what_is_left() -> None:
 )
 def test_times_as_people_read_them(seconds: float | None, text: str) -> None:
     assert clock(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("done", "elapsed", "left"),
+    [
+        (0, 0, 100),
+        (0, 30, 70),
+        (0, 130, 0),
+        (50, 60, 40),  # as predicted
+        (50, 120, 80),  # half as fast
+        (100, 90, 0),
+        (5, 2 * 24, 76 * 1.25),  # a twentieth is a quarter of what is trusted
+    ],
+)
+def test_a_prediction_is_corrected_by_what_is_seen(done: float, elapsed: float, left: float) -> None:
+    """The first request takes 20 s, each hundredth of the others 0.8."""
+    assert Expected((20, 40, 60, 80, 100)).seconds_left(done, 100, elapsed) == pytest.approx(left)

@@ -52,9 +52,9 @@ def test_a_kind_that_was_not_measured_is_as_the_one_that_ends_alike() -> None:
     assert rates().segment(True, (5, 0)).prompt is LINE, "packed comes first"
 
 
-def test_a_disk_changes_loads_that_it_held_up() -> None:
-    """A load of 1 GB in 1 s waits for the disk of 1 GB/s; one of 1 GB in 3 s does not."""
+def test_a_faster_disk_does_not_help_where_weights_are_converted() -> None:
+    """Of 1 GB; it takes 3 s to be cast."""
     read = {0: 10**9, -1: 10**9}
-    assert rates().with_disk(2e9, read).load == pytest.approx({0: 0.5, -1: 3.0})
-    assert rates().with_disk(0.25e9, read).load == pytest.approx({0: 4.0, -1: 4.0})
-    assert rates(disk=0.0).with_disk(2e9, read).load == rates().load, "made-up weights come from no disk"
+    assert rates().with_disk(2e9, read, {-1}).load == pytest.approx({0: 0.5, -1: 3.0})
+    assert rates().with_disk(0.25e9, read, {-1}).load == pytest.approx({0: 4.0, -1: 4.0})
+    assert rates(disk=0.0).with_disk(2e9, read, ()).load == rates().load, "made-up weights come from no disk"

@@ -1,0 +1,54 @@
+"""Real workers are timed at what passes are made of, for every kind of layer; what they would do is then predicted with
+as many passes as an engine has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexgen_lite import FlexGenLite, SamplingParams
+from flexgen_lite.config.engine import EngineConfig
+from flexgen_lite.cost.job import JobRequest
+from flexgen_lite.cost.kinds import columns_to_measure, segment_kinds
+from flexgen_lite.engine.calibration import Calibration
+from flexgen_lite.launcher.calibrate import calibrate
+from flexgen_lite.launcher.forecast import Forecaster
+from flexgen_lite.plan.machine import inspect_machine
+from tests.tiny_hybrids import HYBRIDS
+from tests.tiny_models import make_model, ragged_prompts
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "gemma3": {"attention_workers": 2},
+    "deepseek-v3": {"layer_slots": 2},
+    "qwen3.5": {"micro_batch_tokens": 32, "micro_batches": 2},
+    "llama": {"stage_weights": True},
+}
+assert "qwen3.5" in HYBRIDS
+
+
+@pytest.mark.parametrize("family", OPTIONS)
+def test_every_kind_of_column_is_measured(family: str, tmp_path: Path) -> None:
+    model = make_model(family, tmp_path)
+    config = EngineConfig(model=str(model), ram="1GiB", **OPTIONS[family])
+    found = calibrate(config)
+    spec, rates = found.opened.spec, found.rates
+    orders = ("raw",) if config.stage_weights else ("packed", "raw")
+    assert columns_to_measure(spec, 100) <= 16
+    for order in orders:
+        for before, after in segment_kinds(spec)[:-1]:
+            assert f"{order} {before}>{after}" in rates.segments
+    assert all(one.prompt.at(64) > 0 and one.decode.at(1) > 0 for one in rates.segments.values())
+    assert rates.head.at(1) > 1e-6 and rates.disk > 0 and set(rates.load) >= {0, -1}
+    assert bool(rates.upload) == bool(config.stage_weights)
+    assert Calibration.from_dict(found.to_dict()) == found
+
+    prompts = ragged_prompts(40, longest=50)
+    with FlexGenLite(str(model), ram="1GiB", **OPTIONS[family]) as engine:
+        engine.generate(prompts, SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True))
+        passes = engine.status().totals["passes"]
+    requests = [JobRequest(len(prompt), 6, 6) for prompt in prompts]
+    job = Forecaster(found, inspect_machine(), None, requests).forecast(config).job
+    assert job is not None and job.passes == passes
+    assert 0.001 < job.seconds < 100 and job.done_at[-1] == pytest.approx(job.seconds)
