@@ -1,10 +1,10 @@
-"""Whether the settings that are found are the fastest: the plan's rules, the search's choice, and others by brute force.
+"""Whether settings that are found are the fastest: the plan's rules, the search's choice, and others by brute force.
 
     python -m benchmarks.policy MODEL [--ram 2GiB] [--sequences 96] [--prompt-tokens 64] [--max-tokens 12]
         [--at-once 16,48,96] [--rows 256,1024] [--dtype bfloat16] [--rounds 1]
 
-Each choice runs the same job on an engine of its own, `--rounds` times in turns; the median of its seconds counts. Printed
-are predicted and measured seconds of each, and how far the rules and the search are from the best that was measured.
+Each choice runs the same job on an engine of its own, `--rounds` times in turns; the median of its seconds counts.
+Printed are predicted and measured seconds of each, and how far each is from the best that was measured.
 """
 
 from __future__ import annotations
@@ -78,9 +78,8 @@ def main() -> None:
             continue
         if times and job is not None:
             taken = statistics.median(times)
-            print(
-                f"{name:<24}predicted {job.seconds:7.1f} s  measured {taken:7.1f} s  {taken / best - 1:+.1%} of the best"
-            )
+            text = f"predicted {job.seconds:7.1f} s  measured {taken:7.1f} s  {taken / best - 1:+.1%} of the best"
+            print(f"{name:<24}{text}", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
     python -m benchmarks.prediction MODEL [MODEL ...] [--dtype bfloat16] [--shares 1.2,0.6,0.1] [--jobs 0,1,2,3]
         [-o TABLE.md]
 
-Each model is calibrated first, if it never was, or with `--calibrate`. Budgets are shares of its weights beside 1.5 GiB; the smallest has to hold two layers.
-Jobs are 0: short prompts and answers of 16 tokens; 1: ragged prompts up to 300 tokens, answers of 6; 2: prompts of 256
-tokens and one token each; 3: eight sequences, answers of 12; and 4: as 0, in two micro-batches given by hand. Prompts
-are random tokens. Disks drift: each cell is predicted with the rate of plain reads before and after it.
+Each model is calibrated first, if it never was, or with `--calibrate`. Budgets are shares of its weights beside 1.5
+GiB; the smallest has to hold two layers. Jobs are 0: short prompts and answers of 16 tokens; 1: ragged prompts up to
+300 tokens, answers of 6; 2: prompts of 256 tokens and one token each; 3: eight sequences, answers of 12; and 4: as 0,
+in two micro-batches given by hand. Prompts are random tokens. Disks drift: each cell is predicted with the rate of
+plain reads before and after it.
 """
 
 from __future__ import annotations

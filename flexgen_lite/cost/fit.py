@@ -56,6 +56,7 @@ def rates_of(spec: ModelSpec, times: Times) -> Rates:
         begin=Curve(begins) if begins else Curve(((1.0, LEAST),)),
         turn=TURN,
         keeps=_keeps(times),
+        computes_beside_disk=_computes_beside_disk(times),
         disk=times.disk,
     )
 
@@ -170,24 +171,25 @@ def _attention(spec: ModelSpec, kinds: Sequence[int], kind: int, passes: Sequenc
 
 
 def _keeps(times: Times) -> dict[str, float]:
-    few: list[float] = []
-    many: list[float] = []
     attention: list[float] = []
     for alone, beside in times.beside.passes:
-        ratio = _ratio(alone.segments, beside.segments)
-        (many if sum(map(sum, beside.shape.prompts)) else few).append(ratio)
         if beside.shape.singles[0] and any(part[0] for part in alone.attention):
             attention.append(_ratio(alone.attention, beside.attention))
     loads = times.beside
     disk = min(1.0, median(loads.loads_alone) / median(loads.loads)) if loads.loads else 1.0
     return {
-        "few rows beside disk": min(1.0, median(few)) if few else 1.0,
-        "many rows beside disk": min(1.0, median(many)) if many else 1.0,
         "attention beside disk": min(1.0, median(attention)) if attention else 1.0,
         "disk beside compute": disk,
         "compute beside attention": 1.0,
         "attention beside compute": 1.0,
     }
+
+
+def _computes_beside_disk(times: Times) -> tuple[tuple[float, float], ...]:
+    found: dict[float, list[float]] = {}
+    for alone, beside in times.beside.passes:
+        found.setdefault(_rows(alone), []).append(_ratio(alone.segments, beside.segments))
+    return tuple((rows, min(1.0, median(shares))) for rows, shares in sorted(found.items()))
 
 
 def _ratio(alone: Sequence[Sequence[float]], beside: Sequence[Sequence[float]]) -> float:

@@ -12,8 +12,6 @@ from flexgen_lite.model.spec import ModelSpec, first_seen
 from flexgen_lite.plan.plan import Plan
 from flexgen_lite.queue.batching import MicroBatch, Piece
 
-MANY_ROWS = 128  # products of so many take the processor's arithmetic, of fewer its memory
-
 
 @dataclass(frozen=True, slots=True)
 class MicroBatchWork:
@@ -24,14 +22,14 @@ class MicroBatchWork:
         segments: seconds by column, and of the last segment.
         behind: by column, the share of its segment that is behind the attention of the column before.
         attention: seconds by column and worker, of those that there are.
-        has_many_rows: its products are bound by arithmetic.
+        beside_disk: share of its speed that a segment keeps while the loader works.
     """
 
     workers: tuple[int, ...]
     segments: tuple[float, ...]
     behind: tuple[float, ...]
     attention: tuple[dict[int, float], ...]
-    has_many_rows: bool
+    beside_disk: float
 
 
 class Work:
@@ -93,7 +91,11 @@ class Work:
                 }
             attention.append(attention_of_kinds[kind])
         return MicroBatchWork(
-            batch.workers(), tuple(seconds), (*self._behind, 0.0), tuple(attention), batch.num_rows >= MANY_ROWS
+            batch.workers(),
+            tuple(seconds),
+            (*self._behind, 0.0),
+            tuple(attention),
+            self._rates.computes_at(batch.num_rows),
         )
 
     def _pairs(self, kind: int, prompts: Sequence[Piece]) -> float:

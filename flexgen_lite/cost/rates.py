@@ -88,6 +88,7 @@ class Rates:
         begin: of a pass before its first segment, by rows.
         turn: of the coordinator between two passes, and of each sequence.
         keeps: share of its speed that a lane keeps beside another, "disk beside compute".
+        computes_beside_disk: the same of products while the loader works, by their rows.
         disk: bytes per second of plain reads when loads were measured; 0: they come from no file.
     """
 
@@ -101,11 +102,12 @@ class Rates:
     begin: Curve
     turn: tuple[float, float]
     keeps: Mapping[str, float]
+    computes_beside_disk: tuple[tuple[float, float], ...] = ()
     disk: float = 0.0
 
     def with_disk(self, rate: float, unit_bytes: Mapping[int, int], converted: Collection[int]) -> Rates:
-        """The same where a disk gives so many bytes per second: loads take as long as plain reads of as much, those that
-        go through the processor's hands no less than they took.
+        """The same where a disk gives so many bytes per second: loads take as long as plain reads of as much, those
+        that go through the processor's hands no less than they took.
 
         Args:
             unit_bytes: that are read of a unit, by the kind of its layer.
@@ -118,6 +120,15 @@ class Rates:
             for kind, seconds in self.load.items()
         }
         return replace(self, load=load, disk=rate)
+
+    def computes_at(self, rows: float) -> float:
+        """Share of its speed that a segment of so many rows keeps while the loader works."""
+        if not self.computes_beside_disk:
+            return 1.0
+        (first, share), (last, end) = self.computes_beside_disk[0], self.computes_beside_disk[-1]
+        if rows <= first or len(self.computes_beside_disk) == 1:
+            return share
+        return Curve(self.computes_beside_disk).at(rows) if rows < last else end
 
     def segment(self, packed: bool, kinds: tuple[int, int]) -> SegmentRates:
         """Of the kind, or of the one that is nearest to it of those that were measured."""
@@ -158,5 +169,6 @@ class Rates:
             begin=curve(values["begin"]),
             turn=(float(values["turn"][0]), float(values["turn"][1])),
             keeps={str(key): float(value) for key, value in values["keeps"].items()},
+            computes_beside_disk=tuple((float(x), float(y)) for x, y in values["computes_beside_disk"]),
             disk=float(values["disk"]),
         )

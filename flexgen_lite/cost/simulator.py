@@ -116,8 +116,7 @@ class Simulator:
         speed = 1.0
         if lane == COMPUTE:
             if lanes[DISK]:
-                many = self._batches[self._task(COMPUTE).what[1]].has_many_rows
-                speed *= keeps[f"{'many' if many else 'few'} rows beside disk"]
+                speed *= self._batches[self._task(COMPUTE).what[1]].beside_disk
             if attends:
                 speed *= keeps["compute beside attention"]
         elif lane == DISK:

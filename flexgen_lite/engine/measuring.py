@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -190,12 +191,12 @@ class Measuring:
 
     def _batches(self, shape: PassShape) -> list[MicroBatch]:
         table = PageTable(self._plan.num_pages, self._plan.kv_groups, self._plan.attention_workers)
-        batches, number = [], 0
+        batches, number, draw = [], 0, random.Random(0)
         prompts = shape.prompts or ((),) * len(shape.singles)
         for singles, lengths in zip(shape.singles, prompts, strict=True):
             batch = MicroBatch()
             for length, stored in [(shape.context + 1, shape.context)] * singles + [(n, 0) for n in lengths]:
-                tokens = [(7 * i + 3) % self._spec.vocab_size for i in range(length)]
+                tokens = [draw.randrange(self._spec.vocab_size) for _ in range(length)]  # for experts of all kinds
                 request = RunningRequest(number, tokens, length, PARAMS, 0, frozenset())
                 request.worker = number % table.num_workers
                 pages = table.allocate(number, request.worker, length, length)
@@ -212,14 +213,14 @@ class Measuring:
     def _beside_loads(self, passes: Sequence[PassTimes]) -> BesideLoads:
         """Some passes, with nothing beside them and while the loader reads."""
         order = passes[-1].shape.order
-        few = [one for one in passes if one.shape.order == order and sum(one.shape.singles) in (16, 64)]
+        few = [one for one in passes if one.shape.order == order and one.shape.singles in ((4,), (16,), (64,))]
         many = [one for one in passes if one.shape.order == order and 256 <= sum(map(sum, one.shape.prompts)) <= 1024]
         spare = self._num_slots - 1
         unit = min(spare, self._spec.num_layers - 1)
         pairs: list[tuple[PassTimes, PassTimes]] = []
         loads_alone: list[float] = []
         loads: list[float] = []
-        for one in (*few[:1], *few[-1:], *many[:1]):
+        for one in (*few, *many[:1]):
             for _ in range(2):  # in turns, for a machine's speed drifts
                 alone = self.measure(one.shape, len(one.segments), times=1)
                 loads_alone.append(self._owner.load(unit, spare))

@@ -23,6 +23,7 @@ from flexgen_lite.plan.workload import Workload
 DISK_SECONDS = 1.0
 TWICE = 2
 FAST_DISK = 3e9  # bytes per second
+CREDIT_OF_GPU = 2  # segments that a GPU takes at a time, one of which runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,8 @@ class Forecaster:
         job = None
         if requests:
             work = Work(setup.spec, setup.plan, rates)
-            simulator = Simulator(setup.make_schedule(), work, rates, setup.plan.attention_workers)
+            credit = CREDIT_OF_GPU if found.opened.device_total_bytes else 1
+            simulator = Simulator(setup.make_schedule(), work, rates, setup.plan.attention_workers, credit)
             job = predict(setup.make_batcher(False), simulator, requests, setup.plan.max_sequences)
         return Forecast(setup, job, rates.disk)
 

@@ -52,6 +52,12 @@ def test_a_kind_that_was_not_measured_is_as_the_one_that_ends_alike() -> None:
     assert rates().segment(True, (5, 0)).prompt is LINE, "packed comes first"
 
 
+@pytest.mark.parametrize(("rows", "share"), [(1, 0.9), (4, 0.9), (10, 0.7), (16, 0.5), (1000, 0.5)])
+def test_products_beside_the_loader(rows: int, share: float) -> None:
+    assert rates(computes_beside_disk=((4, 0.9), (16, 0.5))).computes_at(rows) == pytest.approx(share)
+    assert rates().computes_at(rows) == 1.0
+
+
 def test_a_faster_disk_does_not_help_where_weights_are_converted() -> None:
     """Of 1 GB; it takes 3 s to be cast."""
     read = {0: 10**9, -1: 10**9}
