@@ -144,8 +144,8 @@ class Measuring:
         for shape in (shapes[singles - 1], shapes[-1]):
             found.append(self.measure(shape, self._columns(MANY_ROWS + 1), times=1, by_layer=True))
         if whole:
-            context = self._longest_context(64)
-            count = min(64, sequences)
+            count = min(64, sequences, most)
+            context = self._longest_context(count)
             if context > 2 * SHORT_CONTEXT:
                 found.append(self.measure(PassShape(order, (count,), context, ()), None))
             if self._plan.micro_batches > 1 and count > 1:
@@ -176,7 +176,7 @@ class Measuring:
         """The last of some runs: the first one finds caches empty and programs not made."""
         batches = self._batches(shape)
         rows = sum(batch.num_rows for batch in batches)
-        columns = columns or self._columns(rows)
+        columns = self._to_end_of_layer(columns or self._columns(rows))
         spec = self._spec
         slots = [self._device_or_slot(spec.columns[c]) if c < len(spec.columns) else -1 for c in range(columns)]
         found, ordered = self._owner.run_pass(batches, slots, self._setup, by_layer)
@@ -185,6 +185,14 @@ class Measuring:
             for _ in range(times - 1):
                 found, ordered = self._owner.run_pass(batches, slots, self._setup, by_layer)
         return _times_of(shape, found, ordered, columns, len(batches), by_layer)
+
+    def _to_end_of_layer(self, columns: int) -> int:
+        """A micro-batch that has no more to do goes on to the next layer's entry, which must be there; behind the last
+        layer comes the end of the model."""
+        layers = self._spec.columns
+        while columns < len(layers) and layers[columns] == layers[columns - 1]:
+            columns += 1
+        return columns if columns < len(layers) else len(layers) + 1
 
     def _device_or_slot(self, layer: int) -> int:
         return layer % self._plan.device_slots if self._plan.staged else self._slot(layer)

@@ -29,6 +29,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model("llama", tmp_path_factory.mktemp("model"))
 
 
+@pytest.fixture(scope="module")
+def kept(model: Path, cache: Path) -> Path:
+    """The file of a calibration."""
+    copy = cache / "copy.json"
+    (*_, done) = events(flexgen(cache, "calibrate", "--model", model, "--ram", "1GiB", "-o", copy, "--json"))
+    assert done["rates"]["segments"]
+    (found,) = (cache / "flexgen-lite" / "calibrations").glob("*.json")
+    assert found.read_bytes() == copy.read_bytes()
+    return found
+
+
 def flexgen(cache: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "flexgen_lite", *map(str, arguments)]
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
@@ -42,7 +53,8 @@ def events(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_a_job_is_predicted_and_the_machine_measured_once(model: Path, cache: Path) -> None:
+def test_a_job_is_predicted_and_the_machine_measured_once(model: Path, tmp_path: Path) -> None:
+    cache = tmp_path
     told = events(flexgen(cache, "plan", "--model", model, "--ram", "1GiB", *JOB, "--json"))
     assert any("measuring how fast" in event.get("message", "") for event in told)
     assert any(event["event"] == "plan" and "LlamaForCausalLM" in event["text"] for event in told)
@@ -58,7 +70,7 @@ def test_a_job_is_predicted_and_the_machine_measured_once(model: Path, cache: Pa
     assert more[-1]["predicted"]["seconds"] > 1.3 * first["seconds"]
 
 
-def test_a_file_is_predicted_and_run_with_what_was_found(model: Path, cache: Path, tmp_path: Path) -> None:
+def test_a_file_is_predicted_and_run_with_what_was_found(model: Path, cache: Path, kept: Path, tmp_path: Path) -> None:
     requests = tmp_path / "in.jsonl"
     body = {"prompt": [5, 6, 7, 8], "max_tokens": 6, "temperature": 0, "ignore_eos": True}
     rows = [{"custom_id": f"r{i}", "method": "POST", "url": "/v1/completions", "body": body} for i in range(30)]
@@ -73,12 +85,11 @@ def test_a_file_is_predicted_and_run_with_what_was_found(model: Path, cache: Pat
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 31
 
 
-def test_another_machine_is_predicted_from_its_file(model: Path, cache: Path, tmp_path: Path) -> None:
-    (kept,) = (cache / "flexgen-lite" / "calibrations").glob("*.json")
+def test_another_machine_is_predicted_from_its_file(model: Path, cache: Path, kept: Path, tmp_path: Path) -> None:
     values = json.loads(kept.read_bytes())
     for rate in values["rates"]["segments"].values():
-        for curve in rate.values():
-            curve["points"] = [[x, 10 * y] for x, y in curve["points"]]
+        for name in ("prompt", "decode"):
+            rate[name]["points"] = [[x, 10 * y] for x, y in rate[name]["points"]]
     slow = tmp_path / "slow.json"
     slow.write_text(json.dumps(values))
     flags = ("plan", "--model", model, "--ram", "1GiB", *JOB, "--json")
@@ -89,17 +100,18 @@ def test_another_machine_is_predicted_from_its_file(model: Path, cache: Path, tm
     assert done.returncode == 2 and "is no calibration" in done.stderr
 
 
-def test_what_changed_is_measured_again(model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    (kept,) = (cache / "flexgen-lite" / "calibrations").glob("*.json")
+def test_what_changed_is_measured_again(kept: Path, tmp_path: Path) -> None:
     found = calibrate.read(kept)
     assert calibrate._is_unchanged(found.opened.spec)
-    os.utime(model / "model.safetensors", ns=(0, 0))
+    file = Path(found.opened.spec.files[0])
+    before = file.stat()
+    os.utime(file, ns=(0, 0))
     assert not calibrate._is_unchanged(found.opened.spec)
-    values = json.loads(kept.read_bytes()) | {"version": "0.0"}
-    kept.write_text(json.dumps(values))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps(json.loads(kept.read_bytes()) | {"version": "0.0"}))
     with pytest.raises(CalibrationError, match=r"it is of version 0\.0"):
-        calibrate.read(kept)
+        calibrate.read(old)
 
 
 @pytest.mark.parametrize(
@@ -109,6 +121,6 @@ def test_what_changed_is_measured_again(model: Path, cache: Path, monkeypatch: p
         ((*JOB, "-i", "x.jsonl"), "--requests and -i exclude each other"),
     ],
 )
-def test_what_cannot_be_planned(model: Path, cache: Path, arguments: tuple[str, ...], said: str) -> None:
+def test_what_cannot_be_planned(model: Path, cache: Path, kept: Path, arguments: tuple[str, ...], said: str) -> None:
     done = flexgen(cache, "plan", "--model", model, *arguments)
     assert done.returncode == 2 and said in done.stderr
