@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flexgen_lite.batch.survey import survey
+from flexgen_lite.batch.lines import check_lines
+from flexgen_lite.batch.survey import READ_UP_TO, survey
 from flexgen_lite.batch.token_counts import count_tokens
 from flexgen_lite.cli.console import Console
 from flexgen_lite.cli.rates import clock
 from flexgen_lite.cli.terminal import signals_interrupt
 from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.cost.job import JobRequest, JobTime
+from flexgen_lite.engine.calibration import Calibration
 from flexgen_lite.launcher import calibrate
 from flexgen_lite.launcher.forecast import Forecast, Forecaster, Variant, disk_now
 from flexgen_lite.launcher.search import Policy, search
@@ -21,6 +23,7 @@ from flexgen_lite.plan.machine import inspect_machine
 from flexgen_lite.plan.plan import PlanError
 from flexgen_lite.plan.text import describe
 from flexgen_lite.plan.workload import Workload
+from flexgen_lite.text.shown import shown_path
 
 WORTH_TELLING = 1.05  # times as fast
 INT4 = "quantization int4"
@@ -54,22 +57,38 @@ def show_plan(
         PlanError: the budget does not hold even the smallest plan.
     """
     with signals_interrupt():
+        if input_file is not None:
+            check_lines(input_file)
         if machine_file is None:
             calibration = calibrate.calibrated(config, console.log)
             machine, disk = inspect_machine(), disk_now(calibration.opened.spec)
         else:
             calibration = calibrate.read(machine_file)
             machine, disk = calibration.machine, None
-        requests, expected = _work(calibration.opened, input_file, job, answer_tokens)
+            _check_settings(config, calibration, machine_file)
+        requests, expected = _work(calibration, input_file, job, answer_tokens)
+        if input_file is not None and not requests:
+            raise ValueError(f"{shown_path(input_file)} has no good line: run-batch says what is wrong with each")
         forecaster = Forecaster(calibration, machine, expected, requests, disk)
         policy = search(forecaster, config) if requests else Policy({}, forecaster.forecast(config), 1.0)
         found = policy.forecast
-        variants = forecaster.variants(config.model_copy(update=policy.settings), found) if found.job else []
+        variants = forecaster.variants(config, policy.settings, found) if found.job else []
         if found.job and machine_file is None and config.quantization == "auto" and not _has_few_bits(found):
             variants.append(_in_int4(config, expected, requests, disk))
     console.plan(describe(found.setup.plan, found.setup.spec))
     lines = [*policy_lines(policy), *_lines(found, variants)]
     console.done("\n".join(lines), {"policy": policy.settings, "gain": policy.gain} | _values(found, variants))
+
+
+def _check_settings(config: EngineConfig, calibration: Calibration, path: Path) -> None:
+    """Raises ValueError where the file was measured with others."""
+    wanted = calibrate.settings_of(config)
+    for key, value in calibration.settings.items():
+        if wanted.get(key) != value:
+            raise ValueError(
+                f"{shown_path(path)} was measured with {key}={value}, not {wanted.get(key)}: plan with that, or "
+                "calibrate there again"
+            )
 
 
 def _has_few_bits(found: Forecast) -> bool:
@@ -92,13 +111,16 @@ def _in_int4(
 def policy_for(config: EngineConfig, input_file: Path, answer_tokens: int | None = None) -> Policy | None:
     """Of a file's job; None where this machine was not calibrated with the model, or there is no good line."""
     calibration = calibrate.known(config)
-    if calibration is None or not input_file.is_file():
+    if calibration is None or not input_file.is_file() or input_file.stat().st_size > READ_UP_TO:
         return None
-    requests, expected = _work(calibration.opened, input_file, None, answer_tokens)
+    requests, expected = _work(calibration, input_file, None, answer_tokens)
     if not requests:
         return None
     disk = disk_now(calibration.opened.spec)
-    return search(Forecaster(calibration, inspect_machine(), expected, requests, disk), config)
+    forecaster = Forecaster(calibration, inspect_machine(), expected, requests, disk)
+    if calibration.opened.device_total_bytes:  # no prediction has been compared with a run on a GPU
+        return Policy({}, forecaster.forecast(config), 1.0)
+    return search(forecaster, config)
 
 
 def policy_lines(policy: Policy) -> list[str]:
@@ -130,12 +152,13 @@ def run_calibration(config: EngineConfig, output: Path | None, console: Console)
 
 
 def _work(
-    opened: Any, input_file: Path | None, job: Job | None, answer_tokens: int | None
+    calibration: Calibration, input_file: Path | None, job: Job | None, answer_tokens: int | None
 ) -> tuple[list[JobRequest], Workload | None]:
     if input_file is not None:
+        made: dict[tuple[int, int, bool], JobRequest] = {}  # many are alike
         requests = [
-            JobRequest(prompt, max(1, min(most, answer_tokens or most)), most)
-            for prompt, most in count_tokens(input_file, opened.tokenizer_file, opened.chat_template)
+            made.setdefault(one, JobRequest(one[0], min(one[1], answer_tokens or one[1]), one[1], one[2]))
+            for one in count_tokens(input_file, calibration.tokenizer, calibration.opened.chat_template)
         ]
         return requests, survey(input_file)
     if job is None:

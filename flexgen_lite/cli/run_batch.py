@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 from pathlib import Path
@@ -19,7 +20,6 @@ from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.errors import EngineError
 from flexgen_lite.launcher.search import Policy
 from flexgen_lite.launcher.supervisor import EngineSupervisor
-from flexgen_lite.plan.plan import PlanError
 from flexgen_lite.text.shown import shown_path
 
 
@@ -45,7 +45,8 @@ def _policy(config: EngineConfig, input_file: Path, console: Console) -> Policy 
     """What was measured of this machine and the model, if it was, makes of the job."""
     try:
         policy = policy_for(config, input_file)
-    except (PlanError, OSError):  # the engine says so, or reads no file that it was calibrated with
+    except Exception as error:  # of any kind: no prediction stops a run, and what ails its file or budget is told later
+        logging.getLogger("flexgen_lite").debug("nothing is predicted", exc_info=error)
         return None
     if policy is not None and policy.forecast.job is not None:
         for line in policy_lines(policy):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 
-from flexgen_lite.cost.kinds import OUTSIDE, column_kinds, segment_kinds
+from flexgen_lite.cost.kinds import OUTSIDE, column_kinds, layer_kinds, segment_kinds
 from flexgen_lite.cost.measured import PassTimes, Times
 from flexgen_lite.cost.rates import AttentionRates, Curve, Rates, SegmentRates
 from flexgen_lite.model.spec import AttentionSpec, ModelSpec
@@ -42,6 +42,8 @@ def rates_of(spec: ModelSpec, times: Times) -> Rates:
         for before, after in dict.fromkeys(segment_kinds(spec)[:-1])
         if (rates := _segment(spec, (before, after), [one for one in alone if one.shape.order == order], pair))
     }
+    if not segments:
+        raise ValueError("no segment was measured with single rows and with prompts")
     decode = [one for one in whole if one.shape.singles[0]]
     ends = [(float(one.shape.singles[0]), one.segments[-1][0]) for one in decode if _is_whole(spec, one)]
     begins = _rising((float(one.shape.singles[0]), one.begin) for one in decode)
@@ -50,7 +52,7 @@ def rates_of(spec: ModelSpec, times: Times) -> Rates:
         pair=pair,
         head=Curve(_rising(ends)) if ends else Curve(((1.0, LEAST),)),
         attention={kind: _attention(spec, kinds, kind, whole) for kind in set(kinds)},
-        load={kind: median(found.again) for kind, found in times.loads.items()},
+        load=_loads(spec, times),
         pack=dict(times.packs),
         upload=dict(times.uploads),
         begin=Curve(begins) if begins else Curve(((1.0, LEAST),)),
@@ -168,6 +170,14 @@ def _attention(spec: ModelSpec, kinds: Sequence[int], kind: int, passes: Sequenc
         row = max(0.0, (seconds(most) - call) / _rows(most))
     hops = [one.hop for one in passes if one.shape.singles[0] in range(1, 33)]
     return AttentionRates(call + (median(hops) if hops else 0.0), sequence, token, row)
+
+
+def _loads(spec: ModelSpec, times: Times) -> dict[int, float]:
+    """Kinds that had no slot are read as fast as the slowest of the others."""
+    sizes = {kind: unit.num_bytes for kind, unit in zip((*layer_kinds(spec), OUTSIDE), spec.units, strict=True)}
+    found = {kind: median(one.again) for kind, one in times.loads.items()}
+    slowest = max((seconds / sizes[kind] for kind, seconds in found.items()), default=0.0)
+    return {kind: found.get(kind, slowest * size) for kind, size in sizes.items()}
 
 
 def _keeps(times: Times) -> dict[str, float]:

@@ -6,29 +6,35 @@ Of a job with many requests some are followed, and the rest is taken to go on at
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flexgen_lite.cost.simulator import Simulator
-from flexgen_lite.queue.batching import Batcher, Result
+from flexgen_lite.queue.batching import Batcher, MicroBatch, Result
+from flexgen_lite.queue.kept_logprobs import KeptLogprobs
 from flexgen_lite.queue.running_request import RunningRequest
 from flexgen_lite.queue.waiting_queue import WaitingQueue
-from flexgen_lite.wire.sampling import WireParams
+from flexgen_lite.wire.sampling import TokenLogprobs, WireParams
 
 FOLLOWED_ROUNDS = 5  # requests that are followed, in numbers of those that run at once
 LEAST_FOLLOWED = 400
+MOST_SKIPPED = 16  # passes in a row that are taken to be as the one before: only contexts grow
 END = 1  # the token that ends a sequence here
+NO_SCORE = TokenLogprobs(0.0, 1, ())
 DONE_PARTS = 20
 
 
 @dataclass(frozen=True, slots=True)
 class JobRequest:
-    """Tokens of its prompt, of its answer as it is expected, and those that it may have at most."""
+    """Tokens of its prompt, of its answer as it is expected, and those that it may have at most; whether its prompt's
+    tokens are scored."""
 
     prompt: int
     generated: int
     max_tokens: int
+    scored: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +63,27 @@ class JobTime:
     done_at: tuple[float, ...] = ()
 
 
-def predict(batcher: Batcher, simulator: Simulator, requests: Sequence[JobRequest], at_once: int) -> JobTime:
-    """
+def predict(
+    batcher: Batcher,
+    simulator: Simulator,
+    requests: Sequence[JobRequest],
+    at_once: int,
+    rounds: int = FOLLOWED_ROUNDS,
+    longest: int | None = None,
+) -> JobTime | None:
+    """None where the engine would take none of them.
+
     Args:
         requests: all of the job, in their order.
         at_once: that run at once, at most.
+        rounds: of these, that are followed.
+        longest: tokens of a sequence that the engine takes; None: any number.
     """
-    followed = requests[: max(LEAST_FOLLOWED, FOLLOWED_ROUNDS * at_once)]
+    count = min(len(requests), max(LEAST_FOLLOWED, rounds * at_once))
+    chosen = (requests[i * len(requests) // count] for i in range(count))  # of a file that is in order, too
+    followed = [one for one in (_taken(request, longest) for request in chosen) if one is not None]
+    if not followed:
+        return None
     waiting = WaitingQueue()
     lengths = {}
     for number, one in enumerate(followed):
@@ -76,14 +96,16 @@ def predict(batcher: Batcher, simulator: Simulator, requests: Sequence[JobReques
         seconds += taken.seconds
         each.append(taken.seconds)
         busy.update(taken.busy)
-        results = [
-            Result(tuple(_drawn(piece.request, lengths) for _, piece in batch.in_rows() if piece.completes))
-            for batch in micro_batches
-        ]
-        ends += [seconds] * len(batcher.commit(micro_batches, results))
+        results = [_result(batch, lengths) for batch in micro_batches]
+        finished = batcher.commit(micro_batches, results)
+        ends += [seconds] * len(finished)
+        if not finished and (skipped := _skip(batcher, micro_batches, lengths)):
+            seconds += skipped * taken.seconds
+            each += [taken.seconds] * skipped
+            busy.update({lane: skipped * time for lane, time in taken.busy.items()})
     shares = {lane: time / seconds for lane, time in busy.items() if seconds > 0}
-    rest = len(requests) - len(followed)
-    if rest:
+    rest = len(requests) - len(ends)
+    if rest and ends:
         begin, end = len(ends) * 3 // 10, len(ends) * 8 // 10
         seconds += rest * (ends[end] - ends[begin]) / max(1, end - begin)
     first = ends[0] if ends else 0.0
@@ -98,12 +120,44 @@ def predict(batcher: Batcher, simulator: Simulator, requests: Sequence[JobReques
     )  # fmt: skip
 
 
+def _taken(one: JobRequest, longest: int | None) -> JobRequest | None:
+    """As the engine does: what is too long is refused, and an answer ends where there is no more room."""
+    if one.prompt + one.max_tokens <= 1 or (longest is not None and one.prompt >= longest):
+        return None
+    room = one.max_tokens if longest is None else min(one.max_tokens, longest - one.prompt)
+    return replace(one, max_tokens=room, generated=min(one.generated, room))
+
+
+def _result(batch: MicroBatch, lengths: dict[int, int]) -> Result:
+    pieces = [piece for _, piece in batch.in_rows()]
+    drawn = tuple(_drawn(piece.request, lengths) for piece in pieces if piece.completes)
+    scores = sum(len(piece.scored.targets) for piece in pieces if piece.scored is not None)
+    return Result(drawn, prompt_logprobs=(NO_SCORE,) * scores)
+
+
+def _skip(batcher: Batcher, micro_batches: Sequence[MicroBatch], lengths: dict[int, int]) -> int:
+    """Has all running sequences go some tokens on, where the passes that compute them would be alike; how many."""
+    running = batcher.running.values()
+    pieces = [piece for batch in micro_batches for piece in batch.pieces]
+    if len(pieces) != len(running) or any(piece.num_rows > 1 or piece.prefill for piece in pieces):
+        return 0
+    if any(request.num_left != 1 for request in running):
+        return 0
+    count = min(MOST_SKIPPED, *(lengths[request.id] - request.num_generated - 1 for request in running))
+    for request in running:
+        request.tokens.extend([0] * max(0, count))
+        request.stored += max(0, count)
+    return max(0, count)
+
+
 def _sequence(number: int, one: JobRequest) -> RunningRequest:
     params = WireParams(
         max_tokens=one.max_tokens, min_tokens=0, temperature=0.0, top_k=0, top_p=1.0, seed=0, stop_token_ids=(),
-        ignore_eos=False, skip_special_tokens=True,
+        ignore_eos=False, skip_special_tokens=True, prompt_logprobs=0 if one.scored else None,
     )  # fmt: skip
-    return RunningRequest(number, [0] * one.prompt, one.prompt, params, 0, frozenset((END,)))
+    kept = KeptLogprobs(0) if one.scored else None
+    tokens = array("i", bytes(4 * one.prompt))
+    return RunningRequest(number, tokens, one.prompt, params, 0, frozenset((END,)), prompt_logprobs=kept)
 
 
 def _drawn(request: RunningRequest, lengths: dict[int, int]) -> int:

@@ -116,8 +116,8 @@ class Rates:
         if not self.disk or not rate:
             return self
         load = {
-            kind: max(seconds if kind in converted else 0.0, unit_bytes.get(kind, 0) / rate)
-            for kind, seconds in self.load.items()
+            kind: max(self.load.get(kind, 0.0) if kind in converted else 0.0, read / rate)
+            for kind, read in unit_bytes.items()
         }
         return replace(self, load=load, disk=rate)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from flexgen_lite import __version__
@@ -27,12 +27,16 @@ class Calibration:
     Attributes:
         processes: what they take at the start.
         machine: that this was measured on.
+        tokenizer: the model's tokenizer.json, "": it has none.
+        settings: keys of the configuration that decide what is measured.
     """
 
     opened: worker_messages.ModelOpened
     processes: Measured
     machine: Machine
     rates: Rates
+    tokenizer: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON; the model's description is MessagePack within."""
@@ -43,6 +47,8 @@ class Calibration:
             "machine": asdict(self.machine),
             "processes": asdict(self.processes),
             "rates": self.rates.to_dict(),
+            "tokenizer": self.tokenizer,
+            "settings": dict(self.settings),
             "opened": base64.b64encode(opened).decode(),
         }
 
@@ -56,7 +62,14 @@ class Calibration:
             if not isinstance(opened, worker_messages.ModelOpened):
                 raise CalibrationError("it describes no model")
             machine = {**values["machine"], "cpus": tuple(values["machine"]["cpus"])}
-            return cls(opened, Measured(**values["processes"]), Machine(**machine), Rates.from_dict(values["rates"]))
+            return cls(
+                opened,
+                Measured(**values["processes"]),
+                Machine(**machine),
+                Rates.from_dict(values["rates"]),
+                str(values["tokenizer"]),
+                dict(values["settings"]),
+            )
         except (KeyError, TypeError, ValueError, AttributeError, MessageError) as error:
             if isinstance(error, CalibrationError):
                 raise

@@ -6,6 +6,7 @@ behind the first columns. What the times come to is cost/fit.py's to say.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.cost.fit import rates_of
 from flexgen_lite.cost.kinds import columns_to_measure
 from flexgen_lite.engine.calibration import Calibration
+from flexgen_lite.engine.coordinator import Stopping
 from flexgen_lite.engine.event_loop import EventLoop
 from flexgen_lite.engine.events import log
 from flexgen_lite.engine.measuring import MOST_COLUMNS, Measuring
@@ -82,7 +84,8 @@ class Calibrator:
             arena.close()
 
     def run(self) -> Calibration:
-        """Raises WorkerDied, or PlanError where the budget does not hold what is to be measured."""
+        """Raises WorkerDied, Stopping, or PlanError where memory does not hold what is to be measured."""
+        self._loop.watch(sys.stdin.fileno(), self._stop)
         self._deadline = time.monotonic() + self._config.start_timeout
         self._workers.start(num_attention_workers(self._config, self._machine))
         self._workers.compute.send(order_to_open(self._config, self._config.dtype))
@@ -104,7 +107,8 @@ class Calibrator:
         self._workers.compute.send(setup.for_compute())
         self._until(lambda: not self._workers.not_ready)
         times = Measuring(self, setup).run()
-        return Calibration(opened, processes, self._machine, rates_of(opened.spec, times))
+        tokenizer = Path(opened.tokenizer_file).read_text(encoding="utf-8") if opened.tokenizer_file else ""
+        return Calibration(opened, processes, self._machine, rates_of(opened.spec, times), tokenizer)
 
     def _set_up(self, opened: worker_messages.ModelOpened, processes: Measured) -> Setup:
         """A plan with slots for some layers, as many as the budget allows of those that are wanted."""
@@ -112,9 +116,9 @@ class Calibrator:
         layer_bytes = max(unit.num_bytes for unit in spec.units[:-1])
         layers = spec.columns[columns_to_measure(spec, MOST_COLUMNS) - 1] + 1
         slots = min(spec.num_layers, max(2, layers, -(-WEIGHTS_BYTES // layer_bytes)) + 1)
-        fewer = {"micro_batches": self._config.micro_batches or 2}
+        own = {"ram": None, "max_sequences": None, "micro_batch_tokens": None, "micro_batches": 2}
         while True:
-            config = self._config.model_copy(update=fewer | {"layer_slots": slots if slots < spec.num_layers else None})
+            config = self._config.model_copy(update=own | {"layer_slots": slots if slots < spec.num_layers else None})
             try:
                 setup = set_up(opened, config, self._machine, None, processes)
             except PlanError:
@@ -154,6 +158,9 @@ class Calibrator:
 
     def _lost(self, worker: WorkerProcess, error: WorkerDied) -> None:
         raise error
+
+    def _stop(self) -> None:
+        raise Stopping
 
     def _until(self, condition: Callable[[], bool]) -> None:
         while not condition():

@@ -26,9 +26,11 @@ FEW_COLUMNS = 4  # of passes with many rows, whose weights are in no cache anywa
 MANY_ROWS = 256
 SINGLES = (1, 4, 16, 32, 64, 128, 256)
 PROMPT_ROWS = (16, 64, 128, 256, 512, 1024, 2048)
+NEEDED = (1, 16, 64, 256)  # rows that are measured however long it takes; others as far as there is time
+WHOLE = (1, 16, 64, 256)  # single rows that go through all layers, for what comes behind them
 SHORT_PROMPT = 64
 SHORT_CONTEXT, LONG_CONTEXT = 32, 1024
-SECONDS = 45.0  # for all passes; what is left of the list then is left out
+SECONDS = 45.0  # for all passes but those that are needed
 LONGEST_PASS = 8.0
 LOADED_AGAIN = 8  # units at most, of each kind
 DISK_SECONDS = 1.5
@@ -133,14 +135,13 @@ class Measuring:
         if long > short and self._has_pages(1, long):
             shapes.append(PassShape(order, (0,), 0, ((long,),)))
         found = []
-        for number, shape in enumerate(shapes):
-            if time.monotonic() > until and number not in (0, len(shapes) - 1):
+        needed = [shape for shape in shapes if shape.singles[0] in NEEDED or sum(map(sum, shape.prompts)) in NEEDED]
+        needed += [shape for shape in (shapes[singles - 1], shapes[-1]) if shape not in needed]
+        for shape in (*needed, *(shape for shape in shapes if shape not in needed)):
+            if time.monotonic() > until and shape not in needed:
                 continue
-            columns = None
-            if whole and number < singles and shape.singles[0] in (1, 16, 64, 256):
-                columns = len(self._spec.columns) + 1
-            one = self.measure(shape, columns)
-            found.append(one)
+            columns = len(self._spec.columns) + 1 if whole and shape.singles[0] in WHOLE else None
+            found.append(self.measure(shape, columns))
         for shape in (shapes[singles - 1], shapes[-1]):
             found.append(self.measure(shape, self._columns(MANY_ROWS + 1), times=1, by_layer=True))
         if whole:

@@ -7,7 +7,9 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from flexgen_lite import __version__
 from flexgen_lite.config.engine import EngineConfig
@@ -18,7 +20,7 @@ from flexgen_lite.plan.machine import inspect_machine
 from flexgen_lite.text.shown import shown_path
 
 _WITHOUT_EFFECT = {
-    "ram", "gpu", "trace", "endpoint", "key_file", "max_sequences", "micro_batches", "micro_batch_tokens",
+    "model", "ram", "gpu", "trace", "endpoint", "key_file", "max_sequences", "micro_batches", "micro_batch_tokens",
     "layer_slots", "device_slots", "prefix_caching", "start_timeout", "worker_timeout", "verify_weights",
 }  # fmt: skip
 """Keys that change what is planned, not how fast its parts are."""
@@ -32,7 +34,8 @@ def calibrate(config: EngineConfig, on_log: Callable[[str], None] | None = None)
         EngineError: an engine with this configuration cannot be started.
     """
     with EngineProcess(config, on_log=on_log, wait=False, calibrate=True) as engine:
-        return Calibration.from_dict(engine.wait_until_calibrated(config.start_timeout + _SECONDS))
+        found = Calibration.from_dict(engine.wait_until_calibrated(config.start_timeout + _SECONDS))
+    return replace(found, settings=settings_of(config))
 
 
 def calibrated(config: EngineConfig, on_log: Callable[[str], None], again: bool = False) -> Calibration:
@@ -46,7 +49,7 @@ def calibrated(config: EngineConfig, on_log: Callable[[str], None], again: bool 
         return kept
     on_log(f"measuring how fast this machine is with {shown_path(config.model)}: about a minute, once")
     found = calibrate(config, on_log)
-    with contextlib.suppress(OSError):  # it is measured again the next time
+    with contextlib.suppress(OSError, RuntimeError):  # it is measured again the next time
         write(found, _file(config))
     return found
 
@@ -55,7 +58,7 @@ def known(config: EngineConfig) -> Calibration | None:
     """What is kept of the model as it is now, if there is any."""
     try:
         found = read(_file(config))
-    except (OSError, CalibrationError):
+    except (OSError, RuntimeError, CalibrationError):  # or there is no home directory
         return None
     return found if _is_unchanged(found.opened.spec) else None
 
@@ -78,20 +81,32 @@ def read(path: Path) -> Calibration:
 
 def write(calibration: Calibration, path: Path) -> None:
     """Raises OSError where it cannot be written; a file that is there is replaced as a whole."""
+    text = json.dumps(calibration.to_dict())
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(calibration.to_dict()), encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def settings_of(config: EngineConfig) -> dict[str, Any]:
+    """Keys that decide what is measured, beside the model."""
+    return {key: value for key, value in json.loads(config.to_json()).items() if key not in _WITHOUT_EFFECT}
 
 
 def _file(config: EngineConfig) -> Path:
     """Named after what decides about rates."""
     machine = inspect_machine()
-    settings = {key: value for key, value in json.loads(config.to_json()).items() if key not in _WITHOUT_EFFECT}
     described = Path(config.model) / "config.json"
     shape = described.read_bytes() if described.is_file() else b""
     where = {"cpus": machine.cpus, "threads": machine.num_threads, "processor": _processor(), "version": __version__}
-    text = json.dumps([settings | {"model": os.path.realpath(config.model)}, where], sort_keys=True)
+    model = os.path.realpath(config.model) if os.path.exists(config.model) else config.model
+    text = json.dumps([settings_of(config) | {"model": model}, where], sort_keys=True)
     digest = hashlib.blake2b(text.encode() + shape, digest_size=8).hexdigest()
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return base / "flexgen-lite" / "calibrations" / f"{Path(config.model).name[:60]}-{digest}.json"

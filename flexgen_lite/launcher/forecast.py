@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flexgen_lite.config.engine import EngineConfig
-from flexgen_lite.cost.job import JobRequest, JobTime, predict
+from flexgen_lite.cost.job import FOLLOWED_ROUNDS, JobRequest, JobTime, predict
 from flexgen_lite.cost.kinds import OUTSIDE, layer_kinds
 from flexgen_lite.cost.pass_work import Work
 from flexgen_lite.cost.rates import Rates
@@ -19,6 +19,7 @@ from flexgen_lite.plan.disk_rate import read_rate
 from flexgen_lite.plan.machine import Machine
 from flexgen_lite.plan.plan import PlanError
 from flexgen_lite.plan.workload import Workload
+from flexgen_lite.queue.page_table import PageTable
 
 DISK_SECONDS = 1.0
 TWICE = 2
@@ -77,11 +78,17 @@ class Forecaster:
         rates = calibration.rates
         self._rates = rates if disk is None else with_disk(rates, spec, disk)
 
-    def forecast(self, config: EngineConfig) -> Forecast:
-        """Raises PlanError where the budget does not hold even the smallest plan."""
-        return self._of(config, self._rates, self._requests)
+    def forecast(self, config: EngineConfig, rounds: int = FOLLOWED_ROUNDS) -> Forecast:
+        """Raises PlanError where the budget does not hold even the smallest plan. `rounds`: see cost/job.py."""
+        return self._of(config, self._rates, self._requests, rounds)
 
-    def _of(self, config: EngineConfig, rates: Rates, requests: Sequence[JobRequest]) -> Forecast:
+    def _of(
+        self,
+        config: EngineConfig,
+        rates: Rates,
+        requests: Sequence[JobRequest],
+        rounds: int = FOLLOWED_ROUNDS,
+    ) -> Forecast:
         found = self._calibration
         setup = set_up(found.opened, config, self._machine, self._expected, found.processes)
         job = None
@@ -89,11 +96,12 @@ class Forecaster:
             work = Work(setup.spec, setup.plan, rates)
             credit = CREDIT_OF_GPU if found.opened.device_total_bytes else 1
             simulator = Simulator(setup.make_schedule(), work, rates, setup.plan.attention_workers, credit)
-            job = predict(setup.make_batcher(False), simulator, requests, setup.plan.max_sequences)
+            batcher, at_once = setup.make_batcher(False), setup.plan.max_sequences
+            job = predict(batcher, simulator, requests, at_once, rounds, longest_sequence(setup))
         return Forecast(setup, job, rates.disk)
 
-    def variants(self, config: EngineConfig, base: Forecast) -> list[Variant]:
-        """What would change it."""
+    def variants(self, config: EngineConfig, settings: Mapping[str, int], base: Forecast) -> list[Variant]:
+        """What would change it; each with `settings`, or without them where that is faster."""
         ram, found = base.setup.plan.ram, []
         changes: list[tuple[str, dict[str, object], Rates]] = [
             ("twice the RAM", {"ram": TWICE * ram}, self._rates),
@@ -105,16 +113,31 @@ class Forecaster:
         most = base.setup.plan.max_sequences
         changes.append(("twice the sequences at once", {"max_sequences": TWICE * most}, self._rates))
         for name, update, rates in changes:
-            try:
-                changed = self._of(config.model_copy(update=update), rates, self._requests)
-            except PlanError as error:
-                found.append(Variant(name, None, f"does not fit: {error}"))
-            else:
-                found.append(Variant(name, changed.job))
+            found.append(self._variant(name, config, [{**settings, **update}, update], rates))
         shorter = [replace(one, generated=max(1, one.generated // TWICE)) for one in self._requests]
         if any(one.generated > 1 for one in self._requests):
-            found.append(Variant("answers half as long", self._of(config, self._rates, shorter).job))
+            changed = self._of(config.model_copy(update=dict(settings)), self._rates, shorter)
+            found.append(Variant("answers half as long", changed.job))
         return found
+
+    def _variant(
+        self, name: str, config: EngineConfig, updates: Sequence[Mapping[str, object]], rates: Rates
+    ) -> Variant:
+        problem, jobs = "", []
+        for update in updates:
+            try:
+                jobs.append(self._of(config.model_copy(update=dict(update)), rates, self._requests).job)
+            except PlanError as error:
+                problem = f"does not fit: {error}"
+        best = min((job for job in jobs if job is not None), key=lambda job: job.seconds, default=None)
+        return Variant(name, best, problem or "no request would be taken")
+
+
+def longest_sequence(setup: Setup) -> int:
+    """Tokens of the longest one that the engine takes: the model's, or what the KV cache holds."""
+    plan = setup.plan
+    table = PageTable(plan.num_pages, plan.kv_groups, plan.attention_workers)
+    return min(setup.spec.max_length, table.max_tokens(plan.micro_batch_tokens))
 
 
 def with_disk(rates: Rates, spec: ModelSpec, disk: float) -> Rates:

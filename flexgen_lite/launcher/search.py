@@ -6,11 +6,12 @@ given are left as they are.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
 from flexgen_lite.config.engine import EngineConfig
-from flexgen_lite.launcher.forecast import Forecast, Forecaster
+from flexgen_lite.launcher.forecast import Forecast, Forecaster, longest_sequence
 from flexgen_lite.plan.plan import SHAPES, PlanError
 
 SEQUENCES = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -18,6 +19,9 @@ SLOTS = (2, 3, 4)
 WORTH = 1.03  # times as fast as the rules' choice: predictions are no better than that
 STEP = 1.005  # times as fast, for a change to be taken
 ROUNDS = 2
+FOLLOWED = 2  # rounds of requests, to compare settings by
+SECONDS = 20.0
+ROOM = 0.97  # of the budget, with which settings have to be possible as well
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,21 +39,31 @@ class Policy:
 
 
 def search(forecaster: Forecaster, config: EngineConfig) -> Policy:
-    """Raises PlanError where the budget does not hold even the smallest plan; ValueError: there are no requests."""
-    base = forecaster.forecast(config)
-    best, settings = base, dict[str, int]()
+    """What is found within SECONDS or so.
+
+    Raises:
+        PlanError: the budget does not hold even the smallest plan.
+        ValueError: there are no requests, or none that the engine would take.
+    """
+    until = time.monotonic() + SECONDS
+    base = forecaster.forecast(config, FOLLOWED)
+    longest, best, settings = longest_sequence(base.setup), base, dict[str, int]()
     for _ in range(ROUNDS):
         before = dict(settings)
         for changes in _changes(config, base):
             for change in changes:
+                if time.monotonic() > until:
+                    break
                 tried = settings | change
-                found = _try(forecaster, config, tried)
+                found = _try(forecaster, config, tried, longest)
                 if found is not None and _rate(found) > STEP * _rate(best):
                     best, settings = found, tried
         if settings == before:
             break
     gain = _rate(best) / _rate(base)
-    return Policy(settings, best, gain) if gain >= WORTH else Policy({}, base, 1.0)
+    if gain < WORTH or _try(forecaster, config, settings | {"ram": int(ROOM * base.setup.plan.ram)}, 0) is None:
+        settings, gain = {}, 1.0  # what just fits may not when the engine starts
+    return Policy(settings, forecaster.forecast(config.model_copy(update=settings)), gain)
 
 
 def _changes(config: EngineConfig, base: Forecast) -> list[list[dict[str, int]]]:
@@ -66,18 +80,20 @@ def _changes(config: EngineConfig, base: Forecast) -> list[list[dict[str, int]]]
     return found
 
 
-def _try(forecaster: Forecaster, config: EngineConfig, settings: dict[str, Any]) -> Forecast | None:
+def _try(forecaster: Forecaster, config: EngineConfig, settings: dict[str, Any], longest: int) -> Forecast | None:
+    """None where that cannot be, or takes no sequences of `longest` tokens."""
     sequences, rows = settings.get("max_sequences", 0), settings.get("micro_batch_tokens", 0)
     if rows and sequences > rows * settings.get("micro_batches", 1):
         return None
     try:
-        return forecaster.forecast(config.model_copy(update=settings))
+        found = forecaster.forecast(config.model_copy(update=settings), FOLLOWED)
     except PlanError:
         return None
+    return None if found.job is None or longest_sequence(found.setup) < longest else found
 
 
 def _rate(found: Forecast) -> float:
     """Requests per second, loading counted."""
     if found.job is None:
-        raise ValueError("there are no requests to search for")
+        raise ValueError("the engine would take none of the requests: they are too long")
     return found.job.requests / (found.job.load + found.job.seconds)

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from flexgen_lite.demo import pretrained
 from flexgen_lite.engine.calibration import CalibrationError
 from flexgen_lite.launcher import calibrate
+from flexgen_lite.tokens.tokenizer import TextTokenizer
 from tests.tiny_models import make_model
 
 JOB = ("--requests", "100", "--prompt-tokens", "20", "--max-tokens", "8")
@@ -93,6 +95,8 @@ def test_another_machine_is_predicted_from_its_file(model: Path, cache: Path, ke
     slow = tmp_path / "slow.json"
     slow.write_text(json.dumps(values))
     flags = ("plan", "--model", model, "--ram", "1GiB", *JOB, "--json")
+    done = flexgen(cache, *flags[:-1], "--machine", slow, "--quantization", "int8")
+    assert done.returncode == 2 and "was measured with quantization=auto, not int8" in done.stderr
     here, there = (events(flexgen(cache, *flags, *more))[-1]["predicted"] for more in ((), ("--machine", slow)))
     assert there["seconds"] > 3 * here["seconds"]
     slow.write_text("{}")
@@ -119,8 +123,24 @@ def test_what_changed_is_measured_again(kept: Path, tmp_path: Path) -> None:
     [
         (("--ram", "10MiB", *JOB), "needs at least"),
         ((*JOB, "-i", "x.jsonl"), "--requests and -i exclude each other"),
+        (("-i", "x.jsonl"), "x.jsonl"),
+        (("--requests", "3", "--prompt-tokens", "100000"), "would take none of the requests"),
     ],
 )
 def test_what_cannot_be_planned(model: Path, cache: Path, kept: Path, arguments: tuple[str, ...], said: str) -> None:
     done = flexgen(cache, "plan", "--model", model, *arguments)
     assert done.returncode == 2 and said in done.stderr
+
+
+def test_texts_are_counted_with_the_models_tokenizer(cache: Path, tmp_path: Path) -> None:
+    model = Path(pretrained.MODEL)
+    requests = tmp_path / "in.jsonl"
+    texts = ["record: Ravi Costa;* 24 Jul 1976;ph: +48 92 18883-24 =>", "x", "Mira vidal; October 4, 1962 =>"]
+    rows = [
+        {"custom_id": f"r{i}", "method": "POST", "url": "/v1/completions", "body": {"prompt": text, "max_tokens": 4}}
+        for i, text in enumerate(texts)
+    ]
+    requests.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    found = events(flexgen(cache, "plan", "--model", model, "--ram", "1GiB", "-i", requests, "--json"))[-1]["predicted"]
+    tokenizer = TextTokenizer(str(model / "tokenizer.json"))
+    assert found["prompt_tokens"] == sum(len(tokenizer.encode(text, add_special_tokens=True)) for text in texts)

@@ -89,7 +89,7 @@ def test_rates_are_found_again() -> None:
     assert segment.seconds(32, 0) == pytest.approx(2e-3 + 20e-6 * 32, rel=1e-6)
     assert found.head.at(16) == pytest.approx(7e-3 + 16e-5)
     assert found.keeps["disk beside compute"] == 0.5
-    assert found.load == {0: 1.0}
+    assert found.load == {0: 1.0, OUTSIDE: 1.0}, "as fast as the slowest of the others"
 
 
 def test_windows_are_counted_in_pairs_and_tokens() -> None:

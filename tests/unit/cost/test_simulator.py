@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexgen_lite.cost.job import JobRequest, predict
+from flexgen_lite.cost.job import JobRequest, JobTime, predict
 from flexgen_lite.cost.pass_work import MicroBatchWork
 from flexgen_lite.cost.rates import AttentionRates, Curve, Rates, SegmentRates
 from flexgen_lite.cost.simulator import ATTENTION, COMPUTE, DISK, Simulator
@@ -135,6 +135,7 @@ def test_a_job_is_followed_to_its_end_and_longer_ones_go_on() -> None:
         batcher = Batcher(PageTable(400, (group,), 1), 8, 1, 64, False, False)
         made = simulator(_Counted(0.0), schedule(2, 2))
         found = predict(batcher, made, [JobRequest(4, 5, 5)] * count, 8)
+        assert found is not None
         assert (found.requests, found.generated_tokens, found.prompt_tokens) == (count, 5 * count, 4 * count)
         assert found.followed == min(count, 400)
         return found.seconds
@@ -144,16 +145,56 @@ def test_a_job_is_followed_to_its_end_and_longer_ones_go_on() -> None:
     assert job(4000) == pytest.approx(10 * job(400), rel=0.02)
 
 
+@pytest.mark.parametrize(("answer", "prompts"), [(200, 8), (200, 11), (37, 30)])
+def test_passes_that_are_alike_are_counted_and_not_run(answer: int, prompts: int) -> None:
+    group = KvGroup((0, 1), 16)
+    batcher = Batcher(PageTable(400, (group,), 1), 8, 1, 64, False, False)
+    work = _Counted(0.0)
+    found = predict(batcher, simulator(work, schedule(2, 2)), [JobRequest(4, answer, answer)] * prompts, 8)
+    rounds = -(-prompts // 8)
+    assert found is not None
+    assert found.passes == rounds * answer and found.seconds == pytest.approx(3.0 * rounds * answer)
+    assert work.asked < found.passes / 4
+    assert found.done_at[-1] == pytest.approx(found.seconds)
+
+
 def test_answers_end_where_they_are_expected_to() -> None:
     group = KvGroup((0, 1), 16)
     batcher = Batcher(PageTable(400, (group,), 1), 8, 1, 64, False, False)
     found = predict(batcher, simulator(_Counted(0.0), schedule(2, 2)), [JobRequest(4, 3, 50)] * 8, 8)
-    assert found.passes == 3
+    assert found is not None and found.passes == 3
+
+
+def test_what_the_engine_refuses_takes_no_time_and_what_has_no_room_ends() -> None:
+    def job(*requests: JobRequest) -> JobTime | None:
+        group = KvGroup((0, 1), 16)
+        batcher = Batcher(PageTable(400, (group,), 1), 8, 1, 64, False, False)
+        return predict(batcher, simulator(_Counted(0.0), schedule(2, 2)), requests, 8, longest=40)
+
+    assert job(JobRequest(40, 5, 5)) is None
+    assert job(JobRequest(1, 0, 0)) is None, "nothing to compute"
+    found = job(JobRequest(40, 5, 5), JobRequest(30, 50, 50))
+    assert found is not None and (found.requests, found.followed, found.passes) == (2, 1, 10)
+
+
+def test_scored_prompts_ask_the_head_for_each_of_their_tokens() -> None:
+    class Asked(_Counted):
+        def of(self, batch: MicroBatch) -> MicroBatchWork:
+            scored.extend(len(piece.scored.targets) for piece in batch.pieces if piece.scored is not None)
+            return super().of(batch)
+
+    scored: list[int] = []
+    group = KvGroup((0, 1), 16)
+    batcher = Batcher(PageTable(400, (group,), 1), 8, 1, 64, False, False)
+    found = predict(batcher, simulator(Asked(0.0), schedule(2, 2)), [JobRequest(20, 0, 0, True)] * 3, 8)
+    assert found is not None and scored == [19] * 3
 
 
 class _Counted(FixedWork):
     def __init__(self, load: float) -> None:
         super().__init__([], load)
+        self.asked = 0
 
     def of(self, batch: MicroBatch) -> MicroBatchWork:
+        self.asked += 1
         return alike(2, 1.0, 0.0)
