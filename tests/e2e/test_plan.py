@@ -98,7 +98,7 @@ def test_another_machine_is_predicted_from_its_file(model: Path, cache: Path, ke
     done = flexgen(cache, *flags[:-1], "--machine", slow, "--quantization", "int8")
     assert done.returncode == 2 and "was measured with quantization=auto, not int8" in done.stderr
     here, there = (events(flexgen(cache, *flags, *more))[-1]["predicted"] for more in ((), ("--machine", slow)))
-    assert there["seconds"] > 3 * here["seconds"]
+    assert there["seconds"] > 1.5 * here["seconds"], "segments are not all of it: there is what lies between them"
     slow.write_text("{}")
     done = flexgen(cache, *flags[:-1], "--machine", slow)
     assert done.returncode == 2 and "is no calibration" in done.stderr

