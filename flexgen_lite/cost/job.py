@@ -45,7 +45,7 @@ class JobTime:
         seconds: from then on.
         passes: of those that were followed.
         busy: share of the time in which each lane works.
-        prompt_tokens, generated_tokens: of all requests.
+        prompt_tokens, generated_tokens: of all requests that the engine takes, going by those that were followed.
         requests, followed: all, and those that were followed.
         pass_seconds: of each pass that was followed.
         done_at: seconds by which each twentieth of the requests is done; the first is when the first one is.
@@ -104,7 +104,8 @@ def predict(
             each += [taken.seconds] * skipped
             busy.update({lane: skipped * time for lane, time in taken.busy.items()})
     shares = {lane: time / seconds for lane, time in busy.items() if seconds > 0}
-    rest = len(requests) - len(ends)
+    of_each = len(requests) / count  # requests that stand behind each that was chosen
+    rest = round(len(followed) * of_each) - len(ends)
     if rest and ends:
         begin, end = len(ends) * 3 // 10, len(ends) * 8 // 10
         seconds += rest * (ends[end] - ends[begin]) / max(1, end - begin)
@@ -115,8 +116,8 @@ def predict(
     else:
         done_at = tuple(ends[max(0, -(-len(ends) * part // DONE_PARTS) - 1)] for part in twentieths)
     return JobTime(
-        load, seconds, len(each), shares, sum(one.prompt for one in requests), sum(one.generated for one in requests),
-        len(requests), len(followed), tuple(each), done_at,
+        load, seconds, len(each), shares, round(of_each * sum(one.prompt for one in followed)),
+        round(of_each * sum(one.generated for one in followed)), len(requests), len(followed), tuple(each), done_at,
     )  # fmt: skip
 
 

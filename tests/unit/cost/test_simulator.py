@@ -175,6 +175,11 @@ def test_what_the_engine_refuses_takes_no_time_and_what_has_no_room_ends() -> No
     assert job(JobRequest(1, 0, 0)) is None, "nothing to compute"
     found = job(JobRequest(40, 5, 5), JobRequest(30, 50, 50))
     assert found is not None and (found.requests, found.followed, found.passes) == (2, 1, 10)
+    assert (found.prompt_tokens, found.generated_tokens, found.seconds) == (30, 10, pytest.approx(30.0))
+    several = job(*[JobRequest(40, 5, 5), JobRequest(30, 5, 5)] * 1000)
+    alone = job(*[JobRequest(30, 5, 5)] * 1000)
+    assert several is not None and alone is not None
+    assert several.seconds == pytest.approx(alone.seconds, rel=0.05) and several.generated_tokens == 5000
 
 
 def test_scored_prompts_ask_the_head_for_each_of_their_tokens() -> None:
