@@ -53,11 +53,11 @@ def rates_of(spec: ModelSpec, times: Times) -> Rates:
         head=Curve(_rising(ends)) if ends else Curve(((1.0, LEAST),)),
         attention={kind: _attention(spec, kinds, kind, whole) for kind in set(kinds)},
         load=_loads(spec, times),
-        pack=dict(times.packs),
         upload=dict(times.uploads),
         begin=Curve(begins) if begins else Curve(((1.0, LEAST),)),
         turn=TURN,
-        keeps=_keeps(times),
+        attends_beside_disk=_attends_beside_disk(times),
+        reads_beside_compute=_reads_beside_compute(times),
         computes_beside_disk=_computes_beside_disk(times),
         disk=times.disk,
     )
@@ -175,24 +175,23 @@ def _attention(spec: ModelSpec, kinds: Sequence[int], kind: int, passes: Sequenc
 def _loads(spec: ModelSpec, times: Times) -> dict[int, float]:
     """Kinds that had no slot are read as fast as the slowest of the others."""
     sizes = {kind: unit.num_bytes for kind, unit in zip((*layer_kinds(spec), OUTSIDE), spec.units, strict=True)}
-    found = {kind: median(one.again) for kind, one in times.loads.items()}
+    found = {kind: median(seconds) for kind, seconds in times.loads.items()}
     slowest = max((seconds / sizes[kind] for kind, seconds in found.items()), default=0.0)
     return {kind: found.get(kind, slowest * size) for kind, size in sizes.items()}
 
 
-def _keeps(times: Times) -> dict[str, float]:
-    attention: list[float] = []
-    for alone, beside in times.beside.passes:
-        if beside.shape.singles[0] and any(part[0] for part in alone.attention):
-            attention.append(_ratio(alone.attention, beside.attention))
-    loads = times.beside
-    disk = min(1.0, median(loads.loads_alone) / median(loads.loads)) if loads.loads else 1.0
-    return {
-        "attention beside disk": min(1.0, median(attention)) if attention else 1.0,
-        "disk beside compute": disk,
-        "compute beside attention": 1.0,
-        "attention beside compute": 1.0,
-    }
+def _attends_beside_disk(times: Times) -> float:
+    ratios = [
+        _ratio(alone.attention, beside.attention)
+        for alone, beside in times.beside.passes
+        if alone.shape.singles[0] and any(part[0] for part in alone.attention)
+    ]
+    return min(1.0, median(ratios)) if ratios else 1.0
+
+
+def _reads_beside_compute(times: Times) -> float:
+    beside = times.beside
+    return min(1.0, median(beside.loads_alone) / median(beside.loads)) if beside.loads else 1.0
 
 
 def _computes_beside_disk(times: Times) -> tuple[tuple[float, float], ...]:

@@ -33,7 +33,6 @@ class PassTimes:
         behind: by column, the share of its segment that is behind the attention of the column before; empty: these
             parts did not run by themselves.
         begin: from the order to the first segment.
-        length: from the beginning of the first segment to the end of the last.
     """
 
     shape: PassShape
@@ -41,16 +40,7 @@ class PassTimes:
     attention: tuple[tuple[float, ...], ...]
     hop: float
     begin: float
-    length: float
     behind: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class LoadTimes:
-    """Seconds of a unit: into memory that has never been touched, and again."""
-
-    first: tuple[float, ...]
-    again: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +61,13 @@ class Times:
     """
     Attributes:
         passes: with nothing beside them.
-        loads: by the kind of layer.
-        packs, uploads: seconds by the kind of layer.
+        loads: seconds by the kind of layer, into memory that was touched before.
+        uploads: seconds by the kind of layer.
         disk: bytes per second of plain reads before the loads; 0: they come from no file.
     """
 
     passes: tuple[PassTimes, ...]
     beside: BesideLoads
-    loads: Mapping[int, LoadTimes]
-    packs: Mapping[int, float]
+    loads: Mapping[int, tuple[float, ...]]
     uploads: Mapping[int, float]
     disk: float = 0.0

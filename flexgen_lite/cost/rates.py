@@ -1,6 +1,6 @@
 """How fast a machine does the parts of a pass of one model: what calibration measures. Pure logic.
 
-All times are seconds of one lane alone; what lanes take from each other is in `keeps`.
+All times are seconds of one lane alone; what lanes take from each other is said beside them.
 """
 
 from __future__ import annotations
@@ -84,10 +84,11 @@ class Rates:
         pair: of a row of a prompt and a token that it sees, by the kind of the column.
         head: of the last segment, by rows that are sampled from; without what its column costs.
         attention: by the kind of the column.
-        load, pack, upload: of a unit, by the kind of its layer; -1 for what is outside the layers.
+        load, upload: of a unit, by the kind of its layer; -1 for what is outside the layers.
         begin: of a pass before its first segment, by rows.
         turn: of the coordinator between two passes, and of each sequence.
-        keeps: share of its speed that a lane keeps beside another, "disk beside compute".
+        attends_beside_disk, reads_beside_compute: share of its speed that attention keeps while the loader works, and
+            the loader beside products and attention.
         computes_beside_disk: the same of products while the loader works, by their rows.
         disk: bytes per second of plain reads when loads were measured; 0: they come from no file.
     """
@@ -97,11 +98,11 @@ class Rates:
     head: Curve
     attention: Mapping[int, AttentionRates]
     load: Mapping[int, float]
-    pack: Mapping[int, float]
     upload: Mapping[int, float]
     begin: Curve
     turn: tuple[float, float]
-    keeps: Mapping[str, float]
+    attends_beside_disk: float = 1.0
+    reads_beside_compute: float = 1.0
     computes_beside_disk: tuple[tuple[float, float], ...] = ()
     disk: float = 0.0
 
@@ -164,11 +165,11 @@ class Rates:
             head=curve(values["head"]),
             attention={int(kind): AttentionRates(**value) for kind, value in values["attention"].items()},
             load=by_kind("load"),
-            pack=by_kind("pack"),
             upload=by_kind("upload"),
             begin=curve(values["begin"]),
             turn=(float(values["turn"][0]), float(values["turn"][1])),
-            keeps={str(key): float(value) for key, value in values["keeps"].items()},
+            attends_beside_disk=float(values["attends_beside_disk"]),
+            reads_beside_compute=float(values["reads_beside_compute"]),
             computes_beside_disk=tuple((float(x), float(y)) for x, y in values["computes_beside_disk"]),
             disk=float(values["disk"]),
         )

@@ -2,7 +2,7 @@
 
 Orders are the schedule's own (zigzag.py, slot_ring.py), and which segment runs next is SegmentQueue's to say, as in the
 compute worker. Each lane does one thing at a time, in the order in which it is told; attention workers are a lane each.
-What lanes take from each other is in Rates.keeps.
+The loader and the others take from each other (Rates); attention and products are not slowed down by each other.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Simulator:
     """
 
     def __init__(self, schedule: Schedule, work: Work, rates: Rates, num_workers: int, credit: int = 1) -> None:
-        self._schedule, self._work, self._keeps, self._credit = schedule, work, rates.keeps, credit
+        self._schedule, self._work, self._rates, self._credit = schedule, work, rates, credit
         self._lanes: dict[str, _Task | None] = {DISK: None, UPLOAD: None, COMPUTE: None}
         self._queues: dict[str, deque[_Task]] = {DISK: deque(), UPLOAD: deque()}
         for worker in range(num_workers):
@@ -135,23 +135,16 @@ class Simulator:
         return task
 
     def _speed(self, lane: str) -> float:
-        keeps, lanes = self._keeps, self._lanes
-        attends = any(task for name, task in lanes.items() if name.startswith(ATTENTION))
-        speed = 1.0
+        """Share of what it would have alone."""
+        lanes = self._lanes
+        if lane == DISK:
+            others = any(task for name, task in lanes.items() if name not in (DISK, UPLOAD))
+            return self._rates.reads_beside_compute if others else 1.0
+        if lanes[DISK] is None or lane == UPLOAD:
+            return 1.0
         if lane == COMPUTE:
-            if lanes[DISK]:
-                speed *= self._batches[self._task(COMPUTE).what[1]].beside_disk
-            if attends:
-                speed *= keeps["compute beside attention"]
-        elif lane == DISK:
-            if lanes[COMPUTE] or attends:
-                speed *= keeps["disk beside compute"]
-        elif lane.startswith(ATTENTION):
-            if lanes[DISK]:
-                speed *= keeps["attention beside disk"]
-            if lanes[COMPUTE]:
-                speed *= keeps["attention beside compute"]
-        return speed
+            return self._batches[self._task(COMPUTE).what[1]].beside_disk
+        return self._rates.attends_beside_disk
 
     # ------------------------------------------------------------------------------------------------ what ended
 

@@ -65,7 +65,7 @@ class Calibrator:
         self._opened: worker_messages.ModelOpened | None = None
         self._warm: dict[str, int] = {}
         self._loads: list[worker_messages.Loaded] = []
-        self._packs: list[worker_messages.Packed] = []
+        self._packed = 0  # units
         self._uploads: list[worker_messages.Uploaded] = []
         self._abandoned = 0
         self._pass_id = 0
@@ -116,7 +116,7 @@ class Calibrator:
         layer_bytes = max(unit.num_bytes for unit in spec.units[:-1])
         layers = spec.columns[columns_to_measure(spec, MOST_COLUMNS) - 1] + 1
         slots = min(spec.num_layers, max(2, layers, -(-WEIGHTS_BYTES // layer_bytes)) + 1)
-        own = {"ram": None, "max_sequences": None, "micro_batch_tokens": None, "micro_batches": 2}
+        own = {"ram": None, "max_sequences": None, "micro_batch_tokens": None, "micro_batches": 1}
         while True:
             config = self._config.model_copy(update=own | {"layer_slots": slots if slots < spec.num_layers else None})
             try:
@@ -143,7 +143,7 @@ class Calibrator:
                 self._loads.append(message)
                 self._go_on_loading()
             case worker_messages.Packed():
-                self._packs.append(message)
+                self._packed += 1
             case worker_messages.Uploaded():
                 self._uploads.append(message)
             case worker_messages.Abandoned():
@@ -182,11 +182,10 @@ class Calibrator:
         self._until(lambda: len(self._loads) > count)
         return (self._loads[-1].end_ns - self._loads[-1].start_ns) / 1e9
 
-    def pack(self, unit: int, slot: int, in_order: bool) -> float:
-        count = len(self._packs)
+    def pack(self, unit: int, slot: int, in_order: bool) -> None:
+        count = self._packed
         self._workers.compute.send(worker_messages.Pack(unit, slot, False, in_order))
-        self._until(lambda: len(self._packs) > count)
-        return (self._packs[-1].end_ns - self._packs[-1].start_ns) / 1e9
+        self._until(lambda: self._packed > count)
 
     def upload(self, unit: int, slot: int, device_slot: int) -> float:
         count = len(self._uploads)
@@ -215,7 +214,7 @@ class Calibrator:
         self, batches: Sequence[MicroBatch], slots: Sequence[int], setup: Setup, by_layer: bool = False
     ) -> tuple[PassSpans, int]:
         """The segments whose layers' weights are in `slots`, and the attention behind each but the model's last; with
-        when it was ordered."""
+        when it was ordered. `by_layer`: a layer's are ordered when the one before has been left."""
         plan, num_columns = setup.plan, len(setup.spec.columns)
         self._pass_id += 1
         self._pass = PassSpans({}, {}, {})

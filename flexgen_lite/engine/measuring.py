@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flexgen_lite.cost.kinds import columns_to_measure, layer_kinds
-from flexgen_lite.cost.measured import BesideLoads, LoadTimes, PassShape, PassTimes, Times
+from flexgen_lite.cost.measured import BesideLoads, PassShape, PassTimes, Times
 from flexgen_lite.engine.setup import Setup
 from flexgen_lite.model.spec import ModelSpec
 from flexgen_lite.plan.disk_rate import read_rate
@@ -60,14 +60,13 @@ class Measuring:
         uploads = self._upload() if plan.staged else {}
         kinds = ("raw",) if plan.staged else ("raw", "packed")
         passes: list[PassTimes] = []
-        packs: dict[int, float] = {}
         self._until = time.monotonic() + SECONDS
         for number, order in enumerate(kinds):
             if order == "packed":
-                packs = self._pack()
+                self._pack()
             budget = (self._until - time.monotonic()) / (len(kinds) - number)
             passes += self._passes(order, time.monotonic() + budget)
-        return Times(tuple(passes), self._beside_loads(passes), loads, packs, uploads, disk)
+        return Times(tuple(passes), self._beside_loads(passes), loads, uploads, disk)
 
     # ------------------------------------------------------------------------------------------------ weights
 
@@ -78,8 +77,8 @@ class Measuring:
         same = [other for other in range(self._num_slots - 1) if self._kinds[other] == self._kinds[layer]]
         return same[layer % len(same)] if same else 0
 
-    def _load(self) -> dict[int, LoadTimes]:
-        """The first time memory is taken; the second time it is there."""
+    def _load(self) -> dict[int, tuple[float, ...]]:
+        """The first time memory is taken as well: the second time counts, but of what is outside the layers."""
         owner, spec = self._owner, self._spec
         found: dict[int, list[list[float]]] = {}
         units = [(layer, layer, self._kinds[layer]) for layer in range(min(self._num_slots, spec.num_layers))]
@@ -89,7 +88,7 @@ class Measuring:
         for unit, slot, kind in units[:-1]:
             if len(found[kind][1]) < LOADED_AGAIN:
                 found[kind][1].append(owner.load(unit, slot))
-        return {kind: LoadTimes(tuple(first), tuple(again or first)) for kind, (first, again) in found.items()}
+        return {kind: tuple(again or first) for kind, (first, again) in found.items()}
 
     def _upload(self) -> dict[int, float]:
         owner, plan, spec = self._owner, self._plan, self._spec
@@ -100,19 +99,15 @@ class Measuring:
                 found[self._kinds[layer]] = owner.upload(layer, self._slot(layer), layer)
         return found
 
-    def _pack(self) -> dict[int, float]:
+    def _pack(self) -> None:
         """All layers: those that have no slot of their own lie in the order that another's are put in."""
-        found: dict[int, float] = {}
         done: set[int] = set()
         owner, spec = self._owner, self._spec
         for layer in range(spec.num_layers):
             slot = self._slot(layer)
-            seconds = owner.pack(layer, slot, slot in done)
-            if slot not in done:
-                found[self._kinds[layer]] = seconds
+            owner.pack(layer, slot, slot in done)
             done.add(slot)
         owner.pack(spec.num_layers, len(self._plan.slot_offsets) - 1, False)
-        return found
 
     # ------------------------------------------------------------------------------------------------ passes
 
@@ -149,9 +144,6 @@ class Measuring:
             context = self._longest_context(count)
             if context > 2 * SHORT_CONTEXT:
                 found.append(self.measure(PassShape(order, (count,), context, ()), None))
-            if self._plan.micro_batches > 1 and count > 1:
-                both = (count // 2, count // 2)
-                found.append(self.measure(PassShape(order, both, max(context, SHORT_CONTEXT), ((), ())), None))
         return found
 
     def _has_pages(self, sequences: int, tokens: int) -> bool:
@@ -258,10 +250,9 @@ def _times_of(shape: PassShape, found: PassSpans, ordered: int, columns: int, co
                 waited = found.segments[column + 1, 0][0] - found.segments[column, 0][1]
                 hops.append(waited / 1e9 - attention[column][0])
     first = min(start for start, _ in found.segments.values())
-    last = max(end for _, end in found.segments.values())
     hop = sorted(hops)[len(hops) // 2] if hops else 0.0
     behind = tuple(_share_behind(found, column) for column in range(columns)) if by_layer else ()
-    return PassTimes(shape, segments, attention, max(0.0, hop), (first - ordered) / 1e9, (last - first) / 1e9, behind)
+    return PassTimes(shape, segments, attention, max(0.0, hop), (first - ordered) / 1e9, behind)
 
 
 def _share_behind(found: PassSpans, column: int) -> float:

@@ -6,7 +6,7 @@ import pytest
 
 from flexgen_lite.cost.fit import pairs, rates_of
 from flexgen_lite.cost.kinds import OUTSIDE, columns_to_measure, layer_kinds, segment_kinds
-from flexgen_lite.cost.measured import BesideLoads, LoadTimes, PassShape, PassTimes, Times
+from flexgen_lite.cost.measured import BesideLoads, PassShape, PassTimes, Times
 from flexgen_lite.model.spec import AttentionSpec, ModelSpec, TensorSpec, UnitSpec
 
 PAIR, TOKEN, SEQUENCE, ROW, CALL = 1e-8, 2e-8, 3e-6, 4e-7, 5e-4
@@ -70,7 +70,7 @@ def made(spec: ModelSpec, order: str, singles: int, context: int, prompts: tuple
         segments.append((seconds if column < count else 7e-3 + 1e-5 * singles,))
     attends = CALL + SEQUENCE * singles + TOKEN * singles * (context + 1) + ROW * rows
     shape = PassShape(order, (singles,), context, (prompts,) if prompts else ())
-    return PassTimes(shape, tuple(segments), ((attends,),) * count, 0.0, 1e-4, 1.0)
+    return PassTimes(shape, tuple(segments), ((attends,),) * count, 0.0, 1e-4)
 
 
 def test_rates_are_found_again() -> None:
@@ -79,7 +79,7 @@ def test_rates_are_found_again() -> None:
     passes += [made(spec, "packed", 0, 0, (64,) * n, False) for n in (1, 4, 16)]
     passes += [made(spec, "packed", 0, 0, (1024,), False), made(spec, "packed", 64, 1024, (), False)]
     beside = BesideLoads(((passes[2], passes[2]),), (1.0, 1.0), (2.0, 2.0))
-    found = rates_of(spec, Times(tuple(passes), beside, {0: LoadTimes((2.0,), (1.0, 1.0))}, {0: 0.1}, {}, 1e9))
+    found = rates_of(spec, Times(tuple(passes), beside, {0: (1.0, 1.0)}, {}, 1e9))
     assert found.pair == {0: pytest.approx(PAIR)}
     one = found.attention[0]
     assert (one.token, one.sequence, one.row) == pytest.approx((TOKEN, SEQUENCE, ROW), rel=1e-6)
@@ -88,7 +88,7 @@ def test_rates_are_found_again() -> None:
     assert segment.seconds(0, 300) == pytest.approx(1e-3 + 10e-6 * 300, rel=1e-6)
     assert segment.seconds(32, 0) == pytest.approx(2e-3 + 20e-6 * 32, rel=1e-6)
     assert found.head.at(16) == pytest.approx(7e-3 + 16e-5)
-    assert found.keeps["disk beside compute"] == 0.5
+    assert found.reads_beside_compute == 0.5
     assert found.load == {0: 1.0, OUTSIDE: 1.0}, "as fast as the slowest of the others"
 
 
@@ -96,10 +96,10 @@ def test_windows_are_counted_in_pairs_and_tokens() -> None:
     spec = model((8, 8), (16, 16))
     passes = [made(spec, "raw", n, 8, (), False) for n in (1, 16)]
     passes += [made(spec, "raw", 0, 0, (8,) * 16, False), made(spec, "raw", 0, 0, (128,), False)]
-    found = rates_of(spec, Times(tuple(passes), BesideLoads((), (), ()), {0: LoadTimes((1.0,), (1.0,))}, {}, {}))
+    found = rates_of(spec, Times(tuple(passes), BesideLoads((), (), ()), {0: (1.0,)}, {}))
     assert found.pair == {0: pytest.approx(PAIR)}
 
 
 def test_nothing_measured() -> None:
     with pytest.raises(ValueError, match="no pass was measured"):
-        rates_of(model((8,), (None,)), Times((), BesideLoads((), (), ()), {}, {}, {}))
+        rates_of(model((8,), (None,)), Times((), BesideLoads((), (), ()), {}, {}))

@@ -33,8 +33,8 @@ def rates(**changes: object) -> Rates:
     segments = {"packed 0>0": SegmentRates(LINE, LINE), "raw -1>0": SegmentRates(Curve(((1, 9.0),)), LINE)}
     values: dict[str, object] = {
         "segments": segments, "pair": {0: 1e-9}, "head": LINE, "attention": {0: AttentionRates(1e-4, 1e-6, 1e-8, 1e-7)},
-        "load": {0: 1.0, -1: 3.0}, "pack": {0: 0.5}, "upload": {}, "begin": LINE, "turn": (1e-3, 1e-5),
-        "keeps": {"disk beside compute": 0.9}, "disk": 1e9,
+        "load": {0: 1.0, -1: 3.0}, "upload": {}, "begin": LINE, "turn": (1e-3, 1e-5),
+        "reads_beside_compute": 0.9, "disk": 1e9,
     }  # fmt: skip
     return Rates(**(values | changes))  # type: ignore[arg-type]
 

@@ -16,20 +16,13 @@ from flexgen_lite.schedule.slot_ring import SlotRing
 from flexgen_lite.schedule.zigzag import Schedule
 from flexgen_lite.wire.arena_specs import KvGroup
 
-KEEPS = dict.fromkeys(
-    (
-        "attention beside disk", "disk beside compute", "compute beside attention", "attention beside compute",
-    ),
-    1.0,
-)  # fmt: skip
 ONE = Curve(((1, 1.0),))
 
 
 def rates(**keeps: float) -> Rates:
     segments = {"raw 0>0": SegmentRates(ONE, ONE)}
     return Rates(
-        segments, {}, ONE, {0: AttentionRates(0, 0, 0, 0)}, {}, {}, {}, ONE, (0.0, 0.0),
-        KEEPS | {name.replace("_", " "): value for name, value in keeps.items()},
+        segments, {}, ONE, {0: AttentionRates(0, 0, 0, 0)}, {}, {}, ONE, (0.0, 0.0), **keeps
     )  # fmt: skip
 
 
@@ -96,7 +89,7 @@ def test_layers_from_a_slow_disk_set_the_pace() -> None:
 def test_lanes_take_from_each_other() -> None:
     alone = simulator(FixedWork([alike(6, 1.0, 0.0)], 0.9), schedule(6, 0))
     slowed = simulator(FixedWork([alike(6, 1.0, 0.0, beside_disk=0.5)], 0.9), schedule(6, 0))
-    disk = simulator(FixedWork([alike(6, 0.1, 0.0)], 0.9), schedule(6, 0), disk_beside_compute=0.5)
+    disk = simulator(FixedWork([alike(6, 0.1, 0.0)], 0.9), schedule(6, 0), reads_beside_compute=0.5)
     seconds = []
     for one in (alone, slowed, disk):
         one.load_all()
