@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.streaming import plain_rate
 from flexgen_lite.memory.slot_layout import TensorSource, layout_unit
 from flexgen_lite.model.checkpoint import Checkpoint, open_checkpoint
+from flexgen_lite.plan.disk_rate import read_rate
 from flexgen_lite.wire.worker_messages import AttachLoader, Load
 from flexgen_lite.workers.loader.state import LoaderState
 from flexgen_lite.workers.model.quantization import HeldBits, stored_packing
@@ -35,6 +35,7 @@ from flexgen_lite.workers.model.weight_trace import to_pieces, trace
 
 COLUMNS = WIDTH = 8192
 DISK_BYTES = 1 << 30
+READ_SECONDS = 4.0
 Tensors = dict[str, torch.Tensor]
 NAME = "x.weight"
 
@@ -216,7 +217,7 @@ def disk_rate(directory: Path) -> float:
         for _ in range(DISK_BYTES // len(part)):
             file.write(part)
         file.flush()
-        return plain_rate([Path(file.name)], DISK_BYTES)
+        return read_rate([Path(file.name)], READ_SECONDS)[0] / 1e9
 
 
 def main() -> None:

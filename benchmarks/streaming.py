@@ -11,39 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import mmap
-import os
 import random
 import re
 import statistics
 import tempfile
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from flexgen_lite import FlexGenLite, SamplingParams
+from flexgen_lite.plan.disk_rate import read_rate
 
-READ_BYTES, READS = 8 << 20, 4
-
-
-def plain_rate(files: list[Path], most_bytes: int) -> float:
-    """GB/s of parallel direct reads over the files, as far as `most_bytes`."""
-    parts = [(file, at) for file in files for at in range(0, file.stat().st_size - READ_BYTES + 1, READ_BYTES)]
-    parts = parts[: max(1, most_bytes // READ_BYTES)]
-    descriptors = {file: os.open(file, os.O_RDONLY | os.O_DIRECT) for file in files}
-    buffers = [mmap.mmap(-1, READ_BYTES) for _ in range(READS)]
-
-    def read(index: int) -> int:
-        return sum(os.preadv(descriptors[file], [buffers[index]], at) for file, at in parts[index::READS])
-
-    start = time.perf_counter()
-    with ThreadPoolExecutor(READS) as pool:
-        num_bytes = sum(pool.map(read, range(READS)))
-    seconds = time.perf_counter() - start
-    for descriptor in descriptors.values():
-        os.close(descriptor)
-    return num_bytes / seconds / 1e9
+READ_SECONDS = 4.0
 
 
 def layer_bytes(files: list[Path]) -> int:
@@ -83,7 +61,7 @@ def main() -> None:
     files = sorted(args.model.glob("*.safetensors"))
     random_ids = random.Random(0)
     prompts = [[random_ids.randrange(4, 30000) for _ in range(args.prompt_tokens)] for _ in range(args.prompts)]
-    before = plain_rate(files, 4 << 30)
+    before = read_rate(files, READ_SECONDS)[0] / 1e9
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         length = args.prompt_tokens + args.max_tokens
@@ -93,7 +71,7 @@ def main() -> None:
             model.generate(prompts, SamplingParams(max_tokens=args.max_tokens, temperature=0.0, ignore_eos=True))
             num_passes = int(model.status().totals["passes"])
         decoding = disk_passes(trace, num_passes - args.max_tokens + 2)
-    after = plain_rate(files, 4 << 30)
+    after = read_rate(files, READ_SECONDS)[0] / 1e9
     share = statistics.median(busy / seconds for seconds, busy in decoding)
     seconds = statistics.median(seconds for seconds, _ in decoding)
     print(f"plain reads {before:.2f} GB/s before, {after:.2f} GB/s after")

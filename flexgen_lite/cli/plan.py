@@ -73,7 +73,7 @@ def show_plan(
         policy = search(forecaster, config) if requests else Policy({}, forecaster.forecast(config), 1.0)
         found = policy.forecast
         variants = forecaster.variants(config, policy.settings, found) if found.job else []
-        if found.job and machine_file is None and config.quantization == "auto" and not _has_few_bits(found):
+        if found.job and machine_file is None and config.quantization == "auto" and not found.setup.spec.has_few_bits:
             variants.append(_in_int4(config, expected, requests, disk))
     console.plan(describe(found.setup.plan, found.setup.spec))
     lines = [*policy_lines(policy), *_lines(found, variants)]
@@ -89,10 +89,6 @@ def _check_settings(config: EngineConfig, calibration: Calibration, path: Path) 
                 f"{shown_path(path)} was measured with {key}={value}, not {wanted.get(key)}: plan with that, or "
                 "calibrate there again"
             )
-
-
-def _has_few_bits(found: Forecast) -> bool:
-    return any(tensor.packing is not None for unit in found.setup.spec.units for tensor in unit.tensors)
 
 
 def _in_int4(

@@ -152,6 +152,13 @@ class Setup:
         device = SlotRing({layers: made.device_slots} | stay, streamed, range(len(stay), made.device_slots))
         return Schedule(self.spec.columns, host, device, self.spec.stops)
 
+    @property
+    def kv_tokens(self) -> int:
+        """Of the longest sequence that an attention worker can hold."""
+        made = self.plan
+        table = PageTable(made.num_pages, made.kv_groups, made.attention_workers)
+        return table.max_tokens(made.micro_batch_tokens)
+
     def make_batcher(self, share_prefixes: bool) -> Batcher:
         made, spec = self.plan, self.spec
         where = "device" if made.staged else "disk" if made.ring_layers(spec.num_layers) else "memory"
@@ -167,12 +174,10 @@ class Setup:
         )
 
     def make_requests(self, share_prefixes: bool, tokenizer: TextTokenizer | None) -> Requests:
-        made, spec = self.plan, self.spec
+        spec = self.spec
         eos = tuple(token for token in spec.eos_token_ids if 0 <= token < spec.vocab_size)
         prefix = spec.bos_token_id if spec.bos_token_id is not None else next(iter(eos), None)
-        pages = PageTable(made.num_pages, made.kv_groups, made.attention_workers)
-        kv_tokens = pages.max_tokens(made.micro_batch_tokens)
-        limits = Limits(spec.max_length, kv_tokens, spec.vocab_size, eos, prefix)
+        limits = Limits(spec.max_length, self.kv_tokens, spec.vocab_size, eos, prefix)
         return Requests(self.make_batcher(share_prefixes), limits, tokenizer)
 
 

@@ -19,7 +19,6 @@ from flexgen_lite.plan.disk_rate import read_rate
 from flexgen_lite.plan.machine import Machine
 from flexgen_lite.plan.plan import PlanError
 from flexgen_lite.plan.workload import Workload
-from flexgen_lite.queue.page_table import PageTable
 
 DISK_SECONDS = 1.0
 TWICE = 2
@@ -135,9 +134,7 @@ class Forecaster:
 
 def longest_sequence(setup: Setup) -> int:
     """Tokens of the longest one that the engine takes: the model's, or what the KV cache holds."""
-    plan = setup.plan
-    table = PageTable(plan.num_pages, plan.kv_groups, plan.attention_workers)
-    return min(setup.spec.max_length, table.max_tokens(plan.micro_batch_tokens))
+    return min(setup.spec.max_length, setup.kv_tokens)
 
 
 def with_disk(rates: Rates, spec: ModelSpec, disk: float) -> Rates:

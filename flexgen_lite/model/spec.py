@@ -264,5 +264,10 @@ class ModelSpec:
         return *names, f"layer {self.num_layers}"
 
     @property
+    def has_few_bits(self) -> bool:
+        """Some of its weights are kept in fewer than 16."""
+        return any(tensor.packing is not None for unit in self.units for tensor in unit.tensors)
+
+    @property
     def weight_bytes(self) -> int:
         return sum(unit.num_bytes for unit in self.units)

@@ -182,7 +182,7 @@ def _products_bytes(spec: ModelSpec, threads: int) -> int:
 
 
 def _loader_bytes(spec: ModelSpec) -> int:
-    if _has_few_bits(spec):
+    if spec.has_few_bits:
         return QUANTISING_LOADER_BYTES + UNPACKED_ITEM_BYTES * _most_unpacked(spec)
     return CONVERTING_LOADER_BYTES if any(unit.converted for unit in spec.units) else LOADER_BYTES
 
@@ -192,10 +192,6 @@ def _most_unpacked(spec: ModelSpec) -> int:
     pieces = (piece for unit in spec.units for tensor in unit.tensors for piece in tensor.pieces)
     whole = (math.prod(piece.source_shape) for piece in pieces if piece.part is not None and piece.part.packing)
     return max(whole, default=0)
-
-
-def _has_few_bits(spec: ModelSpec) -> bool:
-    return any(tensor.packing is not None for unit in spec.units for tensor in unit.tensors)
 
 
 def _pages_of_use(
@@ -225,6 +221,6 @@ def _workspace_bytes(spec: ModelSpec, tokens: int, count: int, on_gpu: bool) -> 
     # As the model gives them and once more, in float32, which of them are larger than another, one row to draw from.
     logits = spec.vocab_size * (rows * (2 * item + 4 + 1) + SAMPLING_BYTES)
     scores = heads * 128 * min(tokens, spec.max_length) * 4 * 2
-    unpacking = UNPACKING_BYTES["gpu" if on_gpu else "cpu"] if _has_few_bits(spec) else 0
+    unpacking = UNPACKING_BYTES["gpu" if on_gpu else "cpu"] if spec.has_few_bits else 0
     mixing = max(spec.mix_bytes, STATES_BYTES) if spec.states else 0
     return int((running + suspended + mixing + max(logits, scores)) * ALLOCATOR_SLACK) + unpacking
