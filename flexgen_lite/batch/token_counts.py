@@ -1,4 +1,4 @@
-"""How many tokens the prompts of a batch file have."""
+"""How many tokens the prompts of a batch file have, and how much of their beginnings others have as well."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import itertools
 import json
 import random
 import tempfile
-from collections.abc import Iterator
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 
 from flexgen_lite.batch.file import BatchRequest, read_requests
@@ -18,28 +22,67 @@ from flexgen_lite.wire.worker_messages import WireChatTemplate
 
 MOST_COUNTED = 4000  # lines
 LONG_TEXT = 20_000  # characters
+BLOCK = 16  # tokens, by which beginnings are compared
 
 
-def count_tokens(path: Path, tokenizer_json: str, template: WireChatTemplate | None) -> Iterator[tuple[int, int, bool]]:
-    """Tokens of the prompt, those that may be generated, and whether the prompt is scored, of each sequence of good
-    lines, in their order. Lines behind the first MOST_COUNTED are taken to be as these.
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """
+    Attributes:
+        prompt: tokens of it.
+        max_tokens: those that may be generated.
+        scored: whether the prompt is.
+        shared: keys of the prompt's first blocks of BLOCK tokens, as far as other prompts begin with them.
+    """
+
+    prompt: int
+    max_tokens: int
+    scored: bool
+    shared: tuple[bytes, ...] = ()
+
+
+def count_tokens(path: Path, tokenizer_json: str, template: WireChatTemplate | None) -> Iterator[Counted]:
+    """Of each sequence of good lines, in their order. Lines behind the first MOST_COUNTED are taken to be as these.
 
     Args:
         tokenizer_json: a tokenizer.json's text; where there is none, and of long texts, tokens are estimated.
     """
     tokenizer = _tokenizer(tokenizer_json)
     draw = random.Random(0)
-    counted: list[tuple[int, int, bool]] = []
+    found: list[tuple[Counted, tuple[bytes, ...]]] = []
+    users: Counter[bytes] = Counter()
     with open_lines(path) as lines:
         for item in read_requests(itertools.islice(lines, MOST_COUNTED)):
             if isinstance(item, BatchRequest):
-                is_scored = item.params.prompt_logprobs is not None
-                one = _prompt_tokens(item.prompt, tokenizer, template), item.params.max_tokens, is_scored
-                counted += [one] * item.params.n
-                yield from [one] * item.params.n
+                count, tokens = _prompt_tokens(item.prompt, tokenizer, template)
+                one = Counted(count, item.params.max_tokens, item.params.prompt_logprobs is not None)
+                keys = _block_keys(tokens)
+                users.update(dict.fromkeys(keys, item.params.n))
+                found += [(one, keys)] * item.params.n
+        counted = _with_shared(found, users)
+        yield from counted
         for line in lines:
             if counted and not is_blank(line):
                 yield draw.choice(counted)
+
+
+def _block_keys(tokens: Sequence[int]) -> tuple[bytes, ...]:
+    keys, key = [], b""
+    for first in range(0, len(tokens) - BLOCK + 1, BLOCK):
+        key = blake2b(key + array("q", tokens[first : first + BLOCK]).tobytes(), digest_size=8).digest()
+        keys.append(key)
+    return tuple(keys)
+
+
+def _with_shared(found: Sequence[tuple[Counted, tuple[bytes, ...]]], users: Counter[bytes]) -> list[Counted]:
+    """Those that are alike are one object: a file may have millions."""
+    made: dict[Counted, Counted] = {}
+    counted = []
+    for one, keys in found:
+        shared = tuple(itertools.takewhile(lambda key: users[key] > 1, keys))
+        same = Counted(one.prompt, one.max_tokens, one.scored, shared)
+        counted.append(made.setdefault(same, same))
+    return counted
 
 
 def _tokenizer(text: str) -> TextTokenizer | None:
@@ -51,7 +94,10 @@ def _tokenizer(text: str) -> TextTokenizer | None:
         return TextTokenizer(file.name)
 
 
-def _prompt_tokens(prompt: object, tokenizer: TextTokenizer | None, template: WireChatTemplate | None) -> int:
+def _prompt_tokens(
+    prompt: object, tokenizer: TextTokenizer | None, template: WireChatTemplate | None
+) -> tuple[int, Sequence[int]]:
+    """How many, and which, where that is known."""
     if isinstance(prompt, Chat):
         try:
             text, has_special = render(prompt, template), True
@@ -60,7 +106,8 @@ def _prompt_tokens(prompt: object, tokenizer: TextTokenizer | None, template: Wi
     elif isinstance(prompt, str):
         text, has_special = prompt, False
     else:
-        return len(prompt)  # type: ignore[arg-type]
+        return len(prompt), prompt  # type: ignore[arg-type,return-value]
     if tokenizer is None or len(text) > LONG_TEXT:
-        return len(text.encode("utf-8", "surrogatepass")) // BYTES_PER_TOKEN + 1
-    return max(1, len(tokenizer.encode(text, add_special_tokens=not has_special)))
+        return len(text.encode("utf-8", "surrogatepass")) // BYTES_PER_TOKEN + 1, ()
+    tokens = tokenizer.encode(text, add_special_tokens=not has_special)
+    return max(1, len(tokens)), tokens

@@ -166,7 +166,7 @@ class LiveConsole(Console):
             left = values.get("seconds_left")  # by a prediction
             if left is None:
                 left = seconds_left(counters["done"], new, elapsed, self._window.rate("done"))
-            batch = BatchView(values["done"], values["failed"], total, elapsed, left)
+            batch = BatchView(values["done"], values["failed"], total, elapsed, left, values.get("predicted_seconds"))
         self._show(render(engine, batch))
 
     def share(self, text: str, values: dict[str, Any]) -> None:

@@ -31,13 +31,15 @@ _MOST_BAR = 60
 
 @dataclass(frozen=True, slots=True)
 class BatchView:
-    """How far a batch is; `total` and `seconds_left` are None where they are unknown."""
+    """How far a batch is; `total`, `seconds_left` and what was predicted of the whole are None where they are
+    unknown."""
 
     done: int
     failed: int
     total: int | None
     elapsed: float
     seconds_left: float | None
+    predicted: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,7 @@ def _lines(engine: EngineView, batch: BatchView | None) -> Iterable[list[str]]:
             f"{batch.failed:,} failed",
             f"elapsed {clock(batch.elapsed)}",
             f"left {clock(batch.seconds_left)}",
+            *([] if batch.predicted is None else [f"predicted {clock(batch.predicted)}"]),
         ]
     now, overall = engine.now, engine.overall
     yield [f"generated {now[0]:,.1f} tok/s", f"prompts {now[1]:,.1f} tok/s", f"overall {overall[0]:,.1f} tok/s"]

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flexgen_lite.batch.lines import check_lines
-from flexgen_lite.batch.survey import READ_UP_TO, survey
-from flexgen_lite.batch.token_counts import count_tokens
+from flexgen_lite.batch.survey import survey
 from flexgen_lite.cli.console import Console
 from flexgen_lite.cli.rates import clock
 from flexgen_lite.cli.terminal import signals_interrupt
@@ -17,7 +16,8 @@ from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.cost.job import JobRequest, JobTime
 from flexgen_lite.engine.calibration import Calibration
 from flexgen_lite.launcher import calibrate
-from flexgen_lite.launcher.forecast import Forecast, Forecaster, Variant, disk_now
+from flexgen_lite.launcher.forecast import SHORTER, Forecast, Forecaster, Variant, disk_now
+from flexgen_lite.launcher.outlook import requests_of
 from flexgen_lite.launcher.search import Policy, search
 from flexgen_lite.plan.machine import inspect_machine
 from flexgen_lite.plan.plan import PlanError
@@ -104,21 +104,6 @@ def _in_int4(
         return Variant(INT4, None, str(error))
 
 
-def policy_for(config: EngineConfig, input_file: Path, answer_tokens: int | None = None) -> Policy | None:
-    """Of a file's job; None where this machine was not calibrated with the model, or there is no good line."""
-    calibration = calibrate.known(config)
-    if calibration is None or not input_file.is_file() or input_file.stat().st_size > READ_UP_TO:
-        return None
-    requests, expected = _work(calibration, input_file, None, answer_tokens)
-    if not requests:
-        return None
-    disk = disk_now(calibration.opened.spec)
-    forecaster = Forecaster(calibration, inspect_machine(), expected, requests, disk)
-    if calibration.opened.device_total_bytes:  # no prediction has been compared with a run on a GPU
-        return Policy({}, forecaster.forecast(config), 1.0)
-    return search(forecaster, config)
-
-
 def policy_lines(policy: Policy) -> list[str]:
     if not policy.settings:
         return []
@@ -151,12 +136,7 @@ def _work(
     calibration: Calibration, input_file: Path | None, job: Job | None, answer_tokens: int | None
 ) -> tuple[list[JobRequest], Workload | None]:
     if input_file is not None:
-        made: dict[tuple[int, int, bool], JobRequest] = {}  # many are alike
-        requests = [
-            made.setdefault(one, JobRequest(one[0], min(one[1], answer_tokens or one[1]), one[1], one[2]))
-            for one in count_tokens(input_file, calibration.tokenizer, calibration.opened.chat_template)
-        ]
-        return requests, survey(input_file)
+        return requests_of(calibration, input_file, answer_tokens), survey(input_file)
     if job is None:
         return [], None
     one = JobRequest(job.prompt_tokens, max(1, min(job.max_tokens, answer_tokens or job.max_tokens)), job.max_tokens)
@@ -202,7 +182,7 @@ def _verdict(job: JobTime, variants: Sequence[Variant]) -> str:
     """Which lane sets the time, and what of the variants would help most."""
     lane, share = _busiest(job)[0]
     text = f"the busiest lane is {lane}, {share:.0%} of the time"
-    choices = [one for one in variants if one.job is not None and "answers" not in one.name]
+    choices = [one for one in variants if one.job is not None and one.name != SHORTER]
     best = max(choices, key=lambda one: _rate(one.job) if one.job else 0.0, default=None)
     if best is None or best.job is None or _rate(best.job) < WORTH_TELLING * _rate(job):
         return f"{text}: none of the changes below would help much"

@@ -64,6 +64,11 @@ class Expected:
     def __init__(self, done_at: Sequence[float]) -> None:
         self._done_at = tuple(done_at)
 
+    @property
+    def seconds(self) -> float:
+        """Of the whole job."""
+        return self._done_at[-1]
+
     def seconds_left(self, done: float, total: float, elapsed: float) -> float:
         """As the prediction has it behind so many requests; the pace until now counts as far as the job is."""
         share = min(1.0, done / total) if total > 0 else 0.0

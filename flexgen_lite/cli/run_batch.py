@@ -12,14 +12,16 @@ from flexgen_lite.batch.result_file import ResultWriter
 from flexgen_lite.batch.run import BatchRun, Progress
 from flexgen_lite.batch.survey import survey
 from flexgen_lite.cli.console import Console
-from flexgen_lite.cli.plan import policy_for, policy_lines
+from flexgen_lite.cli.plan import policy_lines
 from flexgen_lite.cli.rates import Expected, clock
 from flexgen_lite.cli.terminal import signals_interrupt
 from flexgen_lite.client.client import Client
 from flexgen_lite.config.engine import EngineConfig
+from flexgen_lite.cost.comparison import where_they_part
 from flexgen_lite.errors import EngineError
-from flexgen_lite.launcher.search import Policy
+from flexgen_lite.launcher.outlook import Outlook, outlook
 from flexgen_lite.launcher.supervisor import EngineSupervisor
+from flexgen_lite.report.bottleneck import verdict
 from flexgen_lite.text.shown import shown_path
 
 
@@ -28,33 +30,35 @@ def run_on_own_engine(
 ) -> None:
     """Start an engine, run the file, stop the engine. One that dies on the way is started again."""
     _leave_to_rows(output_file, console)
-    policy = None
+    found = None
     if overwrite or not output_file.exists():  # of a rest nothing is predicted
-        policy = _policy(config, input_file, console)
-        config = config if policy is None else config.model_copy(update=policy.settings)
+        found = _outlook(config, input_file, console)
+        config = config if found is None else config.model_copy(update=found.policy.settings)
+    predicted = None if found is None else found.predicted
     with (
         signals_interrupt(),
         ResultWriter(output_file, overwrite=overwrite, warn=console.warn) as results,
-        EngineSupervisor(config, expected=survey(input_file), on_log=console.log, on_plan=console.plan) as engine,
+        EngineSupervisor(
+            config, expected=survey(input_file), predicted=predicted, on_log=console.log, on_plan=console.plan
+        ) as engine,
         engine.connect() as client,
     ):
-        _run(client, input_file, results, console, policy)
+        _run(client, input_file, results, console, found)
 
 
-def _policy(config: EngineConfig, input_file: Path, console: Console) -> Policy | None:
+def _outlook(config: EngineConfig, input_file: Path, console: Console) -> Outlook | None:
     """What was measured of this machine and the model, if it was, makes of the job."""
     try:
-        policy = policy_for(config, input_file)
+        found = outlook(config, input_file)
     except Exception as error:  # of any kind: no prediction stops a run, and what ails its file or budget is told later
         logging.getLogger("flexgen_lite").debug("nothing is predicted", exc_info=error)
         return None
-    if policy is not None and policy.forecast.job is not None:
-        for line in policy_lines(policy):
+    if found is not None:
+        for line in policy_lines(found.policy):
             console.log(line)
-        job = policy.forecast.job
-        rate = job.generated_tokens / job.seconds
-        console.log(f"predicted {clock(job.seconds)} where answers are as long as they may be, {rate:,.1f} tok/s")
-    return policy
+        rate = found.job.generated_tokens / found.job.seconds
+        console.log(f"predicted {clock(found.job.seconds)} where answers are as long as they may be, {rate:,.1f} tok/s")
+    return found
 
 
 def run_on_endpoint(
@@ -91,21 +95,23 @@ def _leave_to_rows(output_file: Path, console: Console) -> None:
 
 
 def _run(
-    client: Client, input_file: Path, results: ResultWriter, console: Console, policy: Policy | None = None
+    client: Client, input_file: Path, results: ResultWriter, console: Console, found: Outlook | None = None
 ) -> None:
     run = BatchRun(client, input_file, results, warn=console.warn)
     if num_rows := results.there.num_rows:
         _tell_what_is_there(run, num_rows, console)
     try:
-        last = watch(run, console, policy)
+        last = watch(run, console, found)
     except EngineError as error:
         if error.user_error:
             raise
         raise EngineError(f"{error}; the same command goes on where it stopped", details=error.details) from error
     values, text = last.to_dict(), last.summary()
-    if policy is not None and policy.forecast.job is not None:
-        values["predicted_seconds"] = predicted = policy.forecast.job.seconds
-        text += f"; predicted {clock(predicted)}"
+    if found is not None:
+        values |= {"predicted_seconds": found.predicted.seconds, "predicted_lanes": dict(found.predicted.lanes)}
+        busy = {lane: share * last.busy_seconds for lane, share in last.lanes.items()}
+        text += f"; {where_they_part(found.predicted, last.busy_seconds, busy)}"
+        text += f"\n{verdict(last.lanes, found.predicted.changes)}"
     console.done(text, values)
 
 
@@ -118,17 +124,17 @@ def _tell_what_is_there(run: BatchRun, num_rows: int, console: Console) -> None:
         console.log("nothing to do: every line of the input has its row")
 
 
-def watch(run: BatchRun, console: Console, policy: Policy | None = None) -> Progress:
+def watch(run: BatchRun, console: Console, found: Outlook | None = None) -> Progress:
     """Run to the end, and tell of it."""
-    job = None if policy is None else policy.forecast.job
-    expected = None if job is None or not job.done_at else Expected(job.done_at)
+    expected = None if found is None or not found.job.done_at else Expected(found.job.done_at)
 
     def tell(now: Progress) -> None:
         values, text = now.to_dict(), str(now)
         if expected is not None and now.total:
             left = expected.seconds_left(now.done - now.earlier, now.total - now.earlier, now.busy_seconds)
-            values["seconds_left"] = left
-            text += f"; {clock(left)} left"
+            values |= {"seconds_left": left, "predicted_seconds": expected.seconds}
+            in_all = clock(now.busy_seconds + left)
+            text += f"; {clock(left)} left, {in_all} in all where {clock(expected.seconds)} were predicted"
         console.progress(text, values, now.status)
 
     return run.run(tell, console.interval)

@@ -20,6 +20,8 @@ from flexgen_lite.wire.sampling import TokenLogprobs, WireParams
 
 FOLLOWED_ROUNDS = 5  # requests that are followed, in numbers of those that run at once
 LEAST_FOLLOWED = 400
+STRETCH = 16  # requests that follow each other, of those that are followed: neighbours may begin alike
+SHARED_TOKENS = 16
 MOST_SKIPPED = 16  # passes in a row that are taken to be as the one before: only contexts grow
 END = 1  # the token that ends a sequence here
 NO_SCORE = TokenLogprobs(0.0, 1, ())
@@ -28,13 +30,20 @@ DONE_PARTS = 20
 
 @dataclass(frozen=True, slots=True)
 class JobRequest:
-    """Tokens of its prompt, of its answer as it is expected, and those that it may have at most; whether its prompt's
-    tokens are scored."""
+    """
+    Attributes:
+        prompt: tokens of it.
+        generated: of its answer, as it is expected.
+        max_tokens: that it may have at most.
+        scored: whether its prompt's tokens are.
+        shared: keys of its prompt's first blocks of SHARED_TOKENS, as far as other prompts begin with them.
+    """
 
     prompt: int
     generated: int
     max_tokens: int
     scored: bool = False
+    shared: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +89,7 @@ def predict(
         longest: tokens of a sequence that the engine takes; None: any number.
     """
     count = min(len(requests), max(LEAST_FOLLOWED, rounds * at_once))
-    chosen = (requests[i * len(requests) // count] for i in range(count))  # of a file that is in order, too
+    chosen = (requests[index] for index in _chosen(len(requests), count))
     followed = [one for one in (_taken(request, longest) for request in chosen) if one is not None]
     if not followed:
         return None
@@ -88,7 +97,7 @@ def predict(
     lengths = {}
     for number, one in enumerate(followed):
         lengths[number] = one.generated
-        waiting.add(_sequence(number, one))
+        waiting.add(_sequence(number, one, batcher.block_tokens))
     load = simulator.load_all()
     seconds, busy, each, ends = 0.0, Counter[str](), list[float](), list[float]()
     while micro_batches := batcher.compose(waiting):
@@ -121,6 +130,16 @@ def predict(
     )  # fmt: skip
 
 
+def _chosen(total: int, count: int) -> list[int]:
+    """`count` places of `total`: stretches from everywhere, for a file may be in order."""
+    if count >= total:
+        return list(range(total))
+    stretches = -(-count // STRETCH)
+    begins = [k * total // stretches for k in range(stretches)]
+    places = [begin + i for begin in begins for i in range(min(STRETCH, total - begin))]
+    return places[:count]
+
+
 def _taken(one: JobRequest, longest: int | None) -> JobRequest | None:
     """As the engine does: what is too long is refused, and an answer ends where there is no more room."""
     if one.prompt + one.max_tokens <= 1 or (longest is not None and one.prompt >= longest):
@@ -151,14 +170,27 @@ def _skip(batcher: Batcher, micro_batches: Sequence[MicroBatch], lengths: dict[i
     return max(0, count)
 
 
-def _sequence(number: int, one: JobRequest) -> RunningRequest:
+def _sequence(number: int, one: JobRequest, block_tokens: int) -> RunningRequest:
+    """`block_tokens`: of blocks that prompts share; 0: they share none."""
     params = WireParams(
         max_tokens=one.max_tokens, min_tokens=0, temperature=0.0, top_k=0, top_p=1.0, seed=0, stop_token_ids=(),
         ignore_eos=False, skip_special_tokens=True, prompt_logprobs=0 if one.scored else None,
     )  # fmt: skip
     kept = KeptLogprobs(0) if one.scored else None
     tokens = array("i", bytes(4 * one.prompt))
-    return RunningRequest(number, tokens, one.prompt, params, 0, frozenset((END,)), prompt_logprobs=kept)
+    keys: tuple[bytes, ...] = ()
+    if block_tokens:
+        known = [one.shared[end // SHARED_TOKENS - 1] for end in _block_ends(len(one.shared), block_tokens)]
+        own = (f"{number} {block}".encode() for block in range(len(known), one.prompt // block_tokens))
+        keys = (*known, *own)
+    return RunningRequest(
+        number, tokens, one.prompt, params, 0, frozenset((END,)), prompt_logprobs=kept, block_keys=keys
+    )
+
+
+def _block_ends(count: int, block_tokens: int) -> range:
+    """Of the engine's blocks within `count` blocks of SHARED_TOKENS."""
+    return range(block_tokens, count * SHARED_TOKENS + 1, block_tokens)
 
 
 def _drawn(request: RunningRequest, lengths: dict[int, int]) -> int:

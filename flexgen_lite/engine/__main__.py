@@ -1,7 +1,7 @@
 """`python -m flexgen_lite.engine`: the coordinator's process.
 
-Started by EngineProcess: one JSON line on standard input (`config`, `run_dir`, `expected`), then the pipe is held open
-and its end is this process's end. What happens is told on standard output (events.py).
+Started by EngineProcess: one JSON line on standard input (`config`, `run_dir`, `expected`, ...), then the pipe is held
+open and its end is this process's end. What happens is told on standard output (events.py).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import traceback
 from pathlib import Path
 
 from flexgen_lite.config.engine import ConfigError, EngineConfig
+from flexgen_lite.cost.comparison import Prediction
 from flexgen_lite.engine.calibrator import Calibrator
 from flexgen_lite.engine.coordinator import Coordinator, Stopping
 from flexgen_lite.engine.events import emit
@@ -39,7 +40,7 @@ def main() -> int:
                 emit("calibrated", **calibrator.run().to_dict())
             return 0
         expected = Workload.from_dict(order.get("expected"))
-        with Coordinator(config, run_dir, expected) as coordinator:
+        with Coordinator(config, run_dir, expected, Prediction.from_dict(order.get("predicted"))) as coordinator:
             coordinator.run()
     except Stopping:
         return 0

@@ -25,11 +25,11 @@ from flexgen_lite.engine.coordinator import Stopping
 from flexgen_lite.engine.event_loop import EventLoop
 from flexgen_lite.engine.events import log
 from flexgen_lite.engine.measuring import MOST_COLUMNS, Measuring
-from flexgen_lite.engine.setup import Setup, order_to_open, set_up
+from flexgen_lite.engine.setup import Setup, open_tokenizer, order_to_open, set_up
 from flexgen_lite.engine.worker_process import WorkerDied, WorkerProcess
 from flexgen_lite.engine.worker_supervisor import WorkerSupervisor
 from flexgen_lite.memory.arena import Arena
-from flexgen_lite.memory.usage import MemoryUse, resident_bytes
+from flexgen_lite.memory.usage import MemoryUse, give_back_memory, resident_bytes
 from flexgen_lite.plan.machine import inspect_machine
 from flexgen_lite.plan.need import Measured, num_attention_workers
 from flexgen_lite.plan.plan import PlanError
@@ -97,7 +97,10 @@ class Calibrator:
             dtype = opened.spec.dtype
             worker.send(worker_messages.WarmUp(dtype, self._config.stored_kv_dtype(dtype)))
         self._until(lambda: len(self._warm) == len(attention))
+        tokenizer = open_tokenizer(opened.tokenizer_file)  # a coordinator has it: it takes what it takes
+        give_back_memory()
         processes = Measured(opened.resident_bytes, resident_bytes()[0], max(self._warm.values()))
+        del tokenizer
         setup = self._set_up(opened, processes)
         for name, num_bytes in setup.arena_bytes.items():
             self._arenas[name].resize(num_bytes)
@@ -107,8 +110,8 @@ class Calibrator:
         self._workers.compute.send(setup.for_compute())
         self._until(lambda: not self._workers.not_ready)
         times = Measuring(self, setup).run()
-        tokenizer = Path(opened.tokenizer_file).read_text(encoding="utf-8") if opened.tokenizer_file else ""
-        return Calibration(opened, processes, self._machine, rates_of(opened.spec, times), tokenizer)
+        text = Path(opened.tokenizer_file).read_text(encoding="utf-8") if opened.tokenizer_file else ""
+        return Calibration(opened, processes, self._machine, rates_of(opened.spec, times), text)
 
     def _set_up(self, opened: worker_messages.ModelOpened, processes: Measured) -> Setup:
         """A plan with slots for some layers, as many as the budget allows of those that are wanted."""

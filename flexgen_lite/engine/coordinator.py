@@ -20,6 +20,7 @@ from typing import Any, Self
 import zmq
 
 from flexgen_lite.config.engine import EngineConfig
+from flexgen_lite.cost.comparison import Prediction
 from flexgen_lite.engine.event_loop import EventLoop
 from flexgen_lite.engine.events import emit, log
 from flexgen_lite.engine.frontend import Frontend
@@ -59,8 +60,11 @@ class Stopping(Exception):
 class Coordinator:
     """`with Coordinator(config, run_dir, expected) as coordinator: coordinator.run()`; no process is left behind."""
 
-    def __init__(self, config: EngineConfig, run_dir: Path, expected: Workload | None) -> None:
+    def __init__(
+        self, config: EngineConfig, run_dir: Path, expected: Workload | None, predicted: Prediction | None = None
+    ) -> None:
         self._config = config
+        self._predicted = predicted
         self._run_dir = run_dir
         self._expected = expected
         self._machine = inspect_machine()
@@ -223,16 +227,13 @@ class Coordinator:
         processes = Measured(message.resident_bytes, resident_bytes()[0], max(self._warm.values()))
         setup = set_up(message, self._config, self._machine, self._expected, processes)
         emit("plan", text=describe(setup.plan, setup.spec), decided=setup.decided)
-        self._stats.trace_about(self._config, setup)
+        self._stats.trace_about(self._config, setup, self._predicted)
         for warning in (*setup.spec.warnings, *setup.plan.warnings):
             log(f"warning: {warning}")
         self._stats.memory.plan(setup.plan.process_bytes)
         for name, num_bytes in setup.arena_bytes.items():
             self._arenas[name].resize(num_bytes)
-        share = self._config.prefix_caching
-        if share is None:
-            share = setup.spec.dtype == "float32"
-        requests = setup.make_requests(share, tokenizer)
+        requests = setup.make_requests(self._config.prefix_caching, tokenizer)
         passes = Passes(setup, requests, self._workers, self._stats, self._answer)
         losses = Losses(passes, requests, self._workers, self._answer)
         self._serving = Serving(setup, requests, passes, losses)

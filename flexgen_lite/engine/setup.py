@@ -159,8 +159,10 @@ class Setup:
         table = PageTable(made.num_pages, made.kv_groups, made.attention_workers)
         return table.max_tokens(made.micro_batch_tokens)
 
-    def make_batcher(self, share_prefixes: bool) -> Batcher:
+    def make_batcher(self, share_prefixes: bool | None) -> Batcher:
+        """None: prompts share their beginning in float32 only."""
         made, spec = self.plan, self.spec
+        share = spec.dtype == "float32" if share_prefixes is None else share_prefixes
         where = "device" if made.staged else "disk" if made.ring_layers(spec.num_layers) else "memory"
         return Batcher(
             PageTable(made.num_pages, made.kv_groups, made.attention_workers),
@@ -168,12 +170,12 @@ class Setup:
             made.micro_batches,
             made.micro_batch_tokens,
             made.spread,
-            share_prefixes and not spec.states,  # a state is of its sequence's end alone
+            share and not spec.states,  # a state is of its sequence's end alone
             ROWS_OF_A_PASS[where],
             made.state_places // 2,
         )
 
-    def make_requests(self, share_prefixes: bool, tokenizer: TextTokenizer | None) -> Requests:
+    def make_requests(self, share_prefixes: bool | None, tokenizer: TextTokenizer | None) -> Requests:
         spec = self.spec
         eos = tuple(token for token in spec.eos_token_ids if 0 <= token < spec.vocab_size)
         prefix = spec.bos_token_id if spec.bos_token_id is not None else next(iter(eos), None)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from flexgen_lite import __version__
 from flexgen_lite.config.engine import EngineConfig
+from flexgen_lite.cost.comparison import Prediction
 from flexgen_lite.engine.events import log
 from flexgen_lite.engine.lanes import TRAFFIC_LANES, Lanes
 from flexgen_lite.engine.setup import Setup
@@ -89,7 +90,7 @@ class EngineStats:
 
     # ------------------------------------------------------------------------------------------------ trace
 
-    def trace_about(self, config: EngineConfig, setup: Setup) -> None:
+    def trace_about(self, config: EngineConfig, setup: Setup, predicted: Prediction | None) -> None:
         """What the trace is of; nothing where none is written, as below."""
         if self.lanes.trace is not None:
             opened, made = setup.opened, setup.plan
@@ -103,6 +104,7 @@ class EngineStats:
                     "device": opened.device_name,
                     "ram_bytes": made.ram,
                     "plan": describe(made, setup.spec),
+                    "predicted": None if predicted is None else predicted.to_dict(),
                     "started_at": time.time(),
                     "started_at_us": time.monotonic_ns() / 1000,
                 }

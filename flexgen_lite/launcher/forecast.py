@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flexgen_lite.config.engine import EngineConfig
-from flexgen_lite.cost.job import FOLLOWED_ROUNDS, JobRequest, JobTime, predict
+from flexgen_lite.cost.job import FOLLOWED_ROUNDS, SHARED_TOKENS, JobRequest, JobTime, predict
 from flexgen_lite.cost.kinds import OUTSIDE, layer_kinds
 from flexgen_lite.cost.pass_work import Work
 from flexgen_lite.cost.rates import Rates
@@ -22,7 +22,9 @@ from flexgen_lite.plan.workload import Workload
 
 DISK_SECONDS = 1.0
 TWICE = 2
+SHORTER = "answers half as long"  # which is another job
 FAST_DISK = 3e9  # bytes per second
+WORTH_SHARING = 0.2  # of a prompt, which others begin with as well
 CREDIT_OF_GPU = 2  # segments that a GPU takes at a time, one of which runs
 
 
@@ -95,7 +97,7 @@ class Forecaster:
             work = Work(setup.spec, setup.plan, rates)
             credit = CREDIT_OF_GPU if found.opened.device_total_bytes else 1
             simulator = Simulator(setup.make_schedule(), work, rates, setup.plan.attention_workers, credit)
-            batcher, at_once = setup.make_batcher(False), setup.plan.max_sequences
+            batcher, at_once = setup.make_batcher(config.prefix_caching), setup.plan.max_sequences
             job = predict(batcher, simulator, requests, at_once, rounds, longest_sequence(setup))
         return Forecast(setup, job, rates.disk)
 
@@ -111,13 +113,20 @@ class Forecaster:
             changes.append((f"a disk of {FAST_DISK / 1e9:g} GB/s", {}, faster))
         most = base.setup.plan.max_sequences
         changes.append(("twice the sequences at once", {"max_sequences": TWICE * most}, self._rates))
+        if self._may_share(config, base.setup):
+            changes.append(("prefix caching", {"prefix_caching": True}, self._rates))
         for name, update, rates in changes:
             found.append(self._variant(name, config, [{**settings, **update}, update], rates))
         shorter = [replace(one, generated=max(1, one.generated // TWICE)) for one in self._requests]
         if any(one.generated > 1 for one in self._requests):
             changed = self._of(config.model_copy(update=dict(settings)), self._rates, shorter)
-            found.append(Variant("answers half as long", changed.job))
+            found.append(Variant(SHORTER, changed.job))
         return found
+
+    def _may_share(self, config: EngineConfig, setup: Setup) -> bool:
+        """Prompts begin alike, and do not share that yet."""
+        shares = any(len(one.shared) * SHARED_TOKENS >= WORTH_SHARING * one.prompt for one in self._requests)
+        return shares and not setup.spec.states and not setup.make_batcher(config.prefix_caching).block_tokens
 
     def _variant(
         self, name: str, config: EngineConfig, updates: Sequence[Mapping[str, object]], rates: Rates

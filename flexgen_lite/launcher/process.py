@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from flexgen_lite.config.engine import EngineConfig
+from flexgen_lite.cost.comparison import Prediction
 from flexgen_lite.errors import EngineError
 from flexgen_lite.plan.workload import Workload
 from flexgen_lite.wire.runtime_dir import RuntimeDir
@@ -33,13 +34,14 @@ class EngineProcess:
     """Starts the coordinator and waits until it is ready.
 
     The coordinator gets one JSON object in one line on its standard input, {"config": ..., "run_dir": ...,
-    "expected": ..., "calibrate": ...}, and exits when that input ends, so it never outlives this process. On its
-    standard output it writes one JSON object a line: events "log", "plan", "ready", "calibrated" and "failed". Its
-    standard error is this process's own.
+    "expected": ..., "predicted": ..., "calibrate": ...}, and exits when that input ends, so it never outlives this
+    process. On its standard output it writes one JSON object a line: events "log", "plan", "ready", "calibrated" and
+    "failed". Its standard error is this process's own.
 
     Args:
         config: of the engine.
         expected: the work to come, where it is known; memory is shared out accordingly.
+        predicted: what is foretold of it, for the trace.
         command: what to start instead of the coordinator.
         on_log: is given each log message, on another thread.
         on_plan: is given the plan, for people, on another thread.
@@ -56,6 +58,7 @@ class EngineProcess:
         config: EngineConfig,
         *,
         expected: Workload | None = None,
+        predicted: Prediction | None = None,
         command: Sequence[str] | None = None,
         on_log: Callable[[str], None] | None = None,
         on_plan: Callable[[str], None] | None = None,
@@ -80,6 +83,7 @@ class EngineProcess:
                 "config": json.loads(config.to_json()),
                 "run_dir": str(run_directory.path),
                 "expected": None if expected is None else expected.to_dict(),
+                "predicted": None if predicted is None else predicted.to_dict(),
                 "calibrate": calibrate,
             }
             _tell(child, order)

@@ -13,6 +13,7 @@ from typing import Any, Self
 from flexgen_lite.client.client import Client
 from flexgen_lite.client.engine_owner import EngineLost
 from flexgen_lite.config.engine import EngineConfig
+from flexgen_lite.cost.comparison import Prediction
 from flexgen_lite.errors import EngineError, fresh
 from flexgen_lite.launcher.process import EngineProcess
 from flexgen_lite.model.files import OFFLINE
@@ -34,6 +35,7 @@ class EngineSupervisor:
     Args:
         config: of the engine. What "auto" came to in the first one holds for all.
         expected: the work to come, where it is known.
+        predicted: what is foretold of it, for the trace.
         on_log: is given each log message, and warnings about losses, on other threads.
         on_plan: is given the first engine's plan.
 
@@ -49,6 +51,7 @@ class EngineSupervisor:
         config: EngineConfig,
         *,
         expected: Workload | None = None,
+        predicted: Prediction | None = None,
         on_log: Callable[[str], None] | None = None,
         on_plan: Callable[[str], None] | None = None,
     ) -> None:
@@ -64,7 +67,7 @@ class EngineSupervisor:
         self._restart: threading.Thread | None = None  # while another one is started
         self._starting: EngineProcess | None = None  # by that thread
         self._failure: EngineError | None = None  # there will be no other one
-        self._engine = EngineProcess(config, expected=expected, on_log=on_log, on_plan=on_plan)
+        self._engine = EngineProcess(config, expected=expected, predicted=predicted, on_log=on_log, on_plan=on_plan)
         self._config = _settled(config, self._engine)
         self._close_first()
 

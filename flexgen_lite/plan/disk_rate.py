@@ -1,4 +1,4 @@
-"""How fast files are read now: past the page cache where the file system can."""
+"""How fast files are read now: past the page cache where the file system can, into memory such as weights lie in."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ READS = 4  # in flight, as the loader has them
 def read_rate(files: Sequence[Path], seconds: float, reads: int = READS) -> tuple[float, int, bool]:
     """Bytes per second of pieces from everywhere in the files, the bytes that were read, and whether past the cache."""
     direct = hasattr(os, "O_DIRECT")
-    descriptors = []
+    descriptors: list[int] = []
+    memory: int | None = None
     try:
         for file in files:
             try:
@@ -27,21 +28,32 @@ def read_rate(files: Sequence[Path], seconds: float, reads: int = READS) -> tupl
                 descriptors.append(os.open(file, os.O_RDONLY | os.O_CLOEXEC))
         pieces = [(one, at) for one in descriptors for at in range(0, os.fstat(one).st_size, READ_BYTES)]
         random.Random(0).shuffle(pieces)
-        buffers = [mmap.mmap(-1, READ_BYTES) for _ in range(reads)]  # at the start of a page, as direct reads ask for
+        memory, buffers = _buffers(2 * reads)
         start = time.perf_counter()
 
         def read(number: int) -> int:
             """Every so many pieces, until there is no more time."""
             num_bytes = 0
-            for descriptor, at in pieces[number::reads]:
+            for turn, (descriptor, at) in enumerate(pieces[number::reads]):
                 if time.perf_counter() - start >= seconds:
                     break
-                num_bytes += os.preadv(descriptor, [buffers[number]], at)
+                num_bytes += os.preadv(descriptor, [buffers[2 * number + turn % 2]], at)
             return num_bytes
 
         with ThreadPoolExecutor(reads) as pool:
             num_bytes = sum(pool.map(read, range(reads)))
         return num_bytes / max(time.perf_counter() - start, 1e-9), num_bytes, direct
     finally:
-        for descriptor in descriptors:
+        for descriptor in (*descriptors, *([] if memory is None else [memory])):
             os.close(descriptor)
+
+
+def _buffers(count: int) -> tuple[int, list[memoryview]]:
+    """Of READ_BYTES each, in a memfd of pages that were touched, as arenas are: what a read costs differs with that."""
+    descriptor = os.memfd_create("flexgen-lite reads", os.MFD_CLOEXEC)
+    os.truncate(descriptor, count * READ_BYTES)
+    memory = mmap.mmap(descriptor, count * READ_BYTES)
+    for at in range(0, len(memory), mmap.PAGESIZE):
+        memory[at] = 1
+    whole = memoryview(memory)
+    return descriptor, [whole[at : at + READ_BYTES] for at in range(0, len(whole), READ_BYTES)]

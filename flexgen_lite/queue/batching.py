@@ -179,6 +179,11 @@ class Batcher:
         self.num_preempted = 0
         self.num_shared = 0  # tokens that were not computed, as others had stored them
 
+    @property
+    def block_tokens(self) -> int:
+        """Of the blocks that prompts share; 0 where they share none."""
+        return self._pages.block_tokens if self._share else 0
+
     def limit_rows(self, rows: int) -> int:
         """A micro-batch has at most so many rows from now on, if that is fewer than before; at least one."""
         self._micro_batch_tokens = max(1, min(rows, self._micro_batch_tokens))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+WORTH_TELLING = 1.05  # times as fast
 BUSY = 0.7  # a lane with such a share is what the others wait for
+MOST_TOLD = 3  # changes
 ADVICE = {
     "disk": "weights come from the disk as fast as it gives them: more RAM keeps more layers there, and more sequences "
     "at once (KV cache) share each load",
@@ -18,20 +20,26 @@ ADVICE = {
 }
 
 
-def verdict(shares: Mapping[str, float]) -> str:
+def verdict(shares: Mapping[str, float], changes: Sequence[tuple[str, float]] = ()) -> str:
     """One or two sentences.
 
     Args:
         shares: of the passes' time in which each lane was busy.
+        changes: what would change it, and how many times as fast it was predicted to be with that.
     """
     if not any(shares.values()):
         return "No pass has ended in this trace."
     ranked = sorted(shares.items(), key=lambda item: item[1], reverse=True)
     (lane, share), others = ranked[0], [f"{name} {value:.0%}" for name, value in ranked[1:] if value >= 0.005]
     rest = f" ({', '.join(others)})" if others else ""
+    helps = [(name, factor) for name, factor in changes if factor >= WORTH_TELLING][:MOST_TOLD]
+    would = ", ".join(f"{name}{'' if i else ' would give'} {factor:.1f} x" for i, (name, factor) in enumerate(helps))
     if share < BUSY:
-        return (
-            f"No lane is the bottleneck: the busiest, {lane}, worked {share:.0%} of the time{rest}. The lanes wait for "
-            "each other: more sequences at once, or more micro-batches, let them overlap."
-        )
-    return f"The bottleneck is {lane}, busy {share:.0%} of the time{rest}: {ADVICE[lane]}."
+        text = f"No lane is the bottleneck: the busiest, {lane}, worked {share:.0%} of the time{rest}."
+        would = would or "more sequences at once, or more micro-batches, let them overlap"
+        return f"{text} The lanes wait for each other: {would}."
+    text = f"The bottleneck is {lane}, busy {share:.0%} of the time{rest}"
+    if would:
+        return f"{text}: {would}."
+    none = ", ".join(name for name, _ in changes)
+    return f"{text}: {ADVICE[lane]}" + (f"; none of {none} would help much." if none else ".")

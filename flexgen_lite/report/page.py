@@ -10,6 +10,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from flexgen_lite.cost.comparison import Prediction, where_they_part
 from flexgen_lite.engine.lanes import LANES, TRAFFIC_LANES
 from flexgen_lite.engine.trace_file import TRAFFIC
 from flexgen_lite.report.bottleneck import verdict
@@ -47,7 +48,12 @@ def write_report(trace: Path, page: Path) -> str:
     except (KeyError, TypeError, AttributeError) as error:
         raise TraceError(f"{trace} is damaged, or another program's: an event is not as ours are ({error})") from None
     shares = lane_shares(summary)
-    sentence = verdict(shares)
+    predicted = Prediction.from_dict(summary.about.get("predicted"))
+    sentence = verdict(shares, predicted.changes if predicted else ())
+    if predicted is not None:
+        seconds = summary.pass_time / 1e6
+        parted = where_they_part(predicted, seconds, {lane: share * seconds for lane, share in shares.items()})
+        sentence += f" The run took {parted}."
     data = {
         "begin": summary.begin,
         "end": summary.end,
@@ -69,7 +75,7 @@ def write_report(trace: Path, page: Path) -> str:
     text = template.substitute(
         title=html.escape(Path(str(summary.about.get("model", trace.name))).name),
         verdict=html.escape(sentence),
-        facts=_facts(summary, shares),
+        facts=_facts(summary, shares, predicted),
         plan=html.escape(str(summary.about.get("plan", "not in this trace"))),
         note=""
         if summary.is_whole
@@ -144,7 +150,7 @@ def _rows(spans: Iterable[Any]) -> list[dict[str, Any]]:
     return [{"process": process, "row": row, "spans": rows[process, row]} for process, row in ranked]
 
 
-def _facts(summary: Summary, shares: dict[str, float]) -> str:
+def _facts(summary: Summary, shares: dict[str, float], predicted: Prediction | None) -> str:
     """The numbers at the top."""
     seconds, between = summary.pass_time / 1e6, (summary.end - summary.begin - summary.pass_time) / 1e6
     counters = {name: summary.counters.get(name, Series()) for name in ("tokens", "requests", "memory, bytes")}
@@ -164,9 +170,11 @@ def _facts(summary: Summary, shares: dict[str, float]) -> str:
     }
     cells = [f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>" for name, value in facts.items()]
     traffic = lane_traffic(summary)
+    foretold = {} if predicted is None else {lane: f"{time:,.1f} s predicted" for lane, time in predicted.lanes.items()}
     bars = [
         f"<tr><th>{lane}</th><td><div class=bar><i style='width:{share:.1%};background:var(--{lane})'></i></div></td>"
-        f"<td class=num>{share:.0%}</td><td class=moved>{html.escape(traffic.get(lane, ''))}</td></tr>"
+        f"<td class=num>{share:.0%}</td><td class=num>{share * seconds:,.1f} s</td>"
+        f"<td class=moved>{foretold.get(lane, '')}</td><td class=moved>{html.escape(traffic.get(lane, ''))}</td></tr>"
         for lane, share in shares.items()
     ]
     return f"<dl>{''.join(cells)}</dl><table class=bars>{''.join(bars)}</table>"

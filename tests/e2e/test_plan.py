@@ -82,9 +82,31 @@ def test_a_file_is_predicted_and_run_with_what_was_found(model: Path, cache: Pat
     assert (found["requests"], found["generated_tokens"], found["prompt_tokens"]) == (30, 180, 120)
     half = events(flexgen(cache, "plan", *flags, "-i", requests, "--answer-tokens", "3", "--json"))[-1]["predicted"]
     assert half["generated_tokens"] == 90 and half["seconds"] < found["seconds"]
-    done = flexgen(cache, "run-batch", *flags, "-i", requests, "-o", tmp_path / "out.jsonl")
-    assert done.returncode == 0 and "predicted 0:0" in done.stderr and "; predicted 0:0" in done.stdout
+    trace = tmp_path / "trace.json"
+    done = flexgen(cache, "run-batch", *flags, "-i", requests, "-o", tmp_path / "out.jsonl", "--trace", trace)
+    assert done.returncode == 0 and "predicted 0:0" in done.stderr
+    assert "were predicted, " in done.stdout and "ottleneck" in done.stdout.splitlines()[-1]
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 31
+    page = flexgen(cache, "report", trace, "-o", tmp_path / "report.html")
+    assert page.returncode == 0 and "were predicted" in page.stdout
+    assert "s predicted</td>" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_beginnings_in_common_are_predicted(model: Path, cache: Path, kept: Path, tmp_path: Path) -> None:
+    requests = tmp_path / "in.jsonl"
+    beginning = [9, 4, 7, 5] * 24
+    rows = [
+        {"custom_id": f"r{i}", "method": "POST", "url": "/v1/completions", "body": {"prompt": [*beginning, 5 + i]}}
+        for i in range(30)
+    ]
+    requests.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    flags = ("plan", "--model", model, "--ram", "1GiB", "-i", requests, "--json", "--set")
+    apart, shared = (events(flexgen(cache, *flags, f"prefix_caching={on}"))[-1] for on in ("false", "true"))
+    assert shared["predicted"]["seconds"] < apart["predicted"]["seconds"]
+    assert shared["predicted"]["prompt_tokens"] == apart["predicted"]["prompt_tokens"] == 30 * 97
+    (found,) = (one for one in apart["with"] if one["name"] == "prefix caching")
+    assert found["seconds"] == pytest.approx(shared["predicted"]["seconds"], rel=0.3)
+    assert not any(one["name"] == "prefix caching" for one in shared["with"])
 
 
 def test_another_machine_is_predicted_from_its_file(model: Path, cache: Path, kept: Path, tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexgen_lite.cost.job import JobRequest, JobTime, predict
+from flexgen_lite.cost.job import JobRequest, JobTime, _chosen, predict
 from flexgen_lite.cost.pass_work import MicroBatchWork
 from flexgen_lite.cost.rates import AttentionRates, Curve, Rates, SegmentRates
 from flexgen_lite.cost.simulator import ATTENTION, COMPUTE, DISK, Simulator
@@ -186,6 +188,32 @@ def test_scored_prompts_ask_the_head_for_each_of_their_tokens() -> None:
     batcher = Batcher(PageTable(400, (group,), 1), 8, 1, 64, False, False)
     found = predict(batcher, simulator(Asked(0.0), schedule(2, 2)), [JobRequest(20, 0, 0, True)] * 3, 8)
     assert found is not None and scored == [19] * 3
+
+
+@pytest.mark.parametrize("page_tokens", [16, 32])
+def test_beginnings_that_others_have_are_computed_once(page_tokens: int) -> None:
+    class Rows(_Counted):
+        def of(self, batch: MicroBatch) -> MicroBatchWork:
+            rows.append(batch.num_rows)
+            return super().of(batch)
+
+    beginning = tuple(bytes([block]) for block in range(6))
+    jobs = [JobRequest(100, 1, 1, shared=beginning[:4])] + [JobRequest(100, 1, 1, shared=beginning)] * 9
+    counts = {}
+    for share in (False, True):
+        rows: list[int] = []
+        batcher = Batcher(PageTable(400, (KvGroup((0, 1), page_tokens),), 1), 8, 1, 512, False, share)
+        found = predict(batcher, simulator(Rows(0.0), schedule(2, 2)), jobs, 8)
+        assert found is not None and found.prompt_tokens == 1000
+        counts[share] = sum(rows)
+    assert counts == {False: 1000, True: 100 + 36 + 8 * 4}
+
+
+def test_long_jobs_are_followed_in_stretches_from_everywhere() -> None:
+    assert _chosen(10, 20) == list(range(10))
+    places = _chosen(10_000, 400)
+    assert len(places) == 400 == len(set(places)) and places[:16] == list(range(16))
+    assert max(b - a for a, b in pairwise(places)) < 500 and places[-1] > 9_500
 
 
 class _Counted(FixedWork):

@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flexgen_lite.cli.main import app
+from flexgen_lite.cost.comparison import Prediction
 from flexgen_lite.engine.lanes import Lanes
 from flexgen_lite.engine.trace_file import TRAFFIC, TraceFile
 from flexgen_lite.report.bottleneck import verdict
@@ -155,6 +156,20 @@ def test_the_page_stands_alone_and_shows_names_as_they_are(tmp_path: Path) -> No
     assert data["budget"] == 1 << 30 and data["losses"] == [[11e6, "disk loader lost: killed"]]
 
 
+def test_the_page_has_what_was_predicted(tmp_path: Path) -> None:
+    trace = write_trace(tmp_path / "t.json")
+    summary = summarise(read_events(trace))
+    seconds = summary.pass_time / 1e6
+    predicted = Prediction(seconds / 2, {"compute": 0.1}, (("twice the RAM", 1.6),))
+    text = trace.read_text(encoding="utf-8").replace(
+        '"ram_bytes"', f'"predicted": {json.dumps(predicted.to_dict())}, "ram_bytes"'
+    )
+    trace.write_text(text, encoding="utf-8")
+    sentence = write_report(trace, tmp_path / "r.html")
+    assert "twice the RAM would give 1.6 x" in sentence and "were predicted, +100%: they part at" in sentence
+    assert "0.1 s predicted" in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
 def test_the_trace_opens_as_json_too(tmp_path: Path) -> None:
     events = json.loads(write_trace(tmp_path / "t.json").read_text(encoding="utf-8"))["traceEvents"]
     names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
@@ -212,4 +227,9 @@ def test_the_sentence() -> None:
     one, none = verdict({"compute": 0.95, "disk": 0.4}), verdict({"compute": 0.5, "disk": 0.45})
     assert one.startswith("The bottleneck is compute, busy 95% of the time (disk 40%)")
     assert none.startswith("No lane is the bottleneck: the busiest, compute, worked 50%")
+    changes = [("twice the RAM", 1.62), ("a faster disk", 1.2), ("half the RAM", 0.7)]
+    helped = verdict({"disk": 0.85}, changes)
+    assert helped.endswith("disk, busy 85% of the time: twice the RAM would give 1.6 x, a faster disk 1.2 x.")
+    assert "none of half the RAM would help much" in verdict({"disk": 0.85}, changes[2:])
+    assert "wait for each other: twice the RAM would give 1.6 x" in verdict({"disk": 0.5}, changes)
     assert verdict({"compute": 0.0}) == "No pass has ended in this trace."
