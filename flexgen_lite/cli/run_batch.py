@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from flexgen_lite.batch.result_file import ResultWriter
@@ -17,7 +18,7 @@ from flexgen_lite.cli.rates import Expected, clock
 from flexgen_lite.cli.terminal import signals_interrupt
 from flexgen_lite.client.client import Client
 from flexgen_lite.config.engine import EngineConfig
-from flexgen_lite.cost.comparison import where_they_part
+from flexgen_lite.cost.comparison import Prediction, where_they_part
 from flexgen_lite.errors import EngineError
 from flexgen_lite.launcher.outlook import Outlook, outlook
 from flexgen_lite.launcher.supervisor import EngineSupervisor
@@ -33,23 +34,44 @@ def run_on_own_engine(
     found = None
     if overwrite or not output_file.exists():  # of a rest nothing is predicted
         found = _outlook(config, input_file, console)
-        config = config if found is None else config.model_copy(update=found.policy.settings)
     predicted = None if found is None else found.predicted
     with (
         signals_interrupt(),
         ResultWriter(output_file, overwrite=overwrite, warn=console.warn) as results,
-        EngineSupervisor(
-            config, expected=survey(input_file), predicted=predicted, on_log=console.log, on_plan=console.plan
-        ) as engine,
+        _engine(config, {} if found is None else found.policy.settings, input_file, predicted, console) as engine,
         engine.connect() as client,
     ):
         _run(client, input_file, results, console, found)
 
 
+def _engine(
+    config: EngineConfig,
+    settings: Mapping[str, int],
+    input_file: Path,
+    predicted: Prediction | None,
+    console: Console,
+) -> EngineSupervisor:
+    """With settings that were found, or without them where they do not fit after all."""
+
+    def start(config: EngineConfig) -> EngineSupervisor:
+        return EngineSupervisor(
+            config, expected=survey(input_file), predicted=predicted, on_log=console.log, on_plan=console.plan
+        )
+
+    if settings:
+        try:
+            return start(config.model_copy(update=dict(settings)))
+        except EngineError as error:
+            if not error.user_error:
+                raise
+            console.warn(f"{error}; the settings that were found are left out")
+    return start(config)
+
+
 def _outlook(config: EngineConfig, input_file: Path, console: Console) -> Outlook | None:
     """What was measured of this machine and the model, if it was, makes of the job."""
     try:
-        found = outlook(config, input_file)
+        found = outlook(config, input_file, console.log)
     except Exception as error:  # of any kind: no prediction stops a run, and what ails its file or budget is told later
         logging.getLogger("flexgen_lite").debug("nothing is predicted", exc_info=error)
         return None
@@ -131,7 +153,8 @@ def watch(run: BatchRun, console: Console, found: Outlook | None = None) -> Prog
     def tell(now: Progress) -> None:
         values, text = now.to_dict(), str(now)
         if expected is not None and now.total:
-            left = expected.seconds_left(now.done - now.earlier, now.total - now.earlier, now.busy_seconds)
+            no_work = now.earlier + now.failed  # bad lines are done at once
+            left = expected.seconds_left(now.done - no_work, now.total - no_work, now.busy_seconds)
             values |= {"seconds_left": left, "predicted_seconds": expected.seconds}
             in_all = clock(now.busy_seconds + left)
             text += f"; {clock(left)} left, {in_all} in all where {clock(expected.seconds)} were predicted"

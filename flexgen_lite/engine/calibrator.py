@@ -114,12 +114,18 @@ class Calibrator:
         return Calibration(opened, processes, self._machine, rates_of(opened.spec, times), text)
 
     def _set_up(self, opened: worker_messages.ModelOpened, processes: Measured) -> Setup:
-        """A plan with slots for some layers, as many as the budget allows of those that are wanted."""
+        """A plan with slots for some layers, as many as the budget allows of those that are wanted beside the rows and
+        sequences that an engine would have."""
         spec = opened.spec
         layer_bytes = max(unit.num_bytes for unit in spec.units[:-1])
         layers = spec.columns[columns_to_measure(spec, MOST_COLUMNS) - 1] + 1
         slots = min(spec.num_layers, max(2, layers, -(-WEIGHTS_BYTES // layer_bytes)) + 1)
-        own = {"ram": None, "max_sequences": None, "micro_batch_tokens": None, "micro_batches": 1}
+        pages = 0
+        own: dict[str, Any] = {"max_sequences": None, "micro_batch_tokens": None, "micro_batches": 1}
+        if self._config.ram is not None:
+            plan = set_up(opened, self._config, self._machine, None, processes).plan
+            rows, pages = plan.micro_batch_tokens, plan.num_pages
+            own |= {"max_sequences": min(rows, plan.max_sequences), "micro_batch_tokens": rows}
         while True:
             config = self._config.model_copy(update=own | {"layer_slots": slots if slots < spec.num_layers else None})
             try:
@@ -128,7 +134,8 @@ class Calibrator:
                 if slots <= min(2, spec.num_layers):
                     raise
             else:
-                if len(setup.plan.slot_offsets) - 1 >= slots:
+                fits = len(setup.plan.slot_offsets) - 1 >= slots and setup.plan.num_pages >= pages
+                if fits or slots <= min(2, spec.num_layers):
                     return setup
             slots -= 1
 

@@ -24,6 +24,7 @@ _WITHOUT_EFFECT = {
     "layer_slots", "device_slots", "prefix_caching", "start_timeout", "worker_timeout", "verify_weights",
 }  # fmt: skip
 """Keys that change what is planned, not how fast its parts are."""
+MOST_ROOM = 48  # as a power of two of bytes
 _SECONDS = 300.0  # for all that is measured
 
 
@@ -50,17 +51,19 @@ def calibrated(config: EngineConfig, on_log: Callable[[str], None], again: bool 
     on_log(f"measuring how fast this machine is with {shown_path(config.model)}: about a minute, once")
     found = calibrate(config, on_log)
     with contextlib.suppress(OSError, RuntimeError):  # it is measured again the next time
-        write(found, _file(config))
+        write(found, _files(config)[-1])
     return found
 
 
 def known(config: EngineConfig) -> Calibration | None:
     """What is kept of the model as it is now, if there is any."""
-    try:
-        found = read(_file(config))
-    except (OSError, RuntimeError, CalibrationError):  # or there is no home directory
-        return None
-    return found if _is_unchanged(found.opened.spec) else None
+    with contextlib.suppress(RuntimeError):  # there is no home directory
+        for file in _files(config):
+            with contextlib.suppress(OSError, CalibrationError):
+                found = read(file)
+                if _is_unchanged(found.opened.spec):
+                    return found
+    return None
 
 
 def read(path: Path) -> Calibration:
@@ -99,8 +102,9 @@ def settings_of(config: EngineConfig) -> dict[str, Any]:
     return {key: value for key, value in json.loads(config.to_json()).items() if key not in _WITHOUT_EFFECT}
 
 
-def _file(config: EngineConfig) -> Path:
-    """Named after what decides about rates."""
+def _files(config: EngineConfig) -> list[Path]:
+    """Named after what decides about rates; its own is the last. Those before it were measured without a budget or with
+    a larger one, by powers of two, which measures more."""
     machine = inspect_machine()
     described = Path(config.model) / "config.json"
     shape = described.read_bytes() if described.is_file() else b""
@@ -109,7 +113,9 @@ def _file(config: EngineConfig) -> Path:
     text = json.dumps([settings_of(config) | {"model": model}, where], sort_keys=True)
     digest = hashlib.blake2b(text.encode() + shape, digest_size=8).hexdigest()
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "flexgen-lite" / "calibrations" / f"{Path(config.model).name[:60]}-{digest}.json"
+    rooms = [""] if config.ram is None else ["", *(f"-{n}" for n in range(MOST_ROOM, config.ram.bit_length() - 1, -1))]
+    folder = base / "flexgen-lite" / "calibrations"
+    return [folder / f"{Path(config.model).name[:60]}-{digest}{room}.json" for room in rooms]
 
 
 def _processor() -> str:
