@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 
 from flexgen_lite.cost.kinds import OUTSIDE, column_kinds, layer_kinds, segment_kinds
@@ -10,6 +10,8 @@ from flexgen_lite.cost.measured import PassTimes, Times
 from flexgen_lite.cost.rates import AttentionRates, Curve, Rates, SegmentRates
 from flexgen_lite.model.spec import AttentionSpec, ModelSpec
 
+WORTH_OVERLAP = 0.05  # of a lane's time, for something to be seen in it
+LEAST_KEPT = 0.1
 LEAST = 1e-7  # seconds; of what came out as nothing
 TURN = (0.8e-3, 12e-6)  # seconds of the coordinator between passes, and of each sequence in them
 
@@ -60,6 +62,8 @@ def rates_of(spec: ModelSpec, times: Times) -> Rates:
         reads_beside_compute=_reads_beside_compute(times),
         computes_beside_disk=_computes_beside_disk(times),
         disk=times.disk,
+        computes_beside_attention=_kept(times, lambda one: one.segments),
+        attends_beside_compute=_kept(times, lambda one: one.attention),
     )
 
 
@@ -187,6 +191,18 @@ def _attends_beside_disk(times: Times) -> float:
         if alone.shape.singles[0] and any(part[0] for part in alone.attention)
     ]
     return min(1.0, median(ratios)) if ratios else 1.0
+
+
+def _kept(times: Times, lane: Callable[[PassTimes], Sequence[Sequence[float]]]) -> float:
+    """Share of its speed that a lane keeps while the other one works: what it took longer, it took in the time in which
+    both did."""
+    shares = []
+    for alone, several in times.overlapping:
+        count = len(several.shape.singles)
+        expected, taken = count * sum(map(sum, lane(alone))), sum(map(sum, lane(several)))
+        if several.overlap > WORTH_OVERLAP * expected > 0:
+            shares.append(1 - (taken - expected) / several.overlap)
+    return min(1.0, max(LEAST_KEPT, median(shares))) if shares else 1.0
 
 
 def _reads_beside_compute(times: Times) -> float:

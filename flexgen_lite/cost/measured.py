@@ -33,6 +33,7 @@ class PassTimes:
         behind: by column, the share of its segment that is behind the attention of the column before; empty: these
             parts did not run by themselves.
         begin: from the order to the first segment.
+        overlap: in which segments and attention ran at once, where there are several micro-batches.
     """
 
     shape: PassShape
@@ -41,6 +42,7 @@ class PassTimes:
     hop: float
     begin: float
     behind: tuple[float, ...] = ()
+    overlap: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,7 @@ class Times:
         loads: seconds by the kind of layer, into memory that was touched before.
         uploads: seconds by the kind of layer.
         disk: bytes per second of plain reads before the loads; 0: they come from no file.
+        overlapping: passes of one micro-batch, and of several such ones.
     """
 
     passes: tuple[PassTimes, ...]
@@ -71,3 +74,4 @@ class Times:
     loads: Mapping[int, tuple[float, ...]]
     uploads: Mapping[int, float]
     disk: float = 0.0
+    overlapping: tuple[tuple[PassTimes, PassTimes], ...] = ()

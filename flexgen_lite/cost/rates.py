@@ -91,6 +91,7 @@ class Rates:
             the loader beside products and attention.
         computes_beside_disk: the same of products while the loader works, by their rows.
         disk: bytes per second of plain reads when loads were measured; 0: they come from no file.
+        computes_beside_attention, attends_beside_compute: share of its speed that each keeps while the other works.
     """
 
     segments: Mapping[str, SegmentRates]
@@ -105,6 +106,8 @@ class Rates:
     reads_beside_compute: float = 1.0
     computes_beside_disk: tuple[tuple[float, float], ...] = ()
     disk: float = 0.0
+    computes_beside_attention: float = 1.0
+    attends_beside_compute: float = 1.0
 
     def with_disk(self, rate: float, unit_bytes: Mapping[int, int], converted: Collection[int]) -> Rates:
         """The same where a disk gives so many bytes per second: loads take as long as plain reads of as much, those
@@ -172,4 +175,6 @@ class Rates:
             reads_beside_compute=float(values["reads_beside_compute"]),
             computes_beside_disk=tuple((float(x), float(y)) for x, y in values["computes_beside_disk"]),
             disk=float(values["disk"]),
+            computes_beside_attention=float(values["computes_beside_attention"]),
+            attends_beside_compute=float(values["attends_beside_compute"]),
         )

@@ -2,7 +2,7 @@
 
 Orders are the schedule's own (zigzag.py, slot_ring.py), and which segment runs next is SegmentQueue's to say, as in the
 compute worker. Each lane does one thing at a time, in the order in which it is told; attention workers are a lane each.
-The loader and the others take from each other (Rates); attention and products are not slowed down by each other.
+They take from each other what Rates say.
 """
 
 from __future__ import annotations
@@ -140,11 +140,14 @@ class Simulator:
         if lane == DISK:
             others = any(task for name, task in lanes.items() if name not in (DISK, UPLOAD))
             return self._rates.reads_beside_compute if others else 1.0
-        if lanes[DISK] is None or lane == UPLOAD:
+        if lane == UPLOAD:
             return 1.0
         if lane == COMPUTE:
-            return self._batches[self._task(COMPUTE).what[1]].beside_disk
-        return self._rates.attends_beside_disk
+            attends = any(task for name, task in lanes.items() if name.startswith(ATTENTION))
+            beside = self._batches[self._task(COMPUTE).what[1]].beside_disk if lanes[DISK] else 1.0
+            return beside * (self._rates.computes_beside_attention if attends else 1.0)
+        beside = self._rates.attends_beside_disk if lanes[DISK] else 1.0
+        return beside * (self._rates.attends_beside_compute if lanes[COMPUTE] else 1.0)
 
     # ------------------------------------------------------------------------------------------------ what ended
 

@@ -14,7 +14,7 @@ from flexgen_lite.plan.need import Measured
 from flexgen_lite.wire import worker_messages
 from flexgen_lite.wire.codec import Codec, MessageError
 
-FORMAT = 1
+FORMAT = 2
 
 
 class CalibrationError(ValueError):

@@ -121,11 +121,12 @@ class Calibrator:
         layers = spec.columns[columns_to_measure(spec, MOST_COLUMNS) - 1] + 1
         slots = min(spec.num_layers, max(2, layers, -(-WEIGHTS_BYTES // layer_bytes)) + 1)
         pages = 0
-        own: dict[str, Any] = {"max_sequences": None, "micro_batch_tokens": None, "micro_batches": 1}
+        own: dict[str, Any] = {"max_sequences": None, "micro_batch_tokens": None, "micro_batches": 2}
         if self._config.ram is not None:
             plan = set_up(opened, self._config, self._machine, None, processes).plan
             rows, pages = plan.micro_batch_tokens, plan.num_pages
-            own |= {"max_sequences": min(rows, plan.max_sequences), "micro_batch_tokens": rows}
+            several = min(2, plan.micro_batches)
+            own = {"max_sequences": plan.max_sequences, "micro_batch_tokens": rows, "micro_batches": several}
         while True:
             config = self._config.model_copy(update=own | {"layer_slots": slots if slots < spec.num_layers else None})
             try:

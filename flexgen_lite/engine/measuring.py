@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 MOST_COLUMNS = 16
 FEW_COLUMNS = 4  # of passes with many rows, whose weights are in no cache anyway
 MANY_ROWS = 256
-SINGLES = (1, 4, 16, 32, 64, 128, 256)
+SINGLES = (1, 4, 16, 8, 32, 64, 128, 256)  # the first ones first, where there is time
 PROMPT_ROWS = (16, 64, 128, 256, 512, 1024, 2048)
 NEEDED = (1, 16, 64, 256)  # rows that are measured however long it takes; others as far as there is time
 WHOLE = (1, 16, 64, 256)  # single rows that go through all layers, for what comes behind them
+OVERLAPPING = 32  # sequences of a micro-batch
 SHORT_PROMPT = 64
 SHORT_CONTEXT, LONG_CONTEXT = 32, 1024
 SECONDS = 45.0  # for all passes but those that are needed
@@ -66,7 +67,8 @@ class Measuring:
                 self._pack()
             budget = (self._until - time.monotonic()) / (len(kinds) - number)
             passes += self._passes(order, time.monotonic() + budget)
-        return Times(tuple(passes), self._beside_loads(passes), loads, uploads, disk)
+        overlapping = self._overlapping(kinds[-1])
+        return Times(tuple(passes), self._beside_loads(passes), loads, uploads, disk, overlapping)
 
     # ------------------------------------------------------------------------------------------------ weights
 
@@ -211,6 +213,18 @@ class Measuring:
             batches.append(batch)
         return batches
 
+    def _overlapping(self, order: str) -> tuple[tuple[PassTimes, PassTimes], ...]:
+        """Two micro-batches, one of which attends while the other's products are computed, and one alone."""
+        if self._setup.exchange.num_regions < 2:
+            return ()
+        count = min(OVERLAPPING, self._plan.max_sequences // 2, self._setup.exchange.max_tokens)
+        context = self._longest_context(2 * count)
+        found = []
+        for _ in range(2):
+            alone = self.measure(PassShape(order, (count,), context, ()), None, times=1)
+            found.append((alone, self.measure(PassShape(order, (count, count), context, ()), None, times=1)))
+        return tuple(found)
+
     def _beside_loads(self, passes: Sequence[PassTimes]) -> BesideLoads:
         """Some passes, with nothing beside them and while the loader reads."""
         order = passes[-1].shape.order
@@ -252,7 +266,19 @@ def _times_of(shape: PassShape, found: PassSpans, ordered: int, columns: int, co
     first = min(start for start, _ in found.segments.values())
     hop = sorted(hops)[len(hops) // 2] if hops else 0.0
     behind = tuple(_share_behind(found, column) for column in range(columns)) if by_layer else ()
-    return PassTimes(shape, segments, attention, max(0.0, hop), (first - ordered) / 1e9, behind)
+    overlap = _common(list(found.segments.values()), list(found.attention.values())) / 1e9 if count > 1 else 0.0
+    return PassTimes(shape, segments, attention, max(0.0, hop), (first - ordered) / 1e9, behind, overlap)
+
+
+def _common(some: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]]) -> int:
+    """Time in which one of both kinds of spans runs. Of the first, none overlap; of the others perhaps."""
+    merged: list[list[int]] = []
+    for start, end in sorted(others):
+        if merged and start <= merged[-1][1]:
+            merged[-1][1] = max(end, merged[-1][1])
+        else:
+            merged.append([start, end])
+    return sum(max(0, min(end, stop) - max(start, begin)) for start, end in some for begin, stop in merged)
 
 
 def _share_behind(found: PassSpans, column: int) -> float:

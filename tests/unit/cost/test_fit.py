@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from flexgen_lite.cost.fit import pairs, rates_of
@@ -90,6 +92,28 @@ def test_rates_are_found_again() -> None:
     assert found.head.at(16) == pytest.approx(7e-3 + 16e-5)
     assert found.reads_beside_compute == 0.5
     assert found.load == {0: 1.0, OUTSIDE: 1.0}, "as fast as the slowest of the others"
+
+
+def test_what_lanes_take_from_each_other_is_taken_from_the_time_that_they_share() -> None:
+    spec = model((8, 8, 8), (None, None, None))
+    alone = made(spec, "packed", 16, 32, (), True)
+    both = replace(
+        alone,
+        shape=replace(alone.shape, singles=(16, 16)),
+        segments=tuple((1.25 * one, 1.25 * one) for (one,) in alone.segments),
+        attention=tuple((2 * one, 2 * one) for (one,) in alone.attention),
+        overlap=2 * sum(map(sum, alone.attention)) * 2,  # all of it
+    )
+    passes = [made(spec, "packed", n, 32, (), True) for n in (1, 16)]
+    passes += [made(spec, "packed", 0, 0, (8,) * 16, False), made(spec, "packed", 0, 0, (128,), False)]
+    beside = BesideLoads((), (), ())
+    found = rates_of(spec, Times(tuple(passes), beside, {0: (1.0,)}, {}, 0.0, ((alone, both),)))
+    assert found.attends_beside_compute == pytest.approx(0.5)
+    expected = 1 - 0.5 * sum(map(sum, alone.segments)) / both.overlap
+    assert found.computes_beside_attention == pytest.approx(max(0.1, expected))
+    less = replace(both, overlap=1e-6)
+    found = rates_of(spec, Times(tuple(passes), beside, {0: (1.0,)}, {}, 0.0, ((alone, less),)))
+    assert (found.attends_beside_compute, found.computes_beside_attention) == (1.0, 1.0), "nothing to be seen"
 
 
 def test_windows_are_counted_in_pairs_and_tokens() -> None:

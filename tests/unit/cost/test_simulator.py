@@ -190,6 +190,17 @@ def test_scored_prompts_ask_the_head_for_each_of_their_tokens() -> None:
     assert found is not None and scored == [19] * 3
 
 
+def test_products_and_attention_take_from_each_other() -> None:
+    def seconds(**keeps: float) -> float:
+        made = simulator(FixedWork([alike(4, 1.0, 1.0)] * 2, 0.0), schedule(4, 4), **keeps)
+        made.load_all()
+        return made.run(batches(2)).seconds
+
+    free, shared = seconds(), seconds(computes_beside_attention=0.5, attends_beside_compute=0.5)
+    assert free == pytest.approx(10.0, abs=1.1), "attention is behind the other's products"
+    assert shared == pytest.approx(18.0, abs=1.1), "as if one came after the other"
+
+
 @pytest.mark.parametrize("page_tokens", [16, 32])
 def test_beginnings_that_others_have_are_computed_once(page_tokens: int) -> None:
     class Rows(_Counted):
