@@ -1,20 +1,25 @@
 """Whether settings that are found are the fastest: the plan's rules, the search's choice, and others by brute force.
 
-    python -m benchmarks.policy MODEL [--ram 2GiB] [--sequences 96] [--prompt-tokens 64] [--max-tokens 12]
-        [--at-once 16,48,96] [--rows 256,1024] [--dtype bfloat16] [--rounds 1]
+    python -m benchmarks.policy MODEL [MODEL ...] [--rams 1.7GiB,2.7GiB] [--jobs 0,1] [--dtype bfloat16] [-o TABLE.md]
+        [--at-once 16,48,96] [--rows 256,1024] [--micro-batches 1,2]
 
-Each choice runs the same job on an engine of its own, `--rounds` times in turns; the median of its seconds counts.
-Printed are predicted and measured seconds of each, and how far each is from the best that was measured.
+Jobs are 0: 64 prompts of 24 to 72 tokens, answers of 12; 1: 24 prompts of 150 to 350 tokens, answers of 4; and 2: 96
+prompts of 8 to 24 tokens, answers of 24. Each choice runs the same job on an engine of its own; the rules' and the
+search's run twice, before and after the others, and their mean counts, as a machine drifts. A choice that a budget does
+not hold is left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
+import itertools
 import statistics
 import time
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from benchmarks.prediction import JobShape
 from flexgen_lite import FlexGenLite, SamplingParams
 from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.cost.job import JobRequest
@@ -23,63 +28,104 @@ from flexgen_lite.launcher.calibrate import calibrated
 from flexgen_lite.launcher.forecast import Forecaster, disk_now
 from flexgen_lite.launcher.search import search
 from flexgen_lite.plan.machine import inspect_machine
-from flexgen_lite.plan.plan import PlanError
+
+JOBS = (JobShape(64, 24, 72, 12), JobShape(24, 150, 350, 4), JobShape(96, 8, 24, 24))
+RULES, SEARCH = "rules", "search"
+HEAD = (
+    "| model | RAM | job | rules | search | predicted | search chose | best of the others | search to best | "
+    "rules to best |\n"
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+)
 
 
-def run(model: str, settings: dict[str, Any], prompts: list[list[int]], max_tokens: int) -> float:
+@dataclass(frozen=True, slots=True)
+class Cell:
+    model: str
+    ram: str
+    job: int
+    seconds: dict[str, float]  # by choice
+    predicted: float  # of the search's
+    chosen: str
+
+    @property
+    def best(self) -> str:
+        return min(self.seconds, key=lambda name: self.seconds[name])
+
+    def to_best(self, name: str) -> float:
+        return self.seconds[name] / self.seconds[self.best] - 1
+
+    def row(self) -> str:
+        others = {name: value for name, value in self.seconds.items() if name not in (RULES, SEARCH)}
+        name = min(others, key=lambda one: others[one])
+        return (
+            f"| {self.model} | {self.ram} | {self.job} | {self.seconds[RULES]:.1f} s | {self.seconds[SEARCH]:.1f} s | "
+            f"{self.predicted:.1f} s | {self.chosen or 'as the rules'} | {others[name]:.1f} s: {name} | "
+            f"{self.to_best(SEARCH):+.1%} | {self.to_best(RULES):+.1%} |"
+        )
+
+
+def run(model: str, settings: dict[str, Any], shape: JobShape) -> float:
     with FlexGenLite(model, **settings) as engine:
         start = time.perf_counter()
-        engine.generate(prompts, SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True))
+        engine.generate(shape.prompts(), SamplingParams(max_tokens=shape.answer, temperature=0.0, ignore_eos=True))
         return time.perf_counter() - start
+
+
+def others(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    found = {}
+    numbers = [[int(one) for one in text.split(",")] for text in (args.at_once, args.rows, args.micro_batches)]
+    for count, rows, batches in itertools.product(*numbers):
+        if count <= rows * batches:
+            settings = {"max_sequences": count, "micro_batch_tokens": rows, "micro_batches": batches}
+            found[f"{count} at once, {batches} x {rows} rows"] = settings
+    return found
+
+
+def cell_of(model: str, ram: str, job: int, args: argparse.Namespace) -> Cell:
+    shape, base = JOBS[job], {"dtype": args.dtype, "ram": ram}
+    config = EngineConfig(model=model, **base)
+    calibration = calibrated(EngineConfig(model=model, dtype=args.dtype), print)
+    requests = [JobRequest(len(prompt), shape.answer, shape.answer) for prompt in shape.prompts()]
+    forecaster = Forecaster(calibration, inspect_machine(), None, requests, disk_now(calibration.opened.spec))
+    start = time.perf_counter()
+    policy = search(forecaster, config)
+    print(f"{Path(model).name} {ram} job {job}: searched for {time.perf_counter() - start:.1f} s, {policy.settings}")
+    first = {RULES: {}, SEARCH: dict(policy.settings)}
+    seconds: dict[str, list[float]] = {}
+    for name, settings in (*first.items(), *others(args).items(), *reversed(first.items())):
+        try:
+            seconds.setdefault(name, []).append(run(model, base | settings, shape))
+        except EngineError as error:
+            print(f"{name}: {error}", flush=True)
+        else:
+            print(f"  {name}: {seconds[name][-1]:.1f} s", flush=True)
+    found = {name: statistics.mean(times) for name, times in seconds.items() if times}
+    chosen = ", ".join(f"{key}={value}" for key, value in policy.settings.items())
+    predicted = policy.forecast.job.seconds if policy.forecast.job else 0.0
+    return Cell(Path(model).name, ram, job, found, predicted, chosen)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--ram", default="2GiB")
-    parser.add_argument("--sequences", type=int, default=96)
-    parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--max-tokens", type=int, default=12)
+    parser.add_argument("models", nargs="+")
+    parser.add_argument("--rams", default="2GiB")
+    parser.add_argument("--jobs", default="0,1,2")
     parser.add_argument("--at-once", default="16,48,96")
     parser.add_argument("--rows", default="256,1024")
+    parser.add_argument("--micro-batches", default="1")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
-    draw = random.Random(0)
-    lengths = [draw.randint(args.prompt_tokens // 2, args.prompt_tokens * 3 // 2) for _ in range(args.sequences)]
-    prompts = [[draw.randrange(5, 30000) for _ in range(length)] for length in lengths]
-    base = {"dtype": args.dtype, "ram": args.ram}
-    config = EngineConfig(model=args.model, **base)
-    calibration = calibrated(config, print)
-    requests = [JobRequest(length, args.max_tokens, args.max_tokens) for length in lengths]
-    disk = disk_now(calibration.opened.spec)
-    forecaster = Forecaster(calibration, inspect_machine(), None, requests, disk)
-    start = time.perf_counter()
-    policy = search(forecaster, config)
-    print(f"searched for {time.perf_counter() - start:.1f} s: {policy.settings}, {policy.gain:.2f} times as fast")
-    choices: dict[str, dict[str, Any]] = {"rules": {}, "search": dict(policy.settings)}
-    for count in map(int, args.at_once.split(",")):
-        for rows in map(int, args.rows.split(",")):
-            if count <= rows:
-                settings = {"max_sequences": count, "micro_batch_tokens": rows, "micro_batches": 1}
-                choices[f"{count} at once, {rows} rows"] = settings
-    measured: dict[str, list[float]] = {}
-    for _ in range(args.rounds):
-        for name, settings in choices.items():
-            try:
-                measured.setdefault(name, []).append(run(args.model, base | settings, prompts, args.max_tokens))
-            except EngineError as error:
-                print(f"{name}: {error}", flush=True)
-    best = min(statistics.median(times) for times in measured.values() if times)
-    for name, times in measured.items():
-        try:
-            job = forecaster.forecast(config.model_copy(update=choices[name])).job
-        except PlanError:
-            continue
-        if times and job is not None:
-            taken = statistics.median(times)
-            text = f"predicted {job.seconds:7.1f} s  measured {taken:7.1f} s  {taken / best - 1:+.1%} of the best"
-            print(f"{name:<24}{text}", flush=True)
+    cells: list[Cell] = []
+    for model, ram, job in itertools.product(args.models, args.rams.split(","), map(int, args.jobs.split(","))):
+        cells.append(cell_of(model, ram, job, args))
+        print(cells[-1].row(), flush=True)
+    within = sum(cell.to_best(SEARCH) <= 0.05 for cell in cells)
+    worse = sum(cell.seconds[SEARCH] > 1.02 * cell.seconds[RULES] for cell in cells)
+    summary = f"{len(cells)} cells: the search within 5 % of the best in {within}, slower than the rules in {worse}"
+    print(summary)
+    if args.output is not None:
+        args.output.write_text("\n".join([HEAD, *(cell.row() for cell in cells), "", summary, ""]), encoding="utf-8")
 
 
 if __name__ == "__main__":

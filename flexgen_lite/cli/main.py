@@ -148,7 +148,7 @@ def plan(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Of each of these.")] = 512,
     max_tokens: Annotated[int, typer.Option(min=1, help="Of each answer to these, at most.")] = 64,
     answer_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Of answers, on average; as many as they may have where it is not given.")
+        str | None, typer.Option(metavar="N|LOW-HIGH", help="Of answers; without it as many as they may have.")
     ] = None,
     machine: Annotated[
         Path | None, typer.Option(help="Predict for the machine that `calibrate -o` wrote this on.")
@@ -174,13 +174,15 @@ def plan(
     """
     from flexgen_lite.cli.console import errors_told, make_console
     from flexgen_lite.cli.plan import Job, show_plan
+    from flexgen_lite.launcher.answers import AnswerTokens
 
     flags = _engine_flags({**locals(), "trace": None})
     with make_console(quiet, as_json) as console, errors_told(console):
         job = None if requests is None else Job(requests, prompt_tokens, max_tokens)
         if job is not None and input_file is not None:
             raise ValueError("--requests and -i exclude each other: give one of them")
-        show_plan(_engine_config(config, model, flags, settings), input_file, job, answer_tokens, machine, console)
+        answers = None if answer_tokens is None else AnswerTokens.parse(answer_tokens)
+        show_plan(_engine_config(config, model, flags, settings), input_file, job, answers, machine, console)
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.cost.job import JobRequest, JobTime
 from flexgen_lite.engine.calibration import Calibration
 from flexgen_lite.launcher import calibrate
+from flexgen_lite.launcher.answers import AnswerTokens
 from flexgen_lite.launcher.forecast import SHORTER, Forecast, Forecaster, Variant, disk_now
 from flexgen_lite.launcher.outlook import requests_of
 from flexgen_lite.launcher.search import Policy, search
@@ -42,14 +43,14 @@ def show_plan(
     config: EngineConfig,
     input_file: Path | None,
     job: Job | None,
-    answer_tokens: int | None,
+    answers: AnswerTokens | None,
     machine_file: Path | None,
     console: Console,
 ) -> None:
     """
     Args:
         input_file: of requests; None: as `job` says, and where that is None only the plan is shown.
-        answer_tokens: of an answer, on average; None: as many as it may have.
+        answers: how long they are; None: as long as they may be.
         machine_file: of another machine's calibration.
 
     Raises:
@@ -66,7 +67,8 @@ def show_plan(
             calibration = calibrate.read(machine_file)
             machine, disk = calibration.machine, None
             _check_settings(config, calibration, machine_file)
-        requests, expected = _work(calibration, input_file, job, answer_tokens)
+        requests, expected = _work(calibration, input_file, job)
+        requests = requests if answers is None else list(answers.of(requests))
         if input_file is not None and not requests:
             raise ValueError(f"{shown_path(input_file)} has no good line: run-batch says what is wrong with each")
         forecaster = Forecaster(calibration, machine, expected, requests, disk)
@@ -75,9 +77,25 @@ def show_plan(
         variants = forecaster.variants(config, policy.settings, found) if found.job else []
         if found.job and machine_file is None and config.quantization == "auto" and not found.setup.spec.has_few_bits:
             variants.append(_in_int4(config, expected, requests, disk))
+        spread = _spread(forecaster, config.model_copy(update=policy.settings), requests, answers) if found.job else {}
     console.plan(describe(found.setup.plan, found.setup.spec))
-    lines = [*policy_lines(policy), *_lines(found, variants)]
-    console.done("\n".join(lines), {"policy": policy.settings, "gain": policy.gain} | _values(found, variants))
+    lines = [*policy_lines(policy), *_lines(found, variants, spread)]
+    values = {"policy": policy.settings, "gain": policy.gain} | _values(found, variants)
+    console.done("\n".join(lines), values | {"spread": {str(name): _numbers(one) for name, one in spread.items()}})
+
+
+def _spread(
+    forecaster: Forecaster, config: EngineConfig, requests: Sequence[JobRequest], answers: AnswerTokens | None
+) -> dict[int, JobTime]:
+    """The job where all answers have as few tokens as they may have, and as many."""
+    if answers is None or answers.low == answers.high:
+        return {}
+    found = {}
+    for length in (answers.low, answers.high):
+        job = forecaster.of(config, list(AnswerTokens(length, length).of(requests))).job
+        if job is not None:
+            found[length] = job
+    return found
 
 
 def _check_settings(config: EngineConfig, calibration: Calibration, path: Path) -> None:
@@ -133,18 +151,18 @@ def run_calibration(config: EngineConfig, output: Path | None, console: Console)
 
 
 def _work(
-    calibration: Calibration, input_file: Path | None, job: Job | None, answer_tokens: int | None
+    calibration: Calibration, input_file: Path | None, job: Job | None
 ) -> tuple[list[JobRequest], Workload | None]:
     if input_file is not None:
-        return requests_of(calibration, input_file, answer_tokens), survey(input_file)
+        return requests_of(calibration, input_file), survey(input_file)
     if job is None:
         return [], None
-    one = JobRequest(job.prompt_tokens, max(1, min(job.max_tokens, answer_tokens or job.max_tokens)), job.max_tokens)
+    one = JobRequest(job.prompt_tokens, job.max_tokens, job.max_tokens)
     whole = job.prompt_tokens + job.max_tokens
     return [one] * job.requests, Workload(job.requests, whole, whole, whole)
 
 
-def _lines(found: Forecast, variants: Sequence[Variant]) -> list[str]:
+def _lines(found: Forecast, variants: Sequence[Variant], spread: Mapping[int, JobTime]) -> list[str]:
     job = found.job
     if job is None:
         return ["give -i FILE, or --requests, to have a job predicted"]
@@ -153,7 +171,8 @@ def _lines(found: Forecast, variants: Sequence[Variant]) -> list[str]:
         f"{job.generated_tokens / job.seconds:,.1f} tok/s ({job.prompt_tokens:,} tokens of prompts, "
         f"{job.generated_tokens:,} of answers); "
         f"{clock(job.load)} before that to load weights",
-        "lanes     " + ", ".join(f"{lane} {share:.0%}" for lane, share in _busiest(job)),
+        *(f"          {clock(one.seconds)} if all answers have {length:,} tokens" for length, one in spread.items()),
+        f"passes    {_passes(job)}",
         f"          {_verdict(job, variants)}",
         "with      " + "time".rjust(26) + "tok/s".rjust(12) + "as fast".rjust(12),
     ]
@@ -166,6 +185,13 @@ def _lines(found: Forecast, variants: Sequence[Variant]) -> list[str]:
         name = f"{variant.name:<28}"
         lines.append(f"          {name}{clock(variant.job.seconds):>8}{rate:>12,.1f}{factor:>10.2f} x")
     return lines
+
+
+def _passes(job: JobTime) -> str:
+    """How many, how long, and how long each lane works in them."""
+    length = sum(job.pass_seconds) / max(1, len(job.pass_seconds))
+    lanes = ", ".join(f"{lane} {share * length:.3g} s ({share:.0%})" for lane, share in _busiest(job))
+    return f"{job.seconds / max(length, 1e-9):,.0f} of {length:.3g} s on average: {lanes}"
 
 
 def _rate(job: JobTime) -> float:

@@ -83,6 +83,10 @@ class Forecaster:
         """Raises PlanError where the budget does not hold even the smallest plan. `rounds`: see cost/job.py."""
         return self._of(config, self._rates, self._requests, rounds)
 
+    def of(self, config: EngineConfig, requests: Sequence[JobRequest]) -> Forecast:
+        """Of other requests. Raises PlanError as `forecast` does."""
+        return self._of(config, self._rates, requests)
+
     def _of(
         self,
         config: EngineConfig,

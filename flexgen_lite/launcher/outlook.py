@@ -37,14 +37,9 @@ class Outlook:
     predicted: Prediction
 
 
-def outlook(
-    config: EngineConfig, input_file: Path, on_log: Callable[[str], None], answer_tokens: int | None = None
-) -> Outlook | None:
+def outlook(config: EngineConfig, input_file: Path, on_log: Callable[[str], None]) -> Outlook | None:
     """None where the engine would take no line, or this machine was not calibrated with the model, which is done where
-    the job is long.
-
-    Args:
-        answer_tokens: of an answer, on average; None: as many as it may have.
+    the job is long. Answers are taken to be as long as they may be.
 
     Raises:
         PlanError: the budget does not hold even the smallest plan.
@@ -59,7 +54,7 @@ def outlook(
         calibration = calibrate.calibrated(config, on_log)
     if calibration is None:
         return None
-    requests = requests_of(calibration, input_file, answer_tokens)
+    requests = requests_of(calibration, input_file)
     if not requests:
         return None
     forecaster = Forecaster(calibration, inspect_machine(), expected, requests, disk_now(calibration.opened.spec))
@@ -85,13 +80,13 @@ def _is_long(config: EngineConfig, expected: Workload) -> bool:
     return on_cpu and tokens * weights * MET / FAST > LONG_SECONDS
 
 
-def requests_of(calibration: Calibration, input_file: Path, answer_tokens: int | None) -> list[JobRequest]:
-    """Of its good lines. Those that are alike are one object: a file may have millions."""
+def requests_of(calibration: Calibration, input_file: Path) -> list[JobRequest]:
+    """Of its good lines, with answers as long as they may be. Those that are alike are one object: there may be
+    millions."""
     made: dict[Counted, JobRequest] = {}
     found = []
     for one in count_tokens(input_file, calibration.tokenizer, calibration.opened.chat_template):
         if one not in made:
-            generated = min(one.max_tokens, answer_tokens or one.max_tokens)
-            made[one] = JobRequest(one.prompt, generated, one.max_tokens, one.scored, one.shared)
+            made[one] = JobRequest(one.prompt, one.max_tokens, one.max_tokens, one.scored, one.shared)
         found.append(made[one])
     return found
