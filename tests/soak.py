@@ -41,6 +41,7 @@ LAYOUTS: list[dict[str, Any]] = [
     {"layer_slots": 2},
     {"layer_slots": 3, "micro_batches": 2},
     {"stage_weights": True, "layer_slots": 2},
+    {"stage_weights": True, "layer_slots": 2, "cpu_projections": "qkv"},
     {"micro_batches": 3, "micro_batch_tokens": 64, "max_sequences": 24},
 ]
 FIXED = {"dtype": "float32", "attention_workers": 2, "attention_threads": 1, "worker_timeout": 4}

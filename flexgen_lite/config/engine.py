@@ -221,6 +221,14 @@ class EngineConfig(BaseModel):
         "Copy each layer to a slot on the device before use. `auto`: on CUDA only; leave it so, except to try the "
         "staging path on a CPU."
     )
+    cpu_projections: Literal["auto", "none", "qkv"] = Field(
+        default="auto",
+        description="What of a layer is computed on the CPU beside a GPU. `qkv`: the projections that lead to "
+        "attention (Q, K and V), of layers that do not stay on the GPU; their weights stay in main memory and are "
+        "copied only in passes with many rows of prompts. `none`, `auto`: nothing. When it pays is in "
+        "[gpu.md](gpu.md#projections-on-the-cpu).",
+        json_schema_extra=expects('"auto", "none" or "qkv"'),
+    )
     trace: PathValue = Field(
         default=None,
         description="File for a trace with one row per lane (Chrome trace event JSON; opens in Perfetto).",

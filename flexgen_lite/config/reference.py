@@ -49,6 +49,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "layer_slots",
         "device_slots",
         "stage_weights",
+        "cpu_projections",
     ),
     "Processes, threads, CPUs": (
         "attention_workers",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from flexgen_lite.cost.fit import pairs
 from flexgen_lite.cost.kinds import OUTSIDE, column_kinds, layer_kinds, segment_kinds
 from flexgen_lite.cost.rates import Rates
+from flexgen_lite.memory.projection_units import units_of
 from flexgen_lite.model.spec import ModelSpec, first_seen
 from flexgen_lite.plan.plan import Plan
 from flexgen_lite.queue.batching import MicroBatch, Piece
@@ -46,10 +47,20 @@ class Work:
         self._loads = {layer: rates.load.get(kind, 0.0) for layer, kind in enumerate(layers)}
         self._loads[spec.num_layers] = rates.load.get(OUTSIDE, 0.0)
         self._uploads = {layer: rates.upload.get(kind, 0.0) for layer, kind in enumerate(layers)}
+        self._take_apart(spec, plan.projection_layers)
         self._stops = frozenset(spec.stops)
         self._behind = tuple(
             rates.segment(packed, kind).behind for kind, packed in zip(self._segments[:-1], self._packed, strict=False)
         )
+
+    def _take_apart(self, spec: ModelSpec, layers: Sequence[int]) -> None:
+        """Projections that stay in main memory are loaded by themselves and never copied."""
+        units = units_of(spec, layers)
+        for unit, layer in enumerate(layers, start=spec.num_layers + 1):
+            rest, apart = units[layer].num_bytes, units[unit].num_bytes
+            self._loads[unit] = self._loads[layer] * apart / (rest + apart)
+            self._loads[layer] -= self._loads[unit]
+            self._uploads[layer] *= rest / (rest + apart)
 
     def load(self, unit: int) -> float:
         return self._loads[unit]

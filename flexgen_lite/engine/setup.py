@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.memory.kv_layout import kv_spec, token_bytes_by_window
+from flexgen_lite.memory.projection_units import units_of
 from flexgen_lite.model.quantization import IGNORED, Quantization
 from flexgen_lite.model.spec import ModelSpec
 from flexgen_lite.plan import plan
@@ -96,8 +97,8 @@ class Setup:
         return worker_messages.AttachLoader(
             spec.files,
             spec.stamps,
-            spec.units,
-            made.slot_offsets,
+            units_of(spec, made.projection_layers),
+            made.slot_offsets + made.projection_offsets,
             made.weights_bytes,
             load_format,
             verify,
@@ -121,7 +122,7 @@ class Setup:
     def for_compute(self) -> worker_messages.AttachCompute:
         made = self.plan
         return worker_messages.AttachCompute(
-            made.slot_offsets,
+            made.slot_offsets + made.projection_offsets,
             made.weights_bytes,
             self.exchange,
             made.device_slots,
@@ -134,15 +135,22 @@ class Setup:
             0 if self.opened.device_total_bytes else made.parts["workspace"],
             self.kv.dtype,
             made.state_places,
+            made.projection_layers,
         )
 
     # ------------------------------------------------------------------------------------------------ for the passes
 
     def make_schedule(self) -> Schedule:
-        """Slot numbers: resident layers in order, then the ring, then everything outside the layers."""
+        """Slot numbers: resident layers in order, the ring, everything outside the layers, projections."""
         made, layers = self.plan, self.spec.num_layers
         last = len(made.slot_offsets) - 1
-        pinned = {layers: last} | {layer: slot for slot, layer in enumerate(made.resident_layers)}
+        projections = {layer: number for number, layer in enumerate(made.projection_layers, start=1)}
+        beside = {layer: layers + number for layer, number in projections.items()}
+        resident = {layer: slot for slot, layer in enumerate(made.resident_layers)}
+        pinned = {layers: last}
+        for layer in range(layers):  # in the order of a pass
+            pinned |= {beside[layer]: last + projections[layer]} if layer in beside else {}
+            pinned |= {layer: resident[layer]} if layer in resident else {}
         ring = range(len(made.resident_layers), last)
         host = SlotRing(pinned, made.ring_layers(layers), tuple(ring), made.device_alone)
         if not made.staged:
@@ -150,7 +158,7 @@ class Setup:
         stay = dict(zip(made.device_layers, range(made.device_slots), strict=False))
         streamed = [layer for layer in range(layers) if layer not in stay]
         device = SlotRing({layers: made.device_slots} | stay, streamed, range(len(stay), made.device_slots))
-        return Schedule(self.spec.columns, host, device, self.spec.stops)
+        return Schedule(self.spec.columns, host, device, self.spec.stops, beside)
 
     @property
     def kv_tokens(self) -> int:

@@ -82,6 +82,7 @@ class EngineStats:
             if done.to_host_ns:
                 self.lanes.add("device-to-host", "device-to-host", name, done.end_ns - done.to_host_ns, done.end_ns)
             self.copy_ns += done.copy_ns
+            self.traffic["uploaded_bytes"] += done.uploaded_bytes
 
     def attended(self, worker: str, report: worker_messages.AttentionReport, columns: Sequence[str]) -> None:
         for done in report.done:

@@ -22,6 +22,7 @@ from flexgen_lite.text.shown import shown_path
 _WITHOUT_EFFECT = {
     "model", "ram", "gpu", "trace", "endpoint", "key_file", "max_sequences", "micro_batches", "micro_batch_tokens",
     "layer_slots", "device_slots", "prefix_caching", "start_timeout", "worker_timeout", "verify_weights",
+    "cpu_projections",
 }  # fmt: skip
 """Keys that change what is planned, not how fast its parts are."""
 MOST_ROOM = 48  # as a power of two of bytes

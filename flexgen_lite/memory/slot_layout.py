@@ -54,12 +54,13 @@ class TensorSource:
         )
 
 
-def layout_unit(name: str, sources: Sequence[TensorSource]) -> UnitSpec:
-    """Place `sources` in a slot. The tensors of the result are in the order of `sources`."""
+def layout_unit(name: str, sources: Sequence[TensorSource], max_gap: int = MAX_GAP_BYTES) -> UnitSpec:
+    """Place `sources` in a slot. The tensors of the result are in the order of `sources`; bytes of the file between two
+    of them that are fewer than `max_gap` lie in the slot as well."""
     offsets: dict[int, int] = {}
     extents: list[Extent] = []
     cursor = 0
-    for run in _runs(sources):
+    for run in _runs(sources, max_gap):
         first, last = sources[run[0]].pieces[0], sources[run[-1]].pieces[0]
         start = first.offset // BLOCK_BYTES * BLOCK_BYTES
         length = _round_up(last.offset + last.num_bytes, BLOCK_BYTES) - start
@@ -80,7 +81,7 @@ def layout_unit(name: str, sources: Sequence[TensorSource]) -> UnitSpec:
     return UnitSpec(name, tensors, tuple(extents), converted, _round_up(cursor, BLOCK_BYTES))
 
 
-def _runs(sources: Sequence[TensorSource]) -> Iterable[list[int]]:
+def _runs(sources: Sequence[TensorSource], max_gap: int) -> Iterable[list[int]]:
     """Indices of direct tensors that lie close together in one file, in file order.
 
     Of two tensors that share bytes only the first is in a run; the other one is converted (copied).
@@ -95,7 +96,7 @@ def _runs(sources: Sequence[TensorSource]) -> Iterable[list[int]]:
             gap = piece.offset - (before.offset + before.num_bytes)
             if piece.file == before.file and gap < 0:
                 continue
-            if piece.file != before.file or gap >= MAX_GAP_BYTES:
+            if piece.file != before.file or gap >= max_gap:
                 yield run
                 run = []
         run.append(index)

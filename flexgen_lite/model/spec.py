@@ -238,6 +238,7 @@ class ModelSpec:
     pass_bytes: int = 0  # and on its way through a layer; both measured, without what libraries take
     mix_bytes: int = 0  # and of a prompt in a mixer, besides
     head_copy_bytes: int = 0  # of a copy of the tied head that suits the processor's products better; 0: no use
+    projections: tuple[tuple[int, ...], ...] = ()  # by layer: tensors of its unit that lead to its attention calls
     warnings: tuple[str, ...] = ()
 
     @property

@@ -11,6 +11,7 @@ from flexgen_lite.memory.exchange import region_bytes
 from flexgen_lite.memory.kv_groups import kv_groups, pages_for
 from flexgen_lite.memory.kv_layout import largest_page
 from flexgen_lite.model.spec import ITEM_BYTES, ModelSpec
+from flexgen_lite.plan.layer_sizes import LayerSizes, layer_sizes
 from flexgen_lite.plan.machine import Machine
 from flexgen_lite.plan.workload import Workload
 from flexgen_lite.wire.arena_specs import KvGroup
@@ -76,7 +77,7 @@ class Need:
     page: int  # bytes
     least_pages: int
     longest: int  # tokens of the longest sequence that should be served
-    layer_slot: int  # bytes
+    layers: LayerSizes
     max_sequences: int
     wanted_pages: int  # that weights should leave room for
     most_pages: int  # that can ever be of use
@@ -92,10 +93,11 @@ class Need:
     def fixed(self, tokens: int, count: int) -> dict[str, int]:
         """Bytes per part that do not depend on what is left of the budget."""
         region = region_bytes(self.spec.attention, tokens, ITEM_BYTES[self.spec.dtype])
+        computes_here = not self.on_gpu or self.layers.split
         return {
             **self.processes,
             "workspace": _workspace_bytes(self.spec, tokens, count, self.on_gpu),
-            **({} if self.on_gpu else {"products": _products_bytes(self.spec, self.compute_threads)}),
+            **({"products": _products_bytes(self.spec, self.compute_threads)} if computes_here else {}),
             "exchange": count * region,
             "embeddings and head": self.spec.units[-1].num_bytes,
             **({"device slots": self.device_bytes} if self.device_bytes else {}),
@@ -108,7 +110,8 @@ class Need:
     def least(self, tokens: int, count: int, slots: int, pages: int | None = None) -> int:
         """RAM below which the engine cannot run with this block, so many layer slots, and KV pages."""
         kv = (pages or self.least_pages) * self.page
-        return sum(self.fixed(tokens, count).values()) + slots * self.layer_slot + kv + self.state_bytes
+        weights = slots * self.layers.whole + self.layers.apart
+        return sum(self.fixed(tokens, count).values()) + weights + kv + self.state_bytes
 
 
 def num_attention_workers(config: EngineConfig, machine: Machine) -> int:
@@ -131,8 +134,8 @@ def need_of(
     expected: Workload | None,
 ) -> Need:
     workers = num_attention_workers(config, machine)
-    layer_slot = max(unit.num_bytes for unit in spec.units[:-1])
     on_cpu_slots = config.stage_weights is True and not on_gpu
+    layers = layer_sizes(spec, config.cpu_projections == "qkv" and (on_gpu or on_cpu_slots))
     kv_dtype = config.stored_kv_dtype(spec.dtype)
     groups = kv_groups(spec.attention, spec.kv_columns, config.page_tokens or PAGE_TOKENS, kv_dtype, spec.max_length)
     max_sequences = config.max_sequences or min(MAX_SEQUENCES, expected.sequences if expected else MAX_SEQUENCES)
@@ -149,7 +152,7 @@ def need_of(
             "client": CLIENT_BYTES,
             "loader": _loader_bytes(spec) if config.load_format != "dummy" else LOADER_BYTES,
             "attention workers": (NUMBA_BYTES if on_gpu else 0) + (processes.attention + SPANS_BYTES) * workers,
-            "compute worker": processes.compute,
+            "compute worker": processes.compute + (NUMBA_BYTES if on_gpu and layers.split else 0),
             "zygote": ZYGOTE_BYTES,
         },
         workers=workers,
@@ -158,13 +161,13 @@ def need_of(
         page=largest_page(spec.attention, groups, kv_dtype),
         least_pages=least_pages,
         longest=longest,
-        layer_slot=layer_slot,
+        layers=layers,
         max_sequences=max_sequences,
         wanted_pages=max(least_pages, wanted_pages),
         most_pages=max(least_pages, most_pages),
         on_gpu=on_gpu,
         device_bytes=(
-            min(config.device_slots or DEVICE_RING, spec.num_layers) * layer_slot + spec.units[-1].num_bytes
+            min(config.device_slots or DEVICE_RING, spec.num_layers) * layers.whole + spec.units[-1].num_bytes
             if on_cpu_slots
             else 0
         ),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from flexgen_lite.plan.layer_sizes import LayerSizes
+
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
     num_layers: int
-    layer_bytes: int
+    layers: LayerSizes
     page_bytes: int
     least_pages: int
     longest_pages: int  # for the longest sequence that should be served
@@ -50,24 +52,26 @@ def _place_in_ram(sizes: Sizes, available: int, slots: int, all_streamed: bool, 
     All of them stay if they leave room for the sequences that are wanted, or fill at most three quarters; and if they
     leave room for the longest sequence, where there is any way to serve that. Otherwise room for sequences comes first,
     since every pass costs one load of the streamed layers whatever rides on it; layers stay as far as there is room
-    beyond that.
+    beyond that. Projections that are computed on the CPU stay in any case.
     """
+    available -= sizes.layers.projections * len(set(sizes.layers.split) & set(layers))
     others = sizes.num_layers - len(layers)
     ring = slots if others else 0
-    whole = (len(layers) + ring) * sizes.layer_bytes
+    each, of_ring = sizes.layers.without, sizes.layers.whole  # layers that stay on the device come as a whole
+    whole = len(layers) * each + ring * of_ring
     longest = sizes.longest_pages * sizes.page_bytes
-    served = whole + longest <= available or slots * sizes.layer_bytes + longest > available
+    served = whole + longest <= available or slots * of_ring + longest > available
     roomy = served and (whole + sizes.page_bytes * sizes.wanted_pages <= available or whole <= available * 3 // 4)
     resident = layers
     if all_streamed or not roomy or whole + sizes.page_bytes * sizes.least_pages > available:
         ring = slots
-        after_ring = available - ring * sizes.layer_bytes
+        after_ring = available - ring * of_ring
         pages = max(sizes.wanted_pages, sizes.longest_pages if longest <= after_ring else 0)
-        spare = (after_ring - min(pages * sizes.page_bytes, after_ring)) // sizes.layer_bytes
+        spare = (after_ring - min(pages * sizes.page_bytes, after_ring)) // each
         most = len(layers) if others else len(layers) - ring
         chosen = () if all_streamed else spread_evenly(min(spare, most), len(layers))
         resident = tuple(layers[index] for index in chosen)
-    left = available - (len(resident) + ring) * sizes.layer_bytes
+    left = available - len(resident) * each - ring * of_ring
     return Placement(resident, ring, min(sizes.most_pages, left // sizes.page_bytes))
 
 

@@ -6,6 +6,7 @@ Everything the engine takes of main memory is in `Plan.parts`; what does not fit
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from math import ceil, floor
 
 from flexgen_lite.config.engine import EngineConfig
@@ -42,7 +43,9 @@ class Plan:
     resident_layers: tuple[int, ...]
     layer_slots: int  # of the ring, through which the other layers come; 0 where there are none
     slot_offsets: tuple[int, ...]
-    layer_slot_bytes: int
+    projection_layers: tuple[int, ...]  # whose projections are computed on the CPU and stay in RAM
+    projection_offsets: tuple[int, ...]  # of the slots for these
+    layer_slot_bytes: int  # on the device
     weights_bytes: int
     device_slots: int
     device_layers: tuple[int, ...]  # that stay in the first device slots; the others come through the rest of them
@@ -133,7 +136,8 @@ def make_plan(
         copy_head = placed.ring == 0 and placed.num_pages >= need.least_pages
         fixed = with_copy if copy_head else fixed
     placed = _place(need, ram - sum(fixed.values()), tokens, slots, device_slots)
-    layer_bytes = (len(placed.resident) + placed.ring) * need.layer_slot
+    slot_offsets, projections = _slot_offsets(need, placed), _on_cpu(need, placed)
+    apart, end = len(projections) * need.layers.projections, slot_offsets[-1] + spec.units[-1].num_bytes
     threads = _attention_threads(config, machine, need.workers, on_gpu)
     return Plan(
         ram=ram,
@@ -141,9 +145,11 @@ def make_plan(
         staged=staged,
         resident_layers=placed.resident,
         layer_slots=placed.ring,
-        slot_offsets=tuple(i * need.layer_slot for i in range(len(placed.resident) + placed.ring + 1)),
-        layer_slot_bytes=need.layer_slot,
-        weights_bytes=layer_bytes + spec.units[-1].num_bytes,
+        slot_offsets=slot_offsets,
+        projection_layers=projections,
+        projection_offsets=tuple(range(end, end + apart, need.layers.projections)) if apart else (),
+        layer_slot_bytes=need.layers.whole,
+        weights_bytes=end + apart,
         device_slots=device_slots,
         device_layers=placed.on_device,
         device_alone=tuple(layer for layer in placed.on_device if layer not in placed.resident),
@@ -164,18 +170,27 @@ def make_plan(
         attention_cpus=config.attention_cpus or ((),) * need.workers,
         compute_cpus=config.compute_cpus or (),
         loader_cpus=config.loader_cpus or (),
-        parts={**fixed, "layers": layer_bytes, "KV cache": placed.num_pages * need.page},
-        warnings=_warnings(config, on_gpu, asked, tokens * count),
+        parts={
+            **fixed,
+            "layers": slot_offsets[-1],
+            **({"projections": apart} if apart else {}),
+            "KV cache": placed.num_pages * need.page,
+        },
+        warnings=_warnings(config, on_gpu, asked, tokens * count, bool(projections)),
     )
 
 
-def _warnings(config: EngineConfig, on_gpu: bool, max_sequences: int, rows: int) -> tuple[str, ...]:
+def _warnings(
+    config: EngineConfig, on_gpu: bool, max_sequences: int, rows: int, has_projections: bool
+) -> tuple[str, ...]:
     """Settings that have less effect than their user may think."""
     found = []
     if config.gpu is not None and not on_gpu:
         found.append(f"gpu={format_size(config.gpu)} has no effect: the compute device is the CPU")
     if config.max_sequences is not None and max_sequences > rows:
         found.append(f"max_sequences={max_sequences} is held to {rows}: micro_batches x micro_batch_tokens")
+    if config.cpu_projections == "qkv" and not has_projections:
+        found.append("cpu_projections=qkv has no effect: no layer that attends is copied to a device in every pass")
     return tuple(found)
 
 
@@ -227,7 +242,7 @@ def _choose_block(need: Need, ram: int) -> tuple[int, int, int]:
 def _num_states(need: Need, available: int, tokens: int, slots: int) -> int:
     """Sequences whose states there is room for beside weights and KV cache: all layers, where they are no more than
     three quarters of it; else what streams them, for a pass takes as long whatever rides on it."""
-    layers, ring = need.spec.num_layers * need.layer_slot, slots * need.layer_slot
+    layers, ring = need.spec.num_layers * need.layers.whole, slots * need.layers.whole + need.layers.apart
     each = need.state_bytes + need.wanted_pages * need.page // need.max_sequences
     weights = layers if layers * 4 <= available * 3 else ring
     longest = need.longest_pages(tokens) * need.page
@@ -244,9 +259,22 @@ def _place(need: Need, available: int, tokens: int, slots: int, device_slots: in
     layers, forced = need.spec.num_layers, need.config.layer_slots
     longest_pages = need.longest_pages(tokens)
     most_pages = max(need.most_pages, longest_pages)  # a prompt's rows have pages before its window passes them
-    sizes = Sizes(layers, need.layer_slot, need.page, need.least_pages, longest_pages, need.wanted_pages, most_pages)
+    sizes = Sizes(layers, need.layers, need.page, need.least_pages, longest_pages, need.wanted_pages, most_pages)
     staying = layers if device_slots >= layers else max(0, device_slots - DEVICE_RING)
     return place(sizes, available, slots, forced is not None and forced < layers, staying)
+
+
+def _slot_offsets(need: Need, placed: Placement) -> tuple[int, ...]:
+    """Of the resident layers, the ring, and what is outside the layers. Layers that stay on the device too have a place
+    for all of them, others for what goes there in every pass."""
+    sizes, staying = need.layers, set(placed.on_device)
+    of_resident = [sizes.whole if layer in staying else sizes.without for layer in placed.resident]
+    return tuple(accumulate([*of_resident, *[sizes.whole] * placed.ring], initial=0))
+
+
+def _on_cpu(need: Need, placed: Placement) -> tuple[int, ...]:
+    """Layers whose projections are computed on the CPU."""
+    return tuple(layer for layer in need.layers.split if layer not in placed.on_device)
 
 
 def _attention_threads(config: EngineConfig, machine: Machine, workers: int, on_gpu: bool) -> int:
@@ -263,10 +291,10 @@ def _device_slots(need: Need, staged: bool, gpu: int, work: int) -> int:
         return 0
     if not need.on_gpu:
         return min(need.config.device_slots or DEVICE_RING, layers)
-    fitting = (gpu - outside - work - CUDA_CONTEXT_BYTES) // need.layer_slot
+    fitting = (gpu - outside - work - CUDA_CONTEXT_BYTES) // need.layers.whole
     least = min(2, layers)
     if fitting < least:
-        needed = outside + work + CUDA_CONTEXT_BYTES + least * need.layer_slot
+        needed = outside + work + CUDA_CONTEXT_BYTES + least * need.layers.whole
         raise PlanError(
             f"{need.spec.class_name} needs at least {format_size(needed, ceil)} of GPU memory, "
             f"{format_size(gpu, floor)} allowed: raise gpu, or lower micro_batch_tokens"

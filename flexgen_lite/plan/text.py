@@ -22,6 +22,9 @@ def describe(plan: Plan, spec: ModelSpec) -> str:
         layers += f", {streamed} streamed through {plan.layer_slots} slots"
     if plan.staged and (ring := plan.device_slots - len(plan.device_layers)):
         layers += f", those that are not on the device through {ring} slots there"
+    if plan.projection_layers:
+        apart = format_size(plan.parts["projections"])
+        layers += f"; projections of {len(plan.projection_layers)} layers on the CPU, {apart} that stay in RAM"
     if packed := {tensor.packing for unit in spec.units for tensor in unit.tensors if tensor.packing is not None}:
         kinds = sorted({f"{packing.bits} bits with groups of {packing.group}" for packing in packed})
         layers += f"; {format_size(spec.weight_bytes)} with {', '.join(kinds)}"

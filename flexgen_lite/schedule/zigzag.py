@@ -21,7 +21,7 @@ loads, copies, attention and products of different layers and micro-batches over
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from flexgen_lite.schedule.slot_ring import SlotRing
@@ -60,10 +60,16 @@ class Schedule:
         host: slots that the loader fills; holds units 0 .. L.
         device: slots that uploads fill, or None where layers are used where the loader put them.
         stops: columns without attention.
+        beside: layer -> unit of its own in a slot of the host's that its segments need as well.
     """
 
     def __init__(
-        self, layers: Sequence[int], host: SlotRing, device: SlotRing | None = None, stops: Collection[int] = ()
+        self,
+        layers: Sequence[int],
+        host: SlotRing,
+        device: SlotRing | None = None,
+        stops: Collection[int] = (),
+        beside: Mapping[int, int] | None = None,
     ) -> None:
         self.num_columns = len(layers)
         self._stops = frozenset(stops)
@@ -71,6 +77,7 @@ class Schedule:
         self._outside = layers[-1] + 1
         self._host = host
         self._device = device
+        self._beside = beside or {}
         self._to_upload: dict[int, int] = {}  # unit -> device slot that waits for it
         self._parts: list[tuple[int, ...]] = []
         self._granted = 0  # columns of segments that were granted in this pass
@@ -198,12 +205,19 @@ class Schedule:
         """Slots of the columns whose segments can be granted now."""
         slots: list[int] = []
         while self._granted <= self.num_columns and weights.slot_of(self._outside) is not None:
-            slot = weights.slot_of(self._layers[self._granted]) if self._granted < self.num_columns else -1
+            slot = self._slot_of_layer(weights, self._layers[self._granted]) if self._granted < self.num_columns else -1
             if slot is None:
                 break
             slots.append(slot)
             self._granted += 1
         return tuple(slots)
+
+    def _slot_of_layer(self, weights: SlotRing, layer: int) -> int | None:
+        """Where all that it needs is at hand."""
+        beside = self._beside.get(layer)
+        if beside is not None and self._host.slot_of(beside) is None:
+            return None
+        return weights.slot_of(layer)
 
     def _uploads(self, device: SlotRing) -> list[Order]:
         """Units that stay on the device may wait for one that the loader has not come to, behind others in the order of

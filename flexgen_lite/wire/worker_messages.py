@@ -243,6 +243,7 @@ class AttachCompute:
     workspace_bytes: int  # of that, for temporaries; 0 where they are in a GPU's memory
     kv_dtype: str
     state_places: int = 0  # in the arena of states, two for each sequence
+    projection_layers: tuple[int, ...] = ()  # see memory/projection_units.py; the last host slots have the projections
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,7 +343,8 @@ class SegmentDone:
     """`copy_ns` of its time went into the exchange arena and back; with a GPU, its results were copied to the host for
     `to_host_ns`, up to `end_ns`. `token_ids`: the sampled tokens in the order of the spans that asked for one, after
     the last segment; `logprobs`: of those of them that asked for it; `prompt_logprobs`: of the scored rows, in the
-    order of the spans. `left_only`: only column `column` - 1 was finished."""
+    order of the spans. `left_only`: only column `column` - 1 was finished. `uploaded_bytes`: of projections that
+    had to be copied to the device for it."""
 
     column: int
     micro_batch: int
@@ -354,6 +356,7 @@ class SegmentDone:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]
     prompt_logprobs: tuple[TokenLogprobs, ...]
+    uploaded_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,11 +23,18 @@ SETTINGS = {**SMALL_PASSES, "device": "cuda", "ram": "4GiB", "gpu": "2GiB"}
 
 
 @pytest.mark.parametrize(
-    "slots", [{"layer_slots": 2, "device_slots": 2}, {"device_slots": 3}, {}], ids=["disk", "ram", "gpu"]
+    "slots",
+    [
+        {"layer_slots": 2, "device_slots": 2},
+        {"device_slots": 3},
+        {},
+        {"device_slots": 2, "cpu_projections": "qkv"},
+    ],
+    ids=["disk", "ram", "gpu", "projections"],
 )
 @pytest.mark.parametrize("family", FAMILIES)
-def test_same_tokens_as_transformers(family: str, slots: dict[str, int], tmp_path: Path) -> None:
-    """Layers come from the disk in every pass, or from RAM, or stay on the GPU."""
+def test_same_tokens_as_transformers(family: str, slots: dict[str, Any], tmp_path: Path) -> None:
+    """Layers come from the disk in every pass, or from RAM, or stay on the GPU; projections are computed on the CPU."""
     model = make_model(family, tmp_path / "model")
     prompts = ragged_prompts(12, longest=70)
     params = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0, ignore_eos=True)

@@ -81,10 +81,13 @@ def test_with_zeros_or_without(family: str, symmetric: bool, tmp_path: Path) -> 
     assert answers(model, prompts, quantization="int4", quantization_symmetric=symmetric) == expected
 
 
-def test_on_its_way_through_device_slots(tmp_path: Path) -> None:
-    model, prompts = make_model("qwen3-moe", tmp_path / "model"), ragged_prompts(6, longest=40)
-    expected = rounded_tokens(model, prompts, Quantization(4))
-    assert answers(model, prompts, quantization="int4", stage_weights=True, device_slots=2) == expected
+@pytest.mark.parametrize("projections", ["none", "qkv"])
+@pytest.mark.parametrize(("family", "bits"), [("qwen3-moe", 4), ("gpt2", 8)])
+def test_on_its_way_through_device_slots(family: str, bits: int, projections: str, tmp_path: Path) -> None:
+    model, prompts = make_model(family, tmp_path / "model"), ragged_prompts(6, longest=40)
+    expected = rounded_tokens(model, prompts, Quantization(bits))
+    settings = {"stage_weights": True, "device_slots": 2, "cpu_projections": projections}
+    assert answers(model, prompts, quantization=f"int{bits}", **settings) == expected
 
 
 def test_layers_that_stay(tmp_path: Path) -> None:

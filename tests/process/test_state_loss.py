@@ -25,6 +25,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "resident": {},
     "streamed": {"layer_slots": 2},
     "staged": {"stage_weights": True, "layer_slots": 2},
+    "projections": {"stage_weights": True, "layer_slots": 2, "cpu_projections": "qkv"},
     "chunks": {"layer_slots": 2, "micro_batches": 2, "micro_batch_tokens": 24, "max_sequences": 12},
 }
 FAULTS = {
@@ -37,6 +38,7 @@ FAULTS = {
     ],
     "streamed": [Fault("put", 30, "SIGSEGV"), Fault("leave", 2), Fault("load", 17), Fault("mix", 9, after=True)],
     "staged": [Fault("put", 19, after=True), Fault("load", 9, "SIGSEGV"), Fault("attend", 7, worker="worker 0")],
+    "projections": [Fault("put", 19, after=True), Fault("load", 9, "SIGSEGV"), Fault("advance", 13)],
     "chunks": [
         Fault("put", 9, after=True),
         Fault("put", 40),

@@ -27,6 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "streamed": {"layer_slots": 2},
     "staged": {"stage_weights": True, "layer_slots": 2},
     "on the device alone": {"stage_weights": True, "layer_slots": 2, "device_slots": 4},
+    "projections on the CPU": {"stage_weights": True, "layer_slots": 2, "cpu_projections": "qkv"},
     "several micro-batches": {"micro_batches": 3, "micro_batch_tokens": 64, "max_sequences": 24},
 }
 
@@ -175,6 +176,13 @@ FAULTS = {
     "on the device alone": [
         Fault("load", 4, "SIGSEGV"),
         Fault("advance", 15),
+        Fault("attend", 31, worker="worker 0"),
+    ],
+    "projections on the CPU": [
+        Fault("advance", 3),
+        Fault("advance", 27, "SIGSEGV", after=True),
+        Fault("load", 7, "SIGSEGV"),
+        Fault("load", 31, after=True),
         Fault("attend", 31, worker="worker 0"),
     ],
     "several micro-batches": [

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import re
+from itertools import pairwise
 
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from flexgen_lite.config.engine import EngineConfig
-from flexgen_lite.model.spec import AttentionSpec, ModelSpec, StateSpec, UnitSpec
+from flexgen_lite.memory.projection_units import units_of
+from flexgen_lite.model.spec import AttentionSpec, ModelSpec, StateSpec, TensorSpec, UnitSpec
 from flexgen_lite.plan.machine import Machine
 from flexgen_lite.plan.need import MODEST_LENGTH, Measured
 from flexgen_lite.plan.plan import SHAPES, Plan, PlanError, make_plan
@@ -34,7 +36,10 @@ def model(
     state_items: int = 0,
 ) -> ModelSpec:
     """Every sixth layer sees everything, the others have the window; or a state of so many items of float32."""
-    units = tuple(UnitSpec(f"layer {i}", (), (), (), layer_bytes) for i in range(layers))
+    apart = layer_bytes // 4
+    units = tuple(
+        UnitSpec(f"layer {i}", _tensors(apart, layer_bytes - apart), (), (), layer_bytes) for i in range(layers)
+    )
     attention = [
         AttentionSpec(hidden // 64, hidden // 64, 64, 64, 0.125, None if i % 6 == 5 else window, None, False)
         for i in range(layers)
@@ -49,8 +54,13 @@ def model(
         attention=tuple(attention),
         kv_columns=tuple(layers - 1 if i in kept else i for i in range(layers)),
         stops=tuple(kept),
+        projections=tuple(() if i in kept else (0,) for i in range(layers)),
         states=tuple(StateSpec("recurrent", i, 0, (state_items,), "float32", n * size) for n, i in enumerate(kept)),
     )  # fmt: skip
+
+
+def _tensors(*sizes: int) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(f"t{n}", "uint8", (size,), 0, size, ()) for n, size in enumerate(sizes))
 
 
 def plan_for(spec: ModelSpec, expected: Workload | None = None, **options: object) -> Plan:
@@ -85,6 +95,7 @@ OPTIONS = st.fixed_dictionaries(
         "kv_dtype": st.sampled_from(["auto", "int8"]),
         "stage_weights": st.booleans(),
         "device_slots": st.integers(2, 12),
+        "cpu_projections": st.sampled_from(["none", "qkv"]),
     },
 )
 
@@ -114,7 +125,20 @@ def test_a_plan_stays_inside_the_budget_and_hangs_together(
     assert set(made.device_alone) == on_device - set(made.resident_layers)
     passing = spec.num_layers - len(on_device)
     assert made.device_slots == 0 or made.device_slots >= len(on_device) + min(2, passing)
-    assert made.weights_bytes == made.slot_offsets[-1] + spec.units[-1].num_bytes
+    units = units_of(spec, made.projection_layers)
+    needed = [units[layer].num_bytes for layer in made.resident_layers]
+    starts = (*made.slot_offsets, *made.projection_offsets, made.weights_bytes)
+    sizes = [end - start for start, end in pairwise(starts)]
+    held = [
+        *needed,
+        *[max((units[i].num_bytes for i in made.ring_layers(spec.num_layers)), default=0)] * made.layer_slots,
+    ]
+    assert all(size >= unit.num_bytes for size, unit in zip(sizes[len(held) :], units[spec.num_layers :], strict=True))
+    assert all(size >= num_bytes for size, num_bytes in zip(sizes, held, strict=False))
+    assert made.parts.get("projections", 0) == sum(sizes[len(held) + 1 :])
+    assert set(made.projection_layers).isdisjoint(on_device) and (made.staged or not made.projection_layers)
+    if made.staged and options.get("cpu_projections") == "qkv":
+        assert set(made.projection_layers) | on_device >= set(range(spec.num_layers)) - set(spec.stops)
     assert made.max_sequences <= made.micro_batches * made.micro_batch_tokens
     assert made.state_places == (2 * made.max_sequences if spec.states else 0)
     assert made.parts.get("states", 0) == made.state_places * spec.state_bytes
@@ -267,7 +291,28 @@ def test_a_cpu_that_is_not_there_is_named(key: str, value: object) -> None:
         plan_for(model(2, MIB, MIB, 64, 64), ram=4 * GIB, **{key: value})
 
 
+def test_projections_on_the_cpu_stay_in_ram() -> None:
+    """Of layers that do not stay on the device; what these have in RAM besides is smaller by as much."""
+    spec = model(48, 1200 * MIB, 700 * MIB, 7168, 2048)  # OPT-30B
+    for ram, gpu in (("80GiB", "16GiB"), ("200GiB", "16GiB"), ("40GiB", "16GiB"), ("80GiB", "100GiB")):
+        without, made = (gpu_plan_for(spec, ram=ram, gpu=gpu, cpu_projections=chosen) for chosen in ("auto", "qkv"))
+        assert without.projection_layers == () == without.projection_offsets and "projections" not in without.parts
+        assert made.device_layers == without.device_layers
+        assert made.projection_layers == tuple(layer for layer in range(48) if layer not in made.device_layers)
+        assert made.parts.get("projections", 0) == len(made.projection_layers) * 300 * MIB
+        assert made.planned_bytes <= made.ram
+    sizes = [
+        end - start
+        for start, end in pairwise(gpu_plan_for(spec, ram="80GiB", gpu="16GiB", cpu_projections="qkv").slot_offsets)
+    ]
+    assert set(sizes) == {900 * MIB, 1200 * MIB} and sizes.count(1200 * MIB) == 3, (
+        "those of the ring are for whole layers"
+    )
+
+
 def test_settings_without_effect_warn() -> None:
     made = plan_for(model(2, MIB, MIB, 64, 64), ram=4 * GIB, gpu="8GiB", max_sequences=100, micro_batch_tokens=8)
     assert "gpu=8.0 GiB has no effect" in made.warnings[0]
     assert "max_sequences=100 is held to" in made.warnings[1]
+    made = plan_for(model(2, MIB, MIB, 64, 64), ram=4 * GIB, cpu_projections="qkv")
+    assert made.projection_layers == () and "cpu_projections=qkv has no effect" in made.warnings[0]

@@ -23,6 +23,7 @@ class Machine:
     Args:
         calls: of attention, of each layer; stops among them.
         stops: columns that are.
+        beside: layers that do not stay on the device have a unit of their own in main memory besides.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Machine:
         seed: int,
         device_alone: bool = False,
         stops: frozenset[int] = frozenset(),
+        beside: bool = False,
     ) -> None:
         self.num_layers = num_layers = len(calls)
         self.layers = [layer for layer, count in enumerate(calls) for _ in range(count)]  # of the columns
@@ -44,7 +46,7 @@ class Machine:
         streamed = [layer for layer in range(num_layers) if layer not in layers]
         first_ring, last = len(layers), len(layers) + slots
         pinned = {num_layers: last} | {layer: slot for slot, layer in enumerate(layers)}
-        device, once = None, frozenset[int]()
+        device, once, rest = None, frozenset[int](), list[int]()
         if device_slots is not None:
             candidates = streamed if device_alone else layers
             count = device_slots if device_slots == num_layers else device_slots - 2
@@ -52,9 +54,11 @@ class Machine:
             once = frozenset(stay) if device_alone else once
             rest = [layer for layer in range(num_layers) if layer not in stay]
             device = SlotRing({num_layers: device_slots} | stay, rest, range(len(stay), device_slots))
-        host = SlotRing(pinned, streamed, range(first_ring, last), once)
         self.staged = device is not None
-        self.schedule = Schedule(self.layers, host, device, stops)
+        self.beside = {layer: num_layers + 1 + n for n, layer in enumerate(rest)} if beside and self.staged else {}
+        pinned |= {unit: last + n for n, unit in enumerate(self.beside.values(), start=1)}
+        host = SlotRing(pinned, streamed, range(first_ring, last), once)
+        self.schedule = Schedule(self.layers, host, device, stops, self.beside)
         self.host: dict[int, int] = {}  # slot -> unit
         self.device: dict[int, int] = {}
         self.loads: Counter[int] = Counter()
@@ -94,7 +98,9 @@ class Machine:
         units = set((self.device if self.staged else self.host).values())
         assert self.num_layers in units
         if column < len(self.layers) and slot is not None:
-            assert (self.device if self.staged else self.host)[slot] == self.layers[column]
+            layer = self.layers[column]
+            assert (self.device if self.staged else self.host)[slot] == layer
+            assert layer not in self.beside or self.beside[layer] in self.host.values()
         if column > 0 and (column, k) not in self.left:
             assert self.layers[column - 1] in units, "the layer behind the attention is gone"
 
@@ -193,7 +199,7 @@ def machines(draw: st.DrawFn) -> Machine:
     device_slots = draw(st.none() | st.integers(min(2, num_layers), num_layers))
     credit, seed, device_alone = draw(st.integers(1, 2)), draw(st.integers(0, 2**32)), draw(st.booleans())
     stops = draw(st.just(frozenset()) | st.frozensets(st.integers(0, sum(calls) - 1)))
-    return Machine(calls, resident, slots, device_slots, credit, seed, device_alone, stops)
+    return Machine(calls, resident, slots, device_slots, credit, seed, device_alone, stops, draw(st.booleans()))
 
 
 PASSES = st.lists(
@@ -246,6 +252,16 @@ def test_the_loader_runs_ahead_into_the_next_pass(machine: Machine) -> None:
             machine.take(machine.schedule.loaded(load.unit))
     needed = machine.device if machine.staged else machine.host
     assert 0 in needed.values()
+
+
+def test_what_stays_beside_the_device_is_loaded_once() -> None:
+    machine = Machine([1] * 5, 0, 2, 2, 1, 0, beside=True)
+    for _ in range(4):
+        machine.run_pass([(0,), (0,)])
+    machine.abandon(compute_lost=True)
+    machine.run_pass([(0,), (0,)])
+    assert {unit: machine.loads[unit] for unit in machine.loads if unit > 4} == dict.fromkeys(range(5, 11), 1)
+    assert all(machine.loads[layer] > 4 for layer in range(5))
 
 
 def test_columns_come_before_rows() -> None:

@@ -43,6 +43,7 @@ class AttentionCall:
     sinks_H: torch.Tensor | None
     attention_chunk: int | None = None
     latents: Latents | None = None  # instead of keys and values
+    module: nn.Module | None = None  # that makes the call
 
     @property
     def spec(self) -> AttentionSpec:
@@ -120,6 +121,7 @@ def flexgen_lite_attention(
         sinks_H=s_aux,
         attention_chunk=_attention_chunk(module),
         latents=current.latents,
+        module=module,
     )
     current.latents = None
     return current.attend(call), None

@@ -48,6 +48,12 @@ class CpuDevice:
         else:
             host.copy_(value)
 
+    def fetch(self, value: torch.Tensor) -> torch.Tensor:
+        """A copy in host memory, at once."""
+        host = self.host_buffer(value.numel(), value.dtype).view(value.shape)
+        self.to_host(host, value)
+        return host
+
     def from_host(self, host: torch.Tensor) -> torch.Tensor:
         """A tensor on the device with the host tensor's content."""
         return host
@@ -61,6 +67,10 @@ class CpuDevice:
         """Copy a layer into its device slot beside everything else, then call back."""
         target.copy_(host)
         done()
+
+    def copy_weights(self, target: torch.Tensor, host: torch.Tensor) -> None:
+        """Copy weights to the device, before what is computed next."""
+        target.copy_(host)
 
     def give_back_memory(self) -> None:
         """Temporaries larger than any of a pass are gone: the allocator, told to keep what it has, lets go of them."""
@@ -130,6 +140,14 @@ class CudaDevice:
             host.copy_(value, non_blocking=True)
         value.record_stream(self._to_host)
 
+    def fetch(self, value: torch.Tensor) -> torch.Tensor:
+        host = self.host_buffer(value.numel(), value.dtype).view(value.shape)
+        self._to_host.wait_event(self._compute.record_event())
+        with torch.cuda.stream(self._to_host):
+            host.copy_(value, non_blocking=True)
+        self._to_host.synchronize()
+        return host
+
     def from_host(self, host: torch.Tensor) -> torch.Tensor:
         with torch.cuda.stream(self._from_host):
             value = host.to(self.torch_device, non_blocking=True)
@@ -154,6 +172,11 @@ class CudaDevice:
             for to, source in zip(target.split(UPLOAD_CHUNK), host.split(UPLOAD_CHUNK), strict=True):
                 to.copy_(source, non_blocking=True)
             self._uploads.add(_sleeping_event(self._layers), done)
+
+    def copy_weights(self, target: torch.Tensor, host: torch.Tensor) -> None:
+        with torch.cuda.stream(self._compute):
+            for to, source in zip(target.split(UPLOAD_CHUNK), host.split(UPLOAD_CHUNK), strict=True):
+                to.copy_(source, non_blocking=True)
 
     def give_back_memory(self) -> None:
         """Host memory is not where temporaries are."""

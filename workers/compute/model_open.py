@@ -24,6 +24,7 @@ from flexgen_lite.wire.worker_messages import OpenModel
 from flexgen_lite.workers.compute import attention_call, experts, fused, probe
 from flexgen_lite.workers.compute.device import Device
 from flexgen_lite.workers.compute.head import Head
+from flexgen_lite.workers.compute.host_projections import projections_of
 from flexgen_lite.workers.compute.latents import projections
 from flexgen_lite.workers.compute.mixers import prepare, read_projections
 from flexgen_lite.workers.compute.product_weights import serves_width
@@ -49,6 +50,7 @@ class OpenedModel:
     head: Head
     spec: ModelSpec
     tokenizer: ModelTokenizer
+    projections: tuple[tuple[nn.Module, ...], ...]  # by layer
 
     def modules(self, unit: int) -> list[nn.Module]:
         """The modules whose weights `unit` holds: those of a layer, or all outside the layers."""
@@ -101,6 +103,7 @@ def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> Op
     tokenizer = open_tokenizer(directory, run_dir, config)
     if order.max_model_len is not None and order.max_model_len > limit:
         raise UserError(f"max_model_len {order.max_model_len} is over the model's limit of {limit}: lower it")
+    leading = projections_of(model, path, units, read)
     products = Products(model, dtype, device.torch_device, read, packed)
     fused.fuse(model, dtype, device.torch_device)
     prepare(model.modules(), path.states, device.torch_device.type == "cpu")
@@ -128,6 +131,7 @@ def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> Op
         pass_bytes=path.pass_bytes,
         mix_bytes=path.mix_bytes,
         head_copy_bytes=products.copied_bytes(outside(model, layers)),
+        projections=tuple(tensors for _, tensors in leading),
         warnings=(
             *warnings,
             *_rounding(section, order, checkpoint),
@@ -137,7 +141,9 @@ def _open(order: OpenModel, directory: Path, device: Device, run_dir: str) -> Op
         ),
     )
     binding, head = Binding(model, layers, units), Head(model, layers)
-    return OpenedModel(model, layers, binding, products, head, spec, tokenizer)
+    return OpenedModel(
+        model, layers, binding, products, head, spec, tokenizer, tuple(modules for modules, _ in leading)
+    )
 
 
 def _check_quantization(order: OpenModel, directory: Path, section: Section, checkpoint: Checkpoint | None) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any
 
 import torch
@@ -230,6 +230,14 @@ class _ProductOfBits(_Product):
             return ours.multiply(rows.contiguous(), bias_N)
         multiply = product_onednn.multiply if self._by_onednn else linear
         return multiplied(multiply, rows, self._bits, 0, bias_N)
+
+
+def on_cpu(module: Any, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The product of a linear layer whose weight lies in main memory, where others are computed on another device."""
+    if type(module) is nn.Linear and not isinstance(module.forward, _Product) and _works(dtype):
+        return _Product(module, _Wanted())
+    forward: Callable[[torch.Tensor], torch.Tensor] = module.forward
+    return forward
 
 
 def _replace_forward(module: Any, forward: _Product) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ import greenlet
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from flexgen_lite.model.spec import STATE_ALIGNMENT, AttentionSpec, StateSpec
 from flexgen_lite.workers.compute import mixers
@@ -32,6 +33,7 @@ from flexgen_lite.workers.model.builder import decoder_layers, decoder_of, no_in
 from flexgen_lite.workers.serve import UserError, first_line
 
 NUM_TOKENS = 3
+LINEAR = (nn.Linear, Conv1D)
 NO_ATTENTION = AttentionSpec(1, 1, 16, 16, 1.0, None, None, False)
 _StorageRef = weakref.ref[torch.UntypedStorage]
 
@@ -46,6 +48,7 @@ class TextPath:
         attention: each of these calls.
         kv_columns: the call whose keys and values each reads: itself, or one before it.
         unused: names of the tensors that it does not need; the model has them no more.
+        projections: of each column, the linear layers of what calls attention that are called before it does.
         stops: columns that are no attention calls; `attention` and `kv_columns` have those of another one for them.
         states: that a sequence keeps beside keys and values.
         has_indexers: whether there are layers whose tokens see those that an indexer chooses.
@@ -58,6 +61,7 @@ class TextPath:
     columns: tuple[int, ...]
     attention: tuple[AttentionSpec, ...]
     kv_columns: tuple[int, ...]
+    projections: tuple[tuple[nn.Module, ...], ...]
     stops: tuple[int, ...]
     states: tuple[StateSpec, ...]
     unused: frozenset[str]
@@ -84,6 +88,8 @@ class _Trial(ModelGreenlet):
         self.columns: list[int] = []
         self.calls: list[AttentionSpec | None] = []  # None: a stop
         self.kv_columns: list[int] = []
+        self.projections: list[tuple[nn.Module, ...]] = []
+        self._called: list[nn.Module] = []  # linear layers, since the last column of the layer
         self._kv: dict[object, tuple[int, list[_StorageRef]]] = {}  # views -> the first call with them, while they live
         self._bytes = LiveBytes()
         self.held_bytes = self.pass_bytes = 0  # of all tokens
@@ -96,7 +102,7 @@ class _Trial(ModelGreenlet):
         self._leave_after: int | None = None
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
-        self._note(call.spec, self._kv_column(call))
+        self._note(call.spec, self._kv_column(call), () if call.module is None else call.module.modules())
         query, latents = call.query_BHTD, call.latents
         _, heads, tokens, head_dim = query.shape
         value_dim = call.value_BGTE.shape[3] if latents is None else latents.value_dim(heads, head_dim)
@@ -130,14 +136,16 @@ class _Trial(ModelGreenlet):
     def put(self, key: Key, places: Sequence[int], values: torch.Tensor) -> None:
         self.states[key] = tuple(values.shape[1:]), values.dtype
 
-    def _note(self, call: AttentionSpec | None, kv_column: int) -> None:
-        """A column."""
+    def _note(self, call: AttentionSpec | None, kv_column: int, within: Iterable[nn.Module] = ()) -> None:
+        """A column. `within`: parts of what calls attention."""
         layer = len(self.layers) - 1
         if layer < 0:
             raise UserError(f"{type(self._model).__name__} attends before its first layer, which is not supported")
         self.columns.append(layer)
         self.kv_columns.append(kv_column)
         self.calls.append(call)
+        parts, called, self._called = set(within), dict.fromkeys(self._called), []
+        self.projections.append(tuple(module for module in called if module in parts))
         self.held_bytes = max(self.held_bytes, self._bytes.live)
         if self.columns.count(layer) == self._leave_after:
             raise _LayerLeft
@@ -158,6 +166,9 @@ class _Trial(ModelGreenlet):
         with contextlib.ExitStack() as undo:
             for module in outside(self._model, self._all_layers):
                 hook = module.register_forward_pre_hook(lambda module, _: self.entered.add(module))
+                undo.callback(hook.remove)
+            for module in (part for layer in self._all_layers for part in layer.modules() if type(part) in LINEAR):
+                hook = module.register_forward_pre_hook(lambda module, _: self._called.append(module))
                 undo.callback(hook.remove)
             for index, layer in enumerate(self._all_layers):
                 undo.callback(setattr, layer, "forward", layer.forward)
@@ -186,6 +197,7 @@ class _Trial(ModelGreenlet):
             if layer in self.layers:
                 raise UserError(f"{type(self._model).__name__} goes through a layer twice, which is not supported")
             self.layers.append(layer)
+            self._called = []
             before, self._leave_after = len(self.calls), self._num_calls.get(structure)
             if structure in self._plain:
                 self._leave_after = None
@@ -252,6 +264,7 @@ def find_text_path(model: PreTrainedModel, keeps_latents: bool = True) -> TextPa
         columns=tuple(trial.columns),
         attention=attention,
         kv_columns=kv_columns,
+        projections=tuple(trial.projections),
         stops=tuple(column for column, call in enumerate(trial.calls) if call is None),
         states=_states(trial),
         unused=_strip(model, layers, trial),

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flexgen_lite.memory.arena import map_arena
+from flexgen_lite.memory.projection_units import units_of
 from flexgen_lite.memory.usage import give_back_memory, resident_bytes
+from flexgen_lite.model.spec import UnitSpec
 from flexgen_lite.schedule.segment_queue import SegmentQueue
 from flexgen_lite.text.sizes import format_size
 from flexgen_lite.wire import worker_messages
@@ -22,9 +24,11 @@ from flexgen_lite.workers.compute.device import Device, open_device
 from flexgen_lite.workers.compute.exchange_region import ExchangeRegion
 from flexgen_lite.workers.compute.forward import Forward, stop_at_layers
 from flexgen_lite.workers.compute.heap import Heap
+from flexgen_lite.workers.compute.host_projections import HostProjections
 from flexgen_lite.workers.compute.model_open import OpenedModel, fingerprint, open_model
 from flexgen_lite.workers.compute.sampling import read, read_scores
 from flexgen_lite.workers.compute.state_store import StateStore
+from flexgen_lite.workers.model.weight_map import Binding
 from flexgen_lite.workers.model.weight_sources import compile_conversions
 
 if TYPE_CHECKING:
@@ -40,6 +44,8 @@ class ComputeWorker(serve.Worker):
         self._device_slots: list[torch.Tensor] = []
         self._regions: list[ExchangeRegion] = []
         self._states: StateStore | None = None
+        self._units: tuple[UnitSpec, ...] = ()
+        self._projections: HostProjections | None = None
         self._batches: dict[int, worker_messages.TokenBatch] = {}
         self._bound: dict[int, int] = {}  # unit -> slot
         self._pass_id = -1
@@ -99,6 +105,9 @@ class ComputeWorker(serve.Worker):
             int8_rows.prepare(self._device.torch_device, getattr(torch, self._opened.spec.dtype))
         self._device.limit_memory(order.device_budget)
         self._slots = [weights[bounds[i] : bounds[i + 1]] for i in range(len(order.slot_offsets))]
+        self._units = units_of(self._opened.spec, order.projection_layers)
+        if order.projection_layers:
+            self._keep_projections(order.projection_layers)
         if order.device_slots:
             self._device_slots = self._make_device_slots(order)
             self._move_buffers()
@@ -116,6 +125,16 @@ class ComputeWorker(serve.Worker):
         self._heap = Heap(order.process_bytes - files)
         self._workspace_bytes = order.workspace_bytes
         self._context.post(worker_messages.Ready(anonymous + files))
+
+    def _keep_projections(self, layers: tuple[int, ...]) -> None:
+        """Those of `layers` are computed on the CPU, from where they lie in main memory."""
+        assert self._device is not None and self._opened is not None
+        opened = self._opened
+        opened.binding = Binding(opened.model, opened.layers, self._units)
+        slots, dtype = self._slots[-len(layers) :], getattr(torch, opened.spec.dtype)
+        self._projections = HostProjections(
+            self._device, opened.binding, self._units, layers, slots, opened.projections, dtype
+        )
 
     def _map(self, name: str, size: int) -> torch.Tensor:
         assert self._device is not None
@@ -148,6 +167,8 @@ class ComputeWorker(serve.Worker):
             self._make_workspace()
         self._pass_id = order.pass_id
         self._batches = {batch.micro_batch: batch for batch in order.batches}
+        if self._projections is not None:
+            self._projections.begin(order.batches)
         self._forwards = {
             batch.micro_batch: Forward(
                 self._opened.model,
@@ -190,7 +211,7 @@ class ComputeWorker(serve.Worker):
 
     def _upload(self, order: worker_messages.Upload) -> None:
         assert self._device is not None and self._opened is not None
-        num_bytes = self._opened.spec.units[order.unit].num_bytes
+        num_bytes = self._units[order.unit].num_bytes
         start_ns = time.monotonic_ns()
 
         def done() -> None:
@@ -249,8 +270,9 @@ class ComputeWorker(serve.Worker):
         assert self._device is not None and self._opened is not None
         start_ns = time.monotonic_ns()
         self._bind(self._opened.spec.num_layers, len(self._device_slots or self._slots) - 1)  # outside the layers
+        uploaded = 0
         if slot is not None and not self._is_last(column):
-            self._bind(self._opened.spec.columns[column], slot)
+            uploaded = self._enter(self._opened.spec.columns[column], slot)
         forward, batch, pass_id = self._forwards[micro_batch], self._batches[micro_batch], self._pass_id
         copied_ns, stops = forward.copy_ns, self._opened.spec.stops
         if slot is None:
@@ -258,6 +280,8 @@ class ComputeWorker(serve.Worker):
         else:
             forward.advance(column)
         copy_ns = forward.copy_ns - copied_ns
+        if self._projections is not None:
+            self._projections.forget_rows()
 
         def done(to_host_ns: int) -> None:
             if slot is not None and not self._is_last(column) and column not in stops:
@@ -268,8 +292,9 @@ class ComputeWorker(serve.Worker):
             logprobs = tuple(entry for _, part in read_back for entry in part)
             scores = tuple(entry for scored in forward.scores for entry in read_scores(scored))
             end_ns = time.monotonic_ns()
+            times = start_ns, end_ns, copy_ns, to_host_ns
             report = worker_messages.SegmentDone(
-                column, micro_batch, slot is None, start_ns, end_ns, copy_ns, to_host_ns, tokens, logprobs, scores
+                column, micro_batch, slot is None, *times, tokens, logprobs, scores, uploaded
             )
             self._ended.append((pass_id, report))
             self._context.wake()
@@ -282,6 +307,11 @@ class ComputeWorker(serve.Worker):
     def _is_last(self, column: int) -> bool:
         assert self._opened is not None
         return column == len(self._opened.spec.columns)
+
+    def _enter(self, layer: int, slot: int) -> int:
+        """Has its weights at hand; bytes of them that had to be copied to the device for it."""
+        self._bind(layer, slot)
+        return 0 if self._projections is None else self._projections.enter(layer, self._device_slots[slot])
 
     def _bind(self, unit: int, slot: int) -> None:
         """Points the unit's parameters at the slot that holds them."""

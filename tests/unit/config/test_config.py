@@ -17,11 +17,11 @@ def test_defaults_are_auto() -> None:
     config = EngineConfig(model="m")
     chosen = config.model_dump(
         exclude={"model", "dtype", "kv_dtype", "device", "load_format", "start_timeout", "worker_timeout"}
-        | {"quantization", "activations"}
+        | {"quantization", "activations", "cpu_projections"}
     )
     assert set(chosen.values()) == {None}
     assert {config.dtype, config.kv_dtype, config.device, config.load_format} == {"auto"}
-    assert {config.quantization, config.activations} == {"auto"}
+    assert {config.quantization, config.activations, config.cpu_projections} == {"auto"}
 
 
 def test_auto_can_be_written_everywhere() -> None:
@@ -57,6 +57,7 @@ def test_it_is_frozen() -> None:
         ("model", 3),
         ("dtype", "int8"),
         ("kv_dtype", "fp8"),
+        ("cpu_projections", "mlp"),
         ("device", "tpu"),
         ("device", "cuda:x"),
         ("load_format", "safetensors"),
