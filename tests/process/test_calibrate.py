@@ -12,7 +12,10 @@ from flexgen_lite import FlexGenLite, SamplingParams
 from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.cost.job import JobRequest
 from flexgen_lite.cost.kinds import columns_to_measure, segment_kinds
+from flexgen_lite.cost.pass_work import Work
+from flexgen_lite.cost.rates import Rates
 from flexgen_lite.engine.calibration import Calibration
+from flexgen_lite.engine.setup import Setup
 from flexgen_lite.launcher.calibrate import calibrate
 from flexgen_lite.launcher.forecast import Forecaster
 from flexgen_lite.plan.machine import inspect_machine
@@ -24,6 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "deepseek-v3": {"layer_slots": 2},
     "qwen3.5": {"micro_batch_tokens": 32, "micro_batches": 2},
     "llama": {"stage_weights": True},
+    "opt": {"stage_weights": True, "cpu_projections": "qkv"},
 }
 assert "qwen3.5" in HYBRIDS
 
@@ -49,6 +53,18 @@ def test_every_kind_of_column_is_measured(family: str, tmp_path: Path) -> None:
         engine.generate(prompts, SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True))
         passes = engine.status().totals["passes"]
     requests = [JobRequest(len(prompt), 6, 6) for prompt in prompts]
-    job = Forecaster(found, inspect_machine(), None, requests).forecast(config).job
+    forecast = Forecaster(found, inspect_machine(), None, requests).forecast(config)
+    assert len(forecast.setup.plan.projection_layers) == (4 if config.cpu_projections == "qkv" else 0)
+    _check_projections(forecast.setup, rates)
+    job = forecast.job
     assert job is not None and passes - 2 <= job.passes <= passes, "a busy machine may begin before all have come"
     assert 0.001 < job.seconds < 100 and job.done_at[-1] == pytest.approx(job.seconds)
+
+
+def _check_projections(setup: Setup, rates: Rates) -> None:
+    """They are loaded by themselves, in as long as it takes more with them, and not copied."""
+    spec, layers = setup.spec, setup.plan.projection_layers
+    work = Work(spec, setup.plan, rates)
+    for unit, layer in enumerate(layers, start=spec.num_layers + 1):
+        assert work.load(layer) + work.load(unit) == pytest.approx(rates.load[0])
+        assert work.load(unit) > 0.1 * rates.load[0] and work.upload(layer) < 0.9 * rates.upload[0]
