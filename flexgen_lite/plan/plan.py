@@ -229,6 +229,7 @@ def _choose_block(need: Need, ram: int) -> tuple[int, int, int]:
             + (f", layer_slots ({slots})" if config.layer_slots else "")
             + (", or use dtype bfloat16" if need.spec.dtype == "float32" else "")
             + (", or kv_dtype int8" if _int8_would_help(need, tokens, enough) else "")
+            + (", or cpu_projections none" if need.layers.split else "")
         )
     holding = [candidate for candidate in fitting if need.least(*candidate, need.longest_pages(candidate[0])) <= ram]
     for tokens, count, slots in holding or fitting:

@@ -25,7 +25,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "resident": {},
     "streamed": {"layer_slots": 2},
     "staged": {"stage_weights": True, "layer_slots": 2},
-    "projections": {"stage_weights": True, "layer_slots": 2, "cpu_projections": "qkv"},
+    "projections": {"stage_weights": True, "layer_slots": 2, "device_slots": 2, "cpu_projections": "qkv"},
     "chunks": {"layer_slots": 2, "micro_batches": 2, "micro_batch_tokens": 24, "max_sequences": 12},
 }
 FAULTS = {
@@ -92,6 +92,7 @@ def test_faults_in_the_middle_of_the_work(
     runtime: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Before and after states are written: of the first layers of a pass, not of the others."""
     model, expected = hybrids[family]
@@ -100,6 +101,7 @@ def test_faults_in_the_middle_of_the_work(
         for _ in until_all_struck(tmp_path / "faults", len(FAULTS[layout])):
             assert tokens(engine) == expected
         assert restarts(engine) == len(FAULTS[layout])
+    assert "has no effect" not in caplog.text
 
 
 def test_a_model_without_attention(runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -201,12 +201,14 @@ def test_faults_in_the_middle_of_the_work(
     runtime: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     inject(monkeypatch, tmp_path / "faults", *FAULTS[layout])
     with start(model, **OPTIONS[layout]) as engine:
         for _ in until_all_struck(tmp_path / "faults", len(FAULTS[layout])):
             assert tokens(engine) == expected
         assert restarts(engine) == len(FAULTS[layout])
+    assert "has no effect" not in caplog.text
 
 
 def test_a_schedule_of_faults_drawn_at_random(

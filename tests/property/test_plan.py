@@ -301,6 +301,8 @@ def test_projections_on_the_cpu_stay_in_ram() -> None:
         assert made.projection_layers == tuple(layer for layer in range(48) if layer not in made.device_layers)
         assert made.parts.get("projections", 0) == len(made.projection_layers) * 300 * MIB
         assert made.planned_bytes <= made.ram
+    with pytest.raises(PlanError, match=r"allowed: raise ram, or use dtype bfloat16.*, or cpu_projections none$"):
+        gpu_plan_for(spec, ram="16GiB", gpu="16GiB", cpu_projections="qkv")
     sizes = [
         end - start
         for start, end in pairwise(gpu_plan_for(spec, ram="80GiB", gpu="16GiB", cpu_projections="qkv").slot_offsets)
