@@ -127,6 +127,7 @@ class Calibrator:
             rows, pages = plan.micro_batch_tokens, plan.num_pages
             several = min(2, plan.micro_batches)
             own = {"max_sequences": plan.max_sequences, "micro_batch_tokens": rows, "micro_batches": several}
+        own["cpu_projections"] = "none"  # what they take is not measured
         while True:
             config = self._config.model_copy(update=own | {"layer_slots": slots if slots < spec.num_layers else None})
             try:
