@@ -10,7 +10,7 @@ from flexgen_lite.cost.measured import PassTimes, Times
 from flexgen_lite.cost.rates import AttentionRates, Curve, Rates, SegmentRates
 from flexgen_lite.model.spec import AttentionSpec, ModelSpec
 
-WORTH_OVERLAP = 0.05  # of a lane's time, for something to be seen in it
+WORTH_OVERLAP = 0.3  # of a lane's time, for something to be seen in it
 LEAST_KEPT = 0.1
 LEAST = 1e-7  # seconds; of what came out as nothing
 TURN = (0.8e-3, 12e-6)  # seconds of the coordinator between passes, and of each sequence in them

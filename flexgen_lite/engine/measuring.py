@@ -34,6 +34,10 @@ SHORT_CONTEXT, LONG_CONTEXT = 32, 1024
 SECONDS = 36.0  # for all passes but those that are needed
 LONGEST_PASS = 8.0
 LOADED_AGAIN = 8  # units at most, of each kind
+STATES_BYTES = 1 << 30  # of sequences whose rows are measured: memory is taken when they are first written
+LEAST_STATES = 16
+LOADS_BESIDE = 8  # at least, beside passes of a shape
+MOST_PASSES_BESIDE = 20
 DISK_SECONDS = 1.5
 PARAMS = WireParams(
     max_tokens=1 << 30, min_tokens=0, temperature=0.0, top_k=0, top_p=1.0, seed=0, stop_token_ids=(), ignore_eos=True,
@@ -117,10 +121,11 @@ class Measuring:
         most, sequences = self._setup.exchange.max_tokens, self._plan.max_sequences
         whole = order == "packed" or self._plan.staged
         context, short = min(SHORT_CONTEXT, self._spec.max_length - 2), min(SHORT_PROMPT, self._spec.max_length)
+        states = STATES_BYTES // (2 * self._spec.state_bytes) if self._spec.states else sequences
         shapes = [
             PassShape(order, (n,), context, ())
             for n in SINGLES
-            if n <= min(most, sequences) and self._has_pages(n, context + 1)
+            if n <= min(most, sequences, max(LEAST_STATES, states)) and self._has_pages(n, context + 1)
         ]
         singles = len(shapes)
         for rows in PROMPT_ROWS:
@@ -238,9 +243,12 @@ class Measuring:
         for one in (*few, *many[:1]):
             for _ in range(2):  # in turns, for a machine's speed drifts
                 alone = self.measure(one.shape, len(one.segments), times=1)
-                loads_alone.append(self._owner.load(unit, spare))
+                taken = [self._owner.load(unit, spare) for _ in range(2)]
+                loads_alone += taken
+                length = sum(map(sum, alone.segments)) + sum(map(sum, alone.attention))
+                times = min(MOST_PASSES_BESIDE, -(-LOADS_BESIDE * min(taken) // max(length, 1e-3)))
                 stop = self._owner.load_on_and_on(unit, spare)
-                other = self.measure(one.shape, len(one.segments), times=1)
+                other = self.measure(one.shape, len(one.segments), times=max(1, int(times)))
                 loads += stop()
                 pairs.append((alone, other))
         return BesideLoads(tuple(pairs), tuple(loads_alone), tuple(loads))
