@@ -11,7 +11,7 @@ from flexgen_lite.engine.stats import EngineStats
 from flexgen_lite.engine.weight_flow import WeightFlow
 from flexgen_lite.engine.worker_process import WorkerProcess
 from flexgen_lite.engine.worker_supervisor import WorkerSupervisor
-from flexgen_lite.queue.batching import MicroBatch, Result
+from flexgen_lite.queue.micro_batch import MicroBatch, Result
 from flexgen_lite.queue.poison_requests import PoisonRequests
 from flexgen_lite.queue.requests import Answer, Requests
 from flexgen_lite.schedule.zigzag import RunColumns, Schedule

@@ -16,7 +16,8 @@ from flexgen_lite.plan.machine import Machine
 from flexgen_lite.plan.need import Measured
 from flexgen_lite.plan.workload import Workload
 from flexgen_lite.queue.admission import Limits
-from flexgen_lite.queue.batching import Batcher, MicroBatch
+from flexgen_lite.queue.batching import Batcher
+from flexgen_lite.queue.micro_batch import MicroBatch
 from flexgen_lite.queue.page_table import PageTable, first_page
 from flexgen_lite.queue.requests import Requests
 from flexgen_lite.schedule.slot_ring import SlotRing

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from flexgen_lite.queue.admission import Admission, Limits, RequestError
-from flexgen_lite.queue.batching import Batcher, MicroBatch, Result
+from flexgen_lite.queue.batching import Batcher
 from flexgen_lite.queue.kept_jobs import KeptJob
+from flexgen_lite.queue.micro_batch import MicroBatch, Result
 from flexgen_lite.queue.open_request import NOBODY, OpenRequest, Origin
 from flexgen_lite.queue.responses import Responses, refusal
 from flexgen_lite.queue.running_request import RunningRequest
