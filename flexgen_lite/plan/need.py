@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.memory.exchange import region_bytes
 from flexgen_lite.memory.kv_groups import kv_groups, pages_for
-from flexgen_lite.memory.kv_layout import largest_page
+from flexgen_lite.memory.kv_layout import BOUNCE_BYTES, disk_slot_bytes, largest_page
 from flexgen_lite.model.spec import ITEM_BYTES, ModelSpec
 from flexgen_lite.plan.layer_sizes import LayerSizes, layer_sizes
 from flexgen_lite.plan.machine import Machine
@@ -144,13 +144,16 @@ def need_of(
     longest = spec.max_length if config.max_model_len else MODEST_LENGTH
     longest = min(spec.max_length, expected.longest_likely if expected else longest)
     wanted_pages, most_pages = _pages_of_use(spec, workers, groups, max_sequences, expected)
+    page = largest_page(spec.attention, groups, kv_dtype)
+    loader = _loader_bytes(spec) if config.load_format != "dummy" else LOADER_BYTES
+    loader += max(BOUNCE_BYTES, disk_slot_bytes(page)) if config.kv_disk else 0
     return Need(
         config=config,
         spec=spec,
         processes={
             "coordinator": processes.coordinator + QUEUE_BYTES,
             "client": CLIENT_BYTES,
-            "loader": _loader_bytes(spec) if config.load_format != "dummy" else LOADER_BYTES,
+            "loader": loader,
             "attention workers": (NUMBA_BYTES if on_gpu else 0) + (processes.attention + SPANS_BYTES) * workers,
             "compute worker": processes.compute + (NUMBA_BYTES if on_gpu and layers.split else 0),
             "zygote": ZYGOTE_BYTES,
@@ -158,7 +161,7 @@ def need_of(
         workers=workers,
         kv_dtype=kv_dtype,
         kv_groups=groups,
-        page=largest_page(spec.attention, groups, kv_dtype),
+        page=page,
         least_pages=least_pages,
         longest=longest,
         layers=layers,

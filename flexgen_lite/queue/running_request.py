@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from flexgen_lite.queue.kept_logprobs import KeptLogprobs
 from flexgen_lite.queue.open_request import OpenRequest
+from flexgen_lite.queue.parked import Parked
 from flexgen_lite.tokens.stream import TextStream
 from flexgen_lite.wire.arena_specs import PageRun
 from flexgen_lite.wire.sampling import Penalties, Sample, WireParams
@@ -32,6 +33,8 @@ class RunningRequest:
     state: int = -1  # of the model's states, two places of which are its own, see StateStore; -1: it has none
     half: int = 0  # which of them is current
     times_preempted: int = 0
+    parked: Parked | None = None  # where its K and V are if it had to make room
+    moving: bool = False  # its pages are being written to disk, or read: nothing else may be done with them
     overflowed: bool = False  # the model's numbers did, so that there is no next token
     logprobs: KeptLogprobs | None = None  # of the generated tokens, if asked for
     prompt_logprobs: KeptLogprobs | None = None  # of those of the prompt from `scored_from` on, if asked for
