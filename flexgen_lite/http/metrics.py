@@ -15,6 +15,7 @@ _COUNTERS = {
     "restarts": "Workers started again.",
     "engine_restarts": "Engines started again.",
     "sent_back": "Running sequences that were preempted: others needed their KV pages.",
+    "recomputed_tokens": "Tokens of preempted sequences computed again.",
     "parked_sequences": "Running sequences that were preempted and written to disk.",
     "fetched_sequences": "Of those, the ones that were read back and went on.",
     "disk_prefix_tokens": "Tokens of prompts that were read from disk.",

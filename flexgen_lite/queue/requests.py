@@ -204,9 +204,12 @@ class Requests:
     def end_pass(self, micro_batches: list[MicroBatch], results: list[Result]) -> list[Answer]:
         """Commit a pass's tokens; answers for the requests that it completed, or that were cancelled meanwhile."""
         self.totals["generated_tokens"] += sum(token != NO_TOKEN for r in results for token in r.token_ids)
-        self.totals["prompt_tokens"] += sum(
-            p.num_rows for m in micro_batches for p in m.pieces if _is_new_prompt(p.request)
-        )
+        pieces = [piece for micro_batch in micro_batches for piece in micro_batch.pieces]
+        self.totals["prompt_tokens"] += sum(piece.num_rows for piece in pieces if _is_new_prompt(piece.request))
+        for piece in pieces:
+            request, end = piece.request, piece.request.stored + piece.num_rows
+            self.totals["recomputed_tokens"] += max(0, min(end, request.computed) - request.stored)
+            request.computed = max(request.computed, end)
         finished = self._batcher.commit(micro_batches, results)
         answers: list[Answer] = [*self._deltas(micro_batches)]
         for request in finished:

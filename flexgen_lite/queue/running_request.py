@@ -33,6 +33,7 @@ class RunningRequest:
     state: int = -1  # of the model's states, two places of which are its own, see StateStore; -1: it has none
     half: int = 0  # which of them is current
     times_preempted: int = 0
+    computed: int = 0  # tokens whose K and V were ever computed or read
     parked: Parked | None = None  # where its K and V are if it had to make room
     moving: bool = False  # its pages are being written to disk, or read: nothing else may be done with them
     overflowed: bool = False  # the model's numbers did, so that there is no next token

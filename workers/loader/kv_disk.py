@@ -169,7 +169,9 @@ class KvDisk:
             for number, page in enumerate(block.pages)
         ]
         checksum = prefixes.checksum(block.key, block.slot)
-        if checksum is None or _joined(self._read(prefixes.file, pieces)) != checksum:
+        if checksum is None:
+            raise WrongBytes("a stored prefix is not there any more")
+        if _joined(self._read(prefixes.file, pieces)) != checksum:
             prefixes.forget(block.slot)
             raise WrongBytes("a stored prefix is not what was written")
         return len(pieces) * step
