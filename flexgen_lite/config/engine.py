@@ -22,6 +22,7 @@ from flexgen_lite.config.values import (
     NAMES_EXPECTED,
     SECONDS_EXPECTED,
     SIZE_EXPECTED,
+    AutoPath,
     Count,
     Cpus,
     CpuSets,
@@ -178,11 +179,11 @@ class EngineConfig(BaseModel):
         "prompts, which the next engine of the same model takes from there. `auto`: none.",
         json_schema_extra=SIZE_EXPECTED,
     )
-    kv_disk_dir: PathValue = Field(
+    kv_disk_dir: AutoPath = Field(
         default=None,
         description="Where that is: a directory on a fast disk of this machine. `auto`: `flexgen-lite/kv` in "
         "`$XDG_CACHE_HOME`, or in `~/.cache`.",
-        json_schema_extra=expects("the path of a directory"),
+        json_schema_extra=expects('the path of a directory, or "auto"'),
     )
     layer_slots: Count = count(
         2,

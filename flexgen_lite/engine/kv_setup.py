@@ -18,6 +18,7 @@ from flexgen_lite.text.shown import shown_path
 from flexgen_lite.text.sizes import format_size
 from flexgen_lite.wire.kv_on_disk import KvDiskSpec
 
+MOST_PREFIX_SLOTS = 1 << 16  # each takes some 300 bytes of RAM in two processes
 KV_DISK_TOTALS = ("parked_sequences", "fetched_sequences", "disk_prefix_tokens", "kv_disk_failures")
 
 
@@ -60,7 +61,8 @@ def with_kv_on_disk(setup: Setup, config: EngineConfig, share_prefixes: bool, la
     kv, spec, arenas = setup.kv, setup.spec, setup.arena_bytes
     slot = disk_slot_bytes(kv.page_bytes)
     pages = sum(block_tokens(kv.groups) // group.page_tokens for group in kv.groups)
-    share = share_prefixes and not spec.states
+    prefix_slots = min(MOST_PREFIX_SLOTS, config.kv_disk // 2 // (pages * slot))
+    share = share_prefixes and not spec.states and prefix_slots > 0
     files = setup.opened.fingerprint, spec.files, spec.stamps, bool(setup.opened.device_total_bytes)
     identity = repr((files, lanes, replace(kv, num_pages=1)))
     disk = KvDiskSpec(
@@ -71,7 +73,7 @@ def with_kv_on_disk(setup: Setup, config: EngineConfig, share_prefixes: bool, la
         slot,
         str(kv_disk_folder(config).absolute()),
         identity if share else "",
-        config.kv_disk // 2 // (pages * slot) if share else 0,
+        prefix_slots if share else 0,
         pages,
     )
     return replace(setup, kv_disk=disk)

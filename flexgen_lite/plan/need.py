@@ -28,6 +28,7 @@ QUANTISING_LOADER_BYTES = 120 * MIB
 UNPACKED_ITEM_BYTES = (
     16  # of an item that is unpacked with the whole of its weight: as it is read, as codes, twice as floats
 )
+PREFIX_TABLE_BYTES = 12 * MIB  # what the loader knows of the file of stored prefixes
 NUMBA_BYTES = 95 * MIB
 SPANS_BYTES = 20 * MIB  # what an attention worker takes beyond what it has at the start: a pass's spans, partial sums
 ZYGOTE_BYTES = 48 * MIB  # what it does not share with the compute worker
@@ -146,7 +147,7 @@ def need_of(
     wanted_pages, most_pages = _pages_of_use(spec, workers, groups, max_sequences, expected)
     page = largest_page(spec.attention, groups, kv_dtype)
     loader = _loader_bytes(spec) if config.load_format != "dummy" else LOADER_BYTES
-    loader += max(BOUNCE_BYTES, disk_slot_bytes(page)) if config.kv_disk else 0
+    loader += max(BOUNCE_BYTES, disk_slot_bytes(page)) + PREFIX_TABLE_BYTES if config.kv_disk else 0
     return Need(
         config=config,
         spec=spec,

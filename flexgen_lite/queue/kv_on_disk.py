@@ -34,7 +34,8 @@ class _Move:
         state: that the sequence has, -1: none.
         leaves: its pages are free when the order is answered, whatever came of it.
         is_gone: nobody waits for the sequence any more.
-        keys: of the blocks that are read or written; with those before them in `all_keys`.
+        keys: of the blocks that are read; `all_keys`: with those before them, also of those that are written.
+        held: pages of blocks that are written.
     """
 
     order: MoveKv
@@ -46,6 +47,15 @@ class _Move:
     keys: tuple[bytes, ...] = ()
     all_keys: tuple[bytes, ...] = ()
     held: list[Block] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """A block that a worker has, the `number`-th of those with these keys."""
+
+    worker: int
+    keys: tuple[bytes, ...]
+    number: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +90,7 @@ class KvOnDisk:
         self._num_state_slots = state_slots
         self._prefixes = StoredPrefixes(prefix_slots)
         self._prefixes_usable = False
-        self._candidates: OrderedDict[bytes, int] = OrderedDict()  # blocks that are to be stored: their worker
+        self._candidates: OrderedDict[bytes, _Candidate] = OrderedDict()  # blocks that are to be stored
         self._being_stored: set[bytes] = set()
         self._moves: dict[int, _Move] = {}
         self._orders: list[MoveKv] = []  # not sent yet
@@ -217,6 +227,8 @@ class KvOnDisk:
             self._forget_parked(request)
         if is_good and not move.leaves:
             request.stored = parked.stored
+            num_blocks = min(parked.stored, request.num_prompt_tokens) // self._table.block_tokens
+            self._table.publish(request.id, (request.block_keys or ())[:num_blocks])
             self.totals["fetched_sequences"] += 1
             return Landed(request, True)
         self._table.release(request.id)
@@ -274,14 +286,14 @@ class KvOnDisk:
         order = FetchBlocks(self._ticket(), blocks)
         self._move(_Move(order, request, worker, request.state, keys=wanted, all_keys=tuple(keys)))
 
-    def offer(self, worker: int, keys: Sequence[bytes]) -> None:
+    def offer(self, worker: int, keys: tuple[bytes, ...]) -> None:
         """The worker has these blocks of a prompt: they may be stored."""
         if not self._prefixes_usable:
             return
         self._prefixes.touch(keys)
-        for key in keys:
+        for number, key in enumerate(keys):
             if key not in self._prefixes and key not in self._being_stored and len(self._candidates) < MOST_CANDIDATES:
-                self._candidates.setdefault(key, worker)
+                self._candidates.setdefault(key, _Candidate(worker, keys, number))
         self._store_more()
 
     def _pages_of_block(self, pages: Pages, number: int) -> tuple[int, ...]:
@@ -310,12 +322,13 @@ class KvOnDisk:
         while self._prefixes_usable and self._candidates and self._num_storing < limit:
             blocks: list[BlockOnDisk] = []
             held: list[Block] = []
-            worker = next(iter(self._candidates.values()))
+            last = next(iter(self._candidates.values()))
+            worker = last.worker
             while self._candidates and len(blocks) < BLOCKS_OF_AN_ORDER and self._num_storing < limit:
                 key = next(iter(self._candidates))
-                if self._candidates[key] != worker:
+                if self._candidates[key].worker != worker:
                     break
-                del self._candidates[key]
+                last = self._candidates.pop(key)
                 found = self._table.hold(worker, key)
                 if found is None:
                     continue
@@ -329,7 +342,8 @@ class KvOnDisk:
                 self._being_stored.add(key)
                 self._num_storing += len(pages)
             if blocks:
-                self._move(_Move(StoreBlocks(self._ticket(), tuple(blocks)), None, worker, held=held))
+                order = StoreBlocks(self._ticket(), tuple(blocks))
+                self._move(_Move(order, None, worker, all_keys=last.keys[: last.number + 1], held=held))
 
     def _blocks_stored(self, move: _Move, order: StoreBlocks, is_good: bool) -> None:
         self._table.let_go(move.worker, move.held)
@@ -337,6 +351,7 @@ class KvOnDisk:
             self._num_storing -= len(block.pages)
             self._being_stored.discard(block.key)
             self._prefixes.end_writing(block.key, block.slot, is_good)
+        self._prefixes.touch(move.all_keys)
         self.totals["disk_prefix_blocks_stored"] += len(order.blocks) if is_good else 0
 
     # ------------------------------------------------------------------------------------------------ orders

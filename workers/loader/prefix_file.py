@@ -64,7 +64,8 @@ class PrefixFile:
         except BaseException:
             self.close()
             raise
-        self._num_writes = max((number for _, _, number in self._records.values()), default=0)
+        numbers = (record[2] for slot in range(num_slots) if (record := self._record(slot)) is not None)
+        self._num_writes = max(numbers, default=0)
 
     def close(self) -> None:
         for descriptor in (self._table, self._data):
@@ -79,8 +80,9 @@ class PrefixFile:
     @property
     def blocks(self) -> list[tuple[bytes, int]]:
         """Keys and slots, those first that were written first."""
-        slots = sorted(self._records, key=lambda slot: self._records[slot][2])
-        return [(self._records[slot][0], slot) for slot in slots]
+        found = ((slot, self._record(slot)) for slot in range(self._num_slots))
+        there = sorted((record[2], record[0], slot) for slot, record in found if record is not None)
+        return [(key, slot) for _, key, slot in there]
 
     def offset(self, slot: int) -> int:
         """Where a slot begins in the file. Raises ValueError: there is no such slot."""
@@ -90,23 +92,32 @@ class PrefixFile:
 
     def checksum(self, key: bytes, slot: int) -> int | None:
         """Of what a slot holds for `key`; None: it holds another's."""
-        record = self._records.get(slot)
+        record = self._record(slot)
         return record[1] if record is not None and record[0] == key else None
 
     def forget(self, slot: int) -> None:
         """What is in a slot is no more to be read; also where this process does not live to write something else."""
-        if self._records.pop(slot, None) is not None:
-            os.pwrite(self._table, bytes(RECORD_BYTES), BLOCK_BYTES + slot * RECORD_BYTES)
+        if self._record(slot) is not None:
+            self._write(slot, bytes(RECORD_BYTES))
 
     def record(self, key: bytes, slot: int, checksum: int) -> None:
         """A slot holds the block of `key`."""
         self._num_writes += 1
-        self._records[slot] = key, checksum, self._num_writes
-        body = _RECORD.pack(*self._records[slot]).ljust(RECORD_BYTES - _CHECK.size, b"\0")
-        os.pwrite(self._table, body + _CHECK.pack(zlib.crc32(body)), BLOCK_BYTES + slot * RECORD_BYTES)
+        body = _RECORD.pack(key, checksum, self._num_writes).ljust(RECORD_BYTES - _CHECK.size, b"\0")
+        self._write(slot, body + _CHECK.pack(zlib.crc32(body)))
 
-    def _read_all(self) -> dict[int, tuple[bytes, int, int]]:
-        size = os.fstat(self._table).st_size
+    def _record(self, slot: int) -> tuple[bytes, int, int] | None:
+        """Key, checksum and number of the write; None where the slot holds nothing."""
+        key, checksum, number = _RECORD.unpack_from(self._records, slot * RECORD_BYTES)
+        return (key, checksum, number) if number else None
+
+    def _write(self, slot: int, record: bytes) -> None:
+        self._records[slot * RECORD_BYTES : (slot + 1) * RECORD_BYTES] = record
+        os.pwrite(self._table, record, BLOCK_BYTES + slot * RECORD_BYTES)
+
+    def _read_all(self) -> bytearray:
+        """The table, with nothing in it that is not good."""
+        size, table_bytes = os.fstat(self._table).st_size, self._num_slots * RECORD_BYTES
         header = os.pread(self._table, BLOCK_BYTES, 0)
         wanted = (self._header + _CHECK.pack(zlib.crc32(self._header))).ljust(BLOCK_BYTES, b"\0")
         if header != wanted:
@@ -115,20 +126,18 @@ class PrefixFile:
             os.ftruncate(self._table, 0)
             os.pwrite(self._table, wanted, 0)
             os.ftruncate(self._table, self._data_offset)
-            return {}
-        table = os.pread(self._table, self._num_slots * RECORD_BYTES, BLOCK_BYTES)
-        found, damaged = {}, 0
+            return bytearray(table_bytes)
+        found = bytearray(os.pread(self._table, table_bytes, BLOCK_BYTES))
+        damaged, is_short, nothing = 0, len(found) < table_bytes, bytes(RECORD_BYTES)
+        found += bytes(table_bytes - len(found))
         for slot in range(self._num_slots):
-            record = table[slot * RECORD_BYTES : (slot + 1) * RECORD_BYTES]
-            if not any(record):
-                continue
-            body, check = record[: -_CHECK.size], record[-_CHECK.size :]
+            record = found[slot * RECORD_BYTES : (slot + 1) * RECORD_BYTES]
             is_there = self.offset(slot) + self._slot_bytes <= size
-            if is_there and len(record) == RECORD_BYTES and check == _CHECK.pack(zlib.crc32(body)):
-                found[slot] = _RECORD.unpack_from(body)
-            else:
+            good = is_there and record.endswith(_CHECK.pack(zlib.crc32(record[: -_CHECK.size])))
+            if record != nothing and not good:
+                found[slot * RECORD_BYTES : (slot + 1) * RECORD_BYTES] = nothing
                 damaged += 1
-        if damaged or len(table) < self._num_slots * RECORD_BYTES:
+        if damaged or is_short:
             self.note = f"{self.path} ({format_size(size)}) is damaged: {damaged} of its blocks are computed again"
             os.ftruncate(self._table, max(size, self._data_offset))
         return found
