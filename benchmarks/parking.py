@@ -3,10 +3,10 @@
     python -m benchmarks.parking --dir /a/fast/disk
     python -m benchmarks.parking --dir /a/fast/disk --hidden 2048 --layers 22 --prompt 1500
 
-A model of random weights. First a job most of whose answers are short and some as long as they may be, in so little
-memory that sequences have to make room for others: seconds and tokens computed again, without and with `kv_disk`, in
-turns. Then requests that begin alike, on an engine that was just started: seconds from the first request to the last
-answer, without and with what another engine has stored. Prints one JSON object.
+A model of random weights. First a job in which long answers follow many short ones, in so little memory that sequences
+have to make room for others: seconds and tokens computed again, without and with `kv_disk`, in turns. Then requests
+that begin alike, on an engine that was just started: seconds from the first request to the last answer, without and
+with what another engine has stored. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from typing import Any
 
 from flexgen_lite import FlexGenLite, SamplingParams
 
-VOCAB = 32_000
-LONG_ONE_IN = 8
+VOCAB = 2048
+SHORT_ONES = 150
 
 
 def write_config(folder: Path, hidden: int, layers: int, length: int) -> Path:
@@ -49,11 +49,19 @@ def prompts_of(count: int, length: int, common: int, seed: int) -> list[list[int
     return [[*head, *(draw.randrange(5, VOCAB) for _ in range(length - common))] for _ in range(count)]
 
 
-def params_of(count: int, max_tokens: int) -> list[SamplingParams]:
-    """One in LONG_ONE_IN is as long as it may be, the others end with their first token."""
-    long = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
-    short = SamplingParams(max_tokens=max_tokens, temperature=0.0, stop_token_ids=[*range(VOCAB)])
-    return [long if number % LONG_ONE_IN == 0 else short for number in range(count)]
+def job_of(args: argparse.Namespace) -> tuple[list[list[int]], list[SamplingParams]]:
+    """In each wave, many answers end with their first token, so that short ones are expected; then come some that are
+    as long as they may be."""
+    long = SamplingParams(max_tokens=args.max_tokens, temperature=0.0, ignore_eos=True)
+    short = SamplingParams(max_tokens=args.max_tokens, temperature=0.0, stop_token_ids=[*range(VOCAB)])
+    prompts: list[list[int]] = []
+    params: list[SamplingParams] = []
+    for wave in range(args.waves):
+        prompts += prompts_of(SHORT_ONES, 16, 0, seed=2 * wave) + prompts_of(
+            args.long, args.prompt, 0, seed=2 * wave + 1
+        )
+        params += [short] * SHORT_ONES + [long] * args.long
+    return prompts, params
 
 
 def run(model: Path, prompts: Sequence[Sequence[int]], params: Any, **options: Any) -> dict[str, float]:
@@ -71,8 +79,7 @@ def median(runs: Sequence[dict[str, float]], name: str) -> float:
 
 
 def parking(model: Path, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    prompts = prompts_of(args.requests, args.prompt, 0, seed=1)
-    params = params_of(args.requests, args.max_tokens)
+    prompts, params = job_of(args)
     options: dict[str, Any] = {"ram": args.ram, "dtype": args.dtype, "prefix_caching": False}
     on_disk = {"kv_disk": args.kv_disk, "kv_disk_dir": str(folder)}
     runs: dict[str, list[dict[str, float]]] = {"without": [], "with": []}
@@ -103,14 +110,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, required=True, help="on the disk that is to be used")
     parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--ram", default="1400MiB", help="of the job with preemption")
+    parser.add_argument("--ram", default="1150MiB", help="of the job with preemption")
     parser.add_argument("--kv-disk", default="8GiB")
-    parser.add_argument("--requests", type=int, default=160)
-    parser.add_argument("--prompt", type=int, default=600, help="tokens")
-    parser.add_argument("--max-tokens", type=int, default=400)
-    parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--waves", type=int, default=1)
+    parser.add_argument("--long", type=int, default=12, help="long answers of a wave")
+    parser.add_argument("--prompt", type=int, default=1500, help="tokens")
+    parser.add_argument("--max-tokens", type=int, default=300)
+    parser.add_argument("--times", type=int, default=2)
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="parking-", dir=args.dir))
     try:

@@ -322,6 +322,10 @@ class EngineConfig(BaseModel):
         """What `kv_dtype` comes to for a model of `dtype`."""
         return dtype if self.kv_dtype == "auto" else self.kv_dtype
 
+    def shares_prefixes(self, dtype: str) -> bool:
+        """What `prefix_caching` comes to."""
+        return dtype == "float32" if self.prefix_caching is None else self.prefix_caching
+
     def to_json(self) -> str:
         return self.model_dump_json()
 

@@ -239,9 +239,7 @@ class Coordinator:
         self._stats.memory.plan(setup.plan.process_bytes)
         for name, num_bytes in setup.arena_bytes.items():
             self._arenas[name].resize(num_bytes)
-        share = self._config.prefix_caching
-        if share is None:
-            share = setup.spec.dtype == "float32"
+        share = self._config.shares_prefixes(setup.spec.dtype)
         setup = with_kv_on_disk(setup, self._config, share, self._lanes)
         requests = setup.make_requests(share, tokenizer)
         passes = Passes(setup, requests, self._workers, self._stats, self._answer)

@@ -10,7 +10,7 @@ from flexgen_lite.wire.arena_specs import KvGroup, KvSpec
 
 KV_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 SCALE_BYTES = 4  # float32, of a token's key or value of one head in int8
-BOUNCE_BYTES = 8 << 20  # of what goes to disk or comes from there, at a time
+BOUNCE_BYTES = 4 << 20  # of what goes to disk or comes from there, at a time
 BLOCK_BYTES = 4096  # of a disk
 ALIGNMENT = 64  # bytes, of a page; its parts have whole groups of tokens, and these have as many bytes
 

@@ -147,7 +147,7 @@ def need_of(
     wanted_pages, most_pages = _pages_of_use(spec, workers, groups, max_sequences, expected)
     page = largest_page(spec.attention, groups, kv_dtype)
     loader = _loader_bytes(spec) if config.load_format != "dummy" else LOADER_BYTES
-    loader += max(BOUNCE_BYTES, disk_slot_bytes(page)) + PREFIX_TABLE_BYTES if config.kv_disk else 0
+    loader += _kv_disk_bytes(config, spec, page)
     return Need(
         config=config,
         spec=spec,
@@ -186,6 +186,14 @@ def _products_bytes(spec: ModelSpec, threads: int) -> int:
     groups = [packing.group for packing in packed if packing.rounds_rows]
     of_rows += of_rows * ROUNDED_GROUP_BYTES // min(groups) if groups else 0
     return max(PRODUCTS_BYTES, PRODUCTS_OTHER_BYTES + of_rows + threads * THREAD_ROWS_BYTES * widest)
+
+
+def _kv_disk_bytes(config: EngineConfig, spec: ModelSpec, page: int) -> int:
+    """Of the loader: a buffer, and what it knows of the file of prefixes."""
+    if config.kv_disk is None:
+        return 0
+    shares = config.shares_prefixes(spec.dtype) and not spec.states
+    return max(BOUNCE_BYTES, disk_slot_bytes(page)) + (PREFIX_TABLE_BYTES if shares else 0)
 
 
 def _loader_bytes(spec: ModelSpec) -> int:

@@ -178,7 +178,9 @@ class PageTable:
         for index, size in enumerate(self._sizes_of_blocks):
             first = held.firsts[index]
             gone = max(0, self._first_block(index, begin) - first) if self._windowed[index] else 0
-            total += (self._missing(held, index, end) - max(0, gone - max(0, held.num_shared - first))) * size
+            passed = held.blocks[index][max(0, held.num_shared - first) : gone]
+            freed = sum(self._users[block[0]] == 1 for block in passed)
+            total += (self._missing(held, index, end) - freed) * size
         return max(0, total)
 
     def num_own(self, sequence: int) -> int:
