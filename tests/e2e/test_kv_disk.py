@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from flexgen_lite import EngineError, FlexGenLite, SamplingParams
+from flexgen_lite.report.page import write_report
+from flexgen_lite.report.trace_reader import read_events
 from tests.tight_engine import SETTINGS, expect_short_answers, tight_engine, tokens_of
 from tests.tiny_models import make_model, ragged_prompts
 
@@ -46,12 +48,18 @@ def test_families(family: str, tmp_path: Path) -> None:
     assert totals["kv_disk_written_bytes"] >= totals["kv_disk_read_bytes"] > 0
 
 
-def test_nothing_but_prefixes_is_left(tmp_path: Path) -> None:
-    model = make_model("llama", tmp_path / "model")
-    with tight_engine(model, kv_disk="1GiB", kv_disk_dir=str(tmp_path / "kv"), prefix_caching=False) as (_, client):
+def test_nothing_is_left_and_the_trace_tells_of_all(tmp_path: Path) -> None:
+    model, trace = make_model("llama", tmp_path / "model"), tmp_path / "trace.json"
+    options = {"kv_disk": "1GiB", "kv_disk_dir": str(tmp_path / "kv"), "prefix_caching": False, "trace": str(trace)}
+    with tight_engine(model, **options) as (_, client):
         tokens_of(client, PROMPTS, SAMPLED)
-        assert client.status().totals["parked_sequences"] > 0
+        parked = client.status().totals["parked_sequences"]
     assert list((tmp_path / "kv").iterdir()) == []
+    spans = [event["name"] for event in read_events(trace) if event["ph"] == "X"]
+    assert sum(name.startswith("park ") for name in spans) == parked > 0
+    assert sum(name.startswith("fetch ") for name in spans) == parked
+    write_report(trace, tmp_path / "report.html")
+    assert "KV on disk" in trace.read_text()
 
 
 def test_several_answers_logprobs_and_streams(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,35 @@ def test_a_full_disk(
         found = totals(client)
     assert found["kv_disk_failures"] > 0 and found["restarts"] == 0
     assert (found["parked_sequences"] > 0) == (times == 1)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for a few pages, and without direct reads and writes."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("no small disk can be mounted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_a_disk_that_is_smaller_than_was_said(
+    share: bool, models: dict[str, Any], runtime: Path, small_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("WARNING", "flexgen_lite")
+    model, expected = models["llama"]
+    options = {"kv_disk": "1GiB", "kv_disk_dir": str(small_disk), "prefix_caching": share}
+    with tight_engine(model, **options) as (_, client):
+        for _ in range(ROUNDS):
+            assert tokens_of(client, PROMPTS, SAMPLED) == expected
+            expect_short_answers(client)
+        found = totals(client)
+    assert found["kv_disk_failures"] > 0 and found["restarts"] == 0
+    assert found["kv_disk_written_bytes"] > 0, "as much as has room"
+    assert len(list(small_disk.iterdir())) == share
 
 
 def test_a_disk_that_returns_other_bytes(
