@@ -174,9 +174,8 @@ class EngineConfig(BaseModel):
     kv_disk: Size = Field(
         default=None,
         gt=0,
-        description="Room on disk for keys and values. Sequences that have to make room for others are written there "
-        "and read back, instead of being computed again; with `prefix_caching`, half of it is for beginnings of "
-        "prompts, which the next engine of the same model takes from there. `auto`: none.",
+        description="Room on disk for KV of sequences that have to make room for others: read back, not computed "
+        "again. With `prefix_caching`, half of it is for beginnings of prompts, which stay. `auto`: none.",
         json_schema_extra=SIZE_EXPECTED,
     )
     kv_disk_dir: AutoPath = Field(
@@ -321,10 +320,6 @@ class EngineConfig(BaseModel):
     def stored_kv_dtype(self, dtype: str) -> str:
         """What `kv_dtype` comes to for a model of `dtype`."""
         return dtype if self.kv_dtype == "auto" else self.kv_dtype
-
-    def shares_prefixes(self, dtype: str) -> bool:
-        """What `prefix_caching` comes to."""
-        return dtype == "float32" if self.prefix_caching is None else self.prefix_caching
 
     def to_json(self) -> str:
         return self.model_dump_json()

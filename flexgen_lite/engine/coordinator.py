@@ -239,9 +239,8 @@ class Coordinator:
         self._stats.memory.plan(setup.plan.process_bytes)
         for name, num_bytes in setup.arena_bytes.items():
             self._arenas[name].resize(num_bytes)
-        share = self._config.shares_prefixes(setup.spec.dtype)
-        setup = with_kv_on_disk(setup, self._config, share, self._lanes)
-        requests = setup.make_requests(share, tokenizer)
+        setup = with_kv_on_disk(setup, self._config, self._lanes)
+        requests = setup.make_requests(self._config.prefix_caching, tokenizer)
         passes = Passes(setup, requests, self._workers, self._stats, self._answer)
         losses = Losses(passes, requests, self._workers, self._answer)
         self._serving = Serving(setup, requests, passes, losses)

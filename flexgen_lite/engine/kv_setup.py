@@ -13,6 +13,7 @@ from flexgen_lite.engine.setup import Setup
 from flexgen_lite.memory.kv_groups import block_tokens
 from flexgen_lite.memory.kv_layout import disk_slot_bytes
 from flexgen_lite.memory.park_file import ParkFile
+from flexgen_lite.plan.need import shares_prefixes
 from flexgen_lite.plan.plan import PlanError
 from flexgen_lite.text.shown import shown_path
 from flexgen_lite.text.sizes import format_size
@@ -49,20 +50,15 @@ def open_park_file(config: EngineConfig) -> ParkFile | None:
     return file
 
 
-def with_kv_on_disk(setup: Setup, config: EngineConfig, share_prefixes: bool, lanes: int) -> Setup:
-    """The setup, with KV on disk if the configuration has it.
-
-    Args:
-        share_prefixes: prompts that begin alike share pages.
-        lanes: tokens whose rows lie across in a page.
-    """
+def with_kv_on_disk(setup: Setup, config: EngineConfig, lanes: int) -> Setup:
+    """The setup, with KV on disk if the configuration has it. `lanes`: tokens whose rows lie across in a page."""
     if config.kv_disk is None:
         return setup
     kv, spec, arenas = setup.kv, setup.spec, setup.arena_bytes
     slot = disk_slot_bytes(kv.page_bytes)
     pages = sum(block_tokens(kv.groups) // group.page_tokens for group in kv.groups)
     prefix_slots = min(MOST_PREFIX_SLOTS, config.kv_disk // 2 // (pages * slot))
-    share = share_prefixes and not spec.states and prefix_slots > 0
+    share = shares_prefixes(config, spec) and prefix_slots > 0
     files = setup.opened.fingerprint, spec.files, spec.stamps, bool(setup.opened.device_total_bytes)
     identity = repr((files, lanes, replace(kv, num_pages=1)))
     disk = KvDiskSpec(

@@ -192,8 +192,13 @@ def _kv_disk_bytes(config: EngineConfig, spec: ModelSpec, page: int) -> int:
     """Of the loader: a buffer, and what it knows of the file of prefixes."""
     if config.kv_disk is None:
         return 0
-    shares = config.shares_prefixes(spec.dtype) and not spec.states
-    return max(BOUNCE_BYTES, disk_slot_bytes(page)) + (PREFIX_TABLE_BYTES if shares else 0)
+    return max(BOUNCE_BYTES, disk_slot_bytes(page)) + (PREFIX_TABLE_BYTES if shares_prefixes(config, spec) else 0)
+
+
+def shares_prefixes(config: EngineConfig, spec: ModelSpec) -> bool:
+    """What `prefix_caching` comes to."""
+    asked = spec.dtype == "float32" if config.prefix_caching is None else config.prefix_caching
+    return asked and not spec.states
 
 
 def _loader_bytes(spec: ModelSpec) -> int:

@@ -135,7 +135,7 @@ class Batcher:
         for worker in range(table.num_workers):
             here = sorted((r for r in self.running.values() if r.worker == worker and not r.moving), key=lambda r: r.id)
             room = table.num_free(worker) + self.disk.coming(worker)
-            needed = [table.needed(r.id, r.stored, self._end_of_next_pass(r)) for r in here]
+            needed = [table.needed(r.id, r.stored, r.stored_in_two_passes(self._micro_batch_tokens)) for r in here]
             while sum(needed) > room and len(here) > 1:
                 victim = here.pop()
                 needed.pop()
@@ -143,11 +143,6 @@ class Batcher:
                     break
                 room += table.num_own(victim.id)
                 self._preempt(victim, waiting, park=True)
-
-    def _end_of_next_pass(self, request: RunningRequest) -> int:
-        """Tokens that are stored, at most, when this pass and the next one have ended."""
-        end = request.stored + min(request.num_left, self._micro_batch_tokens)
-        return end if end >= request.most_stored or end < len(request.tokens) else end + 1
 
     def _has_pages(self, request: RunningRequest, rows: int, placed: set[int], waiting: Waiting, park: bool) -> bool:
         """Sees to it that the next rows have pages, at the cost of younger sequences if need be."""

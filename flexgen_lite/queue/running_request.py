@@ -76,6 +76,11 @@ class RunningRequest:
         """Known tokens that are to be computed and stored."""
         return min(len(self.tokens), self.most_stored) - self.stored
 
+    def stored_in_two_passes(self, rows: int) -> int:
+        """Tokens that are stored, at most, when a pass with so many of its rows has ended, and the next token's."""
+        end = self.stored + min(self.num_left, rows)
+        return end if end >= self.most_stored or end < len(self.tokens) else end + 1
+
     @property
     def finish_reason(self) -> str | None:
         """ "stop" or "length" once the request is complete."""
