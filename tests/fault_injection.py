@@ -29,9 +29,9 @@ fault_places.wrap_asked(" ".join(sys.orig_argv), Path(__file__).parent)
 @dataclass(frozen=True, slots=True)
 class Fault:
     """`place`: one of fault_places.PLACES. `worker`: a part of its name. `action`: "SIGKILL", "SIGSTOP", "SIGSEGV",
-    "raise", "exit", or at a "preadv" "EIO" or "short" (every `call`-th read gives a third of what is wanted). `token`:
-    strike when a micro-batch has it, whatever `call`; `rows`: when it has more than so many. `again`: strike in every
-    process; `times`: so many calls in a row."""
+    "raise", "exit", or at a "preadv" "EIO" or "short" (every `call`-th read gives a third of what is wanted), at a
+    "pwritev" "ENOSPC", after a "preadv of KV" "garble". `token`: strike when a micro-batch has it, whatever `call`;
+    `rows`: when it has more than so many. `again`: strike in every process; `times`: so many calls in a row."""
 
     place: str
     call: int = 1

@@ -23,6 +23,10 @@ PLACES: dict[str, tuple[str, str, str | None, str]] = {
     "attend": ("attention", "flexgen_lite.workers.attention.state", "AttentionState", "attend"),
     "load": ("loader", "flexgen_lite.workers.loader.state", "LoaderState", "load"),
     "preadv": ("loader", "os", None, "preadv"),
+    "park": ("loader", "flexgen_lite.workers.loader.kv_disk", "KvDisk", "_write"),
+    "fetch": ("loader", "flexgen_lite.workers.loader.kv_disk", "KvDisk", "_read"),
+    "pwritev": ("loader", "os", None, "pwritev"),
+    "preadv of KV": ("loader", "flexgen_lite.workers.loader.direct_file", "DirectFile", "read"),
 }
 
 
@@ -60,7 +64,7 @@ def _wrap(place: str, faults: list[tuple[int, dict[str, Any]]], folder: Path) ->
                 marker = folder / str(i)
                 if f["after"] == after and (f["again"] or f["times"] > 1 or not marker.exists()):
                     marker.touch()
-                    _strike(f["action"], name)
+                    _strike(f["action"], name, args)
 
         hit(False)
         result = function(self, *args, **kwargs)
@@ -70,11 +74,14 @@ def _wrap(place: str, faults: list[tuple[int, dict[str, Any]]], folder: Path) ->
     setattr(cls, name, wrapped)
 
 
-def _strike(action: str, name: str) -> None:
+def _strike(action: str, name: str, args: tuple[Any, ...]) -> None:
+    if action == "garble":
+        args[0][0] ^= 0xFF
+        return
     if action == "raise":
         raise RuntimeError("injected: " + name)
-    if action == "EIO":
-        raise OSError(errno.EIO, "injected")
+    if action in ("EIO", "ENOSPC"):
+        raise OSError(getattr(errno, action), "injected")
     if action == "exit":
         os._exit(3)
     os.kill(os.getpid(), getattr(signal, action))

@@ -43,6 +43,7 @@ LAYOUTS: list[dict[str, Any]] = [
     {"stage_weights": True, "layer_slots": 2},
     {"stage_weights": True, "layer_slots": 2, "cpu_projections": "qkv"},
     {"micro_batches": 3, "micro_batch_tokens": 64, "max_sequences": 24},
+    {"kv_disk": "8MiB", "layer_slots": 2},
 ]
 FIXED = {"dtype": "float32", "attention_workers": 2, "attention_threads": 1, "worker_timeout": 4}
 
@@ -74,6 +75,10 @@ class Soak:
             time.sleep(0.2)
         _check(after == before, f"left behind: {after} instead of {before}")
 
+    def layout(self) -> dict[str, Any]:
+        layout = self.draw.choice(LAYOUTS)
+        return layout | {"kv_disk_dir": str(self.folder / "kv")} if "kv_disk" in layout else layout
+
     def engine_round(self, number: int) -> None:
         """Faults inside the workers and signals from outside, on one engine."""
         draw, faults = self.draw, self.folder / f"faults-{number}"
@@ -90,7 +95,7 @@ class Soak:
         drawn = [fault for fault in drawn if fault.action != "raise" or fault.place not in ("open", "pack")]
         with pytest.MonkeyPatch.context() as patch:
             inject(patch, faults, *drawn)
-            with FlexGenLite(self.model, **FIXED, **draw.choice(LAYOUTS)) as engine:
+            with FlexGenLite(self.model, **FIXED, **self.layout()) as engine:
                 job = engine.submit(PROMPTS, SAMPLED)
                 over = threading.Event()
                 shooter = threading.Thread(target=self._shoot, args=(engine._engine.pid, over))

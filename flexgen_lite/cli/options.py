@@ -16,6 +16,7 @@ Activations = Annotated[str | None, typer.Option(help="Of products with quantise
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Ram = Annotated[str | None, typer.Option(help="Budget of main memory, such as 8GiB.")]
 Gpu = Annotated[str | None, typer.Option(help="Budget of GPU memory, such as 14GiB.")]
+KvDisk = Annotated[str | None, typer.Option(help="Room on disk for KV of sequences that wait, such as 200GiB.")]
 AttentionWorkers = Annotated[str | None, typer.Option(help="Number of attention workers, or auto.")]
 LoadFormat = Annotated[str | None, typer.Option(help="auto, or dummy for random weights from config.json.")]
 Trace = Annotated[Path | None, typer.Option(help="Write a trace of all lanes to this file.")]
@@ -27,7 +28,7 @@ Endpoint = Annotated[str | None, typer.Option(help="Endpoint of a running engine
 KeyFile = Annotated[Path | None, typer.Option(help="Key file of the engine at --endpoint, where it has one.")]
 
 ENGINE_FLAGS = (
-    "dtype", "kv_dtype", "quantization", "activations", "device", "ram", "gpu", "attention_workers", "load_format",
-    "trace", "max_model_len",
+    "dtype", "kv_dtype", "quantization", "activations", "device", "ram", "gpu", "kv_disk", "attention_workers",
+    "load_format", "trace", "max_model_len",
 )  # fmt: skip
 """Configuration keys with a flag of their own, in every command that starts an engine."""

@@ -32,4 +32,9 @@ def conflicts(config: EngineConfig) -> dict[str, str]:
                 f"{key}={shown(value)} is for weights that are quantised here: give quantization as well, int8 or "
                 "int4, or leave it out"
             )
+    if config.kv_disk_dir is not None and config.kv_disk is None:
+        found["kv_disk_dir"] = (
+            f"kv_disk_dir={shown(str(config.kv_disk_dir))} has no effect without kv_disk: give kv_disk as well, such "
+            "as 200GiB, or leave it out"
+        )
     return found

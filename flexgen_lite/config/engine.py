@@ -22,6 +22,7 @@ from flexgen_lite.config.values import (
     NAMES_EXPECTED,
     SECONDS_EXPECTED,
     SIZE_EXPECTED,
+    AutoPath,
     Count,
     Cpus,
     CpuSets,
@@ -169,6 +170,19 @@ class EngineConfig(BaseModel):
     prefix_caching: Switch = switch(
         "Prompts that begin alike share the KV pages of their beginning, which is computed once. In bfloat16 and "
         "float16 an answer's rounding then depends on what else runs; `auto`: in float32 only."
+    )
+    kv_disk: Size = Field(
+        default=None,
+        gt=0,
+        description="Room on disk for KV of sequences that have to make room for others: read back, not computed "
+        "again. With `prefix_caching`, half of it is for beginnings of prompts, which stay. `auto`: none.",
+        json_schema_extra=SIZE_EXPECTED,
+    )
+    kv_disk_dir: AutoPath = Field(
+        default=None,
+        description="Where that is: a directory on a fast disk of this machine. `auto`: `flexgen-lite/kv` in "
+        "`$XDG_CACHE_HOME`, or in `~/.cache`.",
+        json_schema_extra=expects('the path of a directory, or "auto"'),
     )
     layer_slots: Count = count(
         2,
@@ -327,7 +341,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
         raise ConfigError({key: f'"{shown_text(text)}" is not a setting: write key=value'})
     if key not in EngineConfig.model_fields:
         raise ConfigError({key: _unknown_key(key)})
-    if key in ("model", "trace", "endpoint", "key_file"):
+    if key in ("model", "trace", "endpoint", "key_file", "kv_disk_dir"):
         return key, raw
     try:
         return key, yaml.load(raw, StrictLoader)

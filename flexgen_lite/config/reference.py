@@ -17,8 +17,8 @@ error that names the key and says what is allowed. `configs/` has commented file
 [budgets.md](budgets.md) says how to choose.
 
 Flags exist for `model`, `dtype`, `kv_dtype`, `quantization`, `activations`, `device`, `ram`, `gpu`,
-`attention_workers`, `load_format`, `trace` and `max_model_len` (with dashes: `--attention-workers`). Everything else:
-`--set layer_slots=4`. The plan that is printed at start shows what `auto` became.
+`kv_disk`, `attention_workers`, `load_format`, `trace` and `max_model_len` (with dashes: `--attention-workers`).
+Everything else: `--set layer_slots=4`. The plan that is printed at start shows what `auto` became.
 
 Sizes: `8GiB`, `8G` and `8192MiB` count in powers of 1024, `8GB` in powers of 1000; a bare number is bytes.
 CPUs: `[0, 1, 2]` or `"0-7,16"`.
@@ -46,6 +46,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "micro_batch_tokens",
         "page_tokens",
         "prefix_caching",
+        "kv_disk",
+        "kv_disk_dir",
         "layer_slots",
         "device_slots",
         "stage_weights",

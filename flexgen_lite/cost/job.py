@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from flexgen_lite.cost.simulator import Simulator
-from flexgen_lite.queue.batching import Batcher, MicroBatch, Result
+from flexgen_lite.queue.batching import Batcher
 from flexgen_lite.queue.kept_logprobs import KeptLogprobs
+from flexgen_lite.queue.micro_batch import MicroBatch, Result
 from flexgen_lite.queue.running_request import RunningRequest
 from flexgen_lite.queue.waiting_queue import WaitingQueue
 from flexgen_lite.wire.sampling import TokenLogprobs, WireParams

@@ -11,7 +11,7 @@ from flexgen_lite.cost.rates import Rates
 from flexgen_lite.memory.projection_units import units_of
 from flexgen_lite.model.spec import ModelSpec, first_seen
 from flexgen_lite.plan.plan import Plan
-from flexgen_lite.queue.batching import MicroBatch, Piece
+from flexgen_lite.queue.micro_batch import MicroBatch, Piece
 
 
 @dataclass(frozen=True, slots=True)

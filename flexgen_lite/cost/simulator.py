@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from flexgen_lite.cost.pass_work import MicroBatchWork, Work
 from flexgen_lite.cost.rates import Rates
-from flexgen_lite.queue.batching import MicroBatch
+from flexgen_lite.queue.micro_batch import MicroBatch
 from flexgen_lite.schedule.segment_queue import SegmentQueue
 from flexgen_lite.schedule.zigzag import LoadUnit, Order, RunColumns, Schedule, UploadUnit
 

@@ -33,7 +33,7 @@ from flexgen_lite.memory.usage import MemoryUse, give_back_memory, resident_byte
 from flexgen_lite.plan.machine import inspect_machine
 from flexgen_lite.plan.need import Measured, num_attention_workers
 from flexgen_lite.plan.plan import PlanError
-from flexgen_lite.queue.batching import MicroBatch
+from flexgen_lite.queue.micro_batch import MicroBatch
 from flexgen_lite.wire import worker_messages
 
 WEIGHTS_BYTES = 1200 << 20  # of layers that have slots: more than the last cache holds

@@ -24,6 +24,7 @@ from flexgen_lite.cost.comparison import Prediction
 from flexgen_lite.engine.event_loop import EventLoop
 from flexgen_lite.engine.events import emit, log
 from flexgen_lite.engine.frontend import Frontend
+from flexgen_lite.engine.kv_setup import KV_DISK_TOTALS, open_park_file, with_kv_on_disk
 from flexgen_lite.engine.lanes import Lanes
 from flexgen_lite.engine.losses import Losses
 from flexgen_lite.engine.passes import Passes
@@ -41,6 +42,7 @@ from flexgen_lite.plan.workload import Workload
 from flexgen_lite.queue.requests import MAX_OPEN, Answer, Requests
 from flexgen_lite.wire import client_messages, worker_messages
 from flexgen_lite.wire.access import read_key_file
+from flexgen_lite.wire.kv_on_disk import KvMoved, PrefixesOpened
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,7 @@ class Coordinator:
         except OSError as error:
             raise plan.PlanError(f"trace={config.trace} cannot be written: {error.strerror}") from error
         self._arenas = {name: Arena(name) for name in ("weights", "kv", "exchange", "states")}
+        self._parked = open_park_file(config)
         self._stats = EngineStats(lanes, MemoryUse(self._arenas.values()))
         self._loop = EventLoop()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -80,7 +83,7 @@ class Coordinator:
             self._loop,
             self._context,
             run_dir,
-            self._arenas,
+            self._arenas if self._parked is None else {**self._arenas, "parked": self._parked},
             self._stats.memory,
             self._handle,
             lambda name, line: log(f"{name}: {line}"),
@@ -95,6 +98,7 @@ class Coordinator:
         )
         self._opened: worker_messages.ModelOpened | None = None
         self._warm: dict[str, int] = {}  # private memory of attention workers that have their kernels
+        self._lanes = 0  # see worker_messages.WarmedUp
         self._serving: Serving | None = None
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
@@ -119,6 +123,8 @@ class Coordinator:
         self._context.destroy(linger=500)
         for arena in self._arenas.values():
             arena.close()
+        if self._parked is not None:
+            self._parked.close()
 
     def run(self) -> None:
         """Start everything and serve until told to stop. Raises WorkerDied, PlanError or Stopping."""
@@ -216,7 +222,7 @@ class Coordinator:
 
     def _warmed_up(self, worker: WorkerProcess, message: worker_messages.WarmedUp) -> None:
         """The plan is made once it is known what every process takes."""
-        self._warm[worker.name] = message.resident_bytes
+        self._warm[worker.name], self._lanes = message.resident_bytes, message.lanes
         missing = [w for w in self._workers if w.kind == "attention" and w.name not in self._warm]
         if self._serving is None and self._opened is not None and not missing:
             self._begin_serving(self._opened)
@@ -233,6 +239,7 @@ class Coordinator:
         self._stats.memory.plan(setup.plan.process_bytes)
         for name, num_bytes in setup.arena_bytes.items():
             self._arenas[name].resize(num_bytes)
+        setup = with_kv_on_disk(setup, self._config, self._lanes)
         requests = setup.make_requests(self._config.prefix_caching, tokenizer)
         passes = Passes(setup, requests, self._workers, self._stats, self._answer)
         losses = Losses(passes, requests, self._workers, self._answer)
@@ -246,6 +253,7 @@ class Coordinator:
         if worker.kind == "loader":
             worker.send(setup.for_loader(self._config.load_format, self._config.verify_weights is True))
             weights.loader_attached()
+            serving.passes.kv.loader_attached()
         elif worker.kind == "attention":
             worker.send(setup.for_attention(worker.index))
         else:
@@ -269,6 +277,11 @@ class Coordinator:
                 self._stats.loaded(message)
                 self._workers.did_something(worker)
                 self._served.passes.weights.loaded(message)
+            case KvMoved():
+                self._workers.did_something(worker)
+                self._served.passes.kv.moved(message)
+            case PrefixesOpened():
+                self._served.passes.kv.opened(message)
             case worker_messages.Packed():
                 self._stats.packed(message)
                 self._served.passes.weights.was_packed(message)
@@ -335,5 +348,6 @@ class Coordinator:
     def _status(self) -> client_messages.Status:
         requests = self._served.requests
         totals = {**requests.totals, "restarts": self._workers.restarts, "sent_back": requests.num_preempted}
+        totals |= dict.fromkeys(KV_DISK_TOTALS, 0) | (requests.disk.totals if requests.disk is not None else {})
         totals["shared_prompt_tokens"] = requests.num_shared
         return self._stats.status(requests.num_running, requests.num_waiting, totals, self._served.setup.plan.ram)

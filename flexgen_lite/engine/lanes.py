@@ -15,6 +15,7 @@ TRAFFIC_LANES = {
     "state_bytes": "compute",
 }
 """The lane that moves them, of counters of bytes."""
+KV_TRACK = "KV on disk"  # beside that of the weights: they are read at the same time
 PROCESSES = {
     "disk": "disk loader",
     "host-to-device": "compute worker",
@@ -51,7 +52,8 @@ class Lanes:
             busy[track] = busy.get(track, 0) + end_ns - begin
             self._end_ns[track] = end_ns
             self._pass_spans.append((begin, end_ns))
-        self.span(PROCESSES.get(lane, track), lane, name, start_ns, end_ns)
+        row = track if track == KV_TRACK else lane
+        self.span(PROCESSES.get(lane, track), row, name, start_ns, end_ns)
 
     def end_pass(self, name: str, start_ns: int, end_ns: int) -> None:
         """A pass is over, and its spans are in."""

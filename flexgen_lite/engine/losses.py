@@ -45,6 +45,7 @@ class Losses:
         broken = self.breaks_pass(worker)
         if worker.kind == "loader":
             self._passes.weights.loader_lost()
+            self._passes.kv.loader_lost()
         elif worker.kind == "compute":
             self._passes.weights.compute_lost()
         if broken or worker.kind == "compute":

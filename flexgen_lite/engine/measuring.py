@@ -13,7 +13,7 @@ from flexgen_lite.cost.measured import BesideLoads, PassShape, PassTimes, Times
 from flexgen_lite.engine.setup import Setup
 from flexgen_lite.model.spec import ModelSpec
 from flexgen_lite.plan.disk_rate import read_rate
-from flexgen_lite.queue.batching import MicroBatch, Piece
+from flexgen_lite.queue.micro_batch import MicroBatch, Piece
 from flexgen_lite.queue.page_table import PageTable
 from flexgen_lite.queue.running_request import RunningRequest
 from flexgen_lite.wire.sampling import WireParams

@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable, Iterable
 
 from flexgen_lite.engine.events import log
+from flexgen_lite.engine.kv_flow import KvFlow
 from flexgen_lite.engine.setup import Setup
 from flexgen_lite.engine.stats import EngineStats
 from flexgen_lite.engine.weight_flow import WeightFlow
 from flexgen_lite.engine.worker_process import WorkerProcess
 from flexgen_lite.engine.worker_supervisor import WorkerSupervisor
-from flexgen_lite.queue.batching import MicroBatch, Result
+from flexgen_lite.queue.micro_batch import MicroBatch, Result
 from flexgen_lite.queue.poison_requests import PoisonRequests
 from flexgen_lite.queue.requests import Answer, Requests
 from flexgen_lite.schedule.zigzag import RunColumns, Schedule
@@ -54,6 +55,7 @@ class Passes:
         self.weights = WeightFlow(
             workers, self.schedule, setup.packed_units, setup.plan.copy_head, self._compute_columns
         )
+        self.kv = KvFlow(workers, requests, stats, answer)
         self.begin_at: float | None = None
         self.running: list[MicroBatch] = []
         self.suspended = False
@@ -96,9 +98,11 @@ class Passes:
         self.begin_at = None
         self._answer(self._requests.drop_cancelled())
         self.running = self._requests.next_pass(self.poison.group)
-        while not self.running and self.poison.group is not None:  # they were cancelled
-            self.poison.skip()
+        disk = self._requests.disk
+        while not self.running and self.poison.group is not None and not (disk is not None and disk.is_moving):
+            self.poison.skip()  # they were cancelled
             self.running = self._requests.next_pass(self.poison.group)
+        self.kv.send()
         if self.running:
             self._stats.pass_begins()
             self.start()
@@ -167,6 +171,7 @@ class Passes:
         for worker in self._workers:
             self._workers.did_something(worker)
         answers = self._requests.end_pass(done, self._results)
+        self.kv.send()
         self._requests.totals["passes"] += 1
         self._stats.trace_counters(self._requests.num_running, self._requests.num_waiting, self._requests.totals)
         self.begin()  # first, so that the workers are busy while the answers go out

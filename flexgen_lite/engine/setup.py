@@ -16,7 +16,9 @@ from flexgen_lite.plan.machine import Machine
 from flexgen_lite.plan.need import Measured
 from flexgen_lite.plan.workload import Workload
 from flexgen_lite.queue.admission import Limits
-from flexgen_lite.queue.batching import Batcher, MicroBatch
+from flexgen_lite.queue.batching import Batcher
+from flexgen_lite.queue.kv_on_disk import KvOnDisk
+from flexgen_lite.queue.micro_batch import MicroBatch
 from flexgen_lite.queue.page_table import PageTable, first_page
 from flexgen_lite.queue.requests import Requests
 from flexgen_lite.schedule.slot_ring import SlotRing
@@ -25,6 +27,7 @@ from flexgen_lite.text.shown import shown_path
 from flexgen_lite.tokens.tokenizer import TextTokenizer
 from flexgen_lite.wire import worker_messages
 from flexgen_lite.wire.arena_specs import ExchangeSpec, KvSpec
+from flexgen_lite.wire.kv_on_disk import KvDiskSpec
 
 ROWS_OF_A_PASS = {"memory": 32, "disk": 256, "device": 4096}
 """Rows whose products take about as long as a pass does for its weights alone, by where these come from: main memory at
@@ -38,6 +41,7 @@ class Setup:
     kv: KvSpec
     exchange: ExchangeSpec
     kv_bytes_by_window: dict[int, int]  # of a token
+    kv_disk: KvDiskSpec | None = None
 
     @property
     def spec(self) -> ModelSpec:
@@ -104,6 +108,7 @@ class Setup:
             verify,
             made.loader_threads,
             made.loader_cpus,
+            self.kv_disk,
         )
 
     def for_attention(self, index: int) -> worker_messages.AttachAttention:
@@ -172,8 +177,9 @@ class Setup:
         made, spec = self.plan, self.spec
         share = spec.dtype == "float32" if share_prefixes is None else share_prefixes
         where = "device" if made.staged else "disk" if made.ring_layers(spec.num_layers) else "memory"
+        table = PageTable(made.num_pages, made.kv_groups, made.attention_workers)
         return Batcher(
-            PageTable(made.num_pages, made.kv_groups, made.attention_workers),
+            table,
             made.max_sequences,
             made.micro_batches,
             made.micro_batch_tokens,
@@ -181,7 +187,17 @@ class Setup:
             share and not spec.states,  # a state is of its sequence's end alone
             ROWS_OF_A_PASS[where],
             made.state_places // 2,
+            self._make_kv_on_disk(table),
         )
+
+    def _make_kv_on_disk(self, table: PageTable) -> KvOnDisk | None:
+        disk = self.kv_disk
+        if disk is None:
+            return None
+        of_prefixes = disk.prefix_slots * disk.pages_of_block
+        num_slots = self.plan.kv_disk // disk.slot_bytes - of_prefixes
+        state_slots = -(-disk.state_bytes // disk.slot_bytes)
+        return KvOnDisk(table, self.plan.kv_groups, num_slots, state_slots, disk.prefix_slots)
 
     def make_requests(self, share_prefixes: bool | None, tokenizer: TextTokenizer | None) -> Requests:
         spec = self.spec

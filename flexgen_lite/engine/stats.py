@@ -9,7 +9,7 @@ from flexgen_lite import __version__
 from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.cost.comparison import Prediction
 from flexgen_lite.engine.events import log
-from flexgen_lite.engine.lanes import TRAFFIC_LANES, Lanes
+from flexgen_lite.engine.lanes import KV_TRACK, TRAFFIC_LANES, Lanes
 from flexgen_lite.engine.setup import Setup
 from flexgen_lite.engine.trace_file import TRAFFIC
 from flexgen_lite.memory.usage import MemoryUse
@@ -18,6 +18,7 @@ from flexgen_lite.plan.text import describe
 from flexgen_lite.text.sizes import format_size
 from flexgen_lite.wire import worker_messages
 from flexgen_lite.wire.client_messages import Status
+from flexgen_lite.wire.kv_on_disk import KvMoved
 
 LANE_SECONDS = 5.0  # over which busy shares are shown
 
@@ -29,6 +30,7 @@ class EngineStats:
         self.device_peak_bytes = 0  # of a GPU's memory
         self.copy_ns = 0  # of the compute worker's time, on copies from and to other processes
         self.traffic = dict.fromkeys(TRAFFIC_LANES, 0)
+        self.kv_disk_bytes = {"kv_disk_written_bytes": 0, "kv_disk_read_bytes": 0}
         self._busy_ns = 0
         self._pass_start_ns: int | None = None
         self._history: list[tuple[int, dict[str, int]]] = []
@@ -63,6 +65,12 @@ class EngineStats:
     def loaded(self, message: worker_messages.Loaded) -> None:
         self.traffic["disk_read_bytes"] += message.num_bytes
         self.lanes.add("disk", "disk", f"load {message.unit}", message.start_ns, message.end_ns)
+
+    def kv_moved(self, message: KvMoved, name: str, is_written: bool) -> None:
+        """KV was written to disk, or read."""
+        self.kv_disk_bytes["kv_disk_written_bytes" if is_written else "kv_disk_read_bytes"] += message.num_bytes
+        name = f"{name} {message.ticket}{' failed' if message.error else ''}"
+        self.lanes.add("disk", KV_TRACK, name, message.start_ns, message.end_ns)
 
     def packed(self, message: worker_messages.Packed) -> None:
         self.lanes.span("compute worker", "compute", f"pack {message.unit}", message.start_ns, message.end_ns)
@@ -144,6 +152,7 @@ class EngineStats:
             "overhead_seconds": (self.lanes.overhead_ns + self.copy_ns) / 1e9,
             **{f"{name}_seconds": ns / 1e9 for name, ns in busy_now.items()},
         }
+        moved = self.traffic | self.kv_disk_bytes
         used = self.memory.sample()
         processes = {
             name: {"planned": process.planned, "used": process.used, "peak": process.peak}
@@ -154,7 +163,7 @@ class EngineStats:
             waiting=waiting,
             done=totals.get("requests_done", 0),
             lanes=lanes,
-            totals={name: float(value) for name, value in [*totals.items(), *self.traffic.items()]} | seconds,
+            totals={name: float(value) for name, value in [*totals.items(), *moved.items()]} | seconds,
             memory={"budget": budget, "used": used, "peak": self.memory.peak}
             | ({"gpu_peak": self.device_peak_bytes} if self.device_peak_bytes else {}),
             processes=processes,

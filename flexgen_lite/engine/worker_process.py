@@ -18,10 +18,13 @@ from flexgen_lite.engine.launch import FreshProcess, Launch
 from flexgen_lite.engine.zygote import ForkedProcess
 from flexgen_lite.wire import worker_messages
 from flexgen_lite.wire.codec import Codec, MessageError
+from flexgen_lite.wire.kv_on_disk import PrefixesOpened
 
 LAST_WORDS_BYTES = 4096
 STOP_SECONDS = 5.0
 KILL_SECONDS = 10.0  # for the system to clear away a process that was killed
+UNASKED = worker_messages.ComputeReport | worker_messages.AttentionReport | PrefixesOpened
+"""Answers to no order."""
 CODECS = {
     "loader": (Codec(worker_messages.ToLoader), Codec(worker_messages.FromLoader)),
     "attention": (Codec(worker_messages.ToAttention), Codec(worker_messages.FromAttention)),
@@ -133,8 +136,7 @@ class WorkerProcess:
             while self._before_hello:
                 self._send_now(self._before_hello.popleft())
         else:
-            reports = worker_messages.ComputeReport | worker_messages.AttentionReport  # answers to no order
-            if not isinstance(message, reports):
+            if not isinstance(message, UNASKED):
                 self.outstanding = max(0, self.outstanding - 1)
             self.waiting_since = time.monotonic()
         return message

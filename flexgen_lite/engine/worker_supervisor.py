@@ -17,6 +17,7 @@ from flexgen_lite.engine.launch import FreshProcess, Launch
 from flexgen_lite.engine.worker_process import WorkerDied, WorkerProcess, stop_all
 from flexgen_lite.engine.zygote import ForkedProcess, Zygote, ZygoteLost, shared_zygotes
 from flexgen_lite.memory.arena import Arena
+from flexgen_lite.memory.park_file import ParkFile
 from flexgen_lite.memory.usage import ZYGOTE, MemoryUse
 from flexgen_lite.model.files import OFFLINE
 from flexgen_lite.wire.doorbells import doorbell_pair
@@ -24,6 +25,7 @@ from flexgen_lite.wire.zygote_messages import zygote_pair
 
 COMPUTE, LOADER = "compute worker", "disk loader"
 ARENAS = {"compute": ("weights", "exchange", "states"), "loader": ("weights",), "attention": ("kv", "exchange")}
+KV_ON_DISK = ("kv", "states", "parked")  # what the loader is given besides, where there is a file for it
 KEPT_PRODUCTS = 128  # a model has some six shapes of weights; a pass has one number of rows, or a few
 LEAVE_ZYGOTES = ("compute",)  # the others start in half a second
 ENVIRONMENT = {
@@ -59,7 +61,7 @@ class WorkerSupervisor:
         loop: EventLoop,
         context: zmq.Context[zmq.Socket[bytes]],
         run_dir: Path,
-        arenas: Mapping[str, Arena],
+        arenas: Mapping[str, Arena | ParkFile],
         memory: MemoryUse,
         on_message: Callable[[WorkerProcess, Any], None],
         on_output: Callable[[str, str], None],
@@ -157,7 +159,8 @@ class WorkerSupervisor:
                 end.close()
 
     def _start(self, kind: str, name: str, number: int) -> WorkerProcess:
-        arenas = {arena: self._arenas[arena].fd for arena in ARENAS[kind]}
+        of_disk = KV_ON_DISK if kind == "loader" and "parked" in self._arenas else ()
+        arenas = {arena: self._arenas[arena].fd for arena in (*ARENAS[kind], *of_disk)}
         ends = {COMPUTE: {str(i): pair[0] for i, pair in enumerate(self._doorbells)}}
         ends |= {f"attention worker {i}": {"compute": pair[1]} for i, pair in enumerate(self._doorbells)}
         doorbells = {end: sock.fileno() for end, sock in ends.get(name, {}).items()}

@@ -10,6 +10,8 @@ from flexgen_lite.wire.arena_specs import KvGroup, KvSpec
 
 KV_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 SCALE_BYTES = 4  # float32, of a token's key or value of one head in int8
+BOUNCE_BYTES = 4 << 20  # of what goes to disk or comes from there, at a time
+BLOCK_BYTES = 4096  # of a disk
 ALIGNMENT = 64  # bytes, of a page; its parts have whole groups of tokens, and these have as many bytes
 
 
@@ -52,6 +54,11 @@ def largest_page(columns: Sequence[AttentionSpec], groups: Sequence[KvGroup], dt
     """Bytes of a page that serves every group."""
     sizes = (page_bytes([columns[c] for c in group.columns], group.page_tokens, dtype) for group in groups)
     return -(-max(sizes) // ALIGNMENT) * ALIGNMENT
+
+
+def disk_slot_bytes(page: int) -> int:
+    """What a page of so many bytes takes on disk."""
+    return max(1, -(-page // BLOCK_BYTES)) * BLOCK_BYTES
 
 
 def page_bytes(columns: Sequence[AttentionSpec], page_tokens: int, dtype: str) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.memory.exchange import region_bytes
 from flexgen_lite.memory.kv_groups import kv_groups, pages_for
-from flexgen_lite.memory.kv_layout import largest_page
+from flexgen_lite.memory.kv_layout import BOUNCE_BYTES, disk_slot_bytes, largest_page
 from flexgen_lite.model.spec import ITEM_BYTES, ModelSpec
 from flexgen_lite.plan.layer_sizes import LayerSizes, layer_sizes
 from flexgen_lite.plan.machine import Machine
@@ -28,6 +28,7 @@ QUANTISING_LOADER_BYTES = 120 * MIB
 UNPACKED_ITEM_BYTES = (
     16  # of an item that is unpacked with the whole of its weight: as it is read, as codes, twice as floats
 )
+PREFIX_TABLE_BYTES = 12 * MIB  # what the loader knows of the file of stored prefixes
 NUMBA_BYTES = 95 * MIB
 SPANS_BYTES = 20 * MIB  # what an attention worker takes beyond what it has at the start: a pass's spans, partial sums
 ZYGOTE_BYTES = 48 * MIB  # what it does not share with the compute worker
@@ -144,13 +145,16 @@ def need_of(
     longest = spec.max_length if config.max_model_len else MODEST_LENGTH
     longest = min(spec.max_length, expected.longest_likely if expected else longest)
     wanted_pages, most_pages = _pages_of_use(spec, workers, groups, max_sequences, expected)
+    page = largest_page(spec.attention, groups, kv_dtype)
+    loader = _loader_bytes(spec) if config.load_format != "dummy" else LOADER_BYTES
+    loader += _kv_disk_bytes(config, spec, page)
     return Need(
         config=config,
         spec=spec,
         processes={
             "coordinator": processes.coordinator + QUEUE_BYTES,
             "client": CLIENT_BYTES,
-            "loader": _loader_bytes(spec) if config.load_format != "dummy" else LOADER_BYTES,
+            "loader": loader,
             "attention workers": (NUMBA_BYTES if on_gpu else 0) + (processes.attention + SPANS_BYTES) * workers,
             "compute worker": processes.compute + (NUMBA_BYTES if on_gpu and layers.split else 0),
             "zygote": ZYGOTE_BYTES,
@@ -158,7 +162,7 @@ def need_of(
         workers=workers,
         kv_dtype=kv_dtype,
         kv_groups=groups,
-        page=largest_page(spec.attention, groups, kv_dtype),
+        page=page,
         least_pages=least_pages,
         longest=longest,
         layers=layers,
@@ -182,6 +186,19 @@ def _products_bytes(spec: ModelSpec, threads: int) -> int:
     groups = [packing.group for packing in packed if packing.rounds_rows]
     of_rows += of_rows * ROUNDED_GROUP_BYTES // min(groups) if groups else 0
     return max(PRODUCTS_BYTES, PRODUCTS_OTHER_BYTES + of_rows + threads * THREAD_ROWS_BYTES * widest)
+
+
+def _kv_disk_bytes(config: EngineConfig, spec: ModelSpec, page: int) -> int:
+    """Of the loader: a buffer, and what it knows of the file of prefixes."""
+    if config.kv_disk is None:
+        return 0
+    return max(BOUNCE_BYTES, disk_slot_bytes(page)) + (PREFIX_TABLE_BYTES if shares_prefixes(config, spec) else 0)
+
+
+def shares_prefixes(config: EngineConfig, spec: ModelSpec) -> bool:
+    """What `prefix_caching` comes to."""
+    asked = spec.dtype == "float32" if config.prefix_caching is None else config.prefix_caching
+    return asked and not spec.states
 
 
 def _loader_bytes(spec: ModelSpec) -> int:

@@ -10,6 +10,7 @@ from itertools import accumulate
 from math import ceil, floor
 
 from flexgen_lite.config.engine import EngineConfig
+from flexgen_lite.memory.kv_layout import disk_slot_bytes
 from flexgen_lite.model.spec import ModelSpec
 from flexgen_lite.plan.machine import Machine
 from flexgen_lite.plan.need import DEVICE_RING, Measured, Need, need_of
@@ -69,6 +70,7 @@ class Plan:
     loader_cpus: tuple[int, ...]
     parts: dict[str, int]  # bytes of main memory per part
     warnings: tuple[str, ...]
+    kv_disk: int = 0  # bytes on disk, for KV of sequences that wait and of beginnings of prompts
 
     @property
     def planned_bytes(self) -> int:
@@ -115,6 +117,7 @@ def make_plan(
     ram = config.ram or auto_ram(machine)
     _check_cpus(config, machine)
     need = need_of(config, spec, machine, processes, on_gpu, expected)
+    _check_kv_disk(need)
     tokens, count, slots = _choose_block(need, ram)
     fixed = need.fixed(tokens, count)
     asked = need.max_sequences
@@ -177,6 +180,7 @@ def make_plan(
             "KV cache": placed.num_pages * need.page,
         },
         warnings=_warnings(config, on_gpu, asked, tokens * count, bool(projections)),
+        kv_disk=config.kv_disk or 0,
     )
 
 
@@ -200,6 +204,16 @@ def _check_cpus(config: EngineConfig, machine: Machine) -> None:
         missing = sorted({cpu for group in groups for cpu in group or ()} - set(machine.cpus))
         if missing:
             raise PlanError(f"{key} names CPU {missing[0]}, which is not among those to be had: {machine.cpus_text}")
+
+
+def _check_kv_disk(need: Need) -> None:
+    """Room for less than a short sequence is of no use."""
+    disk, least = need.config.kv_disk, 2 * need.least_pages * disk_slot_bytes(need.page) + need.spec.state_bytes
+    if disk is not None and disk < least:
+        raise PlanError(
+            f"kv_disk={format_size(disk, floor)} has no room for the KV of a sequence of this model: give at least "
+            f"{format_size(least, ceil)}, or leave it out"
+        )
 
 
 def _choose_block(need: Need, ram: int) -> tuple[int, int, int]:

@@ -33,6 +33,7 @@ def describe(plan: Plan, spec: ModelSpec) -> str:
         f"{spec.num_layers} layers, sequences up to {spec.max_length} tokens",
         f"weights   {layers}",
         f"KV cache  {_kv_cache(plan, spec)}",
+        *([f"disk      {format_size(plan.kv_disk)} for KV of sequences that wait"] if plan.kv_disk else []),
         *([f"states    {format_size(spec.state_bytes)} a sequence, twice"] if spec.states else []),
         f"block     up to {plan.micro_batches} micro-batches of {plan.micro_batch_tokens} tokens, "
         f"{plan.max_sequences} sequences",

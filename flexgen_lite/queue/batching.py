@@ -8,118 +8,22 @@ whose prompt is stored, and prompts (or the next chunk of a long one) as far as 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from heapq import heappop, heappush
-from typing import Protocol
 
-from flexgen_lite.queue.page_table import PageTable, block_keys
+from flexgen_lite.queue.kv_on_disk import KvOnDisk
+from flexgen_lite.queue.micro_batch import MicroBatch, Piece, Result
+from flexgen_lite.queue.page_table import PageTable, block_keys, num_pages
 from flexgen_lite.queue.running_request import RunningRequest
+from flexgen_lite.queue.waiting_queue import Waiting
 from flexgen_lite.wire.arena_specs import PageRun
-from flexgen_lite.wire.sampling import NO_TOKEN, Scored, TokenLogprobs
-from flexgen_lite.wire.worker_messages import KvBatch, KvSpan, TokenBatch, TokenSpan
+from flexgen_lite.wire.kv_on_disk import KvMoved
+from flexgen_lite.wire.sampling import NO_TOKEN
 
 EXPECTED_MARGIN = 1.25  # over the average life
 EXPECTED_WEIGHT = 0.02  # of the last request that ended, in the average
 STATE_PARTS = (256, 64)  # rows in which mixers of Mamba 2, and of gated delta nets, go through a prompt
 MOST_UNEVEN = 4  # requests' pages that a worker may have more than another because it has the beginning of a prompt
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """Of a micro-batch: the drawn tokens in the order of its rows, the logprobs of those that asked for them, and those
-    of the prompts' tokens that are scored."""
-
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """The next `num_rows` tokens of a request, from its first token without stored K and V."""
-
-    request: RunningRequest
-    num_rows: int
-
-    @property
-    def prefill(self) -> bool:
-        """No earlier token: the rows attend to each other on the compute device."""
-        return self.request.stored == 0
-
-    @property
-    def completes(self) -> bool:
-        """The last known token is among them, so the next one can be sampled."""
-        return self.request.stored + self.num_rows == len(self.request.tokens)
-
-    @property
-    def scored(self) -> Scored | None:
-        """The tokens of the prompt that follow its rows, as far as their logprobs are wanted and not known."""
-        request = self.request
-        if request.prompt_logprobs is None:
-            return None
-        begin = max(request.stored + 1, request.params.scored_from + len(request.prompt_logprobs))
-        end = min(request.num_prompt_tokens, request.stored + self.num_rows + 1)
-        if begin >= end:
-            return None
-        skip = begin - 1 - request.stored
-        return Scored(skip, tuple(request.tokens[begin:end]), request.params.prompt_logprobs or 0)
-
-
-@dataclass(slots=True)
-class MicroBatch:
-    """Pieces that go through a layer together; the rows that attention workers attend to come first."""
-
-    pieces: list[Piece] = field(default_factory=list)
-    num_rows: int = 0
-
-    def add(self, piece: Piece) -> None:
-        self.pieces.append(piece)
-        self.num_rows += piece.num_rows
-
-    def workers(self) -> tuple[int, ...]:
-        return tuple(sorted({piece.request.worker for piece in self.pieces}))
-
-    def in_rows(self) -> list[tuple[int, Piece]]:
-        """(first row, piece) in the order of the rows."""
-        row, placed = 0, []
-        for piece in sorted(self.pieces, key=lambda piece: piece.prefill):
-            placed.append((row, piece))
-            row += piece.num_rows
-        return placed
-
-    def token_batch(self, index: int) -> TokenBatch:
-        """For the compute worker; micro-batch k uses exchange region k."""
-        token_ids: list[int] = []
-        spans = []
-        for row, piece in self.in_rows():
-            request = piece.request
-            token_ids.extend(request.tokens[request.stored : request.stored + piece.num_rows])
-            sample = request.next_sample() if piece.completes else None
-            spans.append(
-                TokenSpan(
-                    row, piece.num_rows, request.stored, piece.prefill, sample, piece.scored, *request.state_places
-                )
-            )
-        return TokenBatch(index, index, tuple(token_ids), tuple(spans), self.workers())
-
-    def kv_batch(self, index: int, worker: int) -> KvBatch:
-        """For one attention worker: its requests only."""
-        spans = tuple(
-            KvSpan(row, piece.num_rows, piece.request.stored, not piece.prefill, piece.request.pages)
-            for row, piece in self.in_rows()
-            if piece.request.worker == worker
-        )
-        return KvBatch(index, index, spans)
-
-
-class Waiting(Protocol):
-    """Sequences that wait for a place."""
-
-    def first(self) -> RunningRequest | None: ...
-
-    def take(self) -> RunningRequest: ...
-
-    def put_back(self, request: RunningRequest) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +41,10 @@ class Batcher:
     grows; where there are none left, the youngest sequences of the same worker are preempted: they wait, and are
     computed again from their tokens later. The oldest always goes on, so there is no deadlock.
 
+    With `disk`, what they have is written there, and read when there is room again. Their pages are free once they are
+    written; who needs them sits out, so a pass may be empty while something is on its way. Requests that are being read
+    are among the running ones.
+
     Prompts that begin alike share the pages of their beginning, once those are stored.
 
     How long a life to expect is learnt from those that ended: at first all of `max_tokens`.
@@ -150,6 +58,7 @@ class Batcher:
         share: whether prompts do.
         least_gain: rows, for fewer no prompt waits for the beginning of another.
         num_states: sequences that there is room for the state of, as many as may run; 0: the model has none.
+        disk: where sequences are parked, and beginnings of prompts stored; of the same pages.
     """
 
     def __init__(
@@ -162,6 +71,7 @@ class Batcher:
         share: bool = True,
         least_gain: int = 0,
         num_states: int = 0,
+        disk: KvOnDisk | None = None,
     ) -> None:
         if max_sequences > micro_batches * micro_batch_tokens:
             raise ValueError(
@@ -174,6 +84,8 @@ class Batcher:
         self._spread = spread
         self._share, self._least_gain = share, least_gain
         self._has_states, self._states = num_states > 0, list(range(num_states))  # those that are free
+        self.disk = disk
+        self._is_short = False  # a request of the present pass sits out until pages are written
         self._expected_share = 1.0  # of max_tokens that a request generates
         self.running: dict[int, RunningRequest] = {}
         self.num_preempted = 0
@@ -193,8 +105,12 @@ class Batcher:
         """The micro-batches of the next pass, taking requests from `waiting`; empty if there is no work.
         With `only`, nothing but these running requests."""
         bins = [MicroBatch() for _ in range(self._micro_batches)]
-        preempted = self.num_preempted
-        running = sorted((r for r in self.running.values() if only is None or r.id in only), key=lambda r: r.id)
+        preempted, self._is_short = self.num_preempted, False
+        if only is None:
+            self._make_room_ahead(waiting)
+        running = sorted(
+            (r for r in self.running.values() if not r.moving and (only is None or r.id in only)), key=lambda r: r.id
+        )
         decoding = [r for r in running if r.num_left == 1]
         prompts = [r for r in running if r.num_left > 1]  # the rest of long ones
         placed: set[int] = set()
@@ -203,33 +119,59 @@ class Batcher:
             order.sort(key=lambda request: request.id)
         for request in order:
             rows = min(request.num_left, self._most_room(bins))
-            if rows and request.id in self.running and self._has_pages(request, rows, placed, waiting):
+            if rows and request.id in self.running and self._has_pages(request, rows, placed, waiting, only is None):
                 self._place(bins, request, rows)
                 placed.add(request.id)
-        if only is None and self.num_preempted == preempted:
+        if only is None and self.num_preempted == preempted and not self._is_short:
             self._admit(bins, waiting)
         return [micro_batch for micro_batch in bins if micro_batch.pieces]
 
-    def _has_pages(self, request: RunningRequest, rows: int, placed: set[int], waiting: Waiting) -> bool:
+    def _make_room_ahead(self, waiting: Waiting) -> None:
+        """Parks the youngest where there are not the pages for this pass and the next one, so that nobody has to sit
+        out until they are written."""
+        table = self._pages
+        if self.disk is None:
+            return
+        for worker in range(table.num_workers):
+            here = sorted((r for r in self.running.values() if r.worker == worker and not r.moving), key=lambda r: r.id)
+            room = table.num_free(worker) + self.disk.coming(worker)
+            needed = [table.needed(r.id, r.stored, r.stored_in_two_passes(self._micro_batch_tokens)) for r in here]
+            while sum(needed) > room and len(here) > 1:
+                victim = here.pop()
+                needed.pop()
+                if not self.disk.can_park(victim):
+                    break
+                room += table.num_own(victim.id)
+                self._preempt(victim, waiting, park=True)
+
+    def _has_pages(self, request: RunningRequest, rows: int, placed: set[int], waiting: Waiting, park: bool) -> bool:
         """Sees to it that the next rows have pages, at the cost of younger sequences if need be."""
+        table, worker = self._pages, request.worker
         while True:
-            pages = self._pages.grow(request.id, request.stored, request.stored + rows)
+            pages = table.grow(request.id, request.stored, request.stored + rows)
             if pages is not None:
                 request.pages = pages
                 return True
-            request.pages = self._pages.pages_of(request.id)  # without those behind its window
-            younger = [
-                r
-                for r in self.running.values()
-                if r.worker == request.worker and r.id > request.id and r.id not in placed
-            ]
+            request.pages = table.pages_of(request.id)  # without those behind its window
+            coming = self.disk.coming(worker) if self.disk is not None else 0
+            missing = table.needed(request.id, request.stored, request.stored + rows) - table.num_free(worker)
+            if 0 < missing <= coming:
+                self._is_short = True
+                return False  # until they are written
+            here = (r for r in self.running.values() if r.worker == worker and r.id not in placed)
+            younger = [r for r in here if r.id > request.id]
             if not younger:
                 return False  # those that are in the pass will end
-            self._preempt(max(younger, key=lambda r: r.id), waiting)
+            self._preempt(max(younger, key=lambda r: r.id), waiting, park)
 
-    def _preempt(self, request: RunningRequest, waiting: Waiting) -> None:
-        self.release(request)
-        request.stored, request.worker, request.pages = 0, -1, ()
+    def _preempt(self, request: RunningRequest, waiting: Waiting, park: bool) -> None:
+        """A running request waits; with `park` what it has is written to disk, if that is worth it."""
+        del self.running[request.id]
+        if self.disk is not None and request.moving:
+            self.disk.leave(request, is_gone=False)
+        elif self.disk is None or not park or not self.disk.park(request):
+            self._free(request)
+        self._stop(request)
         request.times_preempted += 1
         self.num_preempted += 1
         self._expected_share = 1.0  # too much was hoped for
@@ -249,12 +191,18 @@ class Batcher:
         table = self._pages
         load = _Load([table.num_used(w) for w in range(table.num_workers)], [set() for _ in range(table.num_workers)])
         for running in self.running.values():
-            load.pages[running.worker] += max(0, self._expected_pages(running) - _num_pages(running.pages))
+            load.pages[running.worker] += max(0, self._expected_pages(running) - num_pages(running.pages))
             if running.stored < running.num_prompt_tokens:
                 load.keys[running.worker].update(self._keys(running))
         held: list[RunningRequest] = []
         gain = 0
         while len(self.running) + len(held) < self._max_sequences and (request := waiting.first()) is not None:
+            if request.moving or (self._has_states and not self._states):
+                break
+            if request.parked is not None:
+                if not self._bring_back(waiting, load):
+                    break
+                continue
             needed = self._expected_pages(request)
             worker, num_coming = self._choose(request, needed, load)
             keys = self._sharable(request)
@@ -273,18 +221,69 @@ class Batcher:
             if load.pages[worker] and load.pages[worker] + more > table.size(worker):
                 break
             used = table.num_used(worker)
-            pages = table.allocate(request.id, worker, request.num_left, min(rows, room), shared)
+            end = len(shared) if self.disk is None else self.disk.find_prefix(keys, len(shared))
+            pages = None
+            if self.disk is not None and end > len(shared):  # it runs once they are read
+                last = end * table.block_tokens
+                next_rows = min(request.num_left - last, self._micro_batch_tokens)
+                pages = table.allocate(request.id, worker, request.num_left, next_rows, shared, last)
+                if pages is not None:
+                    self.disk.fetch_prefix(request, worker, pages, keys[:end], len(shared))
+            if pages is None:
+                pages = table.allocate(request.id, worker, request.num_left, min(rows, room), shared)
             if pages is None:
                 break
-            load.pages[worker] += table.num_used(worker) - used + max(0, needed - _num_pages(pages))
             load.keys[worker].update(self._keys(request))
-            request.worker, request.pages, request.stored = worker, pages, stored
+            load.pages[worker] += table.num_used(worker) - used + max(0, needed - num_pages(pages))
+            request.stored = stored
             self.num_shared += stored
-            self.running[request.id] = waiting.take()
-            if self._has_states:
-                request.state, request.half = heappop(self._states), 0
-            self._place(bins, request, rows)
+            self._begin(waiting, worker, pages)
+            if not request.moving:
+                self._place(bins, request, rows)
         return held, gain
+
+    def _begin(self, waiting: Waiting, worker: int, pages: tuple[PageRun, ...]) -> None:
+        """The first that waits runs from now on."""
+        request = waiting.take()
+        request.worker, request.pages = worker, pages
+        if self._has_states:
+            request.state, request.half = heappop(self._states), 0
+        self.running[request.id] = request
+
+    def _bring_back(self, waiting: Waiting, load: _Load) -> bool:
+        """The first that waits, which is parked, gets pages and is read, if there is room for the rest of its life."""
+        request, table = waiting.first(), self._pages
+        assert request is not None and request.parked is not None and self.disk is not None
+        stored, needed = request.parked.stored, self._expected_pages(request)
+        worker = self._choose(request, needed, load)[0]
+        keys = self._keys(request)[: stored // table.block_tokens]
+        shared = keys[: table.find(worker, keys)]
+        if load.pages[worker] and load.pages[worker] + needed > table.size(worker):
+            return False
+        used, rows = table.num_used(worker), max(1, min(request.num_left - stored, self._micro_batch_tokens))
+        pages = table.allocate(request.id, worker, request.num_left, rows, shared, stored)
+        if pages is None:
+            return False
+        load.pages[worker] += table.num_used(worker) - used + max(0, needed - num_pages(pages))
+        self._begin(waiting, worker, pages)
+        self.disk.fetch(request, worker, pages, len(shared) * table.block_tokens)
+        return True
+
+    def moved(self, message: KvMoved, waiting: Waiting) -> RunningRequest | None:
+        """The loader has written or read something. Returns a request that was to run, and waits again: it could not
+        be read."""
+        assert self.disk is not None, "nothing was ordered"
+        landed = self.disk.moved(message)
+        if landed is None or landed.has_pages:
+            return None
+        request = landed.request
+        if landed.state >= 0:
+            heappush(self._states, landed.state)
+        if self.running.pop(request.id, None) is None:
+            return None
+        self._stop(request)
+        waiting.put_back(request)
+        return request
 
     def _choose(self, request: RunningRequest, needed: int, load: _Load) -> tuple[int, int]:
         """(worker, blocks that it has or will have of what the request can share): the worker with the least to do, or
@@ -316,7 +315,8 @@ class Batcher:
     def _expected_pages(self, request: RunningRequest) -> int:
         share = min(1.0, EXPECTED_MARGIN * self._expected_share)
         generated = max(request.num_generated + self._pages.block_tokens, int(share * request.params.max_tokens))
-        rows = max(1, min(request.num_left, self._micro_batch_tokens))  # of its prompt, in a pass
+        left = request.num_left - (request.parked.stored if request.parked is not None else 0)
+        rows = max(1, min(left, self._micro_batch_tokens))  # of its prompt, in a pass
         return self._pages.pages_for(min(request.num_prompt_tokens + generated, request.most_stored), rows)
 
     def commit(self, micro_batches: list[MicroBatch], results: list[Result]) -> list[RunningRequest]:
@@ -342,7 +342,10 @@ class Batcher:
                         request.add(token)
                 if request.stored < request.num_prompt_tokens:
                     stored = min(request.stored + piece.num_rows, request.num_prompt_tokens)
-                    self._pages.publish(request.id, self._keys(request)[: stored // self._pages.block_tokens])
+                    keys = self._keys(request)[: stored // self._pages.block_tokens]
+                    self._pages.publish(request.id, keys)
+                    if self.disk is not None:
+                        self.disk.offer(request.worker, keys)
                 request.stored += piece.num_rows
                 request.half ^= 1
                 if request.finish_reason is not None or request.overflowed:
@@ -357,10 +360,25 @@ class Batcher:
     def release(self, request: RunningRequest) -> None:
         """The request runs no more."""
         del self.running[request.id]
+        if self.disk is not None and request.moving:
+            self.disk.leave(request, is_gone=True)
+        else:
+            self._free(request)
+
+    def forget(self, request: RunningRequest) -> None:
+        """A request that waited is over."""
+        if self.disk is not None:
+            self.disk.forget(request)
+
+    def _free(self, request: RunningRequest) -> None:
         self._pages.release(request.id)
         if request.state >= 0:
             heappush(self._states, request.state)
             request.state = -1
+
+    def _stop(self, request: RunningRequest) -> None:
+        """It has nothing any more."""
+        request.stored, request.worker, request.pages, request.state = 0, -1, (), -1
 
     def _cut(self, request: RunningRequest, rows: int) -> int:
         """Rows of a prompt that go on in another pass, where the model has states: such that the parts in which a mixer
@@ -380,7 +398,3 @@ class Batcher:
         fitting = [b for b in bins if b.num_rows + rows <= self._micro_batch_tokens]
         target = min(fitting, key=lambda b: b.num_rows) if self._spread else fitting[0]
         target.add(Piece(request, rows))
-
-
-def _num_pages(runs: tuple[PageRun, ...]) -> int:
-    return sum(len(run.pages) for run in runs)

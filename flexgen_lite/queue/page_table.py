@@ -77,6 +77,10 @@ class PageTable:
         return bisect_right(range(_LONGEST), size, key=lambda tokens: self.pages_for(tokens, rows)) - 1
 
     @property
+    def num_pages(self) -> int:
+        return sum(self._sizes)
+
+    @property
     def used_pages(self) -> int:
         return sum(map(self.num_used, range(self.num_workers)))
 
@@ -120,19 +124,27 @@ class PageTable:
         return sum(len(block) for block in blocks if self._users[block[0]])
 
     def allocate(
-        self, sequence: int, worker: int, num_tokens: int, rows: int, keys: Sequence[bytes] = ()
+        self,
+        sequence: int,
+        worker: int,
+        num_tokens: int,
+        rows: int,
+        keys: Sequence[bytes] = (),
+        stored: int | None = None,
     ) -> Pages | None:
         """Pages of `worker`, or None if it has not as many left.
 
         Args:
             num_tokens: that are known of the sequence; where all are kept it has pages for all of them.
-            rows: so many follow the shared ones in the next pass.
+            rows: so many follow the stored ones in the next pass.
             keys: of the blocks that it shares, which `find` has counted.
+            stored: tokens whose K and V are there, or will be before that pass; None: those of the shared blocks.
         """
         assert sequence not in self._held, f"sequence {sequence} has its pages already"
-        shared = self._shared(worker, keys)
-        stored = len(keys) * self.block_tokens
-        held = _Held(worker, [len(keys) - len(blocks) for blocks in shared], shared, len(keys))
+        stored = len(keys) * self.block_tokens if stored is None else stored
+        shared = self._shared(worker, keys, stored)
+        firsts = [self._first_block(index, stored) for index in range(len(self._groups))]
+        held = _Held(worker, firsts, shared, len(keys))
         missing = [
             self._missing(held, index, stored + rows if windowed else num_tokens)
             for index, windowed in enumerate(self._windowed)
@@ -160,6 +172,23 @@ class PageTable:
                 return None
         return self._extend(held, missing) if needed or slid else held.runs
 
+    def needed(self, sequence: int, begin: int, end: int) -> int:
+        """Pages that `grow` would take, less those that it would give back."""
+        held, total = self._held[sequence], 0
+        for index, size in enumerate(self._sizes_of_blocks):
+            first = held.firsts[index]
+            gone = max(0, self._first_block(index, begin) - first) if self._windowed[index] else 0
+            passed = held.blocks[index][max(0, held.num_shared - first) : gone]
+            freed = sum(self._users[block[0]] == 1 for block in passed)
+            total += (self._missing(held, index, end) - freed) * size
+        return max(0, total)
+
+    def num_own(self, sequence: int) -> int:
+        """Pages that could be had if the sequence had none."""
+        held = self._held[sequence]
+        blocks = itertools.chain(held.anchors, *held.blocks)
+        return sum(len(block) for block in blocks if self._users[block[0]] == 1)
+
     def pages_of(self, sequence: int) -> Pages:
         """What a sequence has."""
         return self._held[sequence].runs
@@ -174,16 +203,35 @@ class PageTable:
                     of_group[key] = block
                     self._keys[block[0]] = index, key
 
+    def hold(self, worker: int, key: bytes) -> list[Block] | None:
+        """The pages of a published block, by group, which stay as they are until `let_go`; None where one is gone."""
+        blocks = [of_group.get(key) for of_group in self._found[worker]]
+        found = [block for block in blocks if block is not None]
+        if len(found) < len(blocks):
+            return None
+        for block in found:
+            self._use(worker, block)
+        return found
+
+    def let_go(self, worker: int, blocks: Iterable[Block]) -> None:
+        self._give_back(worker, blocks)
+
+    def num_held(self, blocks: Iterable[Block]) -> int:
+        """Pages of blocks that were held which no sequence has."""
+        return sum(len(block) for block in blocks if self._users[block[0]] == 1)
+
     def release(self, sequence: int) -> None:
         held = self._held.pop(sequence)
         for blocks in held.blocks:
             self._give_back(held.worker, reversed(blocks))  # of a beginning that is shared, the end goes first
         self._give_back(held.worker, reversed(held.anchors))
 
-    def _shared(self, worker: int, keys: Sequence[bytes]) -> list[list[Block]]:
-        """By group, those of the first blocks with these keys that what comes behind them can see."""
+    def _shared(self, worker: int, keys: Sequence[bytes], stored: int | None = None) -> list[list[Block]]:
+        """By group, those of the first blocks with these keys that the token at `stored` can see, or the one behind
+        them."""
+        stored = len(keys) * self.block_tokens if stored is None else stored
         return [
-            [of_group[key] for key in keys[self._first_block(index, len(keys) * self.block_tokens) :]]
+            [of_group[key] for key in keys[self._first_block(index, stored) :]]
             for index, of_group in enumerate(self._found[worker])
         ]
 
@@ -270,6 +318,10 @@ class PageTable:
 def first_page(num_pages: int, num_workers: int, worker: int) -> int:
     """The first of a worker's pages; those up to the first of the next are its own."""
     return num_pages * worker // num_workers
+
+
+def num_pages(runs: Pages) -> int:
+    return sum(len(run.pages) for run in runs)
 
 
 def block_keys(tokens: Sequence[int], num_tokens: int, num_blocks: int) -> tuple[bytes, ...]:

@@ -7,14 +7,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from flexgen_lite.queue.admission import Admission, Limits, RequestError
-from flexgen_lite.queue.batching import Batcher, MicroBatch, Result
+from flexgen_lite.queue.batching import Batcher
 from flexgen_lite.queue.kept_jobs import KeptJob
+from flexgen_lite.queue.kv_on_disk import KvOnDisk
+from flexgen_lite.queue.micro_batch import MicroBatch, Result
 from flexgen_lite.queue.open_request import NOBODY, OpenRequest, Origin
 from flexgen_lite.queue.responses import Responses, refusal
 from flexgen_lite.queue.running_request import RunningRequest
 from flexgen_lite.queue.waiting_queue import WaitingQueue
 from flexgen_lite.tokens.detokenizer import Tokenizer
 from flexgen_lite.wire.client_messages import RequestDelta, RequestDone, Submit, WireRequest
+from flexgen_lite.wire.kv_on_disk import KvMoved
 from flexgen_lite.wire.sampling import NO_TOKEN
 
 MAX_OPEN = 4096  # requests of a client, or a kept job, that wait or run
@@ -58,6 +61,11 @@ class Requests:
     def num_shared(self) -> int:
         """Tokens of prompts that were not computed: others that began alike had been."""
         return self._batcher.num_shared
+
+    @property
+    def disk(self) -> KvOnDisk | None:
+        """Where sequences are parked; None: nowhere."""
+        return self._batcher.disk
 
     @property
     def num_running(self) -> int:
@@ -120,7 +128,7 @@ class Requests:
         }
         for owner in wanted:
             owner.give_up_the_rest()
-        over = self._waiting.remove(lambda sequence: sequence.owner in wanted)
+        over = self._drop_waiting(wanted)
         running = [request for request in self._batcher.running.values() if request.owner in wanted]
         self._cancelled |= {request.id for request in running}
         if is_kept:  # answered at once; their pages are free with the end of the pass
@@ -184,12 +192,24 @@ class Requests:
         self._cancelled.clear()
         return answers
 
+    def kv_moved(self, message: KvMoved) -> list[Answer]:
+        """The loader has written or read K and V."""
+        request = self._batcher.moved(message, self._waiting)
+        if request is None or request.id not in self._cancelled:
+            return []
+        self._cancelled.discard(request.id)
+        self._waiting.remove(lambda sequence: sequence is request)
+        return self._finish(request, "cancelled")
+
     def end_pass(self, micro_batches: list[MicroBatch], results: list[Result]) -> list[Answer]:
         """Commit a pass's tokens; answers for the requests that it completed, or that were cancelled meanwhile."""
         self.totals["generated_tokens"] += sum(token != NO_TOKEN for r in results for token in r.token_ids)
-        self.totals["prompt_tokens"] += sum(
-            p.num_rows for m in micro_batches for p in m.pieces if _is_new_prompt(p.request)
-        )
+        pieces = [piece for micro_batch in micro_batches for piece in micro_batch.pieces]
+        self.totals["prompt_tokens"] += sum(piece.num_rows for piece in pieces if _is_new_prompt(piece.request))
+        for piece in pieces:
+            request, end = piece.request, piece.request.stored + piece.num_rows
+            self.totals["recomputed_tokens"] += max(0, min(end, request.computed) - request.stored)
+            request.computed = max(request.computed, end)
         finished = self._batcher.commit(micro_batches, results)
         answers: list[Answer] = [*self._deltas(micro_batches)]
         for request in finished:
@@ -240,6 +260,13 @@ class Requests:
         self._waiting.add(sequence)
         return []
 
+    def _drop_waiting(self, owners: set[OpenRequest]) -> list[RunningRequest]:
+        """Takes out of the queue what these have there."""
+        over = self._waiting.remove(lambda sequence: sequence.owner in owners)
+        for sequence in over:
+            self._batcher.forget(sequence)
+        return over
+
     def _forget_old_jobs(self) -> None:
         """Of clients that have left without a word, the longest ago: they would add up under an engine that runs on."""
         if len(self._next_index) > MAX_JOBS:
@@ -276,7 +303,7 @@ class Requests:
             return []
         self.totals["requests_failed"] += 1
         owner.give_up_the_rest()
-        self._waiting.remove(lambda other: other.owner is owner)
+        self._drop_waiting({owner})
         self._cancelled |= {r.id for r in self._batcher.running.values() if r.owner is owner}
         return self._close(owner, refusal(owner.origin, error))
 

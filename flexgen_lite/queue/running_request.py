@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from flexgen_lite.queue.kept_logprobs import KeptLogprobs
 from flexgen_lite.queue.open_request import OpenRequest
+from flexgen_lite.queue.parked import Parked
 from flexgen_lite.tokens.stream import TextStream
 from flexgen_lite.wire.arena_specs import PageRun
 from flexgen_lite.wire.sampling import Penalties, Sample, WireParams
@@ -32,6 +33,9 @@ class RunningRequest:
     state: int = -1  # of the model's states, two places of which are its own, see StateStore; -1: it has none
     half: int = 0  # which of them is current
     times_preempted: int = 0
+    computed: int = 0  # tokens whose K and V were ever computed or read
+    parked: Parked | None = None  # where its K and V are if it had to make room
+    moving: bool = False  # its pages are being written to disk, or read: nothing else may be done with them
     overflowed: bool = False  # the model's numbers did, so that there is no next token
     logprobs: KeptLogprobs | None = None  # of the generated tokens, if asked for
     prompt_logprobs: KeptLogprobs | None = None  # of those of the prompt from `scored_from` on, if asked for
@@ -71,6 +75,11 @@ class RunningRequest:
     def num_left(self) -> int:
         """Known tokens that are to be computed and stored."""
         return min(len(self.tokens), self.most_stored) - self.stored
+
+    def stored_in_two_passes(self, rows: int) -> int:
+        """Tokens that are stored, at most, when a pass with so many of its rows has ended, and the next token's."""
+        end = self.stored + min(self.num_left, rows)
+        return end if end >= self.most_stored or end < len(self.tokens) else end + 1
 
     @property
     def finish_reason(self) -> str | None:

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 from flexgen_lite.queue.running_request import RunningRequest
 
 Who = tuple[bytes | None, str]
+
+
+class Waiting(Protocol):
+    """Sequences that wait for a place."""
+
+    def first(self) -> RunningRequest | None: ...
+
+    def take(self) -> RunningRequest: ...
+
+    def put_back(self, request: RunningRequest) -> None: ...
 
 
 class WaitingQueue:

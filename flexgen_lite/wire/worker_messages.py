@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from flexgen_lite.model.quantization import Quantization
 from flexgen_lite.model.spec import AttentionSpec, FileStamp, ModelSpec, UnitSpec
 from flexgen_lite.wire.arena_specs import ExchangeSpec, KvSpec, PageRun
+from flexgen_lite.wire.kv_on_disk import FetchBlocks, FetchKv, KvDiskSpec, KvMoved, ParkKv, PrefixesOpened, StoreBlocks
 from flexgen_lite.wire.sampling import Sample, Scored, TokenLogprobs
 
 REPORT_SECONDS = 0.1
@@ -74,6 +75,7 @@ class AttachLoader:
     verify: bool
     threads: int
     cpus: tuple[int, ...]  # empty: no affinity
+    kv_disk: KvDiskSpec | None = None  # None: no KV goes to disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +93,8 @@ class Loaded:
     end_ns: int
 
 
-ToLoader = AttachLoader | Load | Stop
-FromLoader = Hello | Ready | Loaded | Failed
+ToLoader = AttachLoader | Load | ParkKv | FetchKv | StoreBlocks | FetchBlocks | Stop
+FromLoader = Hello | Ready | Loaded | KvMoved | PrefixesOpened | Failed
 
 
 # ---------------------------------------------------------------------------------------------- attention
@@ -108,9 +110,11 @@ class WarmUp:
 
 @dataclass(frozen=True, slots=True)
 class WarmedUp:
-    """`resident_bytes`: the worker's private memory with the kernels in it."""
+    """`resident_bytes`: the worker's private memory with the kernels in it. `lanes`: tokens whose rows lie across in a
+    page, by the width of this processor's vectors."""
 
     resident_bytes: int
+    lanes: int
 
 
 @dataclass(frozen=True, slots=True)

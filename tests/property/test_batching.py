@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgen_lite.memory.kv_groups import pages_for
-from flexgen_lite.queue.batching import Batcher, MicroBatch, Piece, Result
+from flexgen_lite.queue.batching import Batcher
 from flexgen_lite.queue.kept_logprobs import KeptLogprobs
+from flexgen_lite.queue.micro_batch import MicroBatch, Piece, Result
 from flexgen_lite.queue.page_table import PageTable
 from flexgen_lite.queue.running_request import RunningRequest
 from flexgen_lite.queue.waiting_queue import WaitingQueue

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from flexgen_lite.queue.batching import Batcher, Result
+from flexgen_lite.queue.batching import Batcher
+from flexgen_lite.queue.micro_batch import Result
 from flexgen_lite.queue.page_table import PageTable
 from flexgen_lite.queue.waiting_queue import WaitingQueue
 from tests.kv_groups import one_group

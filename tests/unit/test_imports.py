@@ -37,13 +37,14 @@ OF_USE_TO_WORKERS = ("memory", "wire", "model", "text", "chat.environment", "sch
 NOT_PURE = ("plan.machine", "plan.disk_rate", "queue.kept_jobs")  # read what the machine has; keeps a file
 PURE_ELSEWHERE = (
     "model.spec", "model.packing", "model.quantization", "memory.exchange", "memory.kv_layout", "memory.kv_groups",
-    "wire.arena_specs",
+    "wire.arena_specs", "wire.kv_on_disk",
     "wire.worker_messages", "wire.client_messages",
     "wire.sampling", "tokens.stop_strings", "tokens.detokenizer", "tokens.stream", "client.status_sum",
 )  # fmt: skip
 OF_PURE_ALONE = (
-    "schedule.slot_ring", "schedule.zigzag", "queue.batching", "queue.running_request", "queue.page_table",
-    "queue.kept_logprobs", "queue.open_request", "queue.waiting_queue", *PURE_ELSEWHERE,
+    "schedule.slot_ring", "schedule.zigzag", "queue.batching", "queue.micro_batch", "queue.running_request",
+    "queue.page_table", "queue.kept_logprobs", "queue.open_request", "queue.waiting_queue", "queue.kv_on_disk",
+    "queue.stored_prefixes", "queue.disk_slots", "queue.parked", *PURE_ELSEWHERE,
 )  # fmt: skip
 """Of ours they import each other alone, so that nothing comes in by a detour."""
 PURE_MODULES = {

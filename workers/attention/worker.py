@@ -13,6 +13,7 @@ from flexgen_lite.wire.doorbells import Note, ring
 from flexgen_lite.workers import serve
 from flexgen_lite.workers.attention.state import AttentionState
 from flexgen_lite.workers.attention.warm_up import warm_up
+from flexgen_lite.workers.simd import LANES
 
 
 class AttentionWorker(serve.Worker):
@@ -36,7 +37,7 @@ class AttentionWorker(serve.Worker):
         if isinstance(message, worker_messages.WarmUp):
             warm_up(message.dtype, message.kv_dtype)
             give_back_memory()
-            self._context.post(worker_messages.WarmedUp(resident_bytes()[0]))
+            self._context.post(worker_messages.WarmedUp(resident_bytes()[0], LANES))
             return
         if isinstance(message, worker_messages.Abandon):
             self._abandoned = self._pass_id

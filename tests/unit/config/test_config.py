@@ -39,6 +39,13 @@ def test_values_are_read_as_people_write_them() -> None:
     assert config.trace == Path("t.json")
 
 
+def test_a_place_for_nothing_is_refused() -> None:
+    config = EngineConfig(model="m", kv_disk="200GiB", kv_disk_dir="/fast/disk")
+    assert (config.kv_disk, config.kv_disk_dir) == (200 << 30, Path("/fast/disk"))
+    with pytest.raises(ConfigError, match="kv_disk_dir='/fast/disk' has no effect without kv_disk: give kv_disk"):
+        EngineConfig(model="m", kv_disk_dir="/fast/disk")
+
+
 def test_json_round_trip() -> None:
     config = EngineConfig(model="m", ram="8GiB", attention_cpus=[[0], [1]], trace="t", stage_weights=False)
     assert EngineConfig.from_json(config.to_json()) == config
@@ -58,6 +65,10 @@ def test_it_is_frozen() -> None:
         ("dtype", "int8"),
         ("kv_dtype", "fp8"),
         ("cpu_projections", "mlp"),
+        ("kv_disk", 0),
+        ("kv_disk", "much"),
+        ("kv_disk_dir", ""),
+        ("kv_disk_dir", 3),
         ("device", "tpu"),
         ("device", "cuda:x"),
         ("load_format", "safetensors"),

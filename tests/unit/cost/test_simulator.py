@@ -12,7 +12,8 @@ from flexgen_lite.cost.job import JobRequest, JobTime, _chosen, predict
 from flexgen_lite.cost.pass_work import MicroBatchWork
 from flexgen_lite.cost.rates import AttentionRates, Curve, Rates, SegmentRates
 from flexgen_lite.cost.simulator import ATTENTION, COMPUTE, DISK, Simulator
-from flexgen_lite.queue.batching import Batcher, MicroBatch
+from flexgen_lite.queue.batching import Batcher
+from flexgen_lite.queue.micro_batch import MicroBatch
 from flexgen_lite.queue.page_table import PageTable
 from flexgen_lite.schedule.slot_ring import SlotRing
 from flexgen_lite.schedule.zigzag import Schedule

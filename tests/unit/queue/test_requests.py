@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from flexgen_lite.queue.admission import Limits
-from flexgen_lite.queue.batching import Batcher, Result
+from flexgen_lite.queue.batching import Batcher
+from flexgen_lite.queue.micro_batch import Result
 from flexgen_lite.queue.page_table import PageTable
 from flexgen_lite.queue.requests import OVERFLOW, Requests
 from flexgen_lite.wire.client_messages import RequestDone, Submit, WireRequest

@@ -15,7 +15,8 @@ from flexgen_lite.http.generate import _Sse
 from flexgen_lite.openai.request_body import CHAT, COMPLETIONS, Body, parse_body
 from flexgen_lite.openai.response_body import response_body
 from flexgen_lite.queue.admission import Limits
-from flexgen_lite.queue.batching import Batcher, Result
+from flexgen_lite.queue.batching import Batcher
+from flexgen_lite.queue.micro_batch import Result
 from flexgen_lite.queue.page_table import PageTable
 from flexgen_lite.queue.requests import Requests
 from flexgen_lite.tokens.tokenizer import TextTokenizer
