@@ -24,8 +24,8 @@ from flexgen_lite import FlexGenLite, SamplingParams
 from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.cost.job import JobRequest
 from flexgen_lite.errors import EngineError
-from flexgen_lite.launcher.calibrate import calibrated
-from flexgen_lite.launcher.forecast import Forecaster, disk_now
+from flexgen_lite.launcher.calibrate import calibrated, disk_now
+from flexgen_lite.launcher.forecast import Forecaster
 from flexgen_lite.launcher.search import search
 from flexgen_lite.plan.machine import inspect_machine
 

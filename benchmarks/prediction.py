@@ -6,8 +6,8 @@
 Each model is calibrated first, if it never was, or with `--calibrate`. Budgets are shares of its weights beside 1.5
 GiB; the smallest has to hold two layers. Jobs are 0: short prompts and answers of 16 tokens; 1: ragged prompts up to
 300 tokens, answers of 6; 2: prompts of 256 tokens and one token each; 3: eight sequences, answers of 12; and 4: as 0,
-in two micro-batches given by hand. Prompts are random tokens. Disks drift: each cell is predicted with the rate of
-plain reads before and after it.
+in two micro-batches given by hand. Prompts are random tokens. Disks drift: the jobs of an engine are predicted with
+the rate of plain reads before it is started.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from typing import Any
 from flexgen_lite import FlexGenLite, SamplingParams
 from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.cost.job import JobRequest
-from flexgen_lite.launcher.calibrate import calibrated
-from flexgen_lite.launcher.forecast import Forecaster, disk_now
+from flexgen_lite.launcher.calibrate import calibrated, disk_now
+from flexgen_lite.launcher.forecast import Forecaster
 from flexgen_lite.plan.machine import inspect_machine
 
 BESIDE = 1536 << 20  # bytes, beside weights
@@ -109,13 +109,11 @@ def cells_of(model: str, args: argparse.Namespace, cells: list[Cell]) -> None:
             by_options.setdefault(JOBS[number].options, []).append(number)
         for by_hand, numbers in by_options.items():
             settings = options | dict(by_hand) | {"ram": ram}
+            disk = disk_now(spec)  # before there is an engine, as when a job is to come
             with FlexGenLite(model, **settings) as engine:
                 for number in numbers:
                     shape = JOBS[number]
-                    before = disk_now(spec)
                     measured, lanes = run_job(engine, shape)
-                    after = disk_now(spec)
-                    disk = None if before is None or after is None else (before + after) / 2
                     requests = [JobRequest(len(p), shape.answer, shape.answer) for p in shape.prompts()]
                     forecaster = Forecaster(calibration, inspect_machine(), None, requests, disk)
                     found = forecaster.forecast(EngineConfig(model=model, **settings))

@@ -17,7 +17,7 @@ from flexgen_lite.cost.job import JobRequest, JobTime
 from flexgen_lite.engine.calibration import Calibration
 from flexgen_lite.launcher import calibrate
 from flexgen_lite.launcher.answers import AnswerTokens
-from flexgen_lite.launcher.forecast import SHORTER, Forecast, Forecaster, Variant, disk_now
+from flexgen_lite.launcher.forecast import SHORTER, Forecast, Forecaster, Variant
 from flexgen_lite.launcher.outlook import requests_of
 from flexgen_lite.launcher.search import Policy, search
 from flexgen_lite.plan.machine import inspect_machine
@@ -62,7 +62,7 @@ def show_plan(
             check_lines(input_file)
         if machine_file is None:
             calibration = calibrate.calibrated(config, console.log)
-            machine, disk = inspect_machine(), disk_now(calibration.opened.spec)
+            machine, disk = inspect_machine(), calibrate.disk_now(calibration.opened.spec)
         else:
             calibration = calibrate.read(machine_file)
             machine, disk = calibration.machine, None

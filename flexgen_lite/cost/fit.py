@@ -61,7 +61,6 @@ def rates_of(spec: ModelSpec, times: Times) -> Rates:
         attends_beside_disk=_attends_beside_disk(times),
         reads_beside_compute=_reads_beside_compute(times),
         computes_beside_disk=_computes_beside_disk(times),
-        disk=times.disk,
         computes_beside_attention=_kept(times, lambda one: one.segments),
         attends_beside_compute=_kept(times, lambda one: one.attention),
     )

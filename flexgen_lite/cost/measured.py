@@ -65,7 +65,6 @@ class Times:
         passes: with nothing beside them.
         loads: seconds by the kind of layer, into memory that was touched before.
         uploads: seconds by the kind of layer.
-        disk: bytes per second of plain reads before the loads; 0: they come from no file.
         overlapping: passes of one micro-batch, and of several such ones.
     """
 
@@ -73,5 +72,4 @@ class Times:
     beside: BesideLoads
     loads: Mapping[int, tuple[float, ...]]
     uploads: Mapping[int, float]
-    disk: float = 0.0
     overlapping: tuple[tuple[PassTimes, PassTimes], ...] = ()

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
+SLOWER = 1.3  # times as long as plain reads, for a load not to be the disk's
 PACKED, RAW = "packed", "raw"  # weights in the order that products want, and as they are loaded
 
 
@@ -90,7 +91,8 @@ class Rates:
         attends_beside_disk, reads_beside_compute: share of its speed that attention keeps while the loader works, and
             the loader beside products and attention.
         computes_beside_disk: the same of products while the loader works, by their rows.
-        disk: bytes per second of plain reads when loads were measured; 0: they come from no file.
+        disk: bytes per second of plain reads when loads were measured, without an engine beside them; 0: they come from
+            no file.
         computes_beside_attention, attends_beside_compute: share of its speed that each keeps while the other works.
     """
 
@@ -110,8 +112,8 @@ class Rates:
     attends_beside_compute: float = 1.0
 
     def with_disk(self, rate: float, unit_bytes: Mapping[int, int], converted: Collection[int]) -> Rates:
-        """The same where a disk gives so many bytes per second: loads take as long as plain reads of as much, those
-        that go through the processor's hands no less than they took.
+        """The same where a disk gives so many bytes per second: loads take as much more as plain reads do. Those that
+        are slower than the disk, as they go through the processor's hands, take no less than they took.
 
         Args:
             unit_bytes: that are read of a unit, by the kind of its layer.
@@ -119,10 +121,13 @@ class Rates:
         """
         if not self.disk or not rate:
             return self
-        load = {
-            kind: max(self.load.get(kind, 0.0) if kind in converted else 0.0, read / rate)
-            for kind, read in unit_bytes.items()
-        }
+        load = {}
+        for kind, read in unit_bytes.items():
+            plain, taken = read / self.disk, self.load.get(kind, read / self.disk)
+            if kind in converted and taken > SLOWER * plain:
+                load[kind] = max(taken, read / rate)
+            else:
+                load[kind] = taken * self.disk / rate
         return replace(self, load=load, disk=rate)
 
     def computes_at(self, rows: float) -> float:

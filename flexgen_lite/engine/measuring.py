@@ -5,14 +5,12 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flexgen_lite.cost.kinds import columns_to_measure, layer_kinds
 from flexgen_lite.cost.measured import BesideLoads, PassShape, PassTimes, Times
 from flexgen_lite.engine.setup import Setup
 from flexgen_lite.model.spec import ModelSpec
-from flexgen_lite.plan.disk_rate import read_rate
 from flexgen_lite.queue.micro_batch import MicroBatch, Piece
 from flexgen_lite.queue.page_table import PageTable
 from flexgen_lite.queue.running_request import RunningRequest
@@ -38,7 +36,6 @@ STATES_BYTES = 1 << 30  # of sequences whose rows are measured: memory is taken 
 LEAST_STATES = 16
 LOADS_BESIDE = 8  # at least, beside passes of a shape
 MOST_PASSES_BESIDE = 20
-DISK_SECONDS = 1.5
 PARAMS = WireParams(
     max_tokens=1 << 30, min_tokens=0, temperature=0.0, top_k=0, top_p=1.0, seed=0, stop_token_ids=(), ignore_eos=True,
     skip_special_tokens=True,
@@ -60,7 +57,6 @@ class Measuring:
     def run(self) -> Times:
         owner, plan = self._owner, self._plan
         owner.give_time(600)
-        disk = read_rate([Path(file) for file in self._spec.files], DISK_SECONDS)[0] if self._spec.files else 0.0
         loads = self._load()
         uploads = self._upload() if plan.staged else {}
         kinds = ("raw",) if plan.staged else ("raw", "packed")
@@ -72,7 +68,7 @@ class Measuring:
             budget = (self._until - time.monotonic()) / (len(kinds) - number)
             passes += self._passes(order, time.monotonic() + budget)
         overlapping = self._overlapping(kinds[-1])
-        return Times(tuple(passes), self._beside_loads(passes), loads, uploads, disk, overlapping)
+        return Times(tuple(passes), self._beside_loads(passes), loads, uploads, overlapping)
 
     # ------------------------------------------------------------------------------------------------ weights
 

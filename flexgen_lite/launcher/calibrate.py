@@ -16,6 +16,7 @@ from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.engine.calibration import Calibration, CalibrationError
 from flexgen_lite.launcher.process import EngineProcess
 from flexgen_lite.model.spec import ModelSpec
+from flexgen_lite.plan.disk_rate import read_rate
 from flexgen_lite.plan.machine import inspect_machine
 from flexgen_lite.text.shown import shown_path
 
@@ -25,6 +26,7 @@ _WITHOUT_EFFECT = {
     "cpu_projections",
 }  # fmt: skip
 """Keys that change what is planned, not how fast its parts are."""
+DISK_SECONDS = 1.0
 MOST_ROOM = 48  # as a power of two of bytes
 _SECONDS = 300.0  # for all that is measured
 
@@ -37,7 +39,8 @@ def calibrate(config: EngineConfig, on_log: Callable[[str], None] | None = None)
     """
     with EngineProcess(config, on_log=on_log, wait=False, calibrate=True) as engine:
         found = Calibration.from_dict(engine.wait_until_calibrated(config.start_timeout + _SECONDS))
-    return replace(found, settings=settings_of(config))
+    rates = replace(found.rates, disk=disk_now(found.opened.spec) or 0.0)
+    return replace(found, settings=settings_of(config), rates=rates)
 
 
 def calibrated(config: EngineConfig, on_log: Callable[[str], None], again: bool = False) -> Calibration:
@@ -54,6 +57,11 @@ def calibrated(config: EngineConfig, on_log: Callable[[str], None], again: bool 
     with contextlib.suppress(OSError, RuntimeError):  # it is measured again the next time
         write(found, _files(config)[-1])
     return found
+
+
+def disk_now(spec: ModelSpec) -> float | None:
+    """Bytes per second of the weights' files; None where there are none."""
+    return read_rate([Path(file) for file in spec.files], DISK_SECONDS)[0] if spec.files else None
 
 
 def known(config: EngineConfig) -> Calibration | None:

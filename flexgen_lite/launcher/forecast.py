@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.cost.job import FOLLOWED_ROUNDS, SHARED_TOKENS, JobRequest, JobTime, predict
@@ -15,12 +14,10 @@ from flexgen_lite.cost.simulator import Simulator
 from flexgen_lite.engine.calibration import Calibration
 from flexgen_lite.engine.setup import Setup, set_up
 from flexgen_lite.model.spec import ModelSpec
-from flexgen_lite.plan.disk_rate import read_rate
 from flexgen_lite.plan.machine import Machine
 from flexgen_lite.plan.plan import PlanError
 from flexgen_lite.plan.workload import Workload
 
-DISK_SECONDS = 1.0
 TWICE = 2
 SHORTER = "answers half as long"  # which is another job
 FAST_DISK = 3e9  # bytes per second
@@ -159,8 +156,3 @@ def with_disk(rates: Rates, spec: ModelSpec, disk: float) -> Rates:
         if unit.converted:
             converted.add(kind)
     return rates.with_disk(disk, read, converted)
-
-
-def disk_now(spec: ModelSpec) -> float | None:
-    """Bytes per second of the weights' files; None where there are none."""
-    return read_rate([Path(file) for file in spec.files], DISK_SECONDS)[0] if spec.files else None

@@ -13,7 +13,7 @@ from flexgen_lite.cost.comparison import Prediction
 from flexgen_lite.cost.job import JobRequest, JobTime
 from flexgen_lite.engine.calibration import Calibration
 from flexgen_lite.launcher import calibrate
-from flexgen_lite.launcher.forecast import SHORTER, Forecaster, disk_now
+from flexgen_lite.launcher.forecast import SHORTER, Forecaster
 from flexgen_lite.launcher.search import Policy, search
 from flexgen_lite.plan.machine import inspect_machine
 from flexgen_lite.plan.workload import Workload
@@ -57,7 +57,9 @@ def outlook(config: EngineConfig, input_file: Path, on_log: Callable[[str], None
     requests = requests_of(calibration, input_file)
     if not requests:
         return None
-    forecaster = Forecaster(calibration, inspect_machine(), expected, requests, disk_now(calibration.opened.spec))
+    forecaster = Forecaster(
+        calibration, inspect_machine(), expected, requests, calibrate.disk_now(calibration.opened.spec)
+    )
     if calibration.opened.device_total_bytes:  # no prediction has been compared with a run on a GPU
         policy = Policy({}, forecaster.forecast(config), 1.0)
     else:

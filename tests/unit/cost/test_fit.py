@@ -81,7 +81,7 @@ def test_rates_are_found_again() -> None:
     passes += [made(spec, "packed", 0, 0, (64,) * n, False) for n in (1, 4, 16)]
     passes += [made(spec, "packed", 0, 0, (1024,), False), made(spec, "packed", 64, 1024, (), False)]
     beside = BesideLoads(((passes[2], passes[2]),), (1.0, 1.0), (2.0, 2.0))
-    found = rates_of(spec, Times(tuple(passes), beside, {0: (1.0, 1.0)}, {}, 1e9))
+    found = rates_of(spec, Times(tuple(passes), beside, {0: (1.0, 1.0)}, {}))
     assert found.pair == {0: pytest.approx(PAIR)}
     one = found.attention[0]
     assert (one.token, one.sequence, one.row) == pytest.approx((TOKEN, SEQUENCE, ROW), rel=1e-6)
@@ -108,12 +108,12 @@ def test_what_lanes_take_from_each_other_is_taken_from_the_time_that_they_share(
     passes = [made(spec, "packed", n, 32, (), True) for n in (1, 16)]
     passes += [made(spec, "packed", 0, 0, (8,) * 16, False), made(spec, "packed", 0, 0, (128,), False)]
     beside = BesideLoads((), (), ())
-    found = rates_of(spec, Times(tuple(passes), beside, {0: (1.0,)}, {}, 0.0, ((alone, both),)))
+    found = rates_of(spec, Times(tuple(passes), beside, {0: (1.0,)}, {}, ((alone, both),)))
     assert found.attends_beside_compute == pytest.approx(0.5)
     expected = 1 - 0.5 * sum(map(sum, alone.segments)) / both.overlap
     assert found.computes_beside_attention == pytest.approx(expected) and expected > 0.5
     less = replace(both, overlap=1e-6)
-    found = rates_of(spec, Times(tuple(passes), beside, {0: (1.0,)}, {}, 0.0, ((alone, less),)))
+    found = rates_of(spec, Times(tuple(passes), beside, {0: (1.0,)}, {}, ((alone, less),)))
     assert (found.attends_beside_compute, found.computes_beside_attention) == (1.0, 1.0), "nothing to be seen"
 
 

@@ -63,5 +63,7 @@ def test_a_faster_disk_does_not_help_where_weights_are_converted() -> None:
     read = {0: 10**9, -1: 10**9}
     assert rates().with_disk(2e9, read, {-1}).load == pytest.approx({0: 0.5, -1: 3.0})
     assert rates().with_disk(0.25e9, read, {-1}).load == pytest.approx({0: 4.0, -1: 4.0})
+    quick = rates(load={0: 0.8, -1: 1.2})
+    assert quick.with_disk(2e9, read, {-1}).load == pytest.approx({0: 0.4, -1: 0.6}), "as the disk lets them"
     assert rates().with_disk(2e9, {5: 10**9}, ()).load == {5: 0.5}, "of a kind that had no slot"
     assert rates(disk=0.0).with_disk(2e9, read, ()).load == rates().load, "made-up weights come from no disk"
