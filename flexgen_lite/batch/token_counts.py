@@ -9,7 +9,7 @@ import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from flexgen_lite.wire.worker_messages import WireChatTemplate
 
 MOST_COUNTED = 4000  # lines
 LONG_TEXT = 20_000  # characters
+COMMON = 0.05  # of the prompts, that begin alike
+STRETCH = 16  # lines in a row, of those that were counted
 BLOCK = 16  # tokens, by which beginnings are compared
 
 
@@ -33,12 +35,16 @@ class Counted:
         max_tokens: those that may be generated.
         scored: whether the prompt is.
         shared: keys of the prompt's first blocks of BLOCK tokens, as far as other prompts begin with them.
+        common: of these, the first ones that so many prompts have that those of the rest of a file have them, too.
+        copy: of prompts with the same keys behind `common`, only those with the same number begin alike.
     """
 
     prompt: int
     max_tokens: int
     scored: bool
     shared: tuple[bytes, ...] = ()
+    common: int = 0
+    copy: int = 0
 
 
 def count_tokens(path: Path, tokenizer_json: str, template: WireChatTemplate | None) -> Iterator[Counted]:
@@ -61,9 +67,14 @@ def count_tokens(path: Path, tokenizer_json: str, template: WireChatTemplate | N
                 found += [(one, keys)] * item.params.n
         counted = _with_shared(found, users)
         yield from counted
+        place = copy = 0
         for line in lines:
             if counted and not is_blank(line):
-                yield draw.choice(counted)
+                if place % STRETCH == 0:  # neighbours may begin alike
+                    place, copy = draw.randrange(-(-len(counted) // STRETCH)) * STRETCH, copy + 1
+                one = counted[place % len(counted)]
+                yield one if len(one.shared) == one.common else replace(one, copy=copy)
+                place += 1
 
 
 def _block_keys(tokens: Sequence[int]) -> tuple[bytes, ...]:
@@ -80,7 +91,8 @@ def _with_shared(found: Sequence[tuple[Counted, tuple[bytes, ...]]], users: Coun
     counted = []
     for one, keys in found:
         shared = tuple(itertools.takewhile(lambda key: users[key] > 1, keys))
-        same = Counted(one.prompt, one.max_tokens, one.scored, shared)
+        common = sum(1 for _ in itertools.takewhile(lambda key: users[key] >= COMMON * len(found), shared))
+        same = Counted(one.prompt, one.max_tokens, one.scored, shared, common)
         counted.append(made.setdefault(same, same))
     return counted
 

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 from flexgen_lite.batch.result_file import ResultWriter
@@ -34,38 +33,36 @@ def run_on_own_engine(
     found = None
     if overwrite or not output_file.exists():  # of a rest nothing is predicted
         found = _outlook(config, input_file, console)
-    predicted = None if found is None else found.predicted
     with (
         signals_interrupt(),
         ResultWriter(output_file, overwrite=overwrite, warn=console.warn) as results,
-        _engine(config, {} if found is None else found.policy.settings, input_file, predicted, console) as engine,
-        engine.connect() as client,
+        contextlib.ExitStack() as running,
     ):
+        engine, found = _engine(config, found, input_file, console)
+        client = running.enter_context(running.enter_context(engine).connect())
         _run(client, input_file, results, console, found)
 
 
 def _engine(
-    config: EngineConfig,
-    settings: Mapping[str, int],
-    input_file: Path,
-    predicted: Prediction | None,
-    console: Console,
-) -> EngineSupervisor:
-    """With settings that were found, or without them where they do not fit after all."""
+    config: EngineConfig, found: Outlook | None, input_file: Path, console: Console
+) -> tuple[EngineSupervisor, Outlook | None]:
+    """With settings that were found, or without them, and what was predicted of them, where they do not fit after
+    all."""
 
-    def start(config: EngineConfig) -> EngineSupervisor:
+    def start(config: EngineConfig, predicted: Prediction | None) -> EngineSupervisor:
         return EngineSupervisor(
             config, expected=survey(input_file), predicted=predicted, on_log=console.log, on_plan=console.plan
         )
 
-    if settings:
+    if found is not None:
+        settings = found.policy.settings
         try:
-            return start(config.model_copy(update=dict(settings)))
+            return start(config.model_copy(update=dict(settings)), found.predicted), found
         except EngineError as error:
-            if not error.user_error:
+            if not (error.user_error and settings):
                 raise
-            console.warn(f"{error}; the settings that were found are left out")
-    return start(config)
+            console.warn(f"{error}; once more without the settings that were found, and without a prediction")
+    return start(config, None), None
 
 
 def _outlook(config: EngineConfig, input_file: Path, console: Console) -> Outlook | None:
@@ -74,6 +71,8 @@ def _outlook(config: EngineConfig, input_file: Path, console: Console) -> Outloo
         found = outlook(config, input_file, console.log)
     except Exception as error:  # of any kind: no prediction stops a run, and what ails its file or budget is told later
         logging.getLogger("flexgen_lite").debug("nothing is predicted", exc_info=error)
+        if isinstance(error, EngineError):  # of a calibration
+            console.warn(f"nothing is predicted: {error}")
         return None
     if found is not None:
         for line in policy_lines(found.policy):
@@ -132,8 +131,8 @@ def _run(
     if found is not None:
         values |= {"predicted_seconds": found.predicted.seconds, "predicted_lanes": dict(found.predicted.lanes)}
         busy = {lane: share * last.busy_seconds for lane, share in last.lanes.items()}
-        text += f"; {where_they_part(found.predicted, last.busy_seconds, busy)}"
-        text += f"\n{verdict(last.lanes, found.predicted.changes)}"
+        if parted := where_they_part(found.predicted, last.busy_seconds, busy):
+            text += f"; {parted}\n{verdict(last.lanes, found.predicted.changes)}"
     console.done(text, values)
 
 

@@ -38,6 +38,7 @@ class JobRequest:
         max_tokens: that it may have at most.
         scored: whether its prompt's tokens are.
         shared: keys of its prompt's first blocks of SHARED_TOKENS, as far as other prompts begin with them.
+        common, copy: behind the first `common` keys only those with the same `copy` do.
     """
 
     prompt: int
@@ -45,6 +46,8 @@ class JobRequest:
     max_tokens: int
     scored: bool = False
     shared: tuple[bytes, ...] = ()
+    common: int = 0
+    copy: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +184,9 @@ def _sequence(number: int, one: JobRequest, block_tokens: int) -> RunningRequest
     tokens = array("i", bytes(4 * one.prompt))
     keys: tuple[bytes, ...] = ()
     if block_tokens:
-        known = [one.shared[end // SHARED_TOKENS - 1] for end in _block_ends(len(one.shared), block_tokens)]
+        places = [end // SHARED_TOKENS - 1 for end in _block_ends(len(one.shared), block_tokens)]
+        copy = one.copy.to_bytes(8, "little")
+        known = [one.shared[place] + (copy if place >= one.common else b"") for place in places]
         own = (f"{number} {block}".encode() for block in range(len(known), one.prompt // block_tokens))
         keys = (*known, *own)
     return RunningRequest(

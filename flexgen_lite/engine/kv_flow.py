@@ -50,10 +50,11 @@ class KvFlow:
 
     def moved(self, message: KvMoved) -> None:
         order = self._open.pop(message.ticket)
-        if message.error and message.error not in self._told:
-            self._told.add(message.error)
-            log(f"warning: kv_disk: {NAMES[type(order)]}: {message.error}; what is not on disk is computed again")
-        self._stats.kv_moved(message, NAMES[type(order)], isinstance(order, ParkKv | StoreBlocks))
+        what = NAMES[type(order)]
+        if message.error and what not in self._told:  # of each kind once: a disk that is full stays so
+            self._told.add(what)
+            log(f"warning: kv_disk: {what}: {message.error}; what is not on disk is computed again")
+        self._stats.kv_moved(message, what, isinstance(order, ParkKv | StoreBlocks))
         self._answer(self._requests.kv_moved(message))
         self.send()
 

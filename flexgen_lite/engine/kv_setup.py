@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from flexgen_lite import __version__
 from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.engine.events import log
 from flexgen_lite.engine.setup import Setup
@@ -58,9 +60,10 @@ def with_kv_on_disk(setup: Setup, config: EngineConfig, lanes: int) -> Setup:
     slot = disk_slot_bytes(kv.page_bytes)
     pages = sum(block_tokens(kv.groups) // group.page_tokens for group in kv.groups)
     prefix_slots = min(MOST_PREFIX_SLOTS, config.kv_disk // 2 // (pages * slot))
-    share = shares_prefixes(config, spec) and prefix_slots > 0
+    share = shares_prefixes(config.prefix_caching, spec) and prefix_slots > 0
     files = setup.opened.fingerprint, spec.files, spec.stamps, bool(setup.opened.device_total_bytes)
-    identity = repr((files, lanes, replace(kv, num_pages=1)))
+    versions = __version__, importlib.metadata.version("transformers"), importlib.metadata.version("torch")
+    identity = repr((versions, files, lanes, replace(kv, num_pages=1)))
     disk = KvDiskSpec(
         kv.page_bytes,
         arenas["kv"],

@@ -80,7 +80,7 @@ class Losses:
             error, self._broken = self._broken, None
             self._retry(error)
         elif not passes.running and passes.begin_at is None:
-            passes.begin()
+            self._begin()
 
     def _retry(self, error: WorkerDied) -> None:
         """The pass again, or one with less in it."""
@@ -102,8 +102,12 @@ class Losses:
                     error.details,
                     error.kind,
                 )
-        passes.begin()
-        if not passes.running:
+        self._begin()
+
+    def _begin(self) -> None:
+        """The next pass; where there is none to come, nothing more is learnt of those that were set aside."""
+        self._passes.begin()
+        if not self._passes.running and not self._requests.waits_for_disk:
             self.tell_the_guilty()
 
     def tell_the_guilty(self) -> None:

@@ -32,6 +32,8 @@ SHORT_CONTEXT, LONG_CONTEXT = 32, 1024
 SECONDS = 36.0  # for all passes but those that are needed
 LONGEST_PASS = 8.0
 LOADED_AGAIN = 8  # units at most, of each kind
+KV_BYTES = 1 << 30  # of what is attended to: memory is taken when it is first read
+LONG_SEQUENCES = 64  # with long contexts, at most
 STATES_BYTES = 1 << 30  # of sequences whose rows are measured: memory is taken when they are first written
 LEAST_STATES = 16
 LOADS_BESIDE = 8  # at least, beside passes of a shape
@@ -143,7 +145,8 @@ class Measuring:
         for shape in (shapes[singles - 1], shapes[-1]):
             found.append(self.measure(shape, self._columns(MANY_ROWS + 1), times=1, by_layer=True))
         if whole:
-            count = min(64, sequences, most)
+            measured = [shape.singles[0] for shape in shapes[:singles] if shape.singles[0] <= LONG_SEQUENCES]
+            count = max((n for n in measured if self._longest_context(n) >= LONG_CONTEXT), default=measured[0])
             context = self._longest_context(count)
             if context > 2 * SHORT_CONTEXT:
                 found.append(self.measure(PassShape(order, (count,), context, ()), None))
@@ -155,8 +158,12 @@ class Measuring:
         return all(table.pages_for(tokens, tokens) * each <= table.size(w) for w in range(table.num_workers))
 
     def _longest_context(self, count: int) -> int:
+        """Of so many sequences; their K and V are no more than is touched in a moment."""
+        of_token = max(1, sum(self._setup.kv_bytes_by_window.values()))
         context = min(LONG_CONTEXT, self._spec.max_length - 2)
-        while context > SHORT_CONTEXT and not self._has_pages(count, context + 1):
+        while context > SHORT_CONTEXT and (
+            not self._has_pages(count, context + 1) or count * context * of_token > KV_BYTES
+        ):
             context //= 2
         return context
 

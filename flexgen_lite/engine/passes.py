@@ -98,8 +98,7 @@ class Passes:
         self.begin_at = None
         self._answer(self._requests.drop_cancelled())
         self.running = self._requests.next_pass(self.poison.group)
-        disk = self._requests.disk
-        while not self.running and self.poison.group is not None and not (disk is not None and disk.is_moving):
+        while not self.running and self.poison.group is not None and not self._requests.waits_for_disk:
             self.poison.skip()  # they were cancelled
             self.running = self._requests.next_pass(self.poison.group)
         self.kv.send()

@@ -13,7 +13,7 @@ from flexgen_lite.model.quantization import IGNORED, Quantization
 from flexgen_lite.model.spec import ModelSpec
 from flexgen_lite.plan import plan
 from flexgen_lite.plan.machine import Machine
-from flexgen_lite.plan.need import Measured
+from flexgen_lite.plan.need import Measured, shares_prefixes
 from flexgen_lite.plan.workload import Workload
 from flexgen_lite.queue.admission import Limits
 from flexgen_lite.queue.batching import Batcher
@@ -173,9 +173,8 @@ class Setup:
         return table.max_tokens(made.micro_batch_tokens)
 
     def make_batcher(self, share_prefixes: bool | None) -> Batcher:
-        """None: prompts share their beginning in float32 only."""
+        """`share_prefixes`: as in the configuration."""
         made, spec = self.plan, self.spec
-        share = spec.dtype == "float32" if share_prefixes is None else share_prefixes
         where = "device" if made.staged else "disk" if made.ring_layers(spec.num_layers) else "memory"
         table = PageTable(made.num_pages, made.kv_groups, made.attention_workers)
         return Batcher(
@@ -184,7 +183,7 @@ class Setup:
             made.micro_batches,
             made.micro_batch_tokens,
             made.spread,
-            share and not spec.states,  # a state is of its sequence's end alone
+            shares_prefixes(share_prefixes, spec),
             ROWS_OF_A_PASS[where],
             made.state_places // 2,
             self._make_kv_on_disk(table),

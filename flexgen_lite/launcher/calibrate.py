@@ -22,8 +22,8 @@ from flexgen_lite.text.shown import shown_path
 
 _WITHOUT_EFFECT = {
     "model", "ram", "gpu", "trace", "endpoint", "key_file", "max_sequences", "micro_batches", "micro_batch_tokens",
-    "layer_slots", "device_slots", "prefix_caching", "start_timeout", "worker_timeout", "verify_weights",
-    "cpu_projections",
+    "layer_slots", "device_slots", "prefix_caching", "kv_disk", "kv_disk_dir", "start_timeout", "worker_timeout",
+    "verify_weights", "cpu_projections",
 }  # fmt: skip
 """Keys that change what is planned, not how fast its parts are."""
 DISK_SECONDS = 1.0

@@ -15,6 +15,7 @@ from flexgen_lite.engine.calibration import Calibration
 from flexgen_lite.engine.setup import Setup, set_up
 from flexgen_lite.model.spec import ModelSpec
 from flexgen_lite.plan.machine import Machine
+from flexgen_lite.plan.need import shares_prefixes
 from flexgen_lite.plan.plan import PlanError
 from flexgen_lite.plan.workload import Workload
 
@@ -127,7 +128,8 @@ class Forecaster:
     def _may_share(self, config: EngineConfig, setup: Setup) -> bool:
         """Prompts begin alike, and do not share that yet."""
         shares = any(len(one.shared) * SHARED_TOKENS >= WORTH_SHARING * one.prompt for one in self._requests)
-        return shares and not setup.spec.states and not setup.make_batcher(config.prefix_caching).block_tokens
+        spec = setup.spec
+        return shares and shares_prefixes(True, spec) and not shares_prefixes(config.prefix_caching, spec)
 
     def _variant(
         self, name: str, config: EngineConfig, updates: Sequence[Mapping[str, object]], rates: Rates

@@ -89,6 +89,8 @@ def requests_of(calibration: Calibration, input_file: Path) -> list[JobRequest]:
     found = []
     for one in count_tokens(input_file, calibration.tokenizer, calibration.opened.chat_template):
         if one not in made:
-            made[one] = JobRequest(one.prompt, one.max_tokens, one.max_tokens, one.scored, one.shared)
+            made[one] = JobRequest(
+                one.prompt, one.max_tokens, one.max_tokens, one.scored, one.shared, one.common, one.copy
+            )
         found.append(made[one])
     return found

@@ -28,7 +28,7 @@ QUANTISING_LOADER_BYTES = 120 * MIB
 UNPACKED_ITEM_BYTES = (
     16  # of an item that is unpacked with the whole of its weight: as it is read, as codes, twice as floats
 )
-PREFIX_TABLE_BYTES = 12 * MIB  # what the loader knows of the file of stored prefixes
+PREFIX_TABLE_BYTES = 12 * MIB  # what is known of the file of stored prefixes, in each process
 NUMBA_BYTES = 95 * MIB
 SPANS_BYTES = 20 * MIB  # what an attention worker takes beyond what it has at the start: a pass's spans, partial sums
 ZYGOTE_BYTES = 48 * MIB  # what it does not share with the compute worker
@@ -152,7 +152,7 @@ def need_of(
         config=config,
         spec=spec,
         processes={
-            "coordinator": processes.coordinator + QUEUE_BYTES,
+            "coordinator": processes.coordinator + QUEUE_BYTES + _prefix_table_bytes(config, spec),
             "client": CLIENT_BYTES,
             "loader": loader,
             "attention workers": (NUMBA_BYTES if on_gpu else 0) + (processes.attention + SPANS_BYTES) * workers,
@@ -192,13 +192,18 @@ def _kv_disk_bytes(config: EngineConfig, spec: ModelSpec, page: int) -> int:
     """Of the loader: a buffer, and what it knows of the file of prefixes."""
     if config.kv_disk is None:
         return 0
-    return max(BOUNCE_BYTES, disk_slot_bytes(page)) + (PREFIX_TABLE_BYTES if shares_prefixes(config, spec) else 0)
+    return max(BOUNCE_BYTES, disk_slot_bytes(page)) + _prefix_table_bytes(config, spec)
 
 
-def shares_prefixes(config: EngineConfig, spec: ModelSpec) -> bool:
-    """What `prefix_caching` comes to."""
-    asked = spec.dtype == "float32" if config.prefix_caching is None else config.prefix_caching
-    return asked and not spec.states
+def _prefix_table_bytes(config: EngineConfig, spec: ModelSpec) -> int:
+    """Of the coordinator as well, which chooses blocks."""
+    return PREFIX_TABLE_BYTES if config.kv_disk and shares_prefixes(config.prefix_caching, spec) else 0
+
+
+def shares_prefixes(asked: bool | None, spec: ModelSpec) -> bool:
+    """What `prefix_caching` comes to: prompts share their beginning in float32 only if nothing is asked for, and a
+    state is of its sequence's end alone."""
+    return (spec.dtype == "float32" if asked is None else asked) and not spec.states
 
 
 def _loader_bytes(spec: ModelSpec) -> int:

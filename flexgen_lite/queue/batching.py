@@ -103,7 +103,7 @@ class Batcher:
 
     def compose(self, waiting: Waiting, only: frozenset[int] | None = None) -> list[MicroBatch]:
         """The micro-batches of the next pass, taking requests from `waiting`; empty if there is no work.
-        With `only`, nothing but these running requests."""
+        With `only`, nothing but these running requests, and none before all of them have what they need."""
         bins = [MicroBatch() for _ in range(self._micro_batches)]
         preempted, self._is_short = self.num_preempted, False
         if only is None:
@@ -111,10 +111,8 @@ class Batcher:
         running = sorted(
             (r for r in self.running.values() if not r.moving and (only is None or r.id in only)), key=lambda r: r.id
         )
-        decoding = [r for r in running if r.num_left == 1]
-        prompts = [r for r in running if r.num_left > 1]  # the rest of long ones
         placed: set[int] = set()
-        order = [*decoding, *prompts]
+        order = sorted(running, key=lambda r: r.num_left > 1)  # the rest of long prompts comes last
         if len(running) > self._micro_batches * self._micro_batch_tokens:  # after `limit_rows`: the oldest goes on
             order.sort(key=lambda request: request.id)
         for request in order:
@@ -124,6 +122,8 @@ class Batcher:
                 placed.add(request.id)
         if only is None and self.num_preempted == preempted and not self._is_short:
             self._admit(bins, waiting)
+        if only is not None and (self._is_short or any(r.moving for r in self.running.values() if r.id in only)):
+            return []
         return [micro_batch for micro_batch in bins if micro_batch.pieces]
 
     def _make_room_ahead(self, waiting: Waiting) -> None:

@@ -21,7 +21,7 @@ from flexgen_lite.wire.kv_on_disk import BlockOnDisk, FetchBlocks, FetchKv, KvMo
 LEAST_BLOCKS = 2  # of a sequence that is parked, or of a beginning that is read: fewer are computed as fast
 STORING_SHARE = 16  # one page in so many may be on its way into the file of prefixes
 BLOCKS_OF_AN_ORDER = 16
-MOST_CANDIDATES = 1 << 16  # blocks that are to be stored
+MOST_CANDIDATES = 1 << 14  # blocks that are to be stored
 
 
 @dataclass(slots=True)
@@ -246,11 +246,12 @@ class KvOnDisk:
         self.num_parked -= 1
 
     def _to_park(self, request: RunningRequest) -> tuple[list[int], list[tuple[int, ...]]]:
-        """By group, the number of the first page that its next token sees, and the pages from there on that have
-        anything."""
+        """By group, the number of the first page that is written, and the pages from there on that have anything: whole
+        blocks from the first that its next token sees, for they will be others' to share."""
         firsts, wanted = [], []
+        size = self._table.block_tokens
         for group, run in zip(self._groups, self._table.pages_of(request.id), strict=True):
-            first = max(run.first, group.first_seen(request.stored) // group.page_tokens)
+            first = max(run.first, group.first_seen(request.stored) // size * (size // group.page_tokens))
             firsts.append(first)
             wanted.append(run.pages[first - run.first : -(-request.stored // group.page_tokens) - run.first])
         return firsts, wanted

@@ -63,6 +63,11 @@ class Requests:
         return self._batcher.num_shared
 
     @property
+    def waits_for_disk(self) -> bool:
+        """What is on its way to or from there may be all that the next pass waits for."""
+        return self._batcher.disk is not None and self._batcher.disk.is_moving
+
+    @property
     def disk(self) -> KvOnDisk | None:
         """Where sequences are parked; None: nowhere."""
         return self._batcher.disk

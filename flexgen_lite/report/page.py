@@ -52,8 +52,9 @@ def write_report(trace: Path, page: Path) -> str:
     sentence = verdict(shares, predicted.changes if predicted else ())
     if predicted is not None:
         seconds = summary.pass_time / 1e6
-        parted = where_they_part(predicted, seconds, {lane: share * seconds for lane, share in shares.items()})
-        sentence += f" The run took {parted}."
+        busy = {lane: share * seconds for lane, share in shares.items()}
+        if parted := where_they_part(predicted, seconds, busy):
+            sentence += f" The run took {parted}."
     data = {
         "begin": summary.begin,
         "end": summary.end,

@@ -354,3 +354,20 @@ def test_a_beginning_that_cannot_be_read_is_computed() -> None:
 def keys(one: RunningRequest) -> tuple[bytes, ...]:
     batcher = Batcher(PageTable(20, one_group(8), 1), 1, 1, 8, spread=False)
     return batcher._keys(one)
+
+
+def test_whole_blocks_are_written_for_others_will_share_them() -> None:
+    """Pages of the group with a window are a quarter of a block."""
+    groups = (KvGroup((0,), 32), KvGroup((1,), 8, window=20))
+    table = PageTable(200, groups, 1)
+    disk = KvOnDisk(table, groups, 100)
+    one = request(1, 128, 8)
+    pages = table.allocate(one.id, 0, 128, 100)
+    assert pages is not None
+    one.worker, one.stored = 0, 100
+    one.pages = table.grow(one.id, 100, 128) or ()
+    assert groups[1].first_seen(100) // 8 == 10, "in the middle of the block that begins with page 8"
+    assert disk.park(one) and one.parked is not None
+    assert one.parked.firsts == (0, 8)
+    (order,) = disk.take_orders()
+    assert isinstance(order, ParkKv) and len(order.pages) == 4 + 5, "up to token 100"

@@ -28,6 +28,8 @@ from flexgen_lite.wire.kv_on_disk import (
 from flexgen_lite.workers.loader.direct_file import DirectFile
 from flexgen_lite.workers.loader.prefix_file import PrefixFile
 
+LOCK_SECONDS = 2.0  # that another process may hold the file of prefixes and still be ending
+
 
 class WrongBytes(Exception):
     """What was read is not what was written."""
@@ -43,7 +45,8 @@ class _Piece:
 
 class KvDisk:
     """Takes orders one after the other. Everything goes through one buffer of BOUNCE_BYTES, or of one slot if that is
-    larger: pages need not begin where a direct read could put them, and what is read wrongly stays out of the arenas.
+    larger: pages need not begin where a direct read could put them. What is read is compared with its checksum; nobody
+    uses pages of an order that has failed.
 
     Args:
         kv, states: the arenas; `states` is None where the model has none.
@@ -92,16 +95,28 @@ class KvDisk:
         spec = self._spec
         block_bytes = spec.slot_bytes * spec.pages_of_block
         try:
-            self._prefixes = PrefixFile(Path(spec.folder), spec.identity, block_bytes, spec.prefix_slots)
+            self._prefixes = self._open_when_free(block_bytes)
         except BlockingIOError:
             note = (
-                f"kv_disk_dir={spec.folder}: another engine of this model stores its prefixes there, this one does not"
+                f"kv_disk_dir={spec.folder}: another engine of this model stores its prefixes there, this one does "
+                "not: give it a kv_disk_dir of its own"
             )
             return PrefixesOpened((), False, note)
         except OSError as error:
             return PrefixesOpened((), False, f"kv_disk_dir={spec.folder}: no prefixes are stored: {error.strerror}")
         blocks = tuple(StoredBlock(key, slot) for key, slot in self._prefixes.blocks)
         return PrefixesOpened(blocks, True, self._prefixes.note)
+
+    def _open_when_free(self, block_bytes: int) -> PrefixFile:
+        """The process before this one may not have ended yet."""
+        spec, until = self._spec, time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                return PrefixFile(Path(spec.folder), spec.identity, block_bytes, spec.prefix_slots)
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise
+            time.sleep(LOCK_SECONDS / 20)
 
     def carry_out(self, order: MoveKv) -> KvMoved:
         """Never raises what a disk may be to blame for."""

@@ -11,9 +11,11 @@ is read, a record that is torn when the file is opened.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
+import stat
 import struct
 import zlib
 from pathlib import Path
@@ -57,8 +59,9 @@ class PrefixFile:
         self._table = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         self._data = -1
         try:
+            _check_own(self._table)
             fcntl.flock(self._table, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._data = _open_direct(self.path)
+            self._data = _open_direct(self._table)
             self._file = DirectFile(self._data)
             self._records = self._read_all()
         except BaseException:
@@ -143,8 +146,17 @@ class PrefixFile:
         return found
 
 
-def _open_direct(path: Path) -> int:
-    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+def _check_own(descriptor: int) -> None:
+    """Raises OSError where others could read or write what is in it: checksums are no protection from those."""
+    status = os.fstat(descriptor)
+    is_own = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_nlink == 1
+    if not is_own or status.st_mode & 0o077:
+        raise PermissionError(errno.EPERM, "its file is not this user's alone: remove it, or give another kv_disk_dir")
+
+
+def _open_direct(descriptor: int) -> int:
+    """The same file once more."""
+    path, flags = f"/proc/self/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC
     with contextlib.suppress(OSError):
         return os.open(path, flags | O_DIRECT)
     return os.open(path, flags)

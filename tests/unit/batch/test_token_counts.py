@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,16 @@ def test_lines_behind_those_that_are_counted_are_as_those(tmp_path: Path, monkey
     monkeypatch.setattr(token_counts, "MOST_COUNTED", 4)
     found = list(count_tokens(write(tmp_path / "in.jsonl", [BEGINNING] * 40), "", None))
     assert len(found) == 40 and set(found) == {found[0]} and len(found[0].shared) == 2
+
+
+def test_few_prompts_that_begin_alike_do_not_become_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_counts, "MOST_COUNTED", 160)
+    instruction = list(range(900, 932))
+    prompts = [[*instruction, *([5 + i // 2] * 40), i] for i in range(1600)]
+    found = list(count_tokens(write(tmp_path / "in.jsonl", [*prompts]), "", None))
+    assert len(found) == 1600 and {one.common for one in found} == {2} and {len(one.shared) for one in found} == {4}
+    questions = Counter((one.shared[3], one.copy) for one in found)
+    assert set(questions.values()) == {2}, "two of each document, as in the lines that were counted"
 
 
 def test_without_a_tokenizer_texts_are_estimated(tmp_path: Path) -> None:

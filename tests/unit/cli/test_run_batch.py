@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -30,8 +31,9 @@ def test_settings_that_do_not_fit_after_all_are_left_out(
 ) -> None:
     tried: list[int | None] = []
 
-    def start(config: EngineConfig, **_: object) -> str:
+    def start(config: EngineConfig, predicted: object, **_: object) -> str:
         tried.append(config.max_sequences)
+        assert (predicted is None) == (config.max_sequences is None)
         if config.max_sequences:
             raise EngineError("ram=1 GiB is too little", user_error=user_error)
         return "an engine"
@@ -39,11 +41,13 @@ def test_settings_that_do_not_fit_after_all_are_left_out(
     monkeypatch.setattr(run_batch, "EngineSupervisor", start)
     (tmp_path / "in.jsonl").write_text("")
     console = Told()
-    arguments = (EngineConfig(model=str(tmp_path)), {"max_sequences": 384}, tmp_path / "in.jsonl", None, console)
+    found = SimpleNamespace(policy=SimpleNamespace(settings={"max_sequences": 384}), predicted="something")
+    arguments = (EngineConfig(model=str(tmp_path)), found, tmp_path / "in.jsonl", console)
     if user_error:
-        assert run_batch._engine(*arguments) == "an engine"
-        assert console.lines == ["warning: ram=1 GiB is too little; the settings that were found are left out"]
+        assert run_batch._engine(*arguments) == ("an engine", None)  # type: ignore[arg-type]
+        (line,) = console.lines
+        assert line.startswith("warning: ram=1 GiB is too little; once more without the settings")
     else:
         with pytest.raises(EngineError):
-            run_batch._engine(*arguments)
+            run_batch._engine(*arguments)  # type: ignore[arg-type]
     assert tried == sequences

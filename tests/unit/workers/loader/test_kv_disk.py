@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import mmap
 import os
 import random
@@ -343,3 +344,26 @@ def test_a_slot_that_is_used_again(tmp_path: Path) -> None:
     loader.file.close()
     again = Again(tmp_path)
     assert again.found == ALL - {(KEYS[1], 1)} | {(KEYS[4], 1)}
+
+
+@pytest.mark.parametrize("how", ["readable", "linked", "elsewhere"])
+def test_a_file_of_prefixes_that_is_not_ones_own_is_not_used(tmp_path: Path, how: str) -> None:
+    digest = hashlib.blake2b(b"model", digest_size=32).digest().hex()[:24]
+    path = tmp_path / f"{digest}.prefixes"
+    other = tmp_path / "other"
+    other.write_bytes(b"")
+    other.chmod(0o600)
+    if how == "readable":
+        path.write_bytes(b"")
+        path.chmod(0o644)
+    elif how == "linked":
+        os.link(other, path)
+    else:
+        path.symlink_to(other)
+    loader = Loader(tmp_path, 4096)
+    (said,) = loader.said
+    assert isinstance(said, PrefixesOpened) and not said.usable
+    assert ("not this user's alone" in said.note) is (how != "elsewhere") and "no prefixes are stored" in said.note
+    assert other.read_bytes() == b""
+    loader.disk.close()
+    loader.file.close()
