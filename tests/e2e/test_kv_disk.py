@@ -40,9 +40,7 @@ def test_families(family: str, tmp_path: Path) -> None:
     model = make_model(family, tmp_path / "model", **(WINDOWS if family == "gemma3" else {}))
     expected = roomy_tokens(model, **options)
     with tight_engine(model, kv_disk="1GiB", kv_disk_dir=str(tmp_path / "kv"), **options) as (_, client):
-        for _ in range(2):
-            assert tokens_of(client, PROMPTS, SAMPLED) == expected
-            expect_short_answers(client)
+        assert tokens_of(client, PROMPTS, SAMPLED) == expected
         totals = client.status().totals
     assert totals["parked_sequences"] > 0 and totals["kv_disk_failures"] == 0
     assert totals["fetched_sequences"] == totals["parked_sequences"] <= totals["sent_back"]
@@ -93,7 +91,7 @@ def test_a_disk_with_little_room(tmp_path: Path) -> None:
     ):
         FlexGenLite(model, kv_disk="1KiB", kv_disk_dir=str(tmp_path / "kv"), **SETTINGS)
     with tight_engine(model, kv_disk="512KiB", kv_disk_dir=str(tmp_path / "kv"), attention_workers=1) as (_, client):
-        for _ in range(3):
+        for _ in range(2):
             assert tokens_of(client, PROMPTS, SAMPLED) == expected
             expect_short_answers(client)
         assert client.status().totals["kv_disk_failures"] == 0
