@@ -371,3 +371,21 @@ def test_whole_blocks_are_written_for_others_will_share_them() -> None:
     assert one.parked.firsts == (0, 8)
     (order,) = disk.take_orders()
     assert isinstance(order, ParkKv) and len(order.pages) == 4 + 5, "up to token 100"
+
+
+def test_a_group_that_is_suspected_runs_as_a_whole_or_not_at_all() -> None:
+    """A pass without those that are being read would clear them."""
+    groups = one_group(16)
+    table = PageTable(40, groups, 1)
+    disk = KvOnDisk(table, groups, 40)
+    batcher = Batcher(table, 8, 1, 64, False, False, disk=disk)
+    waiting = queue([request(1, 20, 8), request(2, 20, 8)])
+    (batch,) = batcher.compose(waiting)
+    assert len(batch.pieces) == 2
+    batcher.running[2].moving = True
+    assert batcher.compose(waiting, frozenset((1, 2))) == []
+    (batch,) = batcher.compose(waiting, frozenset((1,)))
+    assert [piece.request.id for piece in batch.pieces] == [1]
+    batcher.running[2].moving = False
+    (batch,) = batcher.compose(waiting, frozenset((1, 2)))
+    assert len(batch.pieces) == 2
