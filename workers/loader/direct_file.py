@@ -8,8 +8,8 @@ import os
 import time
 
 from flexgen_lite.memory.kv_layout import BLOCK_BYTES
+from flexgen_lite.memory.park_file import O_DIRECT
 
-O_DIRECT = getattr(os, "O_DIRECT", 0)
 TRIES, PAUSE = 4, 0.25  # of one read or write, seconds between them
 
 

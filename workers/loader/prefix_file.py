@@ -21,8 +21,9 @@ import zlib
 from pathlib import Path
 
 from flexgen_lite.memory.kv_layout import BLOCK_BYTES
+from flexgen_lite.memory.park_file import O_DIRECT
 from flexgen_lite.text.sizes import format_size
-from flexgen_lite.workers.loader.direct_file import O_DIRECT, DirectFile
+from flexgen_lite.workers.loader.direct_file import DirectFile
 
 MAGIC = b"flexgen-lite KV\n"
 VERSION = 1
