@@ -171,14 +171,17 @@ def multiplied(
         if has_kernel:
             slab_KN = x_TK.new_empty((width, count * COLUMNS), dtype=dtype)
             unpack_blocks(memory, packing, bits.shape, index, first, slab_KN)
-            weight_NK = slab_KN[:, : part.stop - part.start].t()
+            weight_NK = (
+                slab_KN.t()
+            )  # with the columns that fill up a block: oneDNN has no kernel for a part of a matrix
+            bias = None if bias is None else nn.functional.pad(bias, (0, len(weight_NK) - len(bias)))
         else:
             weight_NK = _unpacked(memory, packing, bits.shape, index, dtype, first, count)
         for row in range(0, len(x_TK), together):
             x = x_TK[row : row + together]
             x = rounded(x.float(), packing.group) if packing.rounds_rows else x
             product_TN = _product(x, weight_NK, bias) if has_kernel else multiply(x, weight_NK, bias)
-            output_TN[row : row + together, part] = product_TN
+            output_TN[row : row + together, part] = product_TN[:, : part.stop - part.start]
     return output_TN.view(*rows.shape[:-1], columns)
 
 

@@ -147,6 +147,8 @@ def test_where_no_kernel_serves(name: str) -> None:
             module = nn.Module()
             packed_weights(module)["weight"] = memory
             weight = PackedBits(module, "weight", packing, (2, columns, width), torch.float32)
-            x_TK = torch.eye(width)
+            x_TK, bias_N = torch.eye(width), torch.randn(columns)
             output = multiplied(nn.functional.linear, x_TK, weight, 1, None)
             assert torch.equal(output.t(), weights_ENK[1])
+            output = multiplied(nn.functional.linear, x_TK, weight, 1, bias_N)
+            assert torch.equal(output.t(), weights_ENK[1] + bias_N[:, None])
