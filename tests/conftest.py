@@ -28,6 +28,7 @@ SLOWEST = (
 THREADS = len(os.sched_getaffinity(0))
 _cache = tempfile.mkdtemp(prefix="flexgen-lite-cache-")
 os.environ["XDG_CACHE_HOME"] = _cache  # of checksums; the user's own is left alone
+os.environ["OMP_WAIT_POLICY"] = "passive"  # as in the workers: pytest's processes have more threads than there are CPUs
 
 
 def pytest_configure(config: pytest.Config) -> None:
