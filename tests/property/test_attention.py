@@ -7,11 +7,13 @@ from flexgen_lite.model.spec import AttentionSpec
 from flexgen_lite.workers.attention.state import STORAGE
 from tests.attention_case import Case, Sequence
 
+HEAD_DIMS = st.sampled_from([8, 16, 24, 64, 80, 96, 128, 256]) | st.integers(1, 40)
+
 
 @st.composite
-def specs(draw: st.DrawFn) -> AttentionSpec:
+def specs(draw: st.DrawFn, head_dims: st.SearchStrategy[int] = HEAD_DIMS) -> AttentionSpec:
     kv_heads, group = draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 3, 4, 8, 33]))
-    dim = draw(st.sampled_from([8, 16, 24, 64, 80, 96, 128, 256]) | st.integers(1, 40))
+    dim = draw(head_dims)
     limit = draw(st.none() | st.integers(1, 64) | st.sampled_from([511, 512, 513]))
     chunked = draw(st.booleans())
     in_keys = draw(st.booleans())
