@@ -12,6 +12,7 @@ from flexgen_lite.cost.pass_work import Work
 from flexgen_lite.cost.rates import Rates
 from flexgen_lite.cost.simulator import Simulator
 from flexgen_lite.engine.calibration import Calibration
+from flexgen_lite.engine.kv_setup import with_kv_on_disk
 from flexgen_lite.engine.setup import Setup, set_up
 from flexgen_lite.model.spec import ModelSpec
 from flexgen_lite.plan.machine import Machine
@@ -94,9 +95,10 @@ class Forecaster:
     ) -> Forecast:
         found = self._calibration
         setup = set_up(found.opened, config, self._machine, self._expected, found.processes)
+        setup = with_kv_on_disk(setup, config, lanes=0)  # no file is opened
         job = None
         if requests:
-            work = Work(setup.spec, setup.plan, rates)
+            work = Work(setup.spec, setup.plan, rates, setup.kv_disk.slot_bytes if setup.kv_disk else 0)
             credit = CREDIT_OF_GPU if found.opened.device_total_bytes else 1
             simulator = Simulator(setup.make_schedule(), work, rates, setup.plan.attention_workers, credit)
             batcher, at_once = setup.make_batcher(config.prefix_caching), setup.plan.max_sequences
