@@ -24,6 +24,7 @@ import random
 import re
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -114,8 +115,9 @@ def in_turns(
     """Medians without and with `on_disk`, their ratio; and the runs."""
     runs: dict[str, list[dict[str, Any]]] = {"without": [], "with": []}
     for _ in range(times):
-        runs["without"].append(run_with())
-        runs["with"].append(run_with(**on_disk))
+        for kind, options in (("without", {}), ("with", on_disk)):
+            runs[kind].append(run_with(**options))
+            print(kind, {name: runs[kind][-1].get(name, 0) for name in names}, file=sys.stderr, flush=True)
     found: dict[str, Any] = {kind: {name: round(median(of, name), 2) for name in names} for kind, of in runs.items()}
     return found | {
         "times_as_fast": round(median(runs["without"], "seconds") / median(runs["with"], "seconds"), 3)
