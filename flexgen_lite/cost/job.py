@@ -17,6 +17,7 @@ from flexgen_lite.queue.kept_logprobs import KeptLogprobs
 from flexgen_lite.queue.micro_batch import MicroBatch, Result
 from flexgen_lite.queue.running_request import RunningRequest
 from flexgen_lite.queue.waiting_queue import WaitingQueue
+from flexgen_lite.wire.kv_on_disk import FetchKv, KvMoved, ParkKv
 from flexgen_lite.wire.sampling import TokenLogprobs, WireParams
 
 FOLLOWED_ROUNDS = 5  # requests that are followed, in numbers of those that run at once
@@ -60,6 +61,7 @@ class JobTime:
         busy: share of the time in which each lane works.
         prompt_tokens, generated_tokens: of all requests that the engine takes, going by those that were followed.
         requests, followed: all, and those that were followed.
+        preempted: sequences of those that were followed, each time that one had to make room.
         pass_seconds: of each pass that was followed.
         done_at: seconds by which each twentieth of the requests is done; the first is when the first one is.
     """
@@ -72,6 +74,7 @@ class JobTime:
     generated_tokens: int
     requests: int
     followed: int
+    preempted: int = 0
     pass_seconds: tuple[float, ...] = ()
     done_at: tuple[float, ...] = ()
 
@@ -104,15 +107,24 @@ def predict(
         waiting.add(_sequence(number, one, batcher.block_tokens))
     load = simulator.load_all()
     seconds, busy, each, ends = 0.0, Counter[str](), list[float](), list[float]()
-    while micro_batches := batcher.compose(waiting):
-        taken = simulator.run(micro_batches)
+    while True:
+        micro_batches = batcher.compose(waiting)
+        is_moving = _send_orders(batcher, simulator)
+        if not micro_batches and not is_moving:
+            break
+        taken = simulator.run(micro_batches) if micro_batches else simulator.wait_for_move()
         seconds += taken.seconds
-        each.append(taken.seconds)
         busy.update(taken.busy)
+        for order in simulator.take_moved():
+            checksums = order.slots if isinstance(order, ParkKv) else ()
+            batcher.moved(KvMoved(order.ticket, checksums, 0, 0, 0), waiting)
+        if not micro_batches:
+            continue
+        each.append(taken.seconds)
         results = [_result(batch, lengths) for batch in micro_batches]
         finished = batcher.commit(micro_batches, results)
         ends += [seconds] * len(finished)
-        if not finished and (skipped := _skip(batcher, micro_batches, lengths)):
+        if not finished and not is_moving and (skipped := _skip(batcher, micro_batches, lengths)):
             seconds += skipped * taken.seconds
             each += [taken.seconds] * skipped
             busy.update({lane: skipped * time for lane, time in taken.busy.items()})
@@ -128,10 +140,20 @@ def predict(
         done_at = tuple(first + (seconds - first) * part / DONE_PARTS for part in twentieths)
     else:
         done_at = tuple(ends[max(0, -(-len(ends) * part // DONE_PARTS) - 1)] for part in twentieths)
+    prompts, generated = sum(one.prompt for one in followed), sum(one.generated for one in followed)
     return JobTime(
-        load, seconds, len(each), shares, round(of_each * sum(one.prompt for one in followed)),
-        round(of_each * sum(one.generated for one in followed)), len(requests), len(followed), tuple(each), done_at,
+        load, seconds, len(each), shares, round(of_each * prompts), round(of_each * generated), len(requests),
+        len(followed), batcher.num_preempted, tuple(each), done_at,
     )  # fmt: skip
+
+
+def _send_orders(batcher: Batcher, simulator: Simulator) -> bool:
+    """Whether KV is on its way to disk, or from it."""
+    if batcher.disk is None:
+        return False
+    orders = batcher.disk.take_orders()
+    simulator.move([order for order in orders if isinstance(order, ParkKv | FetchKv)])
+    return batcher.disk.is_moving
 
 
 def _chosen(total: int, count: int) -> list[int]:

@@ -13,6 +13,9 @@ from flexgen_lite.model.spec import ModelSpec, first_seen
 from flexgen_lite.plan.plan import Plan
 from flexgen_lite.queue.micro_batch import MicroBatch, Piece
 
+CHECKSUMS = 4e9  # bytes per second of KV that goes to disk or comes from it, beside what the disk takes
+UNKNOWN_DISK = 1e9  # where weights come from no file
+
 
 @dataclass(frozen=True, slots=True)
 class MicroBatchWork:
@@ -34,10 +37,14 @@ class MicroBatchWork:
 
 
 class Work:
-    """What a model's passes take under a plan."""
+    """What a model's passes take under a plan.
 
-    def __init__(self, spec: ModelSpec, plan: Plan, rates: Rates) -> None:
-        self._spec, self._rates = spec, rates
+    Args:
+        slot_bytes: of a page on disk; 0: none goes there.
+    """
+
+    def __init__(self, spec: ModelSpec, plan: Plan, rates: Rates, slot_bytes: int = 0) -> None:
+        self._spec, self._rates, self._slot_bytes = spec, rates, slot_bytes
         self._columns, self._segments = column_kinds(spec), segment_kinds(spec)
         layers = layer_kinds(spec)
         ring = set(plan.ring_layers(spec.num_layers))
@@ -67,6 +74,10 @@ class Work:
 
     def upload(self, unit: int) -> float:
         return self._uploads.get(unit, 0.0)
+
+    def move(self, num_slots: int) -> float:
+        """Of KV to disk or from it. It is written as fast as weights are read; then checksums are taken."""
+        return num_slots * self._slot_bytes * (1 / (self._rates.disk or UNKNOWN_DISK) + 1 / CHECKSUMS)
 
     def begin(self, micro_batches: Sequence[MicroBatch]) -> float:
         """From the end of a pass to the first segment of this one."""

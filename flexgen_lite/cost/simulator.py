@@ -2,7 +2,8 @@
 
 Orders are the schedule's own (zigzag.py, slot_ring.py), and which segment runs next is SegmentQueue's to say, as in the
 compute worker. Each lane does one thing at a time, in the order in which it is told; attention workers are a lane each.
-They take from each other what Rates say.
+They take from each other what Rates say. KV that is parked and fetched goes beside the weights, one order after the
+other, from one pass into the next.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ from flexgen_lite.cost.rates import Rates
 from flexgen_lite.queue.micro_batch import MicroBatch
 from flexgen_lite.schedule.segment_queue import SegmentQueue
 from flexgen_lite.schedule.zigzag import LoadUnit, Order, RunColumns, Schedule, UploadUnit
+from flexgen_lite.wire.kv_on_disk import FetchKv, ParkKv
 
 DISK, UPLOAD, COMPUTE = "disk", "host-to-device", "compute"
 ATTENTION = "attention"  # with the number of the worker behind it
+KV = "KV on disk"  # of the same disk: what it works is the disk's
+KV_SHARE = 0.2  # of the disk, beside weights: one of five reads that are on their way at a time
 SEEN = 2  # passes of a kind that are run through event by event
 
 
@@ -60,7 +64,10 @@ class Simulator:
     def __init__(self, schedule: Schedule, work: Work, rates: Rates, num_workers: int, credit: int = 1) -> None:
         self._schedule, self._work, self._rates, self._credit = schedule, work, rates, credit
         self._lanes: dict[str, _Task | None] = {DISK: None, UPLOAD: None, COMPUTE: None}
-        self._queues: dict[str, deque[_Task]] = {DISK: deque(), UPLOAD: deque()}
+        self._lanes[KV] = None
+        self._queues: dict[str, deque[_Task]] = {DISK: deque(), UPLOAD: deque(), KV: deque()}
+        self._moves: dict[int, ParkKv | FetchKv] = {}  # that are on their way, by ticket
+        self._moved: list[ParkKv | FetchKv] = []
         for worker in range(num_workers):
             self._lanes[f"{ATTENTION} {worker}"] = None
             self._queues[f"{ATTENTION} {worker}"] = deque()
@@ -79,13 +86,34 @@ class Simulator:
         return seconds
 
     def run(self, micro_batches: Sequence[MicroBatch]) -> PassTime:
-        """The next pass; the third of a kind is as the second."""
+        """The next pass; the third of a kind is as the second, but for those beside which KV is moved."""
         begin = self._work.begin(micro_batches)
         batches = [self._work.of(batch) for batch in micro_batches]
+        if self._moves:
+            return self._run(begin, batches)
         times = self._alike.setdefault(_kind(begin, batches), [])
         if len(times) < SEEN:
             times.append(self._run(begin, batches))
         return times[-1]
+
+    def move(self, orders: Sequence[ParkKv | FetchKv]) -> None:
+        """They are on their way, behind those that were before."""
+        for order in orders:
+            self._moves[order.ticket] = order
+            self._give(KV, self._work.move(len(order.slots)), (order.ticket,))
+
+    def take_moved(self) -> list[ParkKv | FetchKv]:
+        """Those that have been carried out since the last time."""
+        moved, self._moved = self._moved, []
+        return moved
+
+    def wait_for_move(self) -> PassTime:
+        """Until the next of them is: nothing else is to be done."""
+        assert self._moves, "nothing is on its way"
+        seconds, busy = 0.0, dict[str, float]()
+        while not self._moved:
+            seconds += self._advance(busy)
+        return PassTime(seconds, busy)
 
     def _run(self, begin: float, batches: list[MicroBatchWork]) -> PassTime:
         busy: dict[str, float] = {}
@@ -120,7 +148,9 @@ class Simulator:
         for lane, speed in speeds.items():
             task = self._task(lane)
             task.left -= step * speed
-            busy[lane] = busy.get(lane, 0.0) + step
+            if lane != KV or DISK not in speeds:
+                name = DISK if lane == KV else lane
+                busy[name] = busy.get(name, 0.0) + step
             if task.left <= 1e-12:
                 done.append((lane, task))
         for lane, task in done:
@@ -137,16 +167,18 @@ class Simulator:
     def _speed(self, lane: str) -> float:
         """Share of what it would have alone."""
         lanes = self._lanes
-        if lane == DISK:
-            others = any(task for name, task in lanes.items() if name not in (DISK, UPLOAD))
-            return self._rates.reads_beside_compute if others else 1.0
+        if lane in (DISK, KV):
+            others = any(task for name, task in lanes.items() if name not in (DISK, KV, UPLOAD))
+            kept = KV_SHARE if lane == KV else 1 - KV_SHARE
+            return (self._rates.reads_beside_compute if others else 1.0) * (kept if lanes[DISK] and lanes[KV] else 1.0)
         if lane == UPLOAD:
             return 1.0
+        reads = lanes[DISK] or lanes[KV]
         if lane == COMPUTE:
             attends = any(task for name, task in lanes.items() if name.startswith(ATTENTION))
-            beside = self._batches[self._task(COMPUTE).what[1]].beside_disk if lanes[DISK] else 1.0
+            beside = self._batches[self._task(COMPUTE).what[1]].beside_disk if reads else 1.0
             return beside * (self._rates.computes_beside_attention if attends else 1.0)
-        beside = self._rates.attends_beside_disk if lanes[DISK] else 1.0
+        beside = self._rates.attends_beside_disk if reads else 1.0
         return beside * (self._rates.attends_beside_compute if lanes[COMPUTE] else 1.0)
 
     # ------------------------------------------------------------------------------------------------ what ended
@@ -157,6 +189,8 @@ class Simulator:
             self._orders(schedule.loaded(what[0]))
         elif lane == UPLOAD:
             self._orders(schedule.uploaded(what[0]))
+        elif lane == KV:
+            self._moved.append(self._moves.pop(what[0]))
         elif lane == COMPUTE:
             self._segment_ended(*what)
         else:

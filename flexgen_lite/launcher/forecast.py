@@ -12,17 +12,23 @@ from flexgen_lite.cost.pass_work import Work
 from flexgen_lite.cost.rates import Rates
 from flexgen_lite.cost.simulator import Simulator
 from flexgen_lite.engine.calibration import Calibration
+from flexgen_lite.engine.kv_setup import with_kv_on_disk
 from flexgen_lite.engine.setup import Setup, set_up
+from flexgen_lite.memory.kv_groups import pages_for
+from flexgen_lite.memory.kv_layout import disk_slot_bytes
 from flexgen_lite.model.spec import ModelSpec
 from flexgen_lite.plan.machine import Machine
 from flexgen_lite.plan.need import shares_prefixes
 from flexgen_lite.plan.plan import PlanError
 from flexgen_lite.plan.workload import Workload
+from flexgen_lite.text.sizes import format_size
 
 TWICE = 2
 SHORTER = "answers half as long"  # which is another job
 FAST_DISK = 3e9  # bytes per second
 WORTH_SHARING = 0.2  # of a prompt, which others begin with as well
+SOME = 1000  # requests, whose lengths are looked at
+GIB = 1 << 30
 CREDIT_OF_GPU = 2  # segments that a GPU takes at a time, one of which runs
 
 
@@ -94,9 +100,10 @@ class Forecaster:
     ) -> Forecast:
         found = self._calibration
         setup = set_up(found.opened, config, self._machine, self._expected, found.processes)
+        setup = with_kv_on_disk(setup, config, lanes=0)  # no file is opened
         job = None
         if requests:
-            work = Work(setup.spec, setup.plan, rates)
+            work = Work(setup.spec, setup.plan, rates, setup.kv_disk.slot_bytes if setup.kv_disk else 0)
             credit = CREDIT_OF_GPU if found.opened.device_total_bytes else 1
             simulator = Simulator(setup.make_schedule(), work, rates, setup.plan.attention_workers, credit)
             batcher, at_once = setup.make_batcher(config.prefix_caching), setup.plan.max_sequences
@@ -117,6 +124,8 @@ class Forecaster:
         changes.append(("twice the sequences at once", {"max_sequences": TWICE * most}, self._rates))
         if self._may_share(config, base.setup):
             changes.append(("prefix caching", {"prefix_caching": True}, self._rates))
+        if (room := self._kv_disk_worth_asking(config, base.setup)) is not None:
+            changes.append((f"KV on disk (kv_disk {format_size(room)})", {"kv_disk": room}, self._rates))
         for name, update, rates in changes:
             found.append(self._variant(name, config, [{**settings, **update}, update], rates))
         shorter = [replace(one, generated=max(1, one.generated // TWICE)) for one in self._requests]
@@ -130,6 +139,19 @@ class Forecaster:
         shares = any(len(one.shared) * SHARED_TOKENS >= WORTH_SHARING * one.prompt for one in self._requests)
         spec = setup.spec
         return shares and shares_prefixes(True, spec) and not shares_prefixes(config.prefix_caching, spec)
+
+    def _kv_disk_worth_asking(self, config: EngineConfig, setup: Setup) -> int | None:
+        """Bytes that have room for all that may run at once, twice where half of them are for prefixes; None where it
+        is set, or RAM has room for the whole lives of those."""
+        plan, count = setup.plan, min(setup.plan.max_sequences, len(self._requests))
+        some = self._requests[:SOME]
+        wanted = sum(pages_for(plan.kv_groups, one.prompt + one.max_tokens) for one in some) * count / len(some)
+        if config.kv_disk is not None or wanted <= plan.num_pages:
+            return None
+        room = plan.num_pages * disk_slot_bytes(setup.kv.page_bytes)
+        room += plan.max_sequences * (setup.spec.state_bytes + disk_slot_bytes(setup.kv.page_bytes))
+        room *= 2 if shares_prefixes(config.prefix_caching, setup.spec) else 1
+        return -(-room // GIB) * GIB
 
     def _variant(
         self, name: str, config: EngineConfig, updates: Sequence[Mapping[str, object]], rates: Rates

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
+from flexgen_lite.queue.expected_life import ExpectedLife
 from flexgen_lite.queue.kv_on_disk import KvOnDisk
 from flexgen_lite.queue.micro_batch import MicroBatch, Piece, Result
 from flexgen_lite.queue.page_table import PageTable, block_keys, num_pages
@@ -20,8 +21,6 @@ from flexgen_lite.wire.arena_specs import PageRun
 from flexgen_lite.wire.kv_on_disk import KvMoved
 from flexgen_lite.wire.sampling import NO_TOKEN
 
-EXPECTED_MARGIN = 1.25  # over the average life
-EXPECTED_WEIGHT = 0.02  # of the last request that ended, in the average
 STATE_PARTS = (256, 64)  # rows in which mixers of Mamba 2, and of gated delta nets, go through a prompt
 MOST_UNEVEN = 4  # requests' pages that a worker may have more than another because it has the beginning of a prompt
 
@@ -37,17 +36,15 @@ class _Load:
 class Batcher:
     """Composes passes and commits their results.
 
-    A request is admitted if its whole expected life has room beside those of the running ones. It gets pages as it
-    grows; where there are none left, the youngest sequences of the same worker are preempted: they wait, and are
-    computed again from their tokens later. The oldest always goes on, so there is no deadlock.
+    A request is admitted if what it is expected to hold has room beside what the running ones are (`ExpectedLife`). It
+    gets pages as it grows; where there are none left, the youngest sequences of the same worker are preempted: they
+    wait, and are computed again from their tokens later. The oldest always goes on, so there is no deadlock.
 
     With `disk`, what they have is written there, and read when there is room again. Their pages are free once they are
     written; who needs them sits out, so a pass may be empty while something is on its way. Requests that are being read
     are among the running ones.
 
     Prompts that begin alike share the pages of their beginning, once those are stored.
-
-    How long a life to expect is learnt from those that ended: at first all of `max_tokens`.
 
     Args:
         pages: the KV pages.
@@ -86,7 +83,7 @@ class Batcher:
         self._has_states, self._states = num_states > 0, list(range(num_states))  # those that are free
         self.disk = disk
         self._is_short = False  # a request of the present pass sits out until pages are written
-        self._expected_share = 1.0  # of max_tokens that a request generates
+        self.expected_life = ExpectedLife(pages, max_sequences, disk)
         self.running: dict[int, RunningRequest] = {}
         self.num_preempted = 0
         self.num_shared = 0  # tokens that were not computed, as others had stored them
@@ -174,7 +171,7 @@ class Batcher:
         self._stop(request)
         request.times_preempted += 1
         self.num_preempted += 1
-        self._expected_share = 1.0  # too much was hoped for
+        self.expected_life.preempted()
         waiting.put_back(request)
 
     def _admit(self, bins: list[MicroBatch], waiting: Waiting) -> None:
@@ -313,11 +310,9 @@ class Batcher:
         return request.block_keys
 
     def _expected_pages(self, request: RunningRequest) -> int:
-        share = min(1.0, EXPECTED_MARGIN * self._expected_share)
-        generated = max(request.num_generated + self._pages.block_tokens, int(share * request.params.max_tokens))
         left = request.num_left - (request.parked.stored if request.parked is not None else 0)
         rows = max(1, min(left, self._micro_batch_tokens))  # of its prompt, in a pass
-        return self._pages.pages_for(min(request.num_prompt_tokens + generated, request.most_stored), rows)
+        return self._pages.pages_for(self.expected_life.tokens(request), rows)
 
     def commit(self, micro_batches: list[MicroBatch], results: list[Result]) -> list[RunningRequest]:
         """The pass is over: take its tokens, `results[k]` in the order of micro-batch k's rows; the requests that it
@@ -351,9 +346,7 @@ class Batcher:
                 if request.finish_reason is not None or request.overflowed:
                     finished.append(request)
         for request in finished:
-            if request.params.max_tokens:
-                share = request.num_generated / request.params.max_tokens
-                self._expected_share += (share - self._expected_share) * EXPECTED_WEIGHT
+            self.expected_life.ended(request)
             self.release(request)
         return finished
 

@@ -24,6 +24,11 @@ class DiskSlots:
         return len(self._free) + self.size - self._fresh
 
     @property
+    def num_usable(self) -> int:
+        """Free or not: all but those that were lost."""
+        return self.size - self._num_lost
+
+    @property
     def num_used(self) -> int:
         return self.size - self.num_free - self._num_lost
 

@@ -125,6 +125,10 @@ class KvOnDisk:
 
     # ------------------------------------------------------------------------------------------------ sequences
 
+    def holds(self, num_sequences: int) -> bool:
+        """Whether there would be room for all pages, and the states of so many sequences, at once."""
+        return self._slots.num_usable >= self._table.num_pages + num_sequences * self._num_state_slots
+
     def can_park(self, request: RunningRequest) -> bool:
         """Whether a running sequence has more than is computed as fast as written and read, and there is room."""
         if request.stored < LEAST_BLOCKS * self._table.block_tokens:

@@ -7,14 +7,21 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flexgen_lite import Client, EngineConfig, SamplingParams
+from flexgen_lite.cost.job import JobRequest
 from flexgen_lite.demo import pretrained
 from flexgen_lite.engine.calibration import CalibrationError
 from flexgen_lite.launcher import calibrate
+from flexgen_lite.launcher.forecast import Forecaster
+from flexgen_lite.launcher.supervisor import EngineSupervisor
+from flexgen_lite.plan.machine import inspect_machine
+from flexgen_lite.plan.workload import Workload
 from flexgen_lite.tokens.tokenizer import TextTokenizer
 from tests.tiny_models import make_model
 
@@ -107,6 +114,32 @@ def test_beginnings_in_common_are_predicted(model: Path, cache: Path, kept: Path
     (found,) = (one for one in apart["with"] if one["name"] == "prefix caching")
     assert found["seconds"] == pytest.approx(shared["predicted"]["seconds"], rel=0.3)
     assert not any(one["name"] == "prefix caching" for one in shared["with"])
+
+
+def test_parking_is_predicted(model: Path, kept: Path, tmp_path: Path) -> None:
+    """In a KV cache that was made for shorter sequences."""
+    shorter = Workload(sequences=60, typical_tokens=48, longest_likely=48, longest_tokens=48)
+    given: dict[str, Any] = {"ram": "1GiB", "max_sequences": 16, "prefix_caching": False}
+    plain = EngineConfig(model=str(model), **given)
+    config = EngineConfig(model=str(model), kv_disk="64MiB", kv_disk_dir=tmp_path / "kv", **given)
+    requests = [JobRequest(20, 100, 100)] * 60
+    forecaster = Forecaster(calibrate.read(kept), inspect_machine(), shorter, requests)
+    without, found = forecaster.forecast(plain), forecaster.forecast(config)
+    assert without.job is not None and found.job is not None
+    assert found.setup.plan.num_pages == without.setup.plan.num_pages == 16 * 3
+    assert without.job.preempted == 0 < found.job.preempted and found.job.passes < 0.8 * without.job.passes
+    row = next(one for one in forecaster.variants(plain, {}, without) if one.name.startswith("KV on disk"))
+    assert row.job is not None and row.job.passes == found.job.passes
+    assert not any(one.name.startswith("KV on disk") for one in forecaster.variants(config, {}, found))
+    params = SamplingParams(max_tokens=100, temperature=0.0, ignore_eos=True)
+    with EngineSupervisor(config, expected=shorter) as engine, Client(engine.endpoint) as client:
+        begun = time.monotonic()
+        answers = client.submit([[5 + n, *range(6, 25)] for n in range(60)], params).results()
+        seconds, totals = time.monotonic() - begun, client.status().totals
+    assert all(answer.error is None for answer in answers)
+    assert totals["passes"] == pytest.approx(found.job.passes, rel=0.1)
+    assert totals["parked_sequences"] == pytest.approx(found.job.preempted, rel=0.3)
+    assert 0.2 < found.job.seconds / seconds < 5
 
 
 def test_another_machine_is_predicted_from_its_file(model: Path, cache: Path, kept: Path, tmp_path: Path) -> None:

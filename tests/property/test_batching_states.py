@@ -40,7 +40,7 @@ def test_a_state_is_given_back_where_its_sequence_is_preempted() -> None:
     """It begins anew, from no state."""
     batcher = Batcher(PageTable(4, one_group(8), 1), 2, 1, 32, spread=False, share=False, num_states=2)
     waiting = queue([request(0, 8, 20), request(1, 8, 20)])
-    batcher._expected_share = 0.0
+    batcher.expected_life.share = 0.0
     places, stored = [], []
     while 0 in batcher.running or not places:
         places.append(state_places(batcher, waiting))

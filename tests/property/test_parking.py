@@ -167,7 +167,7 @@ def test_every_request_is_served(
     disk = KvOnDisk(table, groups, slots, 2 if has_states else 0, 0 if has_states else prefix_slots)
     limits = max_sequences, 2, tokens, False
     batcher = Batcher(table, *limits, share=not has_states, num_states=num_states, disk=disk)
-    batcher._expected_share = 0.0  # so that more are admitted than have room
+    batcher.expected_life.share = 0.0  # so that more are admitted than have room
     machine = Machine(groups)
     waiting = queue(request(i, *prompt) for i, prompt in enumerate(prompts))
     if prefix_slots and not has_states:
@@ -233,7 +233,7 @@ class Run:
         self.table = PageTable(pages, self.groups, 1)
         self.disk = KvOnDisk(self.table, self.groups, slots, prefix_slots=prefix_slots)
         self.batcher = Batcher(self.table, 8, 1, 64, spread=False, disk=self.disk)
-        self.batcher._expected_share = 0.0
+        self.batcher.expected_life.share = 0.0
         self.machine = Machine(self.groups)
         self.at_once = at_once
         if prefix_slots:

@@ -44,7 +44,7 @@ PURE_ELSEWHERE = (
 OF_PURE_ALONE = (
     "schedule.slot_ring", "schedule.zigzag", "queue.batching", "queue.micro_batch", "queue.running_request",
     "queue.page_table", "queue.kept_logprobs", "queue.open_request", "queue.waiting_queue", "queue.kv_on_disk",
-    "queue.stored_prefixes", "queue.disk_slots", "queue.parked", *PURE_ELSEWHERE,
+    "queue.stored_prefixes", "queue.disk_slots", "queue.parked", "queue.expected_life", *PURE_ELSEWHERE,
 )  # fmt: skip
 """Of ours they import each other alone, so that nothing comes in by a detour."""
 PURE_MODULES = {

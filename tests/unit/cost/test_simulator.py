@@ -11,13 +11,15 @@ from hypothesis import strategies as st
 from flexgen_lite.cost.job import JobRequest, JobTime, _chosen, predict
 from flexgen_lite.cost.pass_work import MicroBatchWork
 from flexgen_lite.cost.rates import AttentionRates, Curve, Rates, SegmentRates
-from flexgen_lite.cost.simulator import ATTENTION, COMPUTE, DISK, Simulator
+from flexgen_lite.cost.simulator import ATTENTION, COMPUTE, DISK, PassTime, Simulator
 from flexgen_lite.queue.batching import Batcher
+from flexgen_lite.queue.kv_on_disk import KvOnDisk
 from flexgen_lite.queue.micro_batch import MicroBatch
 from flexgen_lite.queue.page_table import PageTable
 from flexgen_lite.schedule.slot_ring import SlotRing
 from flexgen_lite.schedule.zigzag import Schedule
 from flexgen_lite.wire.arena_specs import KvGroup
+from flexgen_lite.wire.kv_on_disk import ParkKv
 
 ONE = Curve(((1, 1.0),))
 
@@ -40,6 +42,9 @@ class FixedWork:
 
     def upload(self, unit: int) -> float:
         return self._load
+
+    def move(self, num_slots: int) -> float:
+        return 0.25 * num_slots
 
     def begin(self, micro_batches: list[MicroBatch]) -> float:
         return self._begin
@@ -226,6 +231,64 @@ def test_long_jobs_are_followed_in_stretches_from_everywhere() -> None:
     places = _chosen(10_000, 400)
     assert len(places) == 400 == len(set(places)) and places[:16] == list(range(16))
     assert max(b - a for a, b in pairwise(places)) < 500 and places[-1] > 9_500
+
+
+def test_kv_takes_its_share_of_the_disk_from_one_pass_into_the_next() -> None:
+    def passes(moves: int) -> tuple[list[PassTime], list[int], Simulator]:
+        made = simulator(FixedWork([alike(6, 0.1, 0.0)], 1.0), schedule(6, 0))
+        made.load_all()
+        made.run(batches(1))
+        made.move([ParkKv(ticket, (1, 2), -1, (0, 1)) for ticket in range(moves)])
+        found, done = [], []
+        for _ in range(4):
+            found.append(made.run(batches(1)))
+            done.append(len(made.take_moved()))
+        return found, done, made
+
+    alone, beside = passes(0)[0], passes(4)
+    assert alone[0].seconds == pytest.approx(6.0, abs=0.3)
+    assert beside[0][0].seconds == pytest.approx(6.0 / 0.8, abs=0.3), "weights have four fifths of the disk"
+    assert sum(one.seconds for one in beside[0]) == pytest.approx(sum(one.seconds for one in alone) + 4 * 0.5, abs=0.5)
+    assert beside[1] == [2, 2, 0, 0] and all(one.busy[DISK] <= one.seconds + 1e-9 for one in beside[0])
+    made = simulator(FixedWork([alike(6, 1.0, 0.0)], 0.0), schedule(6, 6))
+    made.load_all()
+    made.move([ParkKv(7, (1, 2), -1, (0, 1))])
+    waited = made.wait_for_move()
+    assert waited.seconds == pytest.approx(0.5) and waited.busy == {DISK: pytest.approx(0.5)}
+    assert [order.ticket for order in made.take_moved()] == [7]
+
+
+def test_parked_sequences_are_away_until_they_are_moved() -> None:
+    class Disk(_Counted):
+        def __init__(self, seconds_of_a_page: float) -> None:
+            super().__init__(0.0)
+            self._each = seconds_of_a_page
+
+        def move(self, num_slots: int) -> float:
+            moved.append(num_slots)
+            return self._each * num_slots
+
+    def job(slots: int, seconds_of_a_page: float) -> JobTime:
+        table = PageTable(24, (KvGroup((0, 1), 16),), 1)
+        disk = KvOnDisk(table, (KvGroup((0, 1), 16),), slots) if slots else None
+        batcher = Batcher(table, 16, 1, 64, False, False, disk=disk)
+        found = predict(
+            batcher, simulator(Disk(seconds_of_a_page), schedule(2, 2)), [JobRequest(40, 100, 200)] * 40, 16
+        )
+        assert found is not None and found.generated_tokens == 4000 and table.used_pages == 0
+        assert found.seconds == pytest.approx(found.done_at[-1])
+        return found
+
+    moved: list[int] = []
+    cautious = job(0, 0.0)
+    assert cautious.preempted == 0 and not moved
+    times = []
+    for seconds_of_a_page in (0.0, 0.5, 20.0, 500.0):
+        parked = job(1000, seconds_of_a_page)
+        assert parked.preempted > 0 and parked.passes < 0.8 * cautious.passes
+        times.append(parked.seconds)
+    assert times[0] < 0.8 * cautious.seconds and times[1] < 1.1 * times[0], "it goes on beside the passes"
+    assert times == sorted(times) and times[-1] > 2 * times[0], "which wait for it at last"
 
 
 class _Counted(FixedWork):

@@ -316,7 +316,7 @@ def test_scores_say_nothing_of_how_long_answers_are(requests: Requests) -> None:
         submit(requests, (5, 6), replace(PARAMS, prompt_logprobs=0, max_tokens=0), index)
         composed = requests.next_pass()
         requests.end_pass(composed, [Result((), (), (TokenLogprobs(-1.0, 1, ()),))])
-    assert requests._batcher._expected_share == 1.0
+    assert requests._batcher.expected_life.share == 1.0
 
 
 def test_logprobs_that_are_no_numbers_fail_the_request(requests: Requests) -> None:
