@@ -84,14 +84,15 @@ def show_plan(
             values = {"policy": {}, "gain": 1.0, "spread": {}} | _values(found, [])
             console.done("give -i FILE, or --requests, to have a job predicted", values)
             return
-        told = _told_of(choices, calibration) if machine_file is None else []
+        told = _told_of([one.alternative for one in measured], calibration) if machine_file is None else []
         beside = [Candidate(one, known) for one in told if (known := calibrate.known(one.config)) is not None]
         ahead = JobAhead(expected, requests, disk, machine)
         chosen = choose(prospects(measured, ahead), prospects(beside, ahead))
         policy, found = chosen.policy, chosen.policy.forecast
         variants = chosen.forecaster.variants(chosen.alternative.config, policy.settings, found)
         variants += chosen.rows
-        variants += [Variant(str(one), None, f"not measured yet: `--allow {one}` does") for one in told if not beside]
+        new = [one for one in told if all(one is not other.alternative for other in beside)]
+        variants += [Variant(str(one), None, f"not measured yet: `--allow {one}` does") for one in new]
         spread = _spread(chosen.forecaster, config.model_copy(update=policy.settings), requests, answers)
     console.plan(describe(found.setup.plan, found.setup.spec))
     lines = [*policy_lines(policy), *_lines(found, variants, spread)]
@@ -111,11 +112,15 @@ def _measured(
 
 def _told_of(choices: Sequence[Alternative], calibration: Calibration) -> list[Alternative]:
     """What is not allowed, and may be worth it."""
-    config = choices[0].config
-    is_asked = config.quantization != "auto" or any("quantization" in one.settings for one in choices)
-    if is_asked or calibration.opened.spec.has_few_bits:
-        return []
-    return [alternative(config, config.model_copy(update={"quantization": "int4"}))]
+    config, asked = choices[0].config, {key for one in choices for key in one.settings}
+    found = dict[str, str]()
+    if config.quantization == "auto" and not calibration.opened.spec.has_few_bits:
+        found["quantization"] = "int4"
+    if config.cpu_projections == "auto" and calibrate.stages_weights(config):
+        found["cpu_projections"] = "qkv"
+    return [
+        alternative(config, config.model_copy(update={key: value})) for key, value in found.items() if key not in asked
+    ]
 
 
 def _spread(
@@ -134,8 +139,9 @@ def _spread(
 
 def _check_settings(config: EngineConfig, calibration: Calibration, path: Path) -> None:
     """Raises ValueError where the file was measured with others."""
-    wanted = calibrate.settings_of(config)
-    for key, value in calibration.settings.items():
+    wanted = calibrate.settings_of(config, calibration.opened.device_total_bytes > 0)
+    for key in (*calibration.settings, *wanted):
+        value = calibration.settings.get(key)
         if wanted.get(key) != value:
             raise ValueError(
                 f"{shown_path(path)} was measured with {key}={value}, not {wanted.get(key)}: plan with that, or "

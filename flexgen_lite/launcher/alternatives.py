@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexgen_lite.config.engine import ConfigError, EngineConfig, parse_setting
-from flexgen_lite.launcher.calibrate import WITHOUT_EFFECT
+from flexgen_lite.launcher.calibrate import WITHOUT_EFFECT, settings_of
 from flexgen_lite.text.shown import shown_text
 
 MOST = 8  # combinations: each takes a minute to measure, once
@@ -59,7 +59,10 @@ def alternatives(config: EngineConfig, allowed: Sequence[str]) -> list[Alternati
         except ConfigError as error:
             problem = problem or error
             continue
-        found.append(alternative(config, changed))
+        if all(settings_of(changed) != settings_of(one.config) for one in found):
+            found.append(alternative(config, changed))
+    if "qkv" in values.get("cpu_projections", [])[1:] and all(one.config.cpu_projections != "qkv" for one in found):
+        raise ConfigError({"cpu_projections": "--allow cpu_projections has no effect: no layer is copied to a device"})
     if problem is not None and not _all_occur(values, found):
         raise ConfigError(problem.problems, dict.fromkeys(problem.problems, " (from --allow)"))
     return found
@@ -109,4 +112,9 @@ def _check(key: str) -> None:
 
 def _all_occur(values: Mapping[str, Sequence[Any]], found: Sequence[Alternative]) -> bool:
     made = [json.loads(one.config.to_json()) for one in found]
-    return all(any(one[key] == value for one in made) for key, options in values.items() for value in options)
+    return all(
+        any(one[key] == value for one in made)
+        for key, options in values.items()
+        for value in options
+        if key != "cpu_projections"
+    )

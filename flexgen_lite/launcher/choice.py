@@ -9,12 +9,13 @@ from pathlib import Path
 from flexgen_lite.batch.file import BadLine, read_requests
 from flexgen_lite.batch.lines import open_lines
 from flexgen_lite.batch.result_row import RowsThere, request_id_of
+from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.cost.job import JobRequest
 from flexgen_lite.engine.calibration import Calibration
 from flexgen_lite.engine.setup import fingerprint_of
 from flexgen_lite.errors import EngineError
 from flexgen_lite.launcher import calibrate
-from flexgen_lite.launcher.alternatives import Alternative
+from flexgen_lite.launcher.alternatives import Alternative, alternative
 from flexgen_lite.launcher.forecast import Forecaster, Variant
 from flexgen_lite.launcher.search import WORTH, Policy, rate_of, search
 from flexgen_lite.plan.machine import Machine
@@ -84,7 +85,8 @@ class Choice:
 
 
 def candidates(alternatives: Sequence[Alternative], on_log: Callable[[str], None]) -> list[Candidate]:
-    """Measures those that never were.
+    """Measures those that never were. Where `cpu_projections: auto` may become "qkv", that counts as well if it was
+    measured.
 
     Raises:
         EngineError: none could be.
@@ -101,7 +103,20 @@ def candidates(alternatives: Sequence[Alternative], on_log: Callable[[str], None
     first = found[0].error
     if first is not None and all(one.error for one in found):
         raise first
-    return found
+    beside = (_with_projections(one, alternatives[0].config) for one in found)
+    asked = [one.config for one in alternatives]
+    return found + [one for one in beside if one is not None and one.alternative.config not in asked]
+
+
+def _with_projections(one: Candidate, configured: EngineConfig) -> Candidate | None:
+    """The same with projections on the CPU, where that is free and known."""
+    config = one.alternative.config
+    asked = configured.cpu_projections != "auto" or "cpu_projections" in one.alternative.settings
+    if asked or not calibrate.stages_weights(config):
+        return None
+    config = config.model_copy(update={"cpu_projections": "qkv"})
+    known = calibrate.known(config)
+    return None if known is None else Candidate(alternative(configured, config), known)
 
 
 def prospects(measured: Sequence[Candidate], job: JobAhead, search_on_gpu: bool = True) -> list[Prospect]:

@@ -20,7 +20,6 @@ from flexgen_lite.launcher.search import Policy
 from flexgen_lite.plan.machine import inspect_machine
 from flexgen_lite.plan.workload import Workload
 
-GPU_DRIVER = Path("/dev/nvidiactl")
 MET = 1 / 16  # of the bytes of weights, by a token, each for an operation
 FAST = 400e9  # operations per second, more than most processors do
 LONG_SECONDS = 120.0  # by these two, which are on the fast side: ten minutes and more in truth
@@ -101,8 +100,7 @@ def _is_long(config: EngineConfig, expected: Workload) -> bool:
     files = [folder] if folder.is_file() else [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
     weights = sum(file.stat().st_size for file in files)
     tokens = expected.sequences * expected.typical_tokens
-    on_cpu = config.device == "cpu" or (config.device == "auto" and not GPU_DRIVER.exists())
-    return on_cpu and tokens * weights * MET / FAST > LONG_SECONDS
+    return calibrate.looks_like_cpu(config) and tokens * weights * MET / FAST > LONG_SECONDS
 
 
 def requests_of(calibration: Calibration, input_file: Path) -> list[JobRequest]:

@@ -214,6 +214,24 @@ def test_a_run_takes_what_is_allowed_and_a_resumed_one_goes_on_with_it(
     assert output.read_bytes().startswith(kept) and texts(output) == whole
 
 
+def test_projections_go_to_the_cpu_where_that_was_measured(model: Path, tmp_path: Path) -> None:
+    flags = ("plan", "--model", model, "--ram", "1GiB", "--device", "cpu", "--set", "stage_weights=true", "--json")
+    flags = (*flags, *JOB)
+    told = events(flexgen(tmp_path, *flags))[-1]
+    (row,) = (one for one in told["with"] if one["name"] == "cpu_projections=qkv")
+    assert row["problem"] == "not measured yet: `--allow cpu_projections=qkv` does" and told["policy"] == {}
+    told = events(flexgen(tmp_path, *flags, "--allow", "cpu_projections=qkv"))[-1]
+    names = [one["name"] for one in told["with"] if "cpu_projections" in one["name"]]
+    assert names == ["cpu_projections=qkv"]
+    for file in (tmp_path / "flexgen-lite" / "calibrations").glob("*.json"):
+        if "cpu_projections" not in json.loads(file.read_bytes())["settings"]:
+            file.write_text(json.dumps(slowed(json.loads(file.read_bytes()))))
+    told = events(flexgen(tmp_path, *flags))[-1]
+    assert told["policy"]["cpu_projections"] == "qkv", "auto is the better of both, once they are known"
+    told = events(flexgen(tmp_path, *flags, "--set", "cpu_projections=none"))[-1]
+    assert "cpu_projections" not in told["policy"], "what is given is left as it is"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -33,6 +33,7 @@ def test_what_is_configured_is_no_alternative_of_itself() -> None:
         "quantization=auto",
     ]
     assert names(config(), "compute_threads=auto", "attention_cpus=auto") == ["as configured"]
+    assert names(config(device="cpu"), "cpu_projections=none") == ["as configured"]
 
 
 def test_values_are_read_as_the_configuration_reads_them() -> None:
@@ -40,6 +41,16 @@ def test_values_are_read_as_the_configuration_reads_them() -> None:
     assert found.config.attention_cpus == ((0, 1), (2,)) and found.config == config(attention_cpus=[[0, 1], [2]])
     assert str(found) == "attention_cpus=[[0,1],[2]]"
     assert [one.config.stage_weights for one in alternatives(config(), ["stage_weights=true"])] == [None, True]
+
+
+def test_projections_are_an_alternative_where_layers_are_copied() -> None:
+    staged = config(device="cpu", stage_weights=True)
+    assert names(staged, "cpu_projections=qkv", "cpu_projections=none") == ["as configured", "cpu_projections=qkv"]
+    assert names(config(device="cpu"), "cpu_projections=qkv", "stage_weights=true") == [
+        "as configured",
+        "stage_weights=true",
+        "stage_weights=true, cpu_projections=qkv",
+    ]
 
 
 def test_combinations_that_conflict_are_left_out() -> None:
@@ -62,6 +73,7 @@ def test_combinations_that_conflict_are_left_out() -> None:
         (["compute_threads=0"], "compute_threads=0 is not allowed"),
         (["quantization_group_size=64"], "is for weights that are quantised here"),
         (["max_sequences=64"], "--allow max_sequences has no effect: it is searched anyway"),
+        (["cpu_projections=qkv"], "--allow cpu_projections has no effect: no layer is copied to a device"),
         (["ram=8GiB"], "nothing is to be chosen of it: give --ram"),
         (["kv_disk=8GiB"], "nothing is to be chosen of it: give --set kv_disk="),
         (["load_format=dummy"], "--allow load_format is not possible"),
@@ -73,5 +85,5 @@ def test_combinations_that_conflict_are_left_out() -> None:
 )
 def test_what_cannot_be_allowed(allowed: list[str], said: str) -> None:
     with pytest.raises(ValueError, match=said) as caught:
-        alternatives(config(), allowed)
+        alternatives(config(device="cpu"), allowed)
     assert isinstance(caught.value, ConfigError) == ("combinations" not in said)
