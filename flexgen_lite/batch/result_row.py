@@ -117,15 +117,19 @@ class RowsThere:
         Raises:
             FileExistsError: there is one of the same custom_id that answers something else.
         """
-        if _key(item.custom_id, request_id) in self._rows:
+        if self.answers(item, request_id):
             return True
         is_repeat = isinstance(item, BadLine) and item.is_repeat
         if item.custom_id is not None and item.custom_id in self._answered and not is_repeat:
             raise FileExistsError(
                 f"{self._path} has a row for {shown(item.custom_id)} that answers another request (its body, the model "
-                f"or the dtype has changed): {WAY_OUT}"
+                f"or the dtype has changed, or another setting that changes answers): {WAY_OUT}"
             )
         return False
+
+    def answers(self, item: BatchRequest | BadLine, request_id: str) -> bool:
+        """Whether the row of a line is there, whatever others of its custom_id are."""
+        return _key(item.custom_id, request_id) in self._rows
 
     def is_failed(self, item: BatchRequest | BadLine, request_id: str) -> bool:
         """Whether the row of a line is there and has an error."""

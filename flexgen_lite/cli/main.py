@@ -11,6 +11,7 @@ from flexgen_lite.cli.group import Group
 from flexgen_lite.cli.options import (
     ENGINE_FLAGS,
     Activations,
+    Allow,
     AsJson,
     AttentionWorkers,
     Config,
@@ -74,6 +75,7 @@ def run_batch(
     endpoint: Endpoint = None,
     key_file: KeyFile = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard results that are there, not resume.")] = False,
+    allow: Allow = None,
     config: Config = None,
     dtype: Dtype = None,
     kv_dtype: KvDtype = None,
@@ -106,9 +108,9 @@ def run_batch(
             if key_file is not None:
                 flags["key_file"] = str(key_file)
             engine = _engine_config(config, model, flags, settings)
-            run_on_own_engine(engine, input_file, output_file, overwrite, console)
+            run_on_own_engine(engine, input_file, output_file, overwrite, console, allow or ())
         else:
-            _refuse_engine_flags({"config": config, "set": settings, **flags})
+            _refuse_engine_flags({"config": config, "set": settings, "allow": allow, **flags})
             run_on_endpoint(endpoint, key_file, model, input_file, output_file, overwrite, console)
 
 
@@ -156,6 +158,7 @@ def plan(
     machine: Annotated[
         Path | None, typer.Option(help="Predict for the machine that `calibrate -o` wrote this on.")
     ] = None,
+    allow: Allow = None,
     config: Config = None,
     dtype: Dtype = None,
     kv_dtype: KvDtype = None,
@@ -186,7 +189,8 @@ def plan(
         if job is not None and input_file is not None:
             raise ValueError("--requests and -i exclude each other: give one of them")
         answers = None if answer_tokens is None else AnswerTokens.parse(answer_tokens)
-        show_plan(_engine_config(config, model, flags, settings), input_file, job, answers, machine, console)
+        engine = _engine_config(config, model, flags, settings)
+        show_plan(engine, input_file, job, answers, machine, allow or (), console)
 
 
 @app.command()

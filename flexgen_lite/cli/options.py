@@ -24,6 +24,10 @@ MaxModelLen = Annotated[str | None, typer.Option(help="Most tokens of one sequen
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Tell of warnings and errors only.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Tell everything as JSON, one object a line.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other configuration key.")]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY=VALUE", help="A setting that may be chosen where it is faster, once it is measured."),
+]
 Endpoint = Annotated[str | None, typer.Option(help="Endpoint of a running engine, ipc://... or tcp://HOST:PORT.")]
 KeyFile = Annotated[Path | None, typer.Option(help="Key file of the engine at --endpoint, where it has one.")]
 

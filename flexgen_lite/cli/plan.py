@@ -16,18 +16,19 @@ from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.cost.job import JobRequest, JobTime
 from flexgen_lite.engine.calibration import Calibration
 from flexgen_lite.launcher import calibrate
+from flexgen_lite.launcher.alternatives import Alternative, alternative, alternatives, settings_text
 from flexgen_lite.launcher.answers import AnswerTokens
+from flexgen_lite.launcher.choice import Candidate, JobAhead, candidates, choose, prospects
 from flexgen_lite.launcher.forecast import SHORTER, Forecast, Forecaster, Variant
 from flexgen_lite.launcher.outlook import requests_of
-from flexgen_lite.launcher.search import Policy, search
-from flexgen_lite.plan.machine import inspect_machine
-from flexgen_lite.plan.plan import PlanError
+from flexgen_lite.launcher.search import Policy
+from flexgen_lite.plan.machine import Machine, inspect_machine
 from flexgen_lite.plan.text import describe
 from flexgen_lite.plan.workload import Workload
 from flexgen_lite.text.shown import shown_path
 
 WORTH_TELLING = 1.05  # times as fast
-INT4 = "quantization int4"
+NAME_WIDTH = 28
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ def show_plan(
     job: Job | None,
     answers: AnswerTokens | None,
     machine_file: Path | None,
+    allowed: Sequence[str],
     console: Console,
 ) -> None:
     """
@@ -52,36 +54,73 @@ def show_plan(
         input_file: of requests; None: as `job` says, and where that is None only the plan is shown.
         answers: how long they are; None: as long as they may be.
         machine_file: of another machine's calibration.
+        allowed: settings that may be chosen, see launcher/alternatives.py.
 
     Raises:
         CalibrationError: the file holds none.
+        ConfigError: of what is allowed.
         PlanError: the budget does not hold even the smallest plan.
     """
+    choices = alternatives(config, allowed)
+    if allowed and machine_file is not None:
+        raise ValueError(
+            "--allow and --machine exclude each other: the file has one set of settings measured, give it for these"
+        )
+    if allowed and input_file is None and job is None:
+        raise ValueError("--allow chooses what a job would be fastest with: give -i FILE, or --requests")
     with signals_interrupt():
         if input_file is not None:
             check_lines(input_file)
-        if machine_file is None:
-            calibration = calibrate.calibrated(config, console.log)
-            machine, disk = inspect_machine(), calibrate.disk_now(calibration.opened.spec)
-        else:
-            calibration = calibrate.read(machine_file)
-            machine, disk = calibration.machine, None
-            _check_settings(config, calibration, machine_file)
+        measured, machine = _measured(choices, machine_file, console)
+        calibration = next(one.calibration for one in measured if one.calibration is not None)
+        disk = calibrate.disk_now(calibration.opened.spec) if machine_file is None else None
         requests, expected = _work(calibration, input_file, job)
         requests = requests if answers is None else list(answers.of(requests))
         if input_file is not None and not requests:
             raise ValueError(f"{shown_path(input_file)} has no good line: run-batch says what is wrong with each")
-        forecaster = Forecaster(calibration, machine, expected, requests, disk)
-        policy = search(forecaster, config) if requests else Policy({}, forecaster.forecast(config), 1.0)
-        found = policy.forecast
-        variants = forecaster.variants(config, policy.settings, found) if found.job else []
-        if found.job and machine_file is None and config.quantization == "auto" and not found.setup.spec.has_few_bits:
-            variants.append(_in_int4(config, expected, requests, disk))
-        spread = _spread(forecaster, config.model_copy(update=policy.settings), requests, answers) if found.job else {}
+        if not requests:
+            found = Forecaster(calibration, machine, expected, requests, disk).forecast(config)
+            console.plan(describe(found.setup.plan, found.setup.spec))
+            values = {"policy": {}, "gain": 1.0, "spread": {}} | _values(found, [])
+            console.done("give -i FILE, or --requests, to have a job predicted", values)
+            return
+        told = _told_of([one.alternative for one in measured], calibration) if machine_file is None else []
+        beside = [Candidate(one, known) for one in told if (known := calibrate.known(one.config)) is not None]
+        ahead = JobAhead(expected, requests, disk, machine)
+        chosen = choose(prospects(measured, ahead), prospects(beside, ahead))
+        policy, found = chosen.policy, chosen.policy.forecast
+        variants = chosen.forecaster.variants(chosen.alternative.config, policy.settings, found)
+        variants += chosen.rows
+        new = [one for one in told if all(one is not other.alternative for other in beside)]
+        variants += [Variant(str(one), None, f"not measured yet: `--allow {one}` does") for one in new]
+        spread = _spread(chosen.forecaster, config.model_copy(update=policy.settings), requests, answers)
     console.plan(describe(found.setup.plan, found.setup.spec))
     lines = [*policy_lines(policy), *_lines(found, variants, spread)]
     values = {"policy": policy.settings, "gain": policy.gain} | _values(found, variants)
     console.done("\n".join(lines), values | {"spread": {str(name): _numbers(one) for name, one in spread.items()}})
+
+
+def _measured(
+    choices: Sequence[Alternative], machine_file: Path | None, console: Console
+) -> tuple[list[Candidate], Machine]:
+    if machine_file is None:
+        return candidates(choices, console.log), inspect_machine()
+    calibration = calibrate.read(machine_file)
+    _check_settings(choices[0].config, calibration, machine_file)
+    return [Candidate(choices[0], calibration)], calibration.machine
+
+
+def _told_of(choices: Sequence[Alternative], calibration: Calibration) -> list[Alternative]:
+    """What is not allowed, and may be worth it."""
+    config, asked = choices[0].config, {key for one in choices for key in one.settings}
+    found = dict[str, str]()
+    if config.quantization == "auto" and not calibration.opened.spec.has_few_bits:
+        found["quantization"] = "int4"
+    if config.cpu_projections == "auto" and calibrate.stages_weights(config):
+        found["cpu_projections"] = "qkv"
+    return [
+        alternative(config, config.model_copy(update={key: value})) for key, value in found.items() if key not in asked
+    ]
 
 
 def _spread(
@@ -100,8 +139,9 @@ def _spread(
 
 def _check_settings(config: EngineConfig, calibration: Calibration, path: Path) -> None:
     """Raises ValueError where the file was measured with others."""
-    wanted = calibrate.settings_of(config)
-    for key, value in calibration.settings.items():
+    wanted = calibrate.settings_of(config, calibration.opened.device_total_bytes > 0)
+    for key in (*calibration.settings, *wanted):
+        value = calibration.settings.get(key)
         if wanted.get(key) != value:
             raise ValueError(
                 f"{shown_path(path)} was measured with {key}={value}, not {wanted.get(key)}: plan with that, or "
@@ -109,24 +149,13 @@ def _check_settings(config: EngineConfig, calibration: Calibration, path: Path) 
             )
 
 
-def _in_int4(
-    config: EngineConfig, expected: Workload | None, requests: Sequence[JobRequest], disk: float | None
-) -> Variant:
-    other = config.model_copy(update={"quantization": "int4"})
-    known = calibrate.known(other)
-    if known is None:
-        return Variant(INT4, None, "not measured yet: `flexgen-lite calibrate --quantization int4` does")
-    try:
-        return Variant(INT4, Forecaster(known, inspect_machine(), expected, requests, disk).forecast(other).job)
-    except PlanError as error:
-        return Variant(INT4, None, str(error))
-
-
 def policy_lines(policy: Policy) -> list[str]:
     if not policy.settings:
         return []
-    settings = ", ".join(f"{key}={value}" for key, value in policy.settings.items())
-    return [f"policy    {settings}: predicted to be {policy.gain:.2f} times as fast as what the plan's rules choose"]
+    line = f"policy    {settings_text(policy.settings)}: "
+    if policy.gain is None:
+        return [f"{line}what is configured is not possible"]
+    return [f"{line}predicted to be {policy.gain:.2f} times as fast as what the plan's rules choose"]
 
 
 def run_calibration(config: EngineConfig, output: Path | None, console: Console) -> None:
@@ -164,8 +193,8 @@ def _work(
 
 def _lines(found: Forecast, variants: Sequence[Variant], spread: Mapping[int, JobTime]) -> list[str]:
     job = found.job
-    if job is None:
-        return ["give -i FILE, or --requests, to have a job predicted"]
+    assert job is not None
+    width = max(NAME_WIDTH, *(len(variant.name) + 2 for variant in variants))
     lines = [
         f"predicted {clock(job.seconds)} for {job.requests:,} requests, "
         f"{job.generated_tokens / job.seconds:,.1f} tok/s ({job.prompt_tokens:,} tokens of prompts, "
@@ -174,15 +203,15 @@ def _lines(found: Forecast, variants: Sequence[Variant], spread: Mapping[int, Jo
         *(f"          {clock(one.seconds)} if all answers have {length:,} tokens" for length, one in spread.items()),
         f"passes    {_passes(job)}",
         f"          {_verdict(job, variants)}",
-        "with      " + "time".rjust(26) + "tok/s".rjust(12) + "as fast".rjust(12),
+        "with      " + "time".rjust(width + 8) + "tok/s".rjust(12) + "as fast".rjust(12),
     ]
     for variant in variants:
+        name = f"{variant.name:<{width}}"
         if variant.job is None:
-            lines.append(f"          {variant.name:<28}{variant.problem}")
+            lines.append(f"          {name}{variant.problem}")
             continue
         rate = variant.job.generated_tokens / variant.job.seconds
         factor = _rate(variant.job) / _rate(job)
-        name = f"{variant.name:<28}"
         lines.append(f"          {name}{clock(variant.job.seconds):>8}{rate:>12,.1f}{factor:>10.2f} x")
     return lines
 

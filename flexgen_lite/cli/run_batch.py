@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from flexgen_lite.batch.result_file import ResultWriter
@@ -19,20 +20,32 @@ from flexgen_lite.client.client import Client
 from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.cost.comparison import Prediction, where_they_part
 from flexgen_lite.errors import EngineError
-from flexgen_lite.launcher.outlook import Outlook, outlook
+from flexgen_lite.launcher.alternatives import Alternative, alternatives
+from flexgen_lite.launcher.outlook import Outlook, outlook, resumed
 from flexgen_lite.launcher.supervisor import EngineSupervisor
 from flexgen_lite.report.bottleneck import verdict
 from flexgen_lite.text.shown import shown_path
 
 
 def run_on_own_engine(
-    config: EngineConfig, input_file: Path, output_file: Path, overwrite: bool, console: Console
+    config: EngineConfig,
+    input_file: Path,
+    output_file: Path,
+    overwrite: bool,
+    console: Console,
+    allowed: Sequence[str] = (),
 ) -> None:
-    """Start an engine, run the file, stop the engine. One that dies on the way is started again."""
+    """Start an engine, run the file, stop the engine. One that dies on the way is started again.
+
+    Args:
+        allowed: settings that may be chosen, see launcher/alternatives.py.
+    """
     _leave_to_rows(output_file, console)
-    found = None
+    choices, found = alternatives(config, allowed), None
     if overwrite or not output_file.exists():  # of a rest nothing is predicted
-        found = _outlook(config, input_file, console)
+        found = _outlook(choices, input_file, console)
+    elif allowed:
+        config = _as_the_rows(choices, input_file, output_file, console)
     with (
         signals_interrupt(),
         ResultWriter(output_file, overwrite=overwrite, warn=console.warn) as results,
@@ -65,15 +78,25 @@ def _engine(
     return start(config, None), None
 
 
-def _outlook(config: EngineConfig, input_file: Path, console: Console) -> Outlook | None:
+def _as_the_rows(choices: Sequence[Alternative], input_file: Path, output_file: Path, console: Console) -> EngineConfig:
+    """Of what is allowed, what the rows that are there were made with."""
+    found = resumed(choices, input_file, output_file, console.log)
+    if found.settings:
+        console.log(f"going on with {found}")
+    return found.config
+
+
+def _outlook(choices: Sequence[Alternative], input_file: Path, console: Console) -> Outlook | None:
     """What was measured of this machine and the model, if it was, makes of the job."""
     try:
-        found = outlook(config, input_file, console.log)
+        found = outlook(choices, input_file, console.log)
     except Exception as error:  # of any kind: no prediction stops a run, and what ails its file or budget is told later
         logging.getLogger("flexgen_lite").debug("nothing is predicted", exc_info=error)
         if isinstance(error, EngineError):  # of a calibration
             console.warn(f"nothing is predicted: {error}")
-        return None
+        found = None
+    if found is None and len(choices) > 1:
+        console.warn("the file is run as configured, whatever --allow says: nothing is predicted of it")
     if found is not None:
         for line in policy_lines(found.policy):
             console.log(line)

@@ -239,8 +239,8 @@ class EngineConfig(BaseModel):
         default="auto",
         description="What of a layer is computed on the CPU beside a GPU. `qkv`: the projections that lead to "
         "attention (Q, K and V), of layers that do not stay on the GPU; their weights stay in main memory and are "
-        "copied only in passes with many rows of prompts. `none`, `auto`: nothing. When it pays is in "
-        "[gpu.md](gpu.md#projections-on-the-cpu).",
+        "copied only in passes with many rows of prompts. `none`: nothing. `auto`: nothing, or what `plan` "
+        "predicts to be faster, where both were measured. When it pays: [gpu.md](gpu.md#projections-on-the-cpu).",
         json_schema_extra=expects('"auto", "none" or "qkv"'),
     )
     trace: PathValue = Field(

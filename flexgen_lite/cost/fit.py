@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from statistics import median
 
 from flexgen_lite.cost.kinds import OUTSIDE, column_kinds, layer_kinds, segment_kinds
 from flexgen_lite.cost.measured import PassTimes, Times
-from flexgen_lite.cost.rates import AttentionRates, Curve, Rates, SegmentRates
+from flexgen_lite.cost.rates import ON_HOST, PACKED, RAW, AttentionRates, Curve, Rates, SegmentRates
+from flexgen_lite.memory.projection_units import MOST_PROMPT_ROWS
 from flexgen_lite.model.spec import AttentionSpec, ModelSpec
 
 WORTH_OVERLAP = 0.3  # of a lane's time, for something to be seen in it
@@ -38,11 +40,13 @@ def rates_of(spec: ModelSpec, times: Times) -> Rates:
     kinds = column_kinds(spec)
     whole = [one for one in alone if not one.behind]
     pair = {kind: _pair(spec, kinds, kind, whole) for kind in set(kinds)}
+    uploads = {kind: seconds / (1 - times.projections.get(kind, 0.0)) for kind, seconds in times.uploads.items()}
+    copies = {kind: share * uploads.get(kind, 0.0) for kind, share in times.projections.items()}
     segments = {
         f"{order} {before}>{after}": rates
-        for order in ("packed", "raw")
+        for order, passes in _by_order(spec, alone, copies).items()
         for before, after in dict.fromkeys(segment_kinds(spec)[:-1])
-        if (rates := _segment(spec, (before, after), [one for one in alone if one.shape.order == order], pair))
+        if (rates := _segment(spec, (before, after), passes, pair, order == RAW and bool(copies)))
     }
     if not segments:
         raise ValueError("no segment was measured with single rows and with prompts")
@@ -55,7 +59,7 @@ def rates_of(spec: ModelSpec, times: Times) -> Rates:
         head=Curve(_rising(ends)) if ends else Curve(((1.0, LEAST),)),
         attention={kind: _attention(spec, kinds, kind, whole) for kind in set(kinds)},
         load=_loads(spec, times),
-        upload=dict(times.uploads),
+        upload=uploads,
         begin=Curve(begins) if begins else Curve(((1.0, LEAST),)),
         turn=TURN,
         attends_beside_disk=_attends_beside_disk(times),
@@ -64,6 +68,27 @@ def rates_of(spec: ModelSpec, times: Times) -> Rates:
         computes_beside_attention=_kept(times, lambda one: one.segments),
         attends_beside_compute=_kept(times, lambda one: one.attention),
     )
+
+
+def _by_order(spec: ModelSpec, passes: Sequence[PassTimes], copies: Mapping[int, float]) -> dict[str, list[PassTimes]]:
+    """By what decides how segments are computed. Where projections are computed on the CPU, they are in passes with few
+    rows of prompts; in others they are copied to the device first, which is taken off.
+
+    Args:
+        copies: seconds that they take of a layer, by its kind; empty: none are computed there.
+    """
+    if not copies:
+        return {order: [one for one in passes if one.shape.order == order] for order in (PACKED, RAW)}
+    kinds, first = layer_kinds(spec), {spec.columns.index(layer): layer for layer in set(spec.columns)}
+    taken = [copies.get(kinds[first[c]], 0.0) if c in first else 0.0 for c in range(len(spec.columns) + 1)]
+    found: dict[str, list[PassTimes]] = {ON_HOST: [], RAW: []}
+    for one in passes:
+        if sum(map(sum, one.shape.prompts)) <= MOST_PROMPT_ROWS:
+            found[ON_HOST].append(one)
+            continue
+        less = tuple((max(LEAST, part[0] - copy),) for part, copy in zip(one.segments, taken, strict=False))
+        found[RAW].append(replace(one, segments=less))
+    return found
 
 
 def _is_whole(spec: ModelSpec, one: PassTimes) -> bool:
@@ -104,8 +129,13 @@ def _pair(spec: ModelSpec, kinds: Sequence[int], kind: int, passes: Sequence[Pas
 
 
 def _segment(
-    spec: ModelSpec, kind: tuple[int, int], passes: Sequence[PassTimes], pair: Mapping[int, float]
+    spec: ModelSpec,
+    kind: tuple[int, int],
+    passes: Sequence[PassTimes],
+    pair: Mapping[int, float],
+    of_prompts: bool = False,
 ) -> SegmentRates | None:
+    """`of_prompts`: there are no passes of single rows alone; theirs are taken to be as those of prompts."""
     kinds, of_segments = column_kinds(spec), segment_kinds(spec)
     behind: list[float] = []
     prompt: list[tuple[float, float]] = []
@@ -123,6 +153,8 @@ def _segment(
         else:
             less = 0.0 if kind[0] == OUTSIDE else pair[kind[0]] * _pairs_of(spec, kinds, kind[0], one)
             prompt.append((_rows(one), max(LEAST, seconds - less)))
+    if of_prompts:
+        decode = prompt
     if not (prompt and decode):
         return None
     share = {"behind": median(behind)} if behind else {}
@@ -178,7 +210,7 @@ def _attention(spec: ModelSpec, kinds: Sequence[int], kind: int, passes: Sequenc
 def _loads(spec: ModelSpec, times: Times) -> dict[int, float]:
     """Kinds that had no slot are read as fast as the slowest of the others."""
     sizes = {kind: unit.num_bytes for kind, unit in zip((*layer_kinds(spec), OUTSIDE), spec.units, strict=True)}
-    found = {kind: median(seconds) for kind, seconds in times.loads.items()}
+    found = {kind: median(seconds) / (1 - times.projections.get(kind, 0.0)) for kind, seconds in times.loads.items()}
     slowest = max((seconds / sizes[kind] for kind, seconds in found.items()), default=0.0)
     return {kind: found.get(kind, slowest * size) for kind, size in sizes.items()}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,8 @@ class Times:
         loads: seconds by the kind of layer, into memory that was touched before.
         uploads: seconds by the kind of layer.
         overlapping: passes of one micro-batch, and of several such ones.
+        projections: share of a layer's bytes that are projections which the CPU computes beside a device, by the kind
+            of layer; loads and uploads are of the rest.
     """
 
     passes: tuple[PassTimes, ...]
@@ -73,3 +75,4 @@ class Times:
     loads: Mapping[int, tuple[float, ...]]
     uploads: Mapping[int, float]
     overlapping: tuple[tuple[PassTimes, PassTimes], ...] = ()
+    projections: Mapping[int, float] = field(default_factory=dict)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flexgen_lite.cost.fit import pairs
 from flexgen_lite.cost.kinds import OUTSIDE, column_kinds, layer_kinds, segment_kinds
 from flexgen_lite.cost.rates import Rates
-from flexgen_lite.memory.projection_units import units_of
+from flexgen_lite.memory.projection_units import MOST_PROMPT_ROWS, shares_apart
 from flexgen_lite.model.spec import ModelSpec, first_seen
 from flexgen_lite.plan.plan import Plan
 from flexgen_lite.queue.micro_batch import MicroBatch, Piece
@@ -54,20 +54,23 @@ class Work:
         self._loads = {layer: rates.load.get(kind, 0.0) for layer, kind in enumerate(layers)}
         self._loads[spec.num_layers] = rates.load.get(OUTSIDE, 0.0)
         self._uploads = {layer: rates.upload.get(kind, 0.0) for layer, kind in enumerate(layers)}
+        self._copies = dict[int, float]()  # of projections, by the column that enters their layer
         self._take_apart(spec, plan.projection_layers)
+        beside = bool(plan.projection_layers)
+        self._beside = [beside and layer not in plan.device_layers for layer in spec.columns]
         self._stops = frozenset(spec.stops)
         self._behind = tuple(
-            rates.segment(packed, kind).behind for kind, packed in zip(self._segments[:-1], self._packed, strict=False)
+            rates.segment(packed, kind, beside).behind
+            for kind, packed, beside in zip(self._segments[:-1], self._packed, self._beside, strict=False)
         )
 
     def _take_apart(self, spec: ModelSpec, layers: Sequence[int]) -> None:
-        """Projections that stay in main memory are loaded by themselves and never copied."""
-        units = units_of(spec, layers)
-        for unit, layer in enumerate(layers, start=spec.num_layers + 1):
-            rest, apart = units[layer].num_bytes, units[unit].num_bytes
-            self._loads[unit] = self._loads[layer] * apart / (rest + apart)
+        """Projections that stay in main memory are loaded by themselves, and copied in some passes."""
+        for unit, (layer, share) in enumerate(shares_apart(spec, layers).items(), start=spec.num_layers + 1):
+            self._loads[unit] = self._loads[layer] * share
             self._loads[layer] -= self._loads[unit]
-            self._uploads[layer] *= rest / (rest + apart)
+            self._copies[spec.columns.index(layer)] = self._uploads[layer] * share
+            self._uploads[layer] *= 1 - share
 
     def load(self, unit: int) -> float:
         return self._loads[unit]
@@ -85,18 +88,31 @@ class Work:
         turn, each = self._rates.turn
         return turn + each * sequences + self._rates.begin.at(sum(batch.num_rows for batch in micro_batches))
 
-    def of(self, batch: MicroBatch) -> MicroBatchWork:
+    def of_pass(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatchWork]:
+        pieces = [piece for batch in micro_batches for piece in batch.pieces]
+        prompts = sum(piece.num_rows for piece in pieces if piece.prefill or piece.num_rows > 1)
+        copied = bool(self._copies) and prompts > MOST_PROMPT_ROWS
+        found = [self._of(batch, copied) for batch in micro_batches]
+        if copied and found:
+            first = found[0]  # that comes to a layer
+            seconds = (taken + self._copies.get(column, 0.0) for column, taken in enumerate(first.segments))
+            found[0] = replace(first, segments=tuple(seconds))
+        return found
+
+    def _of(self, batch: MicroBatch, copied: bool) -> MicroBatchWork:
+        """`copied`: projections that the CPU would compute are on the device in this pass."""
         prompts = [piece for piece in batch.pieces if piece.prefill]
         singles = sum(1 for piece in batch.pieces if piece.num_rows == 1 and not piece.prefill)
         others = batch.num_rows - singles
         asked = sum(1 for piece in batch.pieces if piece.completes)
         asked += sum(len(scored.targets) for piece in batch.pieces if (scored := piece.scored) is not None)
-        seconds, of_kinds = [], dict[tuple[int, int, bool], float]()
+        seconds, of_kinds = [], dict[tuple[int, int, bool, bool], float]()
         pairs_of_kinds = {kind: self._pairs(kind, prompts) for kind in set(self._columns)}
-        for (before, after), packed in zip(self._segments[:-1], self._packed, strict=False):
-            key = before, after, packed
+        for (before, after), packed, beside in zip(self._segments[:-1], self._packed, self._beside, strict=False):
+            on_host = beside and not copied
+            key = before, after, packed, on_host
             if key not in of_kinds:
-                rate = self._rates.segment(packed, (before, after)).seconds(singles, others)
+                rate = self._rates.segment(packed, (before, after), on_host).seconds(singles, others)
                 of_kinds[key] = rate + (pairs_of_kinds[before] if before != OUTSIDE else 0.0)
             seconds.append(of_kinds[key])
         seconds.append(self._rates.head.at(asked) + pairs_of_kinds[self._columns[-1]])

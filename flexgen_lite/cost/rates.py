@@ -12,6 +12,7 @@ from typing import Any, Self
 
 SLOWER = 1.3  # times as long as plain reads, for a load not to be the disk's
 PACKED, RAW = "packed", "raw"  # weights in the order that products want, and as they are loaded
+ON_HOST = "host"  # as they are loaded, and projections are computed on the CPU beside a device
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ class AttentionRates:
 class Rates:
     """
     Attributes:
-        segments: by "packed" or "raw" and the kinds of the columns, "packed 0>1".
+        segments: by "packed", "raw" or "host" and the kinds of the columns, "packed 0>1".
         pair: of a row of a prompt and a token that it sees, by the kind of the column.
         head: of the last segment, by rows that are sampled from; without what its column costs.
         attention: by the kind of the column.
@@ -139,9 +140,11 @@ class Rates:
             return share
         return Curve(self.computes_beside_disk).at(rows) if rows < last else end
 
-    def segment(self, packed: bool, kinds: tuple[int, int]) -> SegmentRates:
-        """Of the kind, or of the one that is nearest to it of those that were measured."""
-        order = (PACKED, RAW) if packed else (RAW, PACKED)
+    def segment(self, packed: bool, kinds: tuple[int, int], on_host: bool = False) -> SegmentRates:
+        """Of the kind, or of the one that is nearest to it of those that were measured. `on_host`: with projections
+        computed on the CPU beside a device."""
+        order = [PACKED, RAW] if packed else [RAW, PACKED]
+        order = [ON_HOST, *order] if on_host else order
         for name in order:
             if (found := self.segments.get(f"{name} {kinds[0]}>{kinds[1]}")) is not None:
                 return found

@@ -88,7 +88,7 @@ class Simulator:
     def run(self, micro_batches: Sequence[MicroBatch]) -> PassTime:
         """The next pass; the third of a kind is as the second, but for those beside which KV is moved."""
         begin = self._work.begin(micro_batches)
-        batches = [self._work.of(batch) for batch in micro_batches]
+        batches = self._work.of_pass(micro_batches)
         if self._moves:
             return self._run(begin, batches)
         times = self._alike.setdefault(_kind(begin, batches), [])

@@ -31,7 +31,7 @@ from flexgen_lite.engine.worker_supervisor import WorkerSupervisor
 from flexgen_lite.memory.arena import Arena
 from flexgen_lite.memory.usage import MemoryUse, give_back_memory, resident_bytes
 from flexgen_lite.plan.machine import inspect_machine
-from flexgen_lite.plan.need import Measured, num_attention_workers
+from flexgen_lite.plan.need import DEVICE_RING, Measured, num_attention_workers
 from flexgen_lite.plan.plan import PlanError
 from flexgen_lite.queue.micro_batch import MicroBatch
 from flexgen_lite.wire import worker_messages
@@ -127,7 +127,8 @@ class Calibrator:
             rows, pages = plan.micro_batch_tokens, plan.num_pages
             several = min(2, plan.micro_batches)
             own = {"max_sequences": plan.max_sequences, "micro_batch_tokens": rows, "micro_batches": several}
-        own["cpu_projections"] = "none"  # what they take is not measured
+        if self._config.cpu_projections == "qkv":  # of no layer that stays on the device
+            own["device_slots"] = min(self._config.device_slots or DEVICE_RING, DEVICE_RING)
         while True:
             config = self._config.model_copy(update=own | {"layer_slots": slots if slots < spec.num_layers else None})
             try:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from flexgen_lite.cost.kinds import columns_to_measure, layer_kinds
 from flexgen_lite.cost.measured import BesideLoads, PassShape, PassTimes, Times
 from flexgen_lite.engine.setup import Setup
+from flexgen_lite.memory.projection_units import shares_apart
 from flexgen_lite.model.spec import ModelSpec
 from flexgen_lite.queue.micro_batch import MicroBatch, Piece
 from flexgen_lite.queue.page_table import PageTable
@@ -70,7 +71,9 @@ class Measuring:
             budget = (self._until - time.monotonic()) / (len(kinds) - number)
             passes += self._passes(order, time.monotonic() + budget)
         overlapping = self._overlapping(kinds[-1])
-        return Times(tuple(passes), self._beside_loads(passes), loads, uploads, overlapping)
+        beside, projections = self._beside_loads(passes), shares_apart(self._spec, plan.projection_layers)
+        of_kinds = {self._kinds[layer]: share for layer, share in projections.items()}
+        return Times(tuple(passes), beside, loads, uploads, overlapping, of_kinds)
 
     # ------------------------------------------------------------------------------------------------ weights
 
@@ -92,15 +95,21 @@ class Measuring:
         for unit, slot, kind in units[:-1]:
             if len(found[kind][1]) < LOADED_AGAIN:
                 found[kind][1].append(owner.load(unit, slot))
+        for number in range(len(self._plan.projection_layers)):
+            owner.load(spec.num_layers + 1 + number, len(self._plan.slot_offsets) + number)
         return {kind: tuple(again or first) for kind, (first, again) in found.items()}
 
     def _upload(self) -> dict[int, float]:
         owner, plan, spec = self._owner, self._plan, self._spec
         owner.upload(spec.num_layers, len(plan.slot_offsets) - 1, plan.device_slots)
         found: dict[int, float] = {}
-        for layer in range(min(plan.device_slots, self._num_slots)):
+        of_kinds = [self._kinds.index(kind) for kind in dict.fromkeys(self._kinds)]
+        for layer in (
+            *of_kinds,
+            *range(min(plan.device_slots, self._num_slots)),
+        ):  # passes use the latter
             for _ in range(2):
-                found[self._kinds[layer]] = owner.upload(layer, self._slot(layer), layer)
+                found[self._kinds[layer]] = owner.upload(layer, self._slot(layer), layer % plan.device_slots)
         return found
 
     def _pack(self) -> None:

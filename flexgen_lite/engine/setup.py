@@ -62,11 +62,7 @@ class Setup:
 
     @property
     def fingerprint(self) -> str:
-        """The same as long as the same prompt gets the same greedy tokens: the model's, and the type of KV."""
-        if self.kv.dtype == self.spec.dtype:
-            return self.opened.fingerprint
-        text = f"{self.opened.fingerprint} KV {self.kv.dtype}"
-        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        return fingerprint_of(self.opened, self.kv.dtype)
 
     @property
     def arena_bytes(self) -> dict[str, int]:
@@ -204,6 +200,14 @@ class Setup:
         prefix = spec.bos_token_id if spec.bos_token_id is not None else next(iter(eos), None)
         limits = Limits(spec.max_length, self.kv_tokens, spec.vocab_size, eos, prefix)
         return Requests(self.make_batcher(share_prefixes), limits, tokenizer)
+
+
+def fingerprint_of(opened: worker_messages.ModelOpened, kv_dtype: str) -> str:
+    """The same as long as the same prompt gets the same greedy tokens: the model's, and the type of KV."""
+    if kv_dtype == opened.spec.dtype:
+        return opened.fingerprint
+    text = f"{opened.fingerprint} KV {kv_dtype}"
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def order_to_open(config: EngineConfig, dtype: str) -> worker_messages.OpenModel:

@@ -20,13 +20,14 @@ from flexgen_lite.plan.disk_rate import read_rate
 from flexgen_lite.plan.machine import inspect_machine
 from flexgen_lite.text.shown import shown_path
 
-_WITHOUT_EFFECT = {
+WITHOUT_EFFECT = {
     "model", "ram", "gpu", "trace", "endpoint", "key_file", "max_sequences", "micro_batches", "micro_batch_tokens",
     "layer_slots", "device_slots", "prefix_caching", "kv_disk", "kv_disk_dir", "start_timeout", "worker_timeout",
-    "verify_weights", "cpu_projections",
+    "verify_weights",
 }  # fmt: skip
 """Keys that change what is planned, not how fast its parts are."""
 DISK_SECONDS = 1.0
+GPU_DRIVER = Path("/dev/nvidiactl")
 MOST_ROOM = 48  # as a power of two of bytes
 _SECONDS = 300.0  # for all that is measured
 
@@ -43,16 +44,23 @@ def calibrate(config: EngineConfig, on_log: Callable[[str], None] | None = None)
     return replace(found, settings=settings_of(config), rates=rates)
 
 
-def calibrated(config: EngineConfig, on_log: Callable[[str], None], again: bool = False) -> Calibration:
+def calibrated(
+    config: EngineConfig, on_log: Callable[[str], None], again: bool = False, named: str = ""
+) -> Calibration:
     """What is kept, or else measured now and kept.
 
     Args:
         again: measure, whatever is kept.
+        named: what is told of the settings.
+
+    Raises:
+        EngineError: an engine with this configuration cannot be started.
     """
     kept = None if again else known(config)
     if kept is not None:
         return kept
-    on_log(f"measuring how fast this machine is with {shown_path(config.model)}: about a minute, once")
+    of = f"{shown_path(config.model)}, {named}" if named else shown_path(config.model)
+    on_log(f"measuring how fast this machine is with {of}: about a minute, once")
     found = calibrate(config, on_log)
     with contextlib.suppress(OSError, RuntimeError):  # it is measured again the next time
         write(found, _files(config)[-1])
@@ -106,9 +114,24 @@ def write(calibration: Calibration, path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def settings_of(config: EngineConfig) -> dict[str, Any]:
-    """Keys that decide what is measured, beside the model."""
-    return {key: value for key, value in json.loads(config.to_json()).items() if key not in _WITHOUT_EFFECT}
+def settings_of(config: EngineConfig, on_gpu: bool | None = None) -> dict[str, Any]:
+    """Keys that decide what is measured, beside the model. `on_gpu`: as it came out; None: as it looks."""
+    found = {key: value for key, value in json.loads(config.to_json()).items() if key not in WITHOUT_EFFECT}
+    if found["cpu_projections"] != "qkv" or not stages_weights(config, on_gpu):
+        del found["cpu_projections"]
+    return found
+
+
+def stages_weights(config: EngineConfig, on_gpu: bool | None = None) -> bool:
+    """Whether layers are copied to a device; `on_gpu` as above."""
+    if config.stage_weights is not None:
+        return config.stage_weights
+    return not looks_like_cpu(config) if on_gpu is None else on_gpu
+
+
+def looks_like_cpu(config: EngineConfig) -> bool:
+    """Before an engine has opened its device."""
+    return config.device == "cpu" or (config.device == "auto" and not GPU_DRIVER.exists())
 
 
 def _files(config: EngineConfig) -> list[Path]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +13,13 @@ from flexgen_lite.cost.comparison import Prediction
 from flexgen_lite.cost.job import JobRequest, JobTime
 from flexgen_lite.engine.calibration import Calibration
 from flexgen_lite.launcher import calibrate
-from flexgen_lite.launcher.forecast import SHORTER, Forecaster
-from flexgen_lite.launcher.search import Policy, search
+from flexgen_lite.launcher.alternatives import Alternative
+from flexgen_lite.launcher.choice import Candidate, JobAhead, candidates, choose, of_the_rows, prospects
+from flexgen_lite.launcher.forecast import SHORTER
+from flexgen_lite.launcher.search import Policy
 from flexgen_lite.plan.machine import inspect_machine
 from flexgen_lite.plan.workload import Workload
 
-GPU_DRIVER = Path("/dev/nvidiactl")
 MET = 1 / 16  # of the bytes of weights, by a token, each for an operation
 FAST = 400e9  # operations per second, more than most processors do
 LONG_SECONDS = 120.0  # by these two, which are on the fast side: ten minutes and more in truth
@@ -28,18 +29,23 @@ LONG_SECONDS = 120.0  # by these two, which are on the fast side: ten minutes an
 class Outlook:
     """
     Attributes:
+        alternative: of those that are allowed.
         job: with the policy's settings.
         predicted: the same in short, with what would change it.
     """
 
+    alternative: Alternative
     policy: Policy
     job: JobTime
     predicted: Prediction
 
 
-def outlook(config: EngineConfig, input_file: Path, on_log: Callable[[str], None]) -> Outlook | None:
+def outlook(found: Sequence[Alternative], input_file: Path, on_log: Callable[[str], None]) -> Outlook | None:
     """None where the engine would take no line, or this machine was not calibrated with the model, which is done where
-    the job is long. Answers are taken to be as long as they may be.
+    the job is long, or where there is something to choose. Answers are taken to be as long as they may be.
+
+    Args:
+        found: what may be chosen, what is configured first.
 
     Raises:
         PlanError: the budget does not hold even the smallest plan.
@@ -49,27 +55,43 @@ def outlook(config: EngineConfig, input_file: Path, on_log: Callable[[str], None
     expected = survey(input_file)
     if expected is None:
         return None
-    calibration = calibrate.known(config)
-    if calibration is None and _is_long(config, expected):
-        calibration = calibrate.calibrated(config, on_log)
-    if calibration is None:
+    config = found[0].config
+    if len(found) == 1 and calibrate.known(config) is None and not _is_long(config, expected):
         return None
+    return _outlook(candidates(found, on_log), input_file, expected)
+
+
+def resumed(
+    found: Sequence[Alternative], input_file: Path, output_file: Path, on_log: Callable[[str], None]
+) -> Alternative:
+    """With which the rows that are there go on: what they were made with. Where that can be several, as none changes
+    what is computed, the one that would be chosen for the whole file.
+
+    Raises:
+        FileExistsError: the output has lines that are no rows of a run.
+    """
+    expected = survey(input_file)
+    if expected is None:
+        return found[0]
+    fitting = of_the_rows(candidates(found, on_log), input_file, output_file)
+    made = _outlook(fitting, input_file, expected) if len(fitting) > 1 else None
+    return fitting[0].alternative if made is None else made.alternative
+
+
+def _outlook(measured: Sequence[Candidate], input_file: Path, expected: Workload) -> Outlook | None:
+    calibration = next(one.calibration for one in measured if one.calibration is not None)
     requests = requests_of(calibration, input_file)
     if not requests:
         return None
-    forecaster = Forecaster(
-        calibration, inspect_machine(), expected, requests, calibrate.disk_now(calibration.opened.spec)
-    )
-    if calibration.opened.device_total_bytes:  # no prediction has been compared with a run on a GPU
-        policy = Policy({}, forecaster.forecast(config), 1.0)
-    else:
-        policy = search(forecaster, config)
-    job = policy.forecast.job
+    ahead = JobAhead(expected, requests, calibrate.disk_now(calibration.opened.spec), inspect_machine())
+    # No prediction has been compared with a run on a GPU.
+    chosen = choose(prospects(measured, ahead, search_on_gpu=False))
+    job = chosen.policy.forecast.job
     if job is None:
         return None
-    variants = forecaster.variants(config, policy.settings, policy.forecast)
+    variants = chosen.forecaster.variants(chosen.alternative.config, chosen.policy.settings, chosen.policy.forecast)
     changes = {one.name: one.job for one in variants if one.job is not None and one.name != SHORTER}
-    return Outlook(policy, job, Prediction.of(job, changes))
+    return Outlook(chosen.alternative, chosen.policy, job, Prediction.of(job, changes))
 
 
 def _is_long(config: EngineConfig, expected: Workload) -> bool:
@@ -78,8 +100,7 @@ def _is_long(config: EngineConfig, expected: Workload) -> bool:
     files = [folder] if folder.is_file() else [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
     weights = sum(file.stat().st_size for file in files)
     tokens = expected.sequences * expected.typical_tokens
-    on_cpu = config.device == "cpu" or (config.device == "auto" and not GPU_DRIVER.exists())
-    return on_cpu and tokens * weights * MET / FAST > LONG_SECONDS
+    return calibrate.looks_like_cpu(config) and tokens * weights * MET / FAST > LONG_SECONDS
 
 
 def requests_of(calibration: Calibration, input_file: Path) -> list[JobRequest]:

@@ -30,12 +30,12 @@ class Policy:
     Attributes:
         settings: of keys of the configuration; none: the rules' choice stands.
         forecast: of the job with them.
-        gain: times as fast as with the rules' choice.
+        gain: times as fast as with the rules' choice; None: that cannot be.
     """
 
-    settings: dict[str, int]
+    settings: dict[str, Any]
     forecast: Forecast
-    gain: float
+    gain: float | None
 
 
 def search(forecaster: Forecaster, config: EngineConfig) -> Policy:
@@ -47,7 +47,7 @@ def search(forecaster: Forecaster, config: EngineConfig) -> Policy:
     """
     until = time.monotonic() + SECONDS
     base = forecaster.forecast(config, FOLLOWED)
-    longest, best, settings = longest_sequence(base.setup), base, dict[str, int]()
+    longest, best, settings = longest_sequence(base.setup), base, dict[str, Any]()
     for _ in range(ROUNDS):
         before = dict(settings)
         for changes in _changes(config, base):
@@ -56,11 +56,11 @@ def search(forecaster: Forecaster, config: EngineConfig) -> Policy:
                     break
                 tried = settings | change
                 found = _try(forecaster, config, tried, longest)
-                if found is not None and _rate(found) > STEP * _rate(best):
+                if found is not None and rate_of(found) > STEP * rate_of(best):
                     best, settings = found, tried
         if settings == before:
             break
-    gain = _rate(best) / _rate(base)
+    gain = rate_of(best) / rate_of(base)
     if gain < WORTH or _try(forecaster, config, settings | {"ram": int(ROOM * base.setup.plan.ram)}, 0) is None:
         settings, gain = {}, 1.0  # what just fits may not when the engine starts
     return Policy(settings, forecaster.forecast(config.model_copy(update=settings)), gain)
@@ -92,7 +92,7 @@ def _try(forecaster: Forecaster, config: EngineConfig, settings: dict[str, Any],
     return None if found.job is None or longest_sequence(found.setup) < longest else found
 
 
-def _rate(found: Forecast) -> float:
+def rate_of(found: Forecast) -> float:
     """Requests per second, loading counted."""
     if found.job is None:
         raise ValueError("the engine would take none of the requests: they are too long")

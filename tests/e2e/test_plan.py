@@ -143,12 +143,8 @@ def test_parking_is_predicted(model: Path, kept: Path, tmp_path: Path) -> None:
 
 
 def test_another_machine_is_predicted_from_its_file(model: Path, cache: Path, kept: Path, tmp_path: Path) -> None:
-    values = json.loads(kept.read_bytes())
-    for rate in values["rates"]["segments"].values():
-        for name in ("prompt", "decode"):
-            rate[name]["points"] = [[x, 10 * y] for x, y in rate[name]["points"]]
     slow = tmp_path / "slow.json"
-    slow.write_text(json.dumps(values))
+    slow.write_text(json.dumps(slowed(json.loads(kept.read_bytes()))))
     flags = ("plan", "--model", model, "--ram", "1GiB", *JOB, "--json")
     done = flexgen(cache, *flags[:-1], "--machine", slow, "--quantization", "int8")
     assert done.returncode == 2 and "was measured with quantization=auto, not int8" in done.stderr
@@ -173,6 +169,102 @@ def test_what_changed_is_measured_again(kept: Path, tmp_path: Path) -> None:
         calibrate.read(old)
 
 
+@pytest.fixture(scope="module")
+def cache_of_two(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model measured as it is, which is then said to be slow, and with KV in 8 bits."""
+    cache = tmp_path_factory.mktemp("two")
+    flags = ("plan", "--model", model, "--ram", "1GiB", *JOB, "--json", "--allow", "kv_dtype=int8")
+    told = events(flexgen(cache, *flags))
+    measuring = [event["message"] for event in told if "measuring" in event.get("message", "")]
+    assert [text.partition(", ")[2] for text in measuring] == [
+        "as configured (1 of 2): about a minute, once",
+        "kv_dtype=int8 (2 of 2): about a minute, once",
+    ]
+    for file in (cache / "flexgen-lite" / "calibrations").glob("*.json"):
+        if json.loads(file.read_bytes())["settings"]["kv_dtype"] == "auto":
+            file.write_text(json.dumps(slowed(json.loads(file.read_bytes()))))
+    again = events(flexgen(cache, *flags))
+    assert not any("measuring" in event.get("message", "") for event in again)
+    assert again[-1]["policy"]["kv_dtype"] == "int8" and again[-1]["gain"] > 1.2
+    rows = {one["name"]: one.get("seconds") for one in again[-1]["with"]}
+    assert rows["kv_dtype=int8"] == again[-1]["predicted"]["seconds"] < rows["as configured"]
+    return cache
+
+
+def slowed(calibration: dict[str, Any]) -> dict[str, Any]:
+    for rate in calibration["rates"]["segments"].values():
+        for name in ("prompt", "decode"):
+            rate[name]["points"] = [[x, 10 * y] for x, y in rate[name]["points"]]
+    return calibration
+
+
+def texts(output: Path) -> dict[str, str]:
+    rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    return {row["custom_id"]: row["response"]["body"]["choices"][0]["text"] for row in rows}
+
+
+def test_what_is_allowed_is_told_of(model: Path, cache_of_two: Path) -> None:
+    done = flexgen(cache_of_two, "plan", "--model", model, "--ram", "1GiB", *JOB, "--allow", "kv_dtype=int8")
+    (policy,) = (line for line in done.stdout.splitlines() if line.startswith("policy"))
+    assert "kv_dtype=int8" in policy and "times as fast as what the plan's rules choose" in policy
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    assert any(line.startswith("kv_dtype=int8 ") and line.endswith("1.00 x") for line in lines)
+    assert any(line.startswith("as configured ") and line.endswith("x") for line in lines)
+    assert any("not measured yet: `--allow quantization=int4` does" in line for line in lines)
+    assert "KV cache" in done.stderr and "in int8" in done.stderr, "it is the plan of what was chosen"
+
+
+def test_a_run_takes_what_is_allowed_and_a_resumed_one_goes_on_with_it(
+    model: Path, cache_of_two: Path, tmp_path: Path
+) -> None:
+    requests, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    body = {"prompt": [5, 6, 7, 8], "max_tokens": 6, "temperature": 0, "ignore_eos": True}
+    rows = [{"custom_id": f"r{i}", "method": "POST", "url": "/v1/completions", "body": body} for i in range(30)]
+    requests.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    command = ("run-batch", "--model", model, "--ram", "1GiB", "-i", requests, "-o", output)
+    allow = ("--allow", "kv_dtype=int8")
+
+    def cut() -> bytes:
+        kept = b"".join(output.read_bytes().splitlines(keepends=True)[:10])
+        output.write_bytes(kept)
+        return kept
+
+    done = flexgen(cache_of_two, *command, *allow)
+    assert done.returncode == 0 and "policy    kv_dtype=int8" in done.stderr and "in int8" in done.stderr
+    whole, kept = texts(output), cut()
+    done = flexgen(cache_of_two, *command, *allow)
+    assert done.returncode == 0 and "going on with kv_dtype=int8" in done.stderr and "in int8" in done.stderr
+    assert output.read_bytes().startswith(kept) and texts(output) == whole
+    cut()
+    done = flexgen(cache_of_two, *command)
+    assert done.returncode == 2 and "answers another request" in done.stderr, "the two are not mixed"
+
+    output.unlink()
+    assert flexgen(cache_of_two, *command).returncode == 0
+    whole, kept = texts(output), cut()
+    done = flexgen(cache_of_two, *command, *allow)
+    assert done.returncode == 0 and "going on with" not in done.stderr, "rows are as configured, slow as that is"
+    assert output.read_bytes().startswith(kept) and texts(output) == whole
+
+
+def test_projections_go_to_the_cpu_where_that_was_measured(model: Path, tmp_path: Path) -> None:
+    flags = ("plan", "--model", model, "--ram", "1GiB", "--device", "cpu", "--set", "stage_weights=true", "--json")
+    flags = (*flags, *JOB)
+    told = events(flexgen(tmp_path, *flags))[-1]
+    (row,) = (one for one in told["with"] if one["name"] == "cpu_projections=qkv")
+    assert row["problem"] == "not measured yet: `--allow cpu_projections=qkv` does" and told["policy"] == {}
+    told = events(flexgen(tmp_path, *flags, "--allow", "cpu_projections=qkv"))[-1]
+    names = [one["name"] for one in told["with"] if "cpu_projections" in one["name"]]
+    assert names == ["cpu_projections=qkv"]
+    for file in (tmp_path / "flexgen-lite" / "calibrations").glob("*.json"):
+        if "cpu_projections" not in json.loads(file.read_bytes())["settings"]:
+            file.write_text(json.dumps(slowed(json.loads(file.read_bytes()))))
+    told = events(flexgen(tmp_path, *flags))[-1]
+    assert told["policy"]["cpu_projections"] == "qkv", "auto is the better of both, once they are known"
+    told = events(flexgen(tmp_path, *flags, "--set", "cpu_projections=none"))[-1]
+    assert "cpu_projections" not in told["policy"], "what is given is left as it is"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -180,6 +272,9 @@ def test_what_changed_is_measured_again(kept: Path, tmp_path: Path) -> None:
         ((*JOB, "-i", "x.jsonl"), "--requests and -i exclude each other"),
         (("-i", "x.jsonl"), "x.jsonl"),
         (("--requests", "3", "--prompt-tokens", "100000"), "would take none of the requests"),
+        (("--allow", "kv_dtype=int8"), "--allow chooses what a job would be fastest with"),
+        ((*JOB, "--allow", "kv_dtype=int8", "--machine", "x.json"), "--allow and --machine exclude each other"),
+        ((*JOB, "--allow", "kv_dtype=int9"), "kv_dtype='int9' is not allowed"),
     ],
 )
 def test_what_cannot_be_planned(model: Path, cache: Path, kept: Path, arguments: tuple[str, ...], said: str) -> None:

@@ -38,7 +38,9 @@ def test_every_kind_of_column_is_measured(family: str, tmp_path: Path) -> None:
     config = EngineConfig(model=str(model), ram="1GiB", **OPTIONS[family])
     found = calibrate(config)
     spec, rates = found.opened.spec, found.rates
-    orders = ("raw",) if config.stage_weights else ("packed", "raw")
+    projected = config.cpu_projections == "qkv"
+    orders = ("packed", "raw") if not config.stage_weights else ("raw", "host") if projected else ("raw",)
+    assert {name.partition(" ")[0] for name in rates.segments} == set(orders)
     assert columns_to_measure(spec, 100) <= 16
     for order in orders:
         for before, after in segment_kinds(spec)[:-1]:
@@ -54,11 +56,26 @@ def test_every_kind_of_column_is_measured(family: str, tmp_path: Path) -> None:
         passes = engine.status().totals["passes"]
     requests = [JobRequest(len(prompt), 6, 6) for prompt in prompts]
     forecast = Forecaster(found, inspect_machine(), None, requests).forecast(config)
-    assert len(forecast.setup.plan.projection_layers) == (4 if config.cpu_projections == "qkv" else 0)
+    assert len(forecast.setup.plan.projection_layers) == (4 if projected else 0)
     _check_projections(forecast.setup, rates)
     job = forecast.job
     assert job is not None and passes - 2 <= job.passes <= passes, "a busy machine may begin before all have come"
     assert 0.001 < job.seconds < 100 and job.done_at[-1] == pytest.approx(job.seconds)
+
+
+def test_projections_on_the_cpu_are_predicted_as_they_run(tmp_path: Path) -> None:
+    """A job of single tokens, but for its first pass, with the CPU in the device's place."""
+    model, most = make_model("llama", tmp_path), 4.0  # times as long, or as short, on a busy machine
+    prompts = [[5 + n, 6, 7] for n in range(24)]
+    for chosen in ("none", "qkv"):
+        settings: dict[str, Any] = {"stage_weights": True, "device": "cpu", "cpu_projections": chosen, "ram": "1GiB"}
+        config = EngineConfig(model=str(model), **settings)
+        found = calibrate(config)
+        with FlexGenLite(str(model), **settings) as engine:
+            engine.generate(prompts, SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True))
+            totals = engine.status().totals
+        job = Forecaster(found, inspect_machine(), None, [JobRequest(3, 40, 40)] * 24).forecast(config).job
+        assert job is not None and 1 / most < job.seconds / totals["busy_seconds"] < most
 
 
 def _check_projections(setup: Setup, rates: Rates) -> None:

@@ -16,16 +16,13 @@ from collections.abc import Callable, Iterable, Sequence, Set
 import torch
 from torch import nn
 
+from flexgen_lite.memory.projection_units import MOST_PROMPT_ROWS
 from flexgen_lite.model.spec import UnitSpec
 from flexgen_lite.wire.worker_messages import TokenBatch
 from flexgen_lite.workers.compute.device import Device
 from flexgen_lite.workers.compute.products import on_cpu
 from flexgen_lite.workers.compute.trial import TextPath
 from flexgen_lite.workers.model.weight_map import Binding
-
-MOST_PROMPT_ROWS = 64
-"""Of a pass whose projections are computed on the CPU. A product of R rows with weights of 16 bits takes as long as
-copying them where R = FLOP/s over bytes/s: 16 to 64 for 0.4 to 1.6 TFLOP/s beside PCIe at 25 GB/s."""
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 

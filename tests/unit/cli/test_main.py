@@ -156,6 +156,8 @@ def test_engine_flags_have_no_place_beside_an_endpoint(tmp_path: Path, requests:
     code, text = run(*args, "--set", "layer_slots=3")
     assert code == 2
     assert "--set, --ram cannot change the running engine at --endpoint" in text
+    code, text = run(*args[:-2], "--allow", "kv_dtype=int8")
+    assert code == 2 and "--allow cannot change the running engine at --endpoint" in text
 
 
 def test_no_engine_at_the_endpoint(tmp_path: Path, requests: Path) -> None:

@@ -49,6 +49,9 @@ class FixedWork:
     def begin(self, micro_batches: list[MicroBatch]) -> float:
         return self._begin
 
+    def of_pass(self, micro_batches: list[MicroBatch]) -> list[MicroBatchWork]:
+        return [self.of(batch) for batch in micro_batches]
+
     def of(self, batch: MicroBatch) -> MicroBatchWork:
         return self.batches[batch.num_rows]
 

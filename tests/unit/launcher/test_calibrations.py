@@ -27,6 +27,18 @@ def test_what_was_measured_with_more_memory_comes_first(tmp_path: Path, monkeypa
     assert whole not in calibrate._files(config(tmp_path, ram=3 * GIB, dtype="float32"))
 
 
+def test_projections_on_the_cpu_are_measured_where_weights_are_staged(tmp_path: Path) -> None:
+    plain, staged = config(tmp_path, device="cpu"), config(tmp_path, device="cpu", stage_weights=True)
+    projected = {one: one.model_copy(update={"cpu_projections": "qkv"}) for one in (plain, staged)}
+    none = staged.model_copy(update={"cpu_projections": "none"})
+    assert calibrate._files(projected[plain]) == calibrate._files(plain)
+    assert calibrate._files(none) == calibrate._files(staged) != calibrate._files(projected[staged])
+    assert calibrate.settings_of(projected[staged])["cpu_projections"] == "qkv"
+    assert "cpu_projections" not in calibrate.settings_of(projected[plain])
+    on_gpu = config(tmp_path, device="cuda", cpu_projections="qkv")
+    assert calibrate.settings_of(on_gpu) == calibrate.settings_of(on_gpu, True) != calibrate.settings_of(on_gpu, False)
+
+
 @pytest.mark.parametrize(
     ("device", "sequences", "is_long"),
     [("cpu", 200_000, True), ("cpu", 1000, False), ("cuda", 200_000, False)],
