@@ -33,6 +33,7 @@ SHORT_CONTEXT, LONG_CONTEXT = 32, 1024
 SECONDS = 36.0  # for all passes but those that are needed
 LONGEST_PASS = 8.0
 LOADED_AGAIN = 8  # units at most, of each kind
+LOADS = 3  # into a slot: at the first memory is taken, at the second large pages are
 KV_BYTES = 1 << 30  # of what is attended to: memory is taken when it is first read
 LONG_SEQUENCES = 64  # with long contexts, at most
 STATES_BYTES = 1 << 30  # of sequences whose rows are measured: memory is taken when they are first written
@@ -85,16 +86,17 @@ class Measuring:
         return same[layer % len(same)] if same else 0
 
     def _load(self) -> dict[int, tuple[float, ...]]:
-        """The first time memory is taken as well: the second time counts, but of what is outside the layers."""
+        """Of LOADS into a slot the last counts, but of what is outside the layers."""
         owner, spec = self._owner, self._spec
         found: dict[int, list[list[float]]] = {}
         units = [(layer, layer, self._kinds[layer]) for layer in range(min(self._num_slots, spec.num_layers))]
         units.append((spec.num_layers, len(self._plan.slot_offsets) - 1, -1))
         for unit, slot, kind in units:
             found.setdefault(kind, [[], []])[0].append(owner.load(unit, slot))
-        for unit, slot, kind in units[:-1]:
+        spare = units[-2:-1]
+        for unit, slot, kind in (*spare, *units[:-2]):  # the spare slot is loaded into again later
             if len(found[kind][1]) < LOADED_AGAIN:
-                found[kind][1].append(owner.load(unit, slot))
+                found[kind][1].append([owner.load(unit, slot) for _ in range(LOADS - 1)][-1])
         for number in range(len(self._plan.projection_layers)):
             owner.load(spec.num_layers + 1 + number, len(self._plan.slot_offsets) + number)
         return {kind: tuple(again or first) for kind, (first, again) in found.items()}
@@ -104,10 +106,8 @@ class Measuring:
         owner.upload(spec.num_layers, len(plan.slot_offsets) - 1, plan.device_slots)
         found: dict[int, float] = {}
         of_kinds = [self._kinds.index(kind) for kind in dict.fromkeys(self._kinds)]
-        for layer in (
-            *of_kinds,
-            *range(min(plan.device_slots, self._num_slots)),
-        ):  # passes use the latter
+        used = range(min(plan.device_slots, self._num_slots))  # by passes
+        for layer in (*of_kinds, *used):
             for _ in range(2):
                 found[self._kinds[layer]] = owner.upload(layer, self._slot(layer), layer % plan.device_slots)
         return found

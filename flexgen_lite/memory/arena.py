@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
+import sys
 import tempfile
+
+Memory = memoryview | mmap.mmap
+LARGE_PAGE = 2 << 20
+_MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000  # of Linux
+_MADV_POPULATE_WRITE, _MADV_COLLAPSE = 23, 25  # since 5.14, and 6.1
+_READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class Arena:
@@ -33,11 +45,50 @@ class Arena:
             self.fd = -1
 
 
-def map_arena(fd: int, size: int) -> mmap.mmap:
-    """Maps `size` bytes of an inherited arena, shared and writable; its pages are taken when they are first touched."""
+def map_arena(fd: int, size: int) -> memoryview:
+    """Maps `size` bytes of an inherited arena, shared and writable; its pages are taken when they are first touched.
+    It begins at a multiple of LARGE_PAGE where that can be had."""
     actual = os.fstat(fd).st_size
     if actual < size:
         raise ValueError(f"arena has {actual} bytes, {size} expected")
-    return mmap.mmap(
-        fd, max(size, mmap.PAGESIZE) if size == 0 else size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE
-    )
+    if sys.platform != "linux" or size < LARGE_PAGE:
+        return memoryview(mmap.mmap(fd, max(size, mmap.PAGESIZE) if size == 0 else size, mmap.MAP_SHARED, _READ_WRITE))
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    room = mmap.mmap(-1, size + LARGE_PAGE, flags, _READ_WRITE)
+    start = -_address(room) % LARGE_PAGE
+    place = _address(room) + start
+    if _libc.mmap(place, size, _READ_WRITE, mmap.MAP_SHARED | _MAP_FIXED, fd, 0) != place:
+        code = ctypes.get_errno()
+        raise OSError(code, f"mapping {size} bytes of an arena: {os.strerror(code)}")
+    return memoryview(room)[start : start + size]
+
+
+def take_large_pages(memory: Memory, offset: int, num_bytes: int) -> bool:
+    """Has the memory that these bytes are in consist of large pages, as far as the system has any; whether it has.
+
+    It is taken by that. Processors find their way in it faster, and disks write to it in fewer pieces: a virtual disk
+    up to a third faster than to small pages that lie scattered.
+    """
+    if sys.platform != "linux":
+        return False
+    begin, end = _address(memory), _address(memory) + len(memory)
+    first, last = begin + offset, begin + offset + num_bytes
+    first, last = first - first % LARGE_PAGE, last + -last % LARGE_PAGE
+    first, last = max(first, begin + -begin % LARGE_PAGE), min(last, end - end % LARGE_PAGE)
+    if first >= last:
+        return False
+    for place in range(first - begin, last - begin, LARGE_PAGE):
+        memory[place]  # what is to become large has to have something
+    return bool(_libc.madvise(first, last - first, _MADV_COLLAPSE) == 0)
+
+
+def take_pages(memory: Memory, offset: int, num_bytes: int) -> None:
+    """Has the memory taken, in large pages if there are any: a first touch costs several times what a copy does."""
+    if not take_large_pages(memory, offset, num_bytes) and sys.platform == "linux":
+        first = _address(memory) + offset
+        first -= first % mmap.PAGESIZE
+        _libc.madvise(first, _address(memory) + offset + num_bytes - first, _MADV_POPULATE_WRITE)
+
+
+def _address(memory: Memory) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))

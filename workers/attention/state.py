@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import mmap
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flexgen_lite.memory import exchange as exchange_layout
+from flexgen_lite.memory.arena import Memory, take_pages
 from flexgen_lite.memory.kv_layout import KV_ITEM_BYTES, hadamard_orders
 from flexgen_lite.model.spec import ITEM_BYTES, first_seen
 from flexgen_lite.wire.arena_specs import PageRun
@@ -21,14 +21,12 @@ from flexgen_lite.workers.attention import kernels, layout
 from flexgen_lite.workers.simd import LANES
 from flexgen_lite.workers.team import Job, Team
 
-Memory = memoryview | mmap.mmap
 Ints = npt.NDArray[np.int64]
 
 STORAGE: dict[str, npt.DTypeLike] = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.uint16}
 KINDS = {"float32": np.float32(0), "bfloat16": np.uint16(0), "float16": np.int16(0), "int8": np.int8(0)}  # see simd.py
 PREFAULT_BYTES, PREFAULT_SHARE = 2 << 30, 0.125
 PREFAULT_STEP = 32 << 20  # at a time
-MADV_POPULATE_WRITE = 23
 UNITS_PER_THREAD = 8  # sequences longer than this share of a micro-batch are split into their chunks
 
 
@@ -114,19 +112,13 @@ class AttentionState:
         self._run(self._batches[message.micro_batch], self._shapes[message.column], self._keys[message.column])
 
     def prefault(self, stop: threading.Event) -> None:
-        """Takes memory for the pages that are used first, until `stop`: a first touch costs several times what a copy
-        does. At most PREFAULT_BYTES and PREFAULT_SHARE of the arena."""
-        if not isinstance(self._memory_of_kv, mmap.mmap):
-            return
+        """Takes memory for the pages that are used first, until `stop`; at most PREFAULT_BYTES, and PREFAULT_SHARE of
+        the arena."""
         size, begin = self._attach.kv.arena_bytes, self._attach.first_page * self._attach.kv.page_bytes
-        begin = begin // mmap.PAGESIZE * mmap.PAGESIZE
         for start in range(begin, begin + min(PREFAULT_BYTES, int(size * PREFAULT_SHARE)), PREFAULT_STEP):
             if stop.is_set() or start >= size:
                 return
-            try:
-                self._memory_of_kv.madvise(MADV_POPULATE_WRITE, start, min(PREFAULT_STEP, size - start))
-            except OSError:  # an older kernel: they come when they are touched
-                return
+            take_pages(self._memory_of_kv, start, min(PREFAULT_STEP, size - start))
 
     def _run(self, batch: _Batch, shape: layout.Shape, key: _Key) -> None:
         kv, region, scratch = self._kv.ctypes.data, batch.region, self._scratch

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flexgen_lite.memory.arena import map_arena
+from flexgen_lite.memory.arena import map_arena, take_large_pages
 from flexgen_lite.memory.projection_units import units_of
 from flexgen_lite.memory.usage import give_back_memory, resident_bytes
 from flexgen_lite.model.spec import UnitSpec
@@ -138,7 +138,10 @@ class ComputeWorker(serve.Worker):
 
     def _map(self, name: str, size: int) -> torch.Tensor:
         assert self._device is not None
-        arena = torch.frombuffer(map_arena(self._context.arenas[name], size), dtype=torch.uint8)
+        memory = map_arena(self._context.arenas[name], size)
+        if self._device.total_bytes:
+            take_large_pages(memory, 0, size)  # what is locked can no longer be moved into them
+        arena = torch.frombuffer(memory, dtype=torch.uint8)
         warning = self._device.page_lock(arena)
         if warning:
             print(warning, flush=True)

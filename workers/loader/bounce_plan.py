@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from flexgen_lite.memory.arena import Memory
 from flexgen_lite.model.files import CheckpointError
 from flexgen_lite.model.spec import ITEM_BYTES, SourcePiece, StoredPart, TensorSpec, UnitSpec
 from flexgen_lite.workers.loader.lines import Lines
@@ -60,7 +61,7 @@ class Chunk:
     others: tuple[Bits, ...] = ()  # what `part.others` names
     name: str = ""  # of the source
 
-    def convert(self, bounce: mmap.mmap, bounce_offset: int, arena: mmap.mmap, slot_offset: int) -> None:
+    def convert(self, bounce: mmap.mmap, bounce_offset: int, arena: Memory, slot_offset: int) -> None:
         """Put the chunk, whose bytes are at `bounce_offset`, in its place."""
         source, source_dtype = self._source(bounce, bounce_offset)
         if self.packed is not None:

@@ -6,13 +6,13 @@ begins at an element chosen by the tensor's name and unit: the same in every run
 
 from __future__ import annotations
 
-import mmap
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from flexgen_lite.memory.arena import Memory
 from flexgen_lite.model.packing import Packing
 from flexgen_lite.model.spec import ITEM_BYTES, TensorSpec, UnitSpec
 from flexgen_lite.workers.loader.weight_cast import Bits, bits_type
@@ -68,7 +68,7 @@ class DummyWeights:
                 length = min(FILL_BYTES, tensor.num_bytes - start)
                 yield Fill(tensor.dtype, tensor.offset + start, length, shift, value)
 
-    def write(self, fill: Fill, arena: mmap.mmap, slot_offset: int) -> int:
+    def write(self, fill: Fill, arena: Memory, slot_offset: int) -> int:
         count = fill.num_bytes // ITEM_BYTES[fill.dtype]
         target = np.ndarray((count,), bits_type(fill.dtype), arena, slot_offset + fill.offset)
         if fill.phase is None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from flexgen_lite.memory.arena import Memory
 from flexgen_lite.memory.kv_layout import BLOCK_BYTES, BOUNCE_BYTES
 from flexgen_lite.wire.kv_on_disk import (
     BlockOnDisk,
@@ -57,8 +58,8 @@ class KvDisk:
     def __init__(
         self,
         spec: KvDiskSpec,
-        kv: mmap.mmap,
-        states: mmap.mmap | None,
+        kv: Memory,
+        states: Memory | None,
         parked: int,
         post: Callable[[KvMoved | PrefixesOpened], None],
     ) -> None:

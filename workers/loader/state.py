@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import mmap
 import queue
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 
+from flexgen_lite.memory.arena import Memory, take_large_pages
 from flexgen_lite.model.files import CheckpointError
 from flexgen_lite.wire.worker_messages import AttachLoader, Load
 from flexgen_lite.workers.loader.bounce_plan import Batch, plan_batches
@@ -29,7 +31,7 @@ class LoaderState:
     most 4 MiB per thread.
     """
 
-    def __init__(self, attach: AttachLoader, arena: mmap.mmap) -> None:
+    def __init__(self, attach: AttachLoader, arena: Memory) -> None:
         if attach.load_format not in ("auto", "dummy"):
             raise ValueError(f"load_format {attach.load_format!r}: it must be auto or dummy")
         if any(offset % mmap.PAGESIZE for offset in attach.slot_offsets):
@@ -45,6 +47,7 @@ class LoaderState:
         self._chunk_bytes = min(MAX_CHUNK_BYTES, BOUNCE_BYTES // attach.threads // mmap.PAGESIZE * mmap.PAGESIZE)
         self._bounces: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
         self._num_bounces = 0
+        self._fillings: Counter[int] = Counter()  # of each slot
 
     def close(self) -> None:
         """Stop the threads and let go of the files and the arena."""
@@ -61,6 +64,9 @@ class LoaderState:
                 f"unit {order.unit} ({unit.num_bytes} bytes) does not fit the arena at slot "
                 f"{order.slot} ({slot_offset})"
             )
+        if self._fillings[order.slot] == 1:  # those that are filled once are not worth it
+            take_large_pages(self._arena, slot_offset, unit.num_bytes)
+        self._fillings[order.slot] += 1
         if self._dummy is not None:
             return self._run(self._fill_tasks(self._dummy, order.unit, slot_offset))
         batches = self._batches.get(order.unit)

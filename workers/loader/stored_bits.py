@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from flexgen_lite.memory.arena import Memory
 from flexgen_lite.model.files import CheckpointError
 from flexgen_lite.model.formats.layers import FLOATS
 from flexgen_lite.model.packing import COLUMNS, Packing, num_blocks
@@ -64,7 +65,7 @@ class ChunkOfBits:
     locks: tuple[threading.Lock, ...]
     name: str
 
-    def convert(self, bounce: mmap.mmap, bounce_offset: int, arena: mmap.mmap, slot_offset: int) -> None:
+    def convert(self, bounce: mmap.mmap, bounce_offset: int, arena: Memory, slot_offset: int) -> None:
         """Put the chunk, whose bytes are at `bounce_offset`, in its place."""
         packing = self.packed.packing
         count, _, width = packing.dimensions(self.packed.shape)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import mmap
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from flexgen_lite.memory.arena import Memory
 from flexgen_lite.model.packing import ZERO_BYTES, Packing
 from flexgen_lite.model.spec import ITEM_BYTES, TensorSpec
 from flexgen_lite.workers.loader.weight_cast import Bits, bits_type, copy_cast
@@ -54,7 +54,7 @@ class PackedTensor:
         return None
 
     def fill(
-        self, source: Bits, source_dtype: str, offset: int, strides: tuple[int, ...], arena: mmap.mmap, slot_offset: int
+        self, source: Bits, source_dtype: str, offset: int, strides: tuple[int, ...], arena: Memory, slot_offset: int
     ) -> None:
         """Packs a part of the tensor; `offset` and `strides` say where its elements would be in 16 bits."""
         from flexgen_lite.workers.loader.quantise_kernels import LANES, SCRATCH_ROWS, quantise
@@ -88,7 +88,7 @@ class PackedTensor:
                 packing.group, packing.order == "int8", columns, width, values, scales, zeros, scratch,
             )  # fmt: skip
 
-    def parts(self, arena: mmap.mmap, slot_offset: int, count: int) -> PackedParts:
+    def parts(self, arena: Memory, slot_offset: int, count: int) -> PackedParts:
         """Of the `count` weights of the tensor."""
         packing, shape, start = self.packing, self.shape, slot_offset + self.offset
         scales, factors = count * packing.num_scales(shape), count * packing.num_factors(shape)
@@ -102,7 +102,7 @@ class PackedTensor:
             np.ndarray(lows, factor, arena, start + packing.lows_at(shape)),
         )
 
-    def order(self, arena: mmap.mmap, slot_offset: int) -> Bits:
+    def order(self, arena: Memory, slot_offset: int) -> Bits:
         """The numbers of the inputs, `[E, K]`, where they are sorted by group."""
         count, _, width = self.packing.dimensions(self.shape)
         start = slot_offset + self.offset + self.packing.order_at(self.shape)

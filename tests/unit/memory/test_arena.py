@@ -1,0 +1,108 @@
+"""Arenas as processes map them, in pages that may be large."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flexgen_lite.memory import arena as arenas
+from flexgen_lite.memory.arena import LARGE_PAGE, Arena, map_arena, take_large_pages, take_pages
+
+SIZE = 3 * LARGE_PAGE + 5 * mmap.PAGESIZE
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="large pages are asked for as Linux has it")
+
+
+@pytest.fixture
+def arena() -> Iterator[Arena]:
+    made = Arena("test")
+    made.resize(SIZE)
+    yield made
+    made.close()
+
+
+def address(memory: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+@pytest.mark.parametrize("size", [0, mmap.PAGESIZE, LARGE_PAGE - 1, LARGE_PAGE, SIZE - 1, SIZE])
+def test_what_one_writes_the_other_reads(arena: Arena, size: int) -> None:
+    one, other = map_arena(arena.fd, size), map_arena(arena.fd, size)
+    assert len(one) == max(size, 1) or (size == 0 and len(one) == mmap.PAGESIZE)
+    for place in {0, size // 2, size - 1} if size else set():
+        one[place] = 7
+        assert other[place] == 7
+    if size >= LARGE_PAGE and sys.platform == "linux":
+        assert address(one) % LARGE_PAGE == address(other) % LARGE_PAGE == 0
+
+
+def test_more_than_there_is(arena: Arena) -> None:
+    with pytest.raises(ValueError, match=f"arena has {SIZE} bytes, {SIZE + 1} expected"):
+        map_arena(arena.fd, SIZE + 1)
+
+
+@on_linux
+def test_a_mapping_goes_with_the_last_that_looks_at_it(arena: Arena) -> None:
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text(encoding="ascii").count("memfd:flexgen-lite-test")
+
+    memory = map_arena(arena.fd, SIZE)
+    part = memory[LARGE_PAGE:]
+    del memory
+    assert mapped() == 1
+    part[0] = 1
+    del part
+    assert mapped() == 0
+
+
+@pytest.mark.parametrize(
+    ("offset", "num_bytes"),
+    [
+        (0, SIZE),
+        (0, 1),
+        (SIZE - 1, 1),
+        (LARGE_PAGE - 1, 2),
+        (mmap.PAGESIZE, LARGE_PAGE),
+        (2 * LARGE_PAGE + 1, LARGE_PAGE),
+    ],
+)
+@pytest.mark.parametrize("take", [take_large_pages, take_pages])
+def test_contents_stay(arena: Arena, offset: int, num_bytes: int, take: object) -> None:
+    memory, other = map_arena(arena.fd, SIZE), map_arena(arena.fd, SIZE)
+    content = bytes(range(251)) * (SIZE // 251 + 1)
+    memory[:] = content[:SIZE]
+    take(memory, offset, num_bytes)  # type: ignore[operator]
+    assert bytes(other) == content[:SIZE]
+    other[offset] = 255 - other[offset]
+    assert memory[offset] == 255 - content[offset]
+
+
+@on_linux
+def test_where_the_system_has_none(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is taken all the same, in small pages."""
+    asked, real = [], arenas._libc.madvise
+
+    def madvise(place: int, size: int, advice: int) -> int:
+        asked.append(advice)
+        return -1 if advice == arenas._MADV_COLLAPSE else int(real(place, size, advice))
+
+    monkeypatch.setattr(arenas._libc, "madvise", madvise)
+    memory = map_arena(arena.fd, SIZE)
+    assert not take_large_pages(memory, 0, SIZE)
+    take_pages(memory, 0, SIZE)
+    assert asked == [arenas._MADV_COLLAPSE, arenas._MADV_COLLAPSE, arenas._MADV_POPULATE_WRITE]
+    assert bytes(memory) == bytes(SIZE)
+
+
+@on_linux
+def test_pages_are_large_where_the_system_has_any(arena: Arena) -> None:
+    memory = map_arena(arena.fd, SIZE)
+    if not take_large_pages(memory, 0, SIZE):
+        pytest.skip("the system has no large pages for shared memory, or none that are free")
+    lines = Path("/proc/self/smaps").read_text(encoding="ascii").split("memfd:flexgen-lite-test")[1].splitlines()
+    large = next(int(line.split()[1]) for line in lines if line.startswith("ShmemPmdMapped"))
+    assert large << 10 == 3 * LARGE_PAGE
