@@ -16,6 +16,7 @@ from flexgen_lite.text.shown import shown_text
 
 MOST = 8  # combinations: each takes a minute to measure, once
 SEARCHED = ("max_sequences", "micro_batches", "micro_batch_tokens", "layer_slots")
+OTHER_ANSWERS = ("dtype", "kv_dtype", "activations", "quantization")  # these decide what is computed, by its beginning
 NO_CHOICE = ("load_format", "max_model_len")  # other weights, or requests that are refused: nothing is faster for that
 
 
@@ -29,6 +30,10 @@ class Alternative:
 
     settings: Mapping[str, Any]
     config: EngineConfig
+
+    @property
+    def changes_answers(self) -> bool:
+        return any(key.startswith(OTHER_ANSWERS) for key in self.settings)
 
     def __str__(self) -> str:
         return settings_text(self.settings) or "as configured"

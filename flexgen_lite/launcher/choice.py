@@ -21,6 +21,8 @@ from flexgen_lite.launcher.search import WORTH, Policy, rate_of, search
 from flexgen_lite.plan.machine import Machine
 from flexgen_lite.plan.workload import Workload
 
+WORTH_OTHER_ANSWERS = 1.1  # times as fast
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
@@ -141,7 +143,8 @@ def prospects(measured: Sequence[Candidate], job: JobAhead, search_on_gpu: bool 
 
 
 def choose(found: Sequence[Prospect], beside: Sequence[Prospect] = ()) -> Choice:
-    """The fastest, if it is faster than what is configured by more than predictions are worth.
+    """The fastest of those that are faster than what is configured by more than predictions are worth, or other answers
+    are.
 
     Args:
         found: the first is what is configured.
@@ -152,9 +155,8 @@ def choose(found: Sequence[Prospect], beside: Sequence[Prospect] = ()) -> Choice
         EngineError: what is configured could not be measured, and no other will do.
     """
     configured = found[0]
-    best = max(found, key=lambda one: one.rate)
-    if best.rate < WORTH * configured.rate:
-        best = configured
+    faster = [one for one in found[1:] if one.rate > 0 and one.rate >= _worth(one.alternative) * configured.rate]
+    best = max(faster, key=lambda one: one.rate, default=configured)
     if best.policy is None or best.forecaster is None:
         assert configured.error is not None, "there is a reason"
         raise configured.error
@@ -164,6 +166,10 @@ def choose(found: Sequence[Prospect], beside: Sequence[Prospect] = ()) -> Choice
     policy = Policy({**best.alternative.settings, **best.policy.settings}, best.policy.forecast, gain)
     rows = tuple(_row(one) for one in (*(found if len(found) > 1 else ()), *beside))
     return Choice(best.alternative, best.forecaster, policy, rows)
+
+
+def _worth(one: Alternative) -> float:
+    return WORTH_OTHER_ANSWERS if one.changes_answers else WORTH
 
 
 def _row(one: Prospect) -> Variant:

@@ -63,6 +63,15 @@ def map_arena(fd: int, size: int) -> memoryview:
     return memoryview(room)[start : start + size]
 
 
+def make_buffer(num_bytes: int) -> memoryview:
+    """Memory of this process alone, for reads past the page cache: in large pages, if there are any."""
+    room = mmap.mmap(-1, num_bytes + LARGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, _READ_WRITE)
+    start = -_address(room) % LARGE_PAGE
+    memory = memoryview(room)[start : start + num_bytes]
+    take_pages(memory, 0, num_bytes)
+    return memory
+
+
 def take_large_pages(memory: Memory, offset: int, num_bytes: int) -> bool:
     """Has the memory that these bytes are in consist of large pages, as far as the system has any; whether it has.
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import random
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from flexgen_lite.memory.arena import map_arena, take_pages
 
 READ_BYTES = 8 << 20
 READS = 4  # in flight, as the loader has them
@@ -49,11 +50,9 @@ def read_rate(files: Sequence[Path], seconds: float, reads: int = READS) -> tupl
 
 
 def _buffers(count: int) -> tuple[int, list[memoryview]]:
-    """Of READ_BYTES each, in a memfd of pages that were touched, as arenas are: what a read costs differs with that."""
+    """Of READ_BYTES each, in a memfd in large pages, as slots of weights are: what a read costs differs with that."""
     descriptor = os.memfd_create("flexgen-lite reads", os.MFD_CLOEXEC)
     os.truncate(descriptor, count * READ_BYTES)
-    memory = mmap.mmap(descriptor, count * READ_BYTES)
-    for at in range(0, len(memory), mmap.PAGESIZE):
-        memory[at] = 1
-    whole = memoryview(memory)
-    return descriptor, [whole[at : at + READ_BYTES] for at in range(0, len(whole), READ_BYTES)]
+    memory = map_arena(descriptor, count * READ_BYTES)
+    take_pages(memory, 0, len(memory))
+    return descriptor, [memory[at : at + READ_BYTES] for at in range(0, len(memory), READ_BYTES)]

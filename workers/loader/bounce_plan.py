@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import mmap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +60,7 @@ class Chunk:
     others: tuple[Bits, ...] = ()  # what `part.others` names
     name: str = ""  # of the source
 
-    def convert(self, bounce: mmap.mmap, bounce_offset: int, arena: Memory, slot_offset: int) -> None:
+    def convert(self, bounce: Memory, bounce_offset: int, arena: Memory, slot_offset: int) -> None:
         """Put the chunk, whose bytes are at `bounce_offset`, in its place."""
         source, source_dtype = self._source(bounce, bounce_offset)
         if self.packed is not None:
@@ -77,7 +76,7 @@ class Chunk:
         )
         copy_cast(apply_views(source, self.views), source_dtype, target, self.target_dtype)
 
-    def _source(self, bounce: mmap.mmap, bounce_offset: int) -> tuple[Bits, str]:
+    def _source(self, bounce: Memory, bounce_offset: int) -> tuple[Bits, str]:
         """The items' bits, and what they are."""
         if self.part is None:
             return np.ndarray(self.source_shape, bits_type(self.source_dtype), bounce, bounce_offset), self.source_dtype

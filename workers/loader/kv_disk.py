@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import queue
 import struct
 import threading
@@ -12,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flexgen_lite.memory.arena import Memory
+from flexgen_lite.memory.arena import Memory, make_buffer
 from flexgen_lite.memory.kv_layout import BLOCK_BYTES, BOUNCE_BYTES
 from flexgen_lite.wire.kv_on_disk import (
     BlockOnDisk,
@@ -71,7 +70,7 @@ class KvDisk:
         self._parked = DirectFile(parked)
         self._prefixes: PrefixFile | None = None
         self._post = post
-        self._bounce = memoryview(mmap.mmap(-1, max(BOUNCE_BYTES // spec.slot_bytes, 1) * spec.slot_bytes))
+        self._bounce = make_buffer(max(BOUNCE_BYTES // spec.slot_bytes, 1) * spec.slot_bytes)
         self._orders: queue.SimpleQueue[MoveKv | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="KV on disk", daemon=True)
         self._thread.start()

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 
-from flexgen_lite.memory.arena import Memory, take_large_pages
+from flexgen_lite.memory.arena import Memory, make_buffer, take_large_pages
 from flexgen_lite.model.files import CheckpointError
 from flexgen_lite.wire.worker_messages import AttachLoader, Load
 from flexgen_lite.workers.loader.bounce_plan import Batch, plan_batches
@@ -45,7 +45,7 @@ class LoaderState:
         self._dummy = DummyWeights() if attach.load_format == "dummy" else None
         self._batches: dict[int, list[Batch]] = {}
         self._chunk_bytes = min(MAX_CHUNK_BYTES, BOUNCE_BYTES // attach.threads // mmap.PAGESIZE * mmap.PAGESIZE)
-        self._bounces: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
+        self._bounces: queue.SimpleQueue[Memory] = queue.SimpleQueue()
         self._num_bounces = 0
         self._fillings: Counter[int] = Counter()  # of each slot
 
@@ -120,13 +120,13 @@ class LoaderState:
 
     def _convert_whole(self, batch: Batch, slot_offset: int) -> int:
         """A piece that has to be in memory all at once, in a buffer of its own."""
-        bounce = mmap.mmap(-1, batch.num_bytes)
-        orders = split_order(ReadOrder(batch.file, batch.offset, batch.num_bytes, memoryview(bounce)), READ_BYTES)
+        bounce = make_buffer(batch.num_bytes)
+        orders = split_order(ReadOrder(batch.file, batch.offset, batch.num_bytes, bounce), READ_BYTES)
         read = self._run([_bind(self._reader.read, order) for order in orders])
         self._convert(batch, bounce, slot_offset)
         return read
 
-    def _convert(self, batch: Batch, bounce: mmap.mmap, slot_offset: int) -> None:
+    def _convert(self, batch: Batch, bounce: Memory, slot_offset: int) -> None:
         for chunk in batch.chunks:
             try:
                 chunk.convert(bounce, chunk.offset - batch.offset, self._arena, slot_offset)
@@ -138,7 +138,7 @@ class LoaderState:
 
     def _make_bounces(self, count: int) -> None:
         while self._num_bounces < count:
-            self._bounces.put(mmap.mmap(-1, self._chunk_bytes))
+            self._bounces.put(make_buffer(self._chunk_bytes))
             self._num_bounces += 1
 
     def _fill_tasks(self, dummy: DummyWeights, unit: int, slot_offset: int) -> list[Task]:

@@ -7,7 +7,6 @@ does not depend on the others.
 from __future__ import annotations
 
 import math
-import mmap
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -65,7 +64,7 @@ class ChunkOfBits:
     locks: tuple[threading.Lock, ...]
     name: str
 
-    def convert(self, bounce: mmap.mmap, bounce_offset: int, arena: Memory, slot_offset: int) -> None:
+    def convert(self, bounce: Memory, bounce_offset: int, arena: Memory, slot_offset: int) -> None:
         """Put the chunk, whose bytes are at `bounce_offset`, in its place."""
         packing = self.packed.packing
         count, _, width = packing.dimensions(self.packed.shape)

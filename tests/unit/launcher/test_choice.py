@@ -23,7 +23,7 @@ def alternative(**settings: Any) -> Alternative:
 
 
 def prospect(
-    seconds: float | None, gain: float = 1.0, found: dict[str, Any] | None = None, **settings: Any
+    seconds: float | None, gain: float | None = 1.0, found: dict[str, Any] | None = None, **settings: Any
 ) -> Prospect:
     if seconds is None:
         return Prospect(alternative(**settings), None, None, PlanError("needs 8 GiB"))
@@ -50,8 +50,12 @@ def test_the_fastest_is_taken_with_what_was_found_for_it() -> None:
 
 
 def test_what_is_configured_stands_where_little_is_gained() -> None:
-    chosen = choose([prospect(100.0), prospect(98.0, quantization="int4")])
-    assert chosen.policy.settings == {} and chosen.policy.gain == 1.0
+    for seconds, settings in ((98.0, {"attention_workers": 2}), (93.0, {"quantization": "int4"})):
+        chosen = choose([prospect(100.0), prospect(seconds, None, None, **settings)])
+        assert chosen.policy.settings == {} and chosen.policy.gain == 1.0
+    several = [prospect(93.0, quantization="int4"), prospect(95.0, attention_workers=2), prospect(97.0, page_tokens=32)]
+    assert choose([prospect(100.0), *several]).policy.settings == {"attention_workers": 2}
+    assert choose([prospect(100.0), prospect(90.0, kv_dtype="int8")]).policy.settings == {"kv_dtype": "int8"}
     assert not choose([prospect(100.0)]).rows, "there was nothing to choose"
 
 
