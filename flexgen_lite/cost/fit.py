@@ -14,6 +14,7 @@ from flexgen_lite.model.spec import AttentionSpec, ModelSpec
 
 WORTH_OVERLAP = 0.3  # of a lane's time, for something to be seen in it
 LEAST_KEPT = 0.1
+PIECE_ROWS = 64  # of the prompts that are measured
 LEAST = 1e-7  # seconds; of what came out as nothing
 TURN = (0.8e-3, 12e-6)  # seconds of the coordinator between passes, and of each sequence in them
 
@@ -48,6 +49,7 @@ def rates_of(spec: ModelSpec, times: Times) -> Rates:
         for before, after in dict.fromkeys(segment_kinds(spec)[:-1])
         if (rates := _segment(spec, (before, after), passes, pair, order == RAW and bool(copies)))
     }
+    segments = {name: _with_pieces(spec, name, rates, times) for name, rates in segments.items()}
     if not segments:
         raise ValueError("no segment was measured with single rows and with prompts")
     decode = [one for one in whole if one.shape.singles[0]]
@@ -159,6 +161,30 @@ def _segment(
         return None
     share = {"behind": median(behind)} if behind else {}
     return SegmentRates(Curve(_rising(prompt)), Curve(_rising(decode)), **share)
+
+
+def _with_pieces(spec: ModelSpec, name: str, rates: SegmentRates, times: Times) -> SegmentRates:
+    """With what short prompts, and single rows beside a prompt, take more."""
+
+    def more(one: PassTimes) -> list[float]:
+        singles, prompts = one.shape.singles[0], one.shape.prompts[0]
+        expected = rates.seconds(singles, sum(prompts))
+        columns = [c for c in range(len(one.segments) - 1) if f"{one.shape.order} {kinds[c][0]}>{kinds[c][1]}" == name]
+        return [one.segments[c][0] - expected for c in columns]
+
+    kinds = segment_kinds(spec)
+    pieces = [seconds / pieces_of(one.shape.prompts[0]) for one in times.pieces for seconds in more(one)]
+    both = [seconds for one in times.both for seconds in more(one)]
+    return replace(
+        rates,
+        piece=max(0.0, median(pieces)) if pieces else 0.0,
+        both=max(0.0, median(both)) if both else 0.0,
+    )
+
+
+def pieces_of(prompts: Sequence[int]) -> int:
+    """Parts of at most PIECE_ROWS that prompts of so many rows come in, beyond what one prompt of all rows would."""
+    return sum(-(-rows // PIECE_ROWS) for rows in prompts) - -(-sum(prompts) // PIECE_ROWS)
 
 
 def _rising(points: Iterable[tuple[float, float]]) -> tuple[tuple[float, float], ...]:

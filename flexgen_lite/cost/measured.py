@@ -68,6 +68,8 @@ class Times:
         overlapping: passes of one micro-batch, and of several such ones.
         projections: share of a layer's bytes that are projections which the CPU computes beside a device, by the kind
             of layer; loads and uploads are of the rest.
+        pieces, both: passes with many short prompts, and with single rows and a prompt; empty where no state goes
+            through them.
     """
 
     passes: tuple[PassTimes, ...]
@@ -76,3 +78,5 @@ class Times:
     uploads: Mapping[int, float]
     overlapping: tuple[tuple[PassTimes, PassTimes], ...] = ()
     projections: Mapping[int, float] = field(default_factory=dict)
+    pieces: tuple[PassTimes, ...] = ()
+    both: tuple[PassTimes, ...] = ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from flexgen_lite.cost.fit import pairs
+from flexgen_lite.cost.fit import pairs, pieces_of
 from flexgen_lite.cost.kinds import OUTSIDE, column_kinds, layer_kinds, segment_kinds
 from flexgen_lite.cost.rates import Rates
 from flexgen_lite.memory.projection_units import MOST_PROMPT_ROWS, shares_apart
@@ -106,13 +106,14 @@ class Work:
         others = batch.num_rows - singles
         asked = sum(1 for piece in batch.pieces if piece.completes)
         asked += sum(len(scored.targets) for piece in batch.pieces if (scored := piece.scored) is not None)
+        pieces = pieces_of([piece.num_rows for piece in batch.pieces if piece.num_rows > 1 or piece.prefill])
         seconds, of_kinds = [], dict[tuple[int, int, bool, bool], float]()
         pairs_of_kinds = {kind: self._pairs(kind, prompts) for kind in set(self._columns)}
         for (before, after), packed, beside in zip(self._segments[:-1], self._packed, self._beside, strict=False):
             on_host = beside and not copied
             key = before, after, packed, on_host
             if key not in of_kinds:
-                rate = self._rates.segment(packed, (before, after), on_host).seconds(singles, others)
+                rate = self._rates.segment(packed, (before, after), on_host).seconds(singles, others, pieces)
                 of_kinds[key] = rate + (pairs_of_kinds[before] if before != OUTSIDE else 0.0)
             seconds.append(of_kinds[key])
         seconds.append(self._rates.head.at(asked) + pairs_of_kinds[self._columns[-1]])

@@ -43,19 +43,24 @@ class SegmentRates:
         prompt: rows of prompts, without what grows with the square of their lengths.
         decode: single rows of as many sequences.
         behind: share of it that is behind the attention of the column before.
+        piece: seconds of each part of a prompt more than so many rows come in, where a state goes through them.
+        both: seconds more where a segment has single rows and prompts.
     """
 
     prompt: Curve
     decode: Curve
     behind: float = 0.8
+    piece: float = 0.0
+    both: float = 0.0
 
-    def seconds(self, singles: int, others: int) -> float:
+    def seconds(self, singles: int, others: int, pieces: int = 0) -> float:
         """Of a segment with both: all rows go through the same products, single ones cost what they cost beyond."""
         rows = singles + others
         if not others:
             return self.decode.at(singles)
         beyond = self.decode.at(singles) - self.prompt.at(singles) if singles else 0.0
-        return max(self.prompt.at(rows) + beyond, self.prompt.at(others))
+        more = self.piece * pieces + (self.both if singles else 0.0)
+        return max(self.prompt.at(rows) + beyond, self.prompt.at(others)) + more
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +174,11 @@ class Rates:
 
         return cls(
             segments={
-                key: SegmentRates(curve(value["prompt"]), curve(value["decode"]), float(value["behind"]))
+                key: SegmentRates(
+                    curve(value["prompt"]),
+                    curve(value["decode"]),
+                    *(float(value[name]) for name in ("behind", "piece", "both")),
+                )
                 for key, value in values["segments"].items()
             },
             pair=by_kind("pair"),

@@ -14,7 +14,7 @@ from flexgen_lite.plan.need import Measured
 from flexgen_lite.wire import worker_messages
 from flexgen_lite.wire.codec import Codec, MessageError
 
-FORMAT = 2
+FORMAT = 3
 
 
 class CalibrationError(ValueError):

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from flexgen_lite.cost.fit import PIECE_ROWS
 from flexgen_lite.cost.kinds import columns_to_measure, layer_kinds
 from flexgen_lite.cost.measured import BesideLoads, PassShape, PassTimes, Times
 from flexgen_lite.engine.setup import Setup
@@ -28,7 +29,8 @@ PROMPT_ROWS = (16, 64, 128, 256, 512, 1024, 2048)
 NEEDED = (1, 16, 64, 256)  # rows that are measured however long it takes; others as far as there is time
 WHOLE = (1, 16, 64, 256)  # single rows that go through all layers, for what comes behind them
 OVERLAPPING = 32  # sequences of a micro-batch
-SHORT_PROMPT = 64
+SHORT_PROMPT = PIECE_ROWS
+PIECES, BOTH = ((0, (16,) * 4),), ((4, (60,)), (16, (48,)))  # single rows, and rows of prompts
 SHORT_CONTEXT, LONG_CONTEXT = 32, 1024
 SECONDS = 36.0  # for all passes but those that are needed
 LONGEST_PASS = 8.0
@@ -64,17 +66,20 @@ class Measuring:
         loads = self._load()
         uploads = self._upload() if plan.staged else {}
         kinds = ("raw",) if plan.staged else ("raw", "packed")
-        passes: list[PassTimes] = []
+        passes, pieces, both = list[PassTimes](), list[PassTimes](), list[PassTimes]()
         self._until = time.monotonic() + SECONDS
         for number, order in enumerate(kinds):
             if order == "packed":
                 self._pack()
             budget = (self._until - time.monotonic()) / (len(kinds) - number)
             passes += self._passes(order, time.monotonic() + budget)
+            if self._spec.states:  # prompts go through them one by one, and single rows by themselves
+                pieces += self._mixed(order, PIECES)
+                both += self._mixed(order, BOTH)
         overlapping = self._overlapping(kinds[-1])
         beside, projections = self._beside_loads(passes), shares_apart(self._spec, plan.projection_layers)
         of_kinds = {self._kinds[layer]: share for layer, share in projections.items()}
-        return Times(tuple(passes), beside, loads, uploads, overlapping, of_kinds)
+        return Times(tuple(passes), beside, loads, uploads, overlapping, of_kinds, tuple(pieces), tuple(both))
 
     # ------------------------------------------------------------------------------------------------ weights
 
@@ -229,6 +234,16 @@ class Measuring:
                 number += 1
             batches.append(batch)
         return batches
+
+    def _mixed(self, order: str, shapes: Sequence[tuple[int, tuple[int, ...]]]) -> list[PassTimes]:
+        """Of these, what a pass has room for."""
+        context = min(SHORT_CONTEXT, self._spec.max_length - 2)
+        rows, sequences = self._setup.exchange.max_tokens, self._plan.max_sequences
+        return [
+            self.measure(PassShape(order, (singles,), context, (prompts,)), None)
+            for singles, prompts in shapes
+            if singles + sum(prompts) <= rows and singles + len(prompts) <= sequences
+        ]
 
     def _overlapping(self, order: str) -> tuple[tuple[PassTimes, PassTimes], ...]:
         """Two micro-batches, one of which attends while the other's products are computed, and one alone."""

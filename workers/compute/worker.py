@@ -244,14 +244,19 @@ class ComputeWorker(serve.Worker):
             self._queue.attended(note.column, note.micro_batch)
 
     def work(self) -> bool:
-        """Tells of the segments that have ended, and starts the next one that may run."""
+        """Tells of the segments that have ended, or starts the next one that may run. What is waited for is on its way
+        before that: the slot of a layer that was left is free."""
+        is_awaited = False
         while self._ended:
             pass_id, done = self._ended.popleft()
             if pass_id != self._pass_id:
                 continue
             self._queue.done()
             self._pass_stop(done)
-            self._context.tell(done, at_once=self._streaming or self._is_last(done.column))
+            is_awaited |= self._streaming or self._is_last(done.column)
+            self._context.tell(done, at_once=is_awaited)
+        if is_awaited:
+            return True
         segment = self._queue.take()
         if segment is not None:
             self._run(*segment)
