@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from flexgen_lite.cost.fit import pairs, rates_of
+from flexgen_lite.cost.fit import pairs, pieces_of, rates_of
 from flexgen_lite.cost.kinds import OUTSIDE, columns_to_measure, layer_kinds, segment_kinds
 from flexgen_lite.cost.measured import BesideLoads, PassShape, PassTimes, Times
 from flexgen_lite.model.spec import AttentionSpec, ModelSpec, TensorSpec, UnitSpec
@@ -123,6 +123,37 @@ def test_windows_are_counted_in_pairs_and_tokens() -> None:
     passes += [made(spec, "raw", 0, 0, (8,) * 16, False), made(spec, "raw", 0, 0, (128,), False)]
     found = rates_of(spec, Times(tuple(passes), BesideLoads((), (), ()), {0: (1.0,)}, {}))
     assert found.pair == {0: pytest.approx(PAIR)}
+
+
+@pytest.mark.parametrize(
+    ("prompts", "pieces"),
+    [((), 0), ((64,), 0), ((64, 64), 0), ((30, 34), 1), ((16,) * 4, 3), ((100, 28), 1), ((65,), 0)],
+)
+def test_pieces_of_prompts(prompts: tuple[int, ...], pieces: int) -> None:
+    assert pieces_of(prompts) == pieces
+
+
+def test_short_prompts_and_single_rows_beside_prompts_take_more() -> None:
+    spec = model((8, 8, 8), (None, None, None))
+    passes = [made(spec, "raw", n, 32, (), n in (1, 16)) for n in (1, 4, 16, 64)]
+    passes += [made(spec, "raw", 0, 0, (64,) * n, False) for n in (1, 4)]
+
+    def slower(singles: int, prompts: tuple[int, ...], more: float) -> PassTimes:
+        """Single rows take 1 ms and 10 us a row more than those of prompts."""
+        seconds = 1e-3 + 10e-6 * (singles + sum(prompts)) + (1e-3 + 10e-6 * singles if singles else 0.0) + more
+        shape = PassShape("raw", (singles,), 32, (prompts,))
+        return PassTimes(shape, ((seconds,),) * 4, ((CALL,),) * 4, 0.0, 1e-4)
+
+    times = Times(
+        tuple(passes), BesideLoads((), (), ()), {0: (1.0,)}, {},
+        pieces=(slower(0, (16,) * 4, 3 * 2e-3),), both=(slower(4, (60,), 5e-3), slower(16, (48,), 5e-3)),
+    )  # fmt: skip
+    found = rates_of(spec, times).segment(False, (0, 0))
+    assert found.piece == pytest.approx(2e-3, abs=5e-4) and found.both == pytest.approx(5e-3, abs=1e-3)
+    assert found.seconds(0, 64, 3) - found.seconds(0, 64) == pytest.approx(3 * found.piece)
+    assert found.seconds(16, 0, 0) == pytest.approx(2e-3 + 20e-6 * 16), "single rows alone are as they were"
+    plain = rates_of(spec, replace(times, pieces=(), both=())).segment(False, (0, 0))
+    assert (plain.piece, plain.both) == (0.0, 0.0)
 
 
 def test_nothing_measured() -> None:
