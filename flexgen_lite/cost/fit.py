@@ -69,6 +69,7 @@ def rates_of(spec: ModelSpec, times: Times) -> Rates:
         computes_beside_disk=_computes_beside_disk(times),
         computes_beside_attention=_kept(times, lambda one: one.segments),
         attends_beside_compute=_kept(times, lambda one: one.attention),
+        disk=times.disk,
     )
 
 
@@ -263,8 +264,13 @@ def _kept(times: Times, lane: Callable[[PassTimes], Sequence[Sequence[float]]]) 
 
 
 def _reads_beside_compute(times: Times) -> float:
-    beside = times.beside
-    return min(1.0, median(beside.loads_alone) / median(beside.loads)) if beside.loads else 1.0
+    """What it keeps in the time in which they run: at their ends, and while messages are on their way, it has all."""
+    beside, shares = times.beside, []
+    for (_, one), loads in zip(beside.passes, beside.loads, strict=True):
+        if loads and one.busy > WORTH_OVERLAP:
+            kept = median(beside.loads_alone) / (sum(loads) / len(loads))
+            shares.append((kept - (1 - one.busy)) / one.busy)
+    return min(1.0, max(LEAST_KEPT, median(shares))) if shares else 1.0
 
 
 def _computes_beside_disk(times: Times) -> tuple[tuple[float, float], ...]:

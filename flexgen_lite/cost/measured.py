@@ -34,6 +34,7 @@ class PassTimes:
             parts did not run by themselves.
         begin: from the order to the first segment.
         overlap: in which segments and attention ran at once, where there are several micro-batches.
+        length: from the order to the last end.
     """
 
     shape: PassShape
@@ -43,6 +44,13 @@ class PassTimes:
     begin: float
     behind: tuple[float, ...] = ()
     overlap: float = 0.0
+    length: float = 0.0
+
+    @property
+    def busy(self) -> float:
+        """Share of its length in which segments or attention run, of one micro-batch."""
+        seconds = sum(map(sum, self.segments)) + sum(map(sum, self.attention))
+        return min(1.0, seconds / self.length) if self.length else 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +58,13 @@ class BesideLoads:
     """
     Attributes:
         passes: with nothing beside them, and while the loader reads.
-        loads_alone, loads: seconds of a unit, with nothing beside it and beside these passes.
+        loads_alone: seconds of a unit, with nothing beside it.
+        loads: beside each of these passes.
     """
 
     passes: tuple[tuple[PassTimes, PassTimes], ...]
     loads_alone: tuple[float, ...]
-    loads: tuple[float, ...]
+    loads: tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +79,7 @@ class Times:
             of layer; loads and uploads are of the rest.
         pieces, both: passes with many short prompts, and with single rows and a prompt; empty where no state goes
             through them.
+        disk: bytes per second of plain reads, before and after `loads`; 0: these come from no file.
     """
 
     passes: tuple[PassTimes, ...]
@@ -80,3 +90,4 @@ class Times:
     projections: Mapping[int, float] = field(default_factory=dict)
     pieces: tuple[PassTimes, ...] = ()
     both: tuple[PassTimes, ...] = ()
+    disk: float = 0.0

@@ -97,8 +97,7 @@ class Rates:
         attends_beside_disk, reads_beside_compute: share of its speed that attention keeps while the loader works, and
             the loader beside products and attention.
         computes_beside_disk: the same of products while the loader works, by their rows.
-        disk: bytes per second of plain reads when loads were measured, without an engine beside them; 0: they come from
-            no file.
+        disk: bytes per second of plain reads when loads were measured; 0: they come from no file.
         computes_beside_attention, attends_beside_compute: share of its speed that each keeps while the other works.
     """
 

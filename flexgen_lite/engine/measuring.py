@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flexgen_lite.cost.fit import PIECE_ROWS
@@ -13,6 +14,7 @@ from flexgen_lite.cost.measured import BesideLoads, PassShape, PassTimes, Times
 from flexgen_lite.engine.setup import Setup
 from flexgen_lite.memory.projection_units import shares_apart
 from flexgen_lite.model.spec import ModelSpec
+from flexgen_lite.plan.disk_rate import read_rate
 from flexgen_lite.queue.micro_batch import MicroBatch, Piece
 from flexgen_lite.queue.page_table import PageTable
 from flexgen_lite.queue.running_request import RunningRequest
@@ -32,8 +34,9 @@ OVERLAPPING = 32  # sequences of a micro-batch
 SHORT_PROMPT = PIECE_ROWS
 PIECES, BOTH = ((0, (16,) * 4),), ((4, (60,)), (16, (48,)))  # single rows, and rows of prompts
 SHORT_CONTEXT, LONG_CONTEXT = 32, 1024
-SECONDS = 36.0  # for all passes but those that are needed
+SECONDS = 30.0  # for all passes but those that are needed
 LONGEST_PASS = 8.0
+DISK_SECONDS = 0.5
 LOADED_AGAIN = 8  # units at most, of each kind
 LOADS = 3  # into a slot: at the first memory is taken, at the second large pages are
 KV_BYTES = 1 << 30  # of what is attended to: memory is taken when it is first read
@@ -63,7 +66,9 @@ class Measuring:
     def run(self) -> Times:
         owner, plan = self._owner, self._plan
         owner.give_time(600)
+        before = self._plain_reads()
         loads = self._load()
+        disk = (before + self._plain_reads()) / 2
         uploads = self._upload() if plan.staged else {}
         kinds = ("raw",) if plan.staged else ("raw", "packed")
         passes, pieces, both = list[PassTimes](), list[PassTimes](), list[PassTimes]()
@@ -79,7 +84,7 @@ class Measuring:
         overlapping = self._overlapping(kinds[-1])
         beside, projections = self._beside_loads(passes), shares_apart(self._spec, plan.projection_layers)
         of_kinds = {self._kinds[layer]: share for layer, share in projections.items()}
-        return Times(tuple(passes), beside, loads, uploads, overlapping, of_kinds, tuple(pieces), tuple(both))
+        return Times(tuple(passes), beside, loads, uploads, overlapping, of_kinds, tuple(pieces), tuple(both), disk)
 
     # ------------------------------------------------------------------------------------------------ weights
 
@@ -89,6 +94,12 @@ class Measuring:
             return layer
         same = [other for other in range(self._num_slots - 1) if self._kinds[other] == self._kinds[layer]]
         return same[layer % len(same)] if same else 0
+
+    def _plain_reads(self) -> float:
+        """Bytes per second; 0 where weights come from no file. Disks drift, so it is measured next to what is compared
+        with it."""
+        files = [Path(file) for file in self._spec.files]
+        return read_rate(files, DISK_SECONDS)[0] if files else 0.0
 
     def _load(self) -> dict[int, tuple[float, ...]]:
         """Of LOADS into a slot the last counts, but of what is outside the layers."""
@@ -266,7 +277,7 @@ class Measuring:
         unit = min(spare, self._spec.num_layers - 1)
         pairs: list[tuple[PassTimes, PassTimes]] = []
         loads_alone: list[float] = []
-        loads: list[float] = []
+        loads: list[tuple[float, ...]] = []
         for one in (*few, *many[:1]):
             for _ in range(2):  # in turns, for a machine's speed drifts
                 alone = self.measure(one.shape, len(one.segments), times=1)
@@ -276,7 +287,7 @@ class Measuring:
                 times = min(MOST_PASSES_BESIDE, -(-LOADS_BESIDE * min(taken) // max(length, 1e-3)))
                 stop = self._owner.load_on_and_on(unit, spare)
                 other = self.measure(one.shape, len(one.segments), times=max(1, int(times)))
-                loads += stop()
+                loads.append(tuple(stop()))
                 pairs.append((alone, other))
         return BesideLoads(tuple(pairs), tuple(loads_alone), tuple(loads))
 
@@ -299,10 +310,13 @@ def _times_of(shape: PassShape, found: PassSpans, ordered: int, columns: int, co
                 waited = found.segments[column + 1, 0][0] - found.segments[column, 0][1]
                 hops.append(waited / 1e9 - attention[column][0])
     first = min(start for start, _ in found.segments.values())
+    last = max(end for _, end in (*found.segments.values(), *found.attention.values()))
     hop = sorted(hops)[len(hops) // 2] if hops else 0.0
     behind = tuple(_share_behind(found, column) for column in range(columns)) if by_layer else ()
     overlap = _common(list(found.segments.values()), list(found.attention.values())) / 1e9 if count > 1 else 0.0
-    return PassTimes(shape, segments, attention, max(0.0, hop), (first - ordered) / 1e9, behind, overlap)
+    return PassTimes(
+        shape, segments, attention, max(0.0, hop), (first - ordered) / 1e9, behind, overlap, (last - ordered) / 1e9
+    )
 
 
 def _common(some: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]]) -> int:

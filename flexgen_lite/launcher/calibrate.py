@@ -40,8 +40,7 @@ def calibrate(config: EngineConfig, on_log: Callable[[str], None] | None = None)
     """
     with EngineProcess(config, on_log=on_log, wait=False, calibrate=True) as engine:
         found = Calibration.from_dict(engine.wait_until_calibrated(config.start_timeout + _SECONDS))
-    rates = replace(found.rates, disk=disk_now(found.opened.spec) or 0.0)
-    return replace(found, settings=settings_of(config), rates=rates)
+    return replace(found, settings=settings_of(config))
 
 
 def calibrated(

@@ -80,7 +80,7 @@ def test_rates_are_found_again() -> None:
     passes = [made(spec, "packed", n, 32, (), n in (1, 16)) for n in (1, 4, 16, 64)]
     passes += [made(spec, "packed", 0, 0, (64,) * n, False) for n in (1, 4, 16)]
     passes += [made(spec, "packed", 0, 0, (1024,), False), made(spec, "packed", 64, 1024, (), False)]
-    beside = BesideLoads(((passes[2], passes[2]),), (1.0, 1.0), (2.0, 2.0))
+    beside = BesideLoads(((passes[2], passes[2]),), (1.0, 1.0), ((2.0, 2.0),))
     found = rates_of(spec, Times(tuple(passes), beside, {0: (1.0, 1.0)}, {}))
     assert found.pair == {0: pytest.approx(PAIR)}
     one = found.attention[0]
