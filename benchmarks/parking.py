@@ -38,11 +38,8 @@ SHORT_ONES = 150
 MOST_TOKENS = 1000  # of answers of very different lengths
 SHORT_PROMPT = 32
 HIDDEN = 512  # of the model for these
-TAIL, LEAST_MEAN, MOST_MEAN = (
-    1.2,
-    20,
-    600,
-)  # of their means: a Pareto distribution's exponent and least value, and a limit
+# Of their means: a Pareto distribution's exponent and least value, and a limit.
+TAIL, LEAST_MEAN, MOST_MEAN = 1.2, 20, 600
 
 
 def write_config(folder: Path, hidden: int, layers: int, length: int) -> Path:

@@ -52,24 +52,28 @@ def map_arena(fd: int, size: int) -> memoryview:
     if actual < size:
         raise ValueError(f"arena has {actual} bytes, {size} expected")
     if sys.platform != "linux" or size < LARGE_PAGE:
-        return memoryview(mmap.mmap(fd, max(size, mmap.PAGESIZE) if size == 0 else size, mmap.MAP_SHARED, _READ_WRITE))
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-    room = mmap.mmap(-1, size + LARGE_PAGE, flags, _READ_WRITE)
-    start = -_address(room) % LARGE_PAGE
-    place = _address(room) + start
+        return memoryview(mmap.mmap(fd, size or mmap.PAGESIZE, mmap.MAP_SHARED, _READ_WRITE))
+    memory = _aligned(size, _MAP_NORESERVE)
+    place = _address(memory)
     if _libc.mmap(place, size, _READ_WRITE, mmap.MAP_SHARED | _MAP_FIXED, fd, 0) != place:
         code = ctypes.get_errno()
         raise OSError(code, f"mapping {size} bytes of an arena: {os.strerror(code)}")
-    return memoryview(room)[start : start + size]
+    return memory
 
 
 def make_buffer(num_bytes: int) -> memoryview:
     """Memory of this process alone, for reads past the page cache: in large pages, if there are any."""
-    room = mmap.mmap(-1, num_bytes + LARGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, _READ_WRITE)
-    start = -_address(room) % LARGE_PAGE
-    memory = memoryview(room)[start : start + num_bytes]
+    memory = _aligned(num_bytes)
     take_pages(memory, 0, num_bytes)
     return memory
+
+
+def _aligned(num_bytes: int, flags: int = 0) -> memoryview:
+    """Memory of this process that begins at a multiple of LARGE_PAGE, in a mapping that is so much larger."""
+    flags |= mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    room = mmap.mmap(-1, num_bytes + LARGE_PAGE, flags, _READ_WRITE)
+    start = -_address(room) % LARGE_PAGE
+    return memoryview(room)[start : start + num_bytes]
 
 
 def take_large_pages(memory: Memory, offset: int, num_bytes: int) -> bool:

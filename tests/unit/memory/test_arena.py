@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,24 @@ def arena() -> Iterator[Arena]:
     made.resize(SIZE)
     yield made
     made.close()
+
+
+def _has_large_pages() -> bool:
+    """Asked of the system itself, for shared memory of four of them."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = os.memfd_create("probe")
+    os.truncate(fd, 4 * LARGE_PAGE)
+    place = mmap.mmap(-1, 5 * LARGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(place))
+    start += -start % LARGE_PAGE
+    libc.mmap.restype = ctypes.c_void_p
+    fixed = mmap.MAP_SHARED | 0x10
+    both = mmap.PROT_READ | mmap.PROT_WRITE
+    found = libc.mmap(ctypes.c_void_p(start), ctypes.c_size_t(4 * LARGE_PAGE), both, fixed, fd, ctypes.c_long(0))
+    os.close(fd)
+    assert found == start
+    ctypes.memset(start, 1, 4 * LARGE_PAGE)
+    return bool(libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(4 * LARGE_PAGE), 25) == 0)
 
 
 def address(memory: memoryview) -> int:
@@ -100,9 +119,10 @@ def test_where_the_system_has_none(arena: Arena, monkeypatch: pytest.MonkeyPatch
 
 @on_linux
 def test_pages_are_large_where_the_system_has_any(arena: Arena) -> None:
-    memory = map_arena(arena.fd, SIZE)
-    if not take_large_pages(memory, 0, SIZE):
+    if not _has_large_pages():
         pytest.skip("the system has no large pages for shared memory, or none that are free")
+    memory = map_arena(arena.fd, SIZE)
+    assert take_large_pages(memory, 0, SIZE)
     lines = Path("/proc/self/smaps").read_text(encoding="ascii").split("memfd:flexgen-lite-test")[1].splitlines()
     large = next(int(line.split()[1]) for line in lines if line.startswith("ShmemPmdMapped"))
     assert large << 10 == 3 * LARGE_PAGE
