@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from flexgen_lite.client.request import Request
     from flexgen_lite.client.sampling_params import SamplingParams
     from flexgen_lite.client.scoring import Score
-    from flexgen_lite.config.engine import ConfigError, EngineConfig
+    from flexgen_lite.config.engine import EngineConfig
+    from flexgen_lite.config.problems import ConfigError
     from flexgen_lite.errors import EngineError
     from flexgen_lite.llm import FlexGenLite
 
@@ -37,7 +38,7 @@ _HOMES = {
     "Client": "client.client",
     "Completion": "client.completion",
     "CompletionOutput": "client.completion",
-    "ConfigError": "config.engine",
+    "ConfigError": "config.problems",
     "Delta": "client.completion",
     "EngineConfig": "config.engine",
     "EngineError": "errors",

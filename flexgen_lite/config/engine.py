@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic.fields import FieldInfo
 
 from flexgen_lite.config.checks import conflicts
 from flexgen_lite.config.file import StrictLoader, YamlError, read_yaml
+from flexgen_lite.config.problems import ConfigError, problems_of, refusal, unknown_key
 from flexgen_lite.config.values import (
     CPU_SETS_EXPECTED,
     CPUS_EXPECTED,
     DEVICE_EXPECTED,
     ENDPOINT_EXPECTED,
+    ENGINES_EXPECTED,
     MAX_SECONDS,
     NAMES_EXPECTED,
     SECONDS_EXPECTED,
@@ -28,6 +29,7 @@ from flexgen_lite.config.values import (
     CpuSets,
     Device,
     Endpoint,
+    Engines,
     ModelName,
     Names,
     PageTokens,
@@ -38,26 +40,9 @@ from flexgen_lite.config.values import (
     expects,
     switch,
 )
-from flexgen_lite.text.shown import MAX_SHOWN, shown, shown_path, shown_text
+from flexgen_lite.text.shown import shown, shown_path, shown_text
 
-MOST_TOLD = 5  # problems in one message
-MOST_NAMED = 20  # keys
 MAX_WORKERS, MAX_THREADS = 128, 1024  # beyond any machine; a slip is told before it starts processes
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names key, value and remedy.
-
-    Attributes:
-        problems: per key, what is wrong with it.
-    """
-
-    def __init__(self, problems: Mapping[str, str], origins: Mapping[str, str] | None = None) -> None:
-        self.problems = dict(problems)
-        origins = origins or {}
-        told = [text + origins.get(key, "") for key, text in self.problems.items()]
-        rest = [f"and {len(told) - MOST_TOLD} more"] if len(told) > MOST_TOLD else []
-        super().__init__("; ".join([*told[:MOST_TOLD], *rest]))
 
 
 class EngineConfig(BaseModel):
@@ -195,6 +180,13 @@ class EngineConfig(BaseModel):
         "Layer slots on a GPU. `auto`: as many as `gpu` allows. Layers stay in all but 3 of them, and leave their "
         "place in main memory to others where that is short.",
     )
+    engines: Engines = Field(
+        default=1,
+        description="Engines behind one queue: each has its share of RAM and CPUs, and a GPU of its own; weights that "
+        "stay in main memory are there once. `auto`: one per GPU, without one per NUMA node. See "
+        "[scaling.md](scaling.md).",
+        json_schema_extra=ENGINES_EXPECTED,
+    )
     attention_workers: Count = count(
         1,
         "Attention worker processes. `auto`: as many as `attention_cpus` has entries, else one per NUMA node.",
@@ -279,7 +271,7 @@ class EngineConfig(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError(_problems(error)) from None
+            raise ConfigError(problems_of(error, type(self).model_fields)) from None
 
     @model_validator(mode="after")
     def _no_conflicts(self) -> Self:
@@ -340,13 +332,13 @@ def parse_setting(text: str) -> tuple[str, Any]:
     if not equals:
         raise ConfigError({key: f'"{shown_text(text)}" is not a setting: write key=value'})
     if key not in EngineConfig.model_fields:
-        raise ConfigError({key: _unknown_key(key)})
+        raise ConfigError({key: unknown_key(key, EngineConfig.model_fields)})
     if key in ("model", "trace", "endpoint", "key_file", "kv_disk_dir"):
         return key, raw
     try:
         return key, yaml.load(raw, StrictLoader)
     except (yaml.YAMLError, ValueError, RecursionError):  # a number of too many digits, or a date that is none
-        raise ConfigError({key: _refusal(key, raw)}) from None
+        raise ConfigError({key: refusal(key, raw, EngineConfig.model_fields)}) from None
 
 
 def _origin(
@@ -357,44 +349,3 @@ def _origin(
     if key in from_file:
         return f" (from {source}, over {shown(from_file[key])} in {shown_path(path)})"
     return f" (from {source})"
-
-
-def _unknown_key(key: str) -> str:
-    return f"{shown_text(key)} is not a configuration key: {_nearest(key, EngineConfig.model_fields)}"
-
-
-def _nearest(key: str, known: Iterable[str]) -> str:
-    from difflib import get_close_matches
-
-    names = list(known)
-    close = get_close_matches(key[:MAX_SHOWN].replace("-", "_").lower(), names, n=1, cutoff=0.5)
-    if close:
-        return f"did you mean {close[0]}?"
-    rest = f" and {len(names) - MOST_NAMED} more, see docs/configuration.md" if len(names) > MOST_NAMED else ""
-    return f"the keys are {', '.join(names[:MOST_NAMED])}{rest}"
-
-
-def _refusal(key: str, value: object) -> str:
-    field: FieldInfo = EngineConfig.model_fields[key]
-    wanted = field.json_schema_extra["expects"] if isinstance(field.json_schema_extra, dict) else ""
-    return f"{key}={shown(value)} is not allowed: give {wanted}"
-
-
-def _problems(error: ValidationError) -> dict[str, str]:
-    problems: dict[str, str] = {}
-    for item in error.errors(include_url=False):
-        cause = item.get("ctx", {}).get("error")
-        if isinstance(cause, ConfigError):
-            problems.update(cause.problems)
-            continue
-        if not item["loc"]:
-            problems.setdefault("config", "a key has characters that are not Unicode text: take it out")
-            continue
-        key = str(item["loc"][0])
-        if item["type"] == "extra_forbidden":
-            problems.setdefault(key, _unknown_key(key))
-        elif item["type"] == "missing":
-            problems.setdefault(key, f"{key} is missing: give {_refusal(key, None).rpartition(': give ')[2]}")
-        else:
-            problems.setdefault(key, _refusal(key, item["input"]))
-    return problems

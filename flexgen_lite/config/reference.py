@@ -16,8 +16,8 @@ What is given on the command line wins over the file. An unknown key, a key give
 error that names the key and says what is allowed. `configs/` has commented files to start from;
 [budgets.md](budgets.md) says how to choose.
 
-Flags exist for `model`, `dtype`, `kv_dtype`, `quantization`, `activations`, `device`, `ram`, `gpu`,
-`kv_disk`, `attention_workers`, `load_format`, `trace` and `max_model_len` (with dashes: `--attention-workers`).
+Flags exist for `model`, `dtype`, `kv_dtype`, `quantization`, `activations`, `device`, `ram`, `gpu`, `kv_disk`,
+`engines`, `attention_workers`, `load_format`, `trace` and `max_model_len` (with dashes: `--attention-workers`).
 Everything else: `--set layer_slots=4`. The plan that is printed at start shows what `auto` became.
 
 Sizes: `8GiB`, `8G` and `8192MiB` count in powers of 1024, `8GB` in powers of 1000; a bare number is bytes.
@@ -54,6 +54,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "cpu_projections",
     ),
     "Processes, threads, CPUs": (
+        "engines",
         "attention_workers",
         "attention_threads",
         "compute_threads",

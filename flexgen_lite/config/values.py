@@ -16,6 +16,7 @@ MAX_SOCKET_PATH = 107
 MAX_PATH = 4096  # bytes of any path, on Linux
 MAX_COUNT = (1 << 31) - 1
 MAX_SECONDS = 1e9
+MAX_ENGINES = 64
 _MAX_CPU, _MAX_GPU, _MAX_PORT = 65535, 999, 65535
 _MAX_HOST = 253  # characters of a name, RFC 1035
 
@@ -85,6 +86,12 @@ def _device(value: object) -> object:
     return value
 
 
+def _engines(value: object) -> object:
+    if value != "auto" and not (type(value) is int and 1 <= value <= MAX_ENGINES):
+        raise ValueError("not a number of engines")
+    return value
+
+
 def _page_tokens(value: object) -> object:
     if value is None or value == "auto":
         return None
@@ -134,6 +141,7 @@ CPU_SETS_EXPECTED = expects(
 SECONDS_EXPECTED = expects(f"a number of seconds above 0 and up to {MAX_SECONDS:.0f}")
 NAMES_EXPECTED = expects('a list of names of layers, or of regular expressions behind "re:", or "auto"')
 DEVICE_EXPECTED = expects(f'"auto", "cpu", "cuda" or "cuda:N", N from 0 to {_MAX_GPU}')
+ENGINES_EXPECTED = expects(f'a whole number from 1 to {MAX_ENGINES}, or "auto"')
 ENDPOINT_EXPECTED = expects(
     f"ipc:// and the path of a socket, at most {MAX_SOCKET_PATH} bytes, or tcp://HOST:PORT, up to {_MAX_PORT}, with a "
     "key_file"
@@ -146,6 +154,7 @@ Names = Annotated[tuple[str, ...] | None, BeforeValidator(_names)]
 CpuSets = Annotated[tuple[tuple[int, ...], ...] | None, BeforeValidator(_cpu_sets)]
 Switch = Annotated[bool | None, BeforeValidator(_auto_is_none)]
 PageTokens = Annotated[int | None, BeforeValidator(_page_tokens)]
+Engines = Annotated[int | str, BeforeValidator(_engines)]
 Device = Annotated[str, BeforeValidator(_device)]
 PathValue = Annotated[Path | None, BeforeValidator(_path)]
 AutoPath = Annotated[Path | None, BeforeValidator(_path), BeforeValidator(_auto_is_none)]

@@ -14,7 +14,8 @@ import sys
 import traceback
 from pathlib import Path
 
-from flexgen_lite.config.engine import ConfigError, EngineConfig
+from flexgen_lite.config.engine import EngineConfig
+from flexgen_lite.config.problems import ConfigError
 from flexgen_lite.cost.comparison import Prediction
 from flexgen_lite.engine.calibrator import Calibrator
 from flexgen_lite.engine.coordinator import Coordinator, Stopping

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flexgen_lite.config.engine import ConfigError, EngineConfig, parse_setting
+from flexgen_lite.config.engine import EngineConfig, parse_setting
+from flexgen_lite.config.problems import ConfigError
 from flexgen_lite.launcher.calibrate import WITHOUT_EFFECT, settings_of
 from flexgen_lite.text.shown import shown_text
 

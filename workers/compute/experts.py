@@ -117,7 +117,7 @@ def forward(module: Any, hidden_TH: torch.Tensor, expert_TK: torch.Tensor, share
         inner = _multiply(module, first, _Rows(hidden_TH, token_S[part], rows))
         inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
         _multiply(module, "down_proj", _Rows(inner.contiguous(), None, rows, output_SH, order_S[part]))
-    if module.has_post_expert_norm:
+    if getattr(module, "has_post_expert_norm", False):  # not in Transformers 5.17
         output_SH = module.post_expert_norm(output_SH)
     return _sum(output_SH.view(tokens, top_k, output_SH.shape[-1]), share_TK).to(hidden_TH.dtype)
 

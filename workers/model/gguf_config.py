@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig, TokenizersBackend
-from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+from transformers.integrations.gguf import gguf_tokenizer_mapping
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
 from flexgen_lite.model.files import open_file, read
@@ -31,6 +31,7 @@ _WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken
 """Ways of splitting text whose tokenizers put BOS before it, and look for a whole word before they merge its parts.
 Source: llama.cpp's llama-vocab.cpp."""
 _LIKE_GPT2 = ("default", "gpt-2", "gpt2", "mpt", "olmo", "jais", "trillion")  # likewise
+_KNOWN_SPLITS = (*_LIKE_GPT2, *getattr(gguf_tokenizer_mapping, "GGUF_PRE_TOKENIZER_SPLITS", ()))  # 5.17 has none
 _LARGEST = {"gemma2": 46, "gemma3": 62}  # layers of the models whose attention is scaled by hidden_size / heads
 
 
@@ -71,7 +72,7 @@ def warning_of_gguf(path: Path) -> str | None:
     """Where Transformers splits text otherwise than the file wants."""
     values = open_gguf(path).headers[0].values
     split = values.get("tokenizer.ggml.pre", "default")
-    if values.get("tokenizer.ggml.model") != "gpt2" or split in (*_LIKE_GPT2, *GGUF_PRE_TOKENIZER_SPLITS):
+    if values.get("tokenizer.ggml.model") != "gpt2" or split in _KNOWN_SPLITS:
         return None
     return (
         f"{path}: how its tokenizer splits text ({shown(split)}) is not known, so it is done as GPT-2's does: some "

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from flexgen_lite.config.engine import ConfigError, EngineConfig, parse_setting
+from flexgen_lite.config.engine import EngineConfig, parse_setting
+from flexgen_lite.config.problems import ConfigError
 from flexgen_lite.config.reference import reference
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
@@ -16,7 +17,7 @@ CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 def test_defaults_are_auto() -> None:
     config = EngineConfig(model="m")
     chosen = config.model_dump(
-        exclude={"model", "dtype", "kv_dtype", "device", "load_format", "start_timeout", "worker_timeout"}
+        exclude={"model", "dtype", "kv_dtype", "device", "load_format", "engines", "start_timeout", "worker_timeout"}
         | {"quantization", "activations", "cpu_projections"}
     )
     assert set(chosen.values()) == {None}
@@ -26,7 +27,8 @@ def test_defaults_are_auto() -> None:
 
 def test_auto_can_be_written_everywhere() -> None:
     given = {name: "auto" for name in EngineConfig.model_fields if not name.endswith("_timeout")}
-    assert EngineConfig(**{**given, "model": "m", "trace": None, "key_file": None}) == EngineConfig(model="m")
+    config = EngineConfig(**{**given, "model": "m", "trace": None, "key_file": None})
+    assert config == EngineConfig(model="m", engines="auto")
 
 
 def test_values_are_read_as_people_write_them() -> None:
@@ -94,6 +96,10 @@ def test_it_is_frozen() -> None:
         ("endpoint", "udp://127.0.0.1:5555"),
         ("endpoint", "ipc://"),
         ("endpoint", "ipc:///" + "x" * 107),
+        ("engines", 0),
+        ("engines", 65),
+        ("engines", True),
+        ("engines", "two"),
         ("start_timeout", 0),
         ("worker_timeout", float("nan")),
         ("worker_timeout", "soon"),

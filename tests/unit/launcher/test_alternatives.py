@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from flexgen_lite.config.engine import ConfigError, EngineConfig
+from flexgen_lite.config.engine import EngineConfig
+from flexgen_lite.config.problems import ConfigError
 from flexgen_lite.launcher.alternatives import alternatives
 
 

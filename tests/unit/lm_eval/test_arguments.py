@@ -12,7 +12,7 @@ import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from flexgen_lite.config.engine import ConfigError
+from flexgen_lite.config.problems import ConfigError
 from flexgen_lite.demo.pretrained import MODEL
 from flexgen_lite.lm_eval.arguments import (
     REFUSED,
