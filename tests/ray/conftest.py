@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import tempfile
@@ -23,9 +24,10 @@ TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_gener
 def cluster() -> Iterator[None]:
     """Four processors by Ray's count, whatever the machine has: two actors and what reads and writes have room."""
     import ray
+    import ray.data
 
     os.environ["PYTHONPATH"] = str(ROOT)  # of the actors, which are no children of this process
-    os.environ["RAY_DATA_DISABLE_PROGRESS_BARS"] = "1"
+    ray.data.DataContext.get_current().enable_progress_bars = False
     with tempfile.TemporaryDirectory(prefix="fgr-", dir="/tmp") as folder:  # sockets want a short path
         ray.init(
             num_cpus=4, include_dashboard=False, object_store_memory=200 << 20, _temp_dir=folder,
@@ -35,6 +37,15 @@ def cluster() -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+@pytest.fixture
+def no_engines(cluster: None) -> None:
+    """Those of an earlier test are gone: a job that has failed holds its actors as long as its traceback is there."""
+    from tests.ray.pipelines import coordinators, until
+
+    gc.collect()
+    until(lambda: not coordinators(), "end of earlier engines")
 
 
 @pytest.fixture(scope="session")

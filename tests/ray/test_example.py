@@ -15,7 +15,7 @@ import pytest
 from flexgen_lite.demo.pretrained import MODEL
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("cluster")]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("no_engines")]
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from tests.engine_processes import workers_of
 from tests.ray.pipelines import actor_of, by_id, config_of, coordinators, until
 from tests.tiny_models import ragged_prompts, reference_tokens
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("cluster")]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("no_engines")]
 ROWS, TOKENS = 96, 8
 PROMPTS = ragged_prompts(ROWS, 30)
 

@@ -14,7 +14,7 @@ from flexgen_lite.ray.processor import build_processor
 from tests.ray.pipelines import by_id, config_of, coordinators
 from tests.tiny_models import ragged_prompts, reference_tokens
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("cluster")]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("no_engines")]
 GREEDY = {"max_tokens": 6, "temperature": 0.0, "ignore_eos": True}
 
 

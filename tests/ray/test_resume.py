@@ -16,7 +16,7 @@ from flexgen_lite.ray.processor import build_processor
 from tests.ray.pipelines import by_id, config_of
 from tests.tiny_models import ragged_prompts
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("cluster")]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("no_engines")]
 ROWS = 64
 PARAMS = {"max_tokens": 4, "temperature": 0.0, "ignore_eos": True}
 
