@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+LEFT_CPUS = 2  # of a machine, where it has them, for tasks: Ray's count, for engines compute on all
 ENGINE_RAM = 0.95  # of the memory that Ray leaves to processes: what an actor's own process takes is not in it
 
 
@@ -51,8 +52,8 @@ def share_of(
         num_cpus, num_gpus: of each actor, where the user says so.
         with_gpu: the engine takes a GPU where there is one.
 
-    Without the user's word an actor keeps all processors of its part of a machine but one: that is for reading and
-    writing, and Ray puts no second actor where there is no room for it. The smallest machine counts.
+    Without the user's word Ray keeps so many processors for an actor that no further one has room on its machine, and
+    two are left for what reads, writes and does other things to rows. The smallest machine counts.
     """
     if num_gpus is None:
         num_gpus = 1.0 if with_gpu and any(node.gpus >= 1 for node in nodes) else 0.0
@@ -64,5 +65,11 @@ def share_of(
         return Share(num_cpus, num_gpus, max(1, int(num_cpus)), per_machine, ram)
     if num_gpus > 0:
         return Share(1.0, num_gpus, None, per_machine, ram)
-    free = (min((node.cpus for node in able), default=1.0) - 1) / per_machine
-    return Share(float(math.floor(free)) if free >= 1 else max(free, 0.1), num_gpus, None, per_machine, ram)
+    cpus = min((node.cpus for node in able), default=1.0)
+    return Share(_kept(cpus, per_machine), num_gpus, None, per_machine, ram)
+
+
+def _kept(cpus: float, actors: int) -> float:
+    """Processors that Ray keeps for each of so many actors of a machine: a whole number, or a part of one."""
+    enough, most = cpus // (actors + 1) + 1, (cpus - LEFT_CPUS) // actors
+    return float(min(enough, most)) if most >= 1 else min(1.0, cpus / 2 / actors)

@@ -36,6 +36,11 @@ def coordinators() -> list[psutil.Process]:
     return found
 
 
+def coordinator_of(worker: psutil.Process) -> psutil.Process:
+    (found,) = [process for process in worker.parents() if process.pid in {each.pid for each in coordinators()}]
+    return found
+
+
 def actor_of(coordinator: psutil.Process) -> psutil.Process:
     parent = coordinator.parent()
     assert parent is not None and "ray::" in parent.name() + " ".join(parent.cmdline()), parent

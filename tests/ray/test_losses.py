@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import signal
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ import ray.data
 
 from flexgen_lite.ray.processor import build_processor
 from tests.engine_processes import workers_of
-from tests.ray.pipelines import actor_of, by_id, config_of, coordinators, until
+from tests.fault_injection import Fault, inject, struck
+from tests.fault_places import FAULTS
+from tests.ray.pipelines import actor_of, by_id, config_of, coordinator_of, coordinators, until
 from tests.tiny_models import ragged_prompts, reference_tokens
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("no_engines")]
@@ -35,55 +39,94 @@ def dataset_of(params: dict[str, Any]) -> ray.data.Dataset:
     )
 
 
-def rows_of(model: Path, params: dict[str, Any], on_first: Callable[[], object], **options: Any) -> list[list[int]]:
-    """The tokens of all rows; `on_first` is called when the first row has come, and more than half have not."""
-    rows = iter(build_processor(config_of(model, **options))(dataset_of(params)).iter_rows())
-    found = [next(rows)]
-    on_first()
-    found += rows
-    each = by_id(found)
-    assert {row["__inference_error__"] for row in found} == {""}
-    return [each[number]["generated_tokens"] for number in range(ROWS)]
+@pytest.fixture
+def frozen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Frozen:
+    """The first compute worker that has come far enough stops there, in the middle of a pass."""
+    inject(monkeypatch, tmp_path / "faults", Fault("advance", call=100, action="SIGSTOP", worker="compute worker"))
+    return Frozen(tmp_path / "faults", {name: os.environ[name] for name in (FAULTS, "PYTHONPATH")})
 
 
-def coordinator_killed() -> None:
-    coordinators()[0].send_signal(signal.SIGKILL)
+@dataclass(frozen=True)
+class Frozen:
+    """Attributes:
+    folder: of the mark that it leaves.
+    environment: of the actors.
+    """
+
+    folder: Path
+    environment: dict[str, str]
+
+    def worker(self) -> psutil.Process:
+        """The one that has stopped, once it has."""
+        until(lambda: struck(self.folder), "fault")
+        return until(self._stopped, "worker that has stopped")
+
+    def _stopped(self) -> psutil.Process | None:
+        for engine in coordinators():
+            worker = workers_of(engine.pid).get("compute worker")
+            if worker is not None and worker.status() == psutil.STATUS_STOPPED:
+                return worker
+        return None
 
 
-def compute_worker_killed() -> None:
-    workers_of(coordinators()[0].pid)["compute worker"].send_signal(signal.SIGKILL)
+def tokens_of(model: Path, params: dict[str, Any], **options: Any) -> list[list[int]]:
+    found = by_id(build_processor(config_of(model, **options))(dataset_of(params)).take_all())
+    assert {row["__inference_error__"] for row in found.values()} == {""}
+    return [found[number]["generated_tokens"] for number in range(ROWS)]
 
 
-def actor_killed() -> None:
-    coordinator = coordinators()[0]
-    actor_of(coordinator).send_signal(signal.SIGKILL)
+def tokens_after(
+    loss: Callable[[psutil.Process], None], frozen: Frozen, model: Path, params: dict[str, Any], **options: Any
+) -> list[list[int]]:
+    """`loss` is called with the worker that has stopped in the middle."""
+    with ThreadPoolExecutor(1) as pool:
+        environment = {"env_vars": frozen.environment}
+        job = pool.submit(tokens_of, model, params, runtime_env=environment, **options)
+        try:
+            loss(frozen.worker())
+        except BaseException:
+            for engine in coordinators():
+                engine.kill()
+            raise
+        return job.result()
+
+
+def worker_killed(worker: psutil.Process) -> None:
+    worker.kill()
+
+
+def coordinator_killed(worker: psutil.Process) -> None:
+    coordinator_of(worker).kill()
+
+
+def actor_killed(worker: psutil.Process) -> None:
+    coordinator = coordinator_of(worker)
+    actor_of(coordinator).kill()
+    worker.kill()  # one that has stopped does not see that it is to end
     until(lambda: not psutil.pid_exists(coordinator.pid) or coordinator.status() == psutil.STATUS_ZOMBIE, "end of it")
 
 
-@pytest.mark.parametrize("loss", [coordinator_killed, compute_worker_killed, actor_killed])
+def given_up(worker: psutil.Process) -> None:
+    """Engines of this actor are killed as they come, until it has gone."""
+    actor = actor_of(coordinator_of(worker))
+    for engine in _engines_of(actor):
+        engine.kill()
+
+
+@pytest.mark.parametrize(
+    ("loss", "actors"), [(worker_killed, 2), (coordinator_killed, 2), (actor_killed, 2), (given_up, 1)]
+)
 def test_a_loss_costs_no_row_and_changes_no_token(
-    loss: Callable[[], None], model: Path, expected: list[list[int]]
+    loss: Callable[[psutil.Process], None], actors: int, frozen: Frozen, model: Path, expected: list[list[int]]
 ) -> None:
-    assert rows_of(model, {"temperature": 0.0}, loss, concurrency=2) == expected
+    assert tokens_after(loss, frozen, model, {"temperature": 0.0}, concurrency=actors) == expected
 
 
-def test_what_is_drawn_is_drawn_again_when_an_actor_has_died(model: Path) -> None:
+def test_what_is_drawn_is_drawn_again_when_an_actor_has_died(frozen: Frozen, model: Path) -> None:
     params = {"temperature": 1.0}
-    undisturbed = rows_of(model, params, lambda: None)
-    assert rows_of(model, params, actor_killed) == undisturbed
-    assert len({tuple(tokens) for tokens in undisturbed}) > ROWS // 2
-
-
-def test_an_engine_that_is_given_up_takes_its_actor_with_it(model: Path, expected: list[list[int]]) -> None:
-    """Killed whenever it is there, until it has been lost too often; then another actor starts, with another engine."""
-
-    def kill_until_given_up() -> None:
-        actor = actor_of(coordinators()[0])
-        for engine in _engines_of(actor):
-            engine.send_signal(signal.SIGSTOP)  # so that it finishes nothing on its way out
-            engine.send_signal(signal.SIGKILL)
-
-    assert rows_of(model, {"temperature": 0.0}, kill_until_given_up) == expected
+    drawn = tokens_after(actor_killed, frozen, model, params)
+    assert drawn == tokens_of(model, params)
+    assert len({tuple(tokens) for tokens in drawn}) > ROWS // 2
 
 
 def _engines_of(actor: psutil.Process) -> Iterator[psutil.Process]:

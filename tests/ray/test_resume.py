@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def label(model: Path, dataset: ray.data.Dataset, run: str, fails_on: int, targe
         return {"id": row["id"], "tokens": row["generated_tokens"], "run": run}
 
     config = config_of(model, should_continue_on_error=False)
+    gc.collect()  # what has failed before holds its actors as long as its traceback is there
     build_processor(config, prepare, finish)(dataset).write_parquet(str(target))
 
 
