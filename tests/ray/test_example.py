@@ -34,6 +34,7 @@ def test_ray_label(records: Path, tmp_path: Path) -> None:
         [sys.executable, "examples/ray_label.py", str(records), str(tmp_path / "labelled")],
         cwd=ROOT, env={**os.environ, "RAY_ADDRESS": address}, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
+    print(done.stderr)
     assert done.returncode == 0, done.stderr
     assert "24 records, 0 failed" in done.stdout
     rows = pq.read_table(tmp_path / "labelled").to_pylist()
@@ -54,8 +55,8 @@ def test_python_in_the_documentation(records: Path, tmp_path: Path, monkeypatch:
     python = [block for block in code if not re.match(r"\s*(pip|python|make) ", block)]
     assert len(python) >= 2
     names: dict[str, object] = {}
-    try:
-        for block in python:
+    for block in python:
+        try:
             exec(compile(block, "docs/ray.md", "exec"), names)
-    finally:
-        ray.data.DataContext.get_current().checkpoint_config = None
+        finally:
+            ray.data.DataContext.get_current().checkpoint_config = None
