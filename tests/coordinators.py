@@ -39,9 +39,9 @@ class Coordinators:
         self._circumstances = _circumstances()
         self._lock = threading.Lock()
 
-    def spawn(self, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    def spawn(self, command: Sequence[str], environment: Mapping[str, str], **options: Any) -> subprocess.Popen[bytes]:
         if command != FRESH or SHARED not in os.environ or _circumstances() != self._circumstances:
-            return spawn_fresh(command, environment)
+            return spawn_fresh(command, environment, **options)
         order = {
             "environment": {**os.environ, **environment},
             "directory": os.getcwd(),
@@ -49,7 +49,7 @@ class Coordinators:
         }
         with self._lock:
             pid, pipes = self._fork(json.dumps(order).encode())
-        return Forked(pid, *pipes) if pid else spawn_fresh(command, environment)
+        return Forked(pid, *pipes) if pid else spawn_fresh(command, environment, **options)
 
     def _fork(self, order: bytes) -> tuple[int, tuple[int, int]]:
         """The process, and what leads to its standard input and comes from its standard output; 0 where there is none:

@@ -18,6 +18,7 @@ from flexgen_lite.cli.options import (
     Device,
     Dtype,
     Endpoint,
+    Engines,
     Gpu,
     KeyFile,
     KvDisk,
@@ -85,6 +86,7 @@ def run_batch(
     ram: Ram = None,
     gpu: Gpu = None,
     kv_disk: KvDisk = None,
+    engines: Engines = None,
     attention_workers: AttentionWorkers = None,
     load_format: LoadFormat = None,
     trace: Trace = None,
@@ -126,6 +128,7 @@ def launch(
     ram: Ram = None,
     gpu: Gpu = None,
     kv_disk: KvDisk = None,
+    engines: Engines = None,
     attention_workers: AttentionWorkers = None,
     load_format: LoadFormat = None,
     trace: Trace = None,
@@ -168,6 +171,7 @@ def plan(
     ram: Ram = None,
     gpu: Gpu = None,
     kv_disk: KvDisk = None,
+    engines: Engines = None,
     attention_workers: AttentionWorkers = None,
     load_format: LoadFormat = None,
     max_model_len: MaxModelLen = None,
@@ -217,7 +221,7 @@ def calibrate(
     from flexgen_lite.cli.console import errors_told, make_console
     from flexgen_lite.cli.plan import run_calibration
 
-    flags = _engine_flags({**locals(), "trace": None})
+    flags = _engine_flags({**locals(), "engines": None, "trace": None})
     with make_console(quiet, as_json) as console, errors_told(console):
         run_calibration(_engine_config(config, model, flags, settings), output, console)
 
@@ -242,6 +246,7 @@ def serve(
     ram: Ram = None,
     gpu: Gpu = None,
     kv_disk: KvDisk = None,
+    engines: Engines = None,
     attention_workers: AttentionWorkers = None,
     load_format: LoadFormat = None,
     trace: Trace = None,

@@ -20,8 +20,9 @@ from flexgen_lite.client.client import Client
 from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.cost.comparison import Prediction, where_they_part
 from flexgen_lite.errors import EngineError
-from flexgen_lite.launcher.alternatives import Alternative, alternatives
+from flexgen_lite.launcher.alternatives import Alternative, alternatives, refuse_allowed
 from flexgen_lite.launcher.outlook import Outlook, outlook, resumed
+from flexgen_lite.launcher.process import with_number_of_engines
 from flexgen_lite.launcher.supervisor import EngineSupervisor
 from flexgen_lite.report.bottleneck import verdict
 from flexgen_lite.text.shown import shown_path
@@ -41,8 +42,12 @@ def run_on_own_engine(
         allowed: settings that may be chosen, see launcher/alternatives.py.
     """
     _leave_to_rows(output_file, console)
+    config = with_number_of_engines(config)
     choices, found = alternatives(config, allowed), None
-    if overwrite or not output_file.exists():  # of a rest nothing is predicted
+    if config.engines != 1:
+        refuse_allowed(config, allowed)
+        console.log(f"{config.engines} engines: nothing is predicted of them, and no settings are searched")
+    elif overwrite or not output_file.exists():  # of a rest nothing is predicted
         found = _outlook(choices, input_file, console)
     elif allowed:
         config = _as_the_rows(choices, input_file, output_file, console)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 import shutil
 import sys
 import traceback
@@ -19,7 +18,7 @@ from flexgen_lite.config.problems import ConfigError
 from flexgen_lite.cost.comparison import Prediction
 from flexgen_lite.engine.calibrator import Calibrator
 from flexgen_lite.engine.coordinator import Coordinator, Stopping
-from flexgen_lite.engine.events import emit
+from flexgen_lite.engine.events import emit, read_order
 from flexgen_lite.engine.worker_process import WorkerDied
 from flexgen_lite.engine.worker_supervisor import FINAL
 from flexgen_lite.plan.plan import PlanError
@@ -32,7 +31,7 @@ PR_SET_CHILD_SUBREAPER = 36
 def main() -> int:
     if sys.platform == "linux":  # a zygote whose parent is lost stays in this process's tree
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    order = json.loads(_first_line(sys.stdin.fileno()))
+    order = read_order(sys.stdin.fileno())
     run_dir = Path(order["run_dir"])
     try:
         config = EngineConfig.from_json(json.dumps(order["config"]))
@@ -59,17 +58,6 @@ def main() -> int:
     finally:
         shutil.rmtree(run_dir, ignore_errors=True)  # its owner may be gone
     return 0
-
-
-def _first_line(descriptor: int) -> bytes:
-    """Read unbuffered: what comes behind the line is watched for."""
-    line = b""
-    while not line.endswith(b"\n"):
-        byte = os.read(descriptor, 1)
-        if not byte:
-            raise EOFError("no order on standard input")
-        line += byte
-    return line
 
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ from flexgen_lite.plan.machine import inspect_machine
 from flexgen_lite.plan.need import Measured, num_attention_workers
 from flexgen_lite.plan.text import describe
 from flexgen_lite.plan.workload import Workload
-from flexgen_lite.queue.requests import MAX_OPEN, Answer, Requests
+from flexgen_lite.queue.client_jobs import MAX_OPEN, Answer
+from flexgen_lite.queue.requests import Requests
 from flexgen_lite.wire import client_messages, worker_messages
 from flexgen_lite.wire.access import read_key_file
 from flexgen_lite.wire.kv_on_disk import KvMoved, PrefixesOpened

@@ -57,6 +57,7 @@ class Setup:
             "ram": self.plan.ram,
             "dtype": opened.spec.dtype,
             "device": "cuda" if opened.device_total_bytes else "cpu",
+            "max_sequences": self.plan.max_sequences,
             "files": hashlib.blake2b(files.encode(), digest_size=8).hexdigest(),
         }
 
