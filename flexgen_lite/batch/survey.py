@@ -18,8 +18,8 @@ BYTES_PER_TOKEN = 3  # of text, on the low side: room for too many tokens is bet
 
 
 def survey(path: Path, shard: Shard = WHOLE) -> Workload | None:
-    """Of the shard's lines; the longest one is that of the whole file. None where reading takes long or would use the file
-    up, or where there is no good line among the first.
+    """Of the shard's lines; the longest one is that of the whole file. None where reading takes long or would use the
+    file up, or where there is no good line among the first.
     """
     if not path.is_file() or path.stat().st_size > READ_UP_TO:
         return None
