@@ -20,6 +20,7 @@ from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.cost.comparison import Prediction
 from flexgen_lite.errors import EngineError
 from flexgen_lite.plan.workload import Workload
+from flexgen_lite.wire.engine_share import EngineShare
 from flexgen_lite.wire.runtime_dir import RuntimeDir
 
 COMMAND = (sys.executable, "-m", "flexgen_lite.engine")
@@ -34,7 +35,7 @@ class EngineProcess:
     """Starts the coordinator and waits until it is ready.
 
     The coordinator gets one JSON object in one line on its standard input, {"config": ..., "run_dir": ...,
-    "expected": ..., "predicted": ..., "calibrate": ...}, and exits when that input ends, so it never outlives this
+    "expected": ..., "predicted": ..., "calibrate": ..., "share": ...}, and exits when that input ends, so it never outlives this
     process. On its standard output it writes one JSON object a line: events "log", "plan", "ready", "calibrated" and
     "failed". Its standard error is this process's own.
 
@@ -48,6 +49,7 @@ class EngineProcess:
         environment: variables beside this process's own.
         wait: until it is ready; else `wait_until_ready` does.
         calibrate: it serves nobody, but measures and ends; `wait_until_calibrated` has what it found.
+        share: its part, where it is one of several engines of the machine; it inherits the arena's descriptor.
 
     Raises:
         EngineError: it did not become ready.
@@ -65,10 +67,11 @@ class EngineProcess:
         environment: Mapping[str, str] | None = None,
         wait: bool = True,
         calibrate: bool = False,
+        share: EngineShare | None = None,
     ) -> None:
         run_directory = RuntimeDir()
         try:
-            child = _spawn(command or COMMAND, environment or {})
+            child = _spawn(command or COMMAND, environment or {}, () if share is None else (share.arena_fd,))
         except OSError as error:
             run_directory.remove()
             raise EngineError(f"the engine cannot be started: {error}") from None
@@ -85,6 +88,7 @@ class EngineProcess:
                 "expected": None if expected is None else expected.to_dict(),
                 "predicted": None if predicted is None else predicted.to_dict(),
                 "calibrate": calibrate,
+                "share": None if share is None else share.to_dict(),
             }
             _tell(child, order)
             if wait:
@@ -119,7 +123,8 @@ class EngineProcess:
     @property
     def decided(self) -> Mapping[str, Any]:
         """For an engine that is to take its place: "ram", "dtype" and "device" as this one has them, and "files", the
-        same as long as the model's files are."""
+        same as long as the model's files are. For who starts several: "max_sequences", that run at once, and "weights",
+        for SharedWeights.from_dict, where it shares any."""
         return self._news.decided
 
     @property
@@ -241,12 +246,16 @@ class _News:
             return self._changed.wait_for(lambda: self._ended, patience)
 
 
-def _spawn(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def _spawn(
+    command: Sequence[str], environment: Mapping[str, str], inherited: Sequence[int] = ()
+) -> subprocess.Popen[bytes]:
+    """`inherited`: descriptors that the child has under the same numbers."""
     return subprocess.Popen(
         list(command),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         start_new_session=True,
+        pass_fds=inherited,
         env={**os.environ, **environment},
     )
 
