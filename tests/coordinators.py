@@ -39,9 +39,16 @@ class Coordinators:
         self._circumstances = _circumstances()
         self._lock = threading.Lock()
 
-    def spawn(self, command: Sequence[str], environment: Mapping[str, str], **options: Any) -> subprocess.Popen[bytes]:
-        if command != FRESH or SHARED not in os.environ or _circumstances() != self._circumstances:
-            return spawn_fresh(command, environment, **options)
+    def spawn(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        inherited: Sequence[int] = (),
+        own_session: bool = True,
+    ) -> subprocess.Popen[bytes]:
+        as_ours = command == FRESH and SHARED in os.environ and not inherited and own_session
+        if not as_ours or _circumstances() != self._circumstances:
+            return spawn_fresh(command, environment, inherited, own_session)
         order = {
             "environment": {**os.environ, **environment},
             "directory": os.getcwd(),
@@ -49,7 +56,7 @@ class Coordinators:
         }
         with self._lock:
             pid, pipes = self._fork(json.dumps(order).encode())
-        return Forked(pid, *pipes) if pid else spawn_fresh(command, environment, **options)
+        return Forked(pid, *pipes) if pid else spawn_fresh(command, environment)
 
     def _fork(self, order: bytes) -> tuple[int, tuple[int, int]]:
         """The process, and what leads to its standard input and comes from its standard output; 0 where there is none:

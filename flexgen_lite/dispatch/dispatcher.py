@@ -25,7 +25,7 @@ from flexgen_lite.engine.event_loop import EventLoop
 from flexgen_lite.engine.events import emit, log
 from flexgen_lite.engine.frontend import Frontend
 from flexgen_lite.errors import EngineError
-from flexgen_lite.plan.engine_parts import engine_parts
+from flexgen_lite.plan.engine_parts import cpus_text, engine_parts
 from flexgen_lite.plan.machine import inspect_machine
 from flexgen_lite.plan.plan import auto_ram
 from flexgen_lite.plan.topology import inspect_topology
@@ -35,7 +35,7 @@ from flexgen_lite.wire import client_messages
 from flexgen_lite.wire.access import read_key_file
 from flexgen_lite.wire.client_messages import PROTOCOL, RequestDelta, RequestDone, Welcome
 
-OWN_BYTES = 192 << 20  # of this process, with the requests that it has
+OWN_BYTES = 128 << 20  # of this process, with the requests that it has
 LOOK_SECONDS = 0.2  # between two looks at whether an engine that was lost is there again
 BACKLOG_SECONDS = 0.05  # before what could not be sent is tried again
 PLACES = 256  # of an engine that does not say
@@ -65,9 +65,9 @@ class Dispatcher:
         )
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._bell_read, self._bell_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        parts = engine_parts(config, inspect_topology(), count)
-        ram = self._ram - OWN_BYTES
-        self._engines = Engines(config, parts, ram, run_dir, expected, log, self._ring)
+        self._parts = engine_parts(config, inspect_topology(), count)
+        ram = max(1, self._ram - OWN_BYTES)
+        self._engines = Engines(config, self._parts, ram, run_dir, expected, log, self._ring)
         self._links: list[EngineLink] = []
         self._welcomes: dict[int, Welcome] = {}
         self._status = StatusRound(self._requests, count, self._ram, OWN_BYTES, self._answer_status)
@@ -143,8 +143,14 @@ class Dispatcher:
 
     @property
     def _plan(self) -> str:
-        plans = [supervisor.plan for supervisor in self._engines.supervisors]
-        return "\n".join(f"engine {number}\n{plan}" for number, plan in enumerate(plans))
+        cpus = ", ".join(f"engine {part.number} on CPUs {cpus_text(part.cpus)}" for part in self._parts)
+        lines = [f"engines   {len(self._parts)} behind one queue: {cpus}"]
+        of_each: dict[str, list[str]] = {}
+        for number, supervisor in enumerate(self._engines.supervisors):
+            of_each.setdefault(supervisor.plan, []).append(str(number))
+        for plan, numbers in of_each.items():
+            lines += [f"each of   engine {', '.join(numbers)}", plan]
+        return "\n".join(lines)
 
     @property
     def _decided(self) -> dict[str, Any]:

@@ -12,12 +12,11 @@ from flexgen_lite.plan.workload import Workload
 
 
 def config_of(
-    config: EngineConfig, part: EnginePart, count: int, ram: int, kv_disk_folder: Path, dtype: str = ""
+    config: EngineConfig, part: EnginePart, count: int, kv_disk_folder: Path, dtype: str = ""
 ) -> EngineConfig:
     """What an engine is configured with.
 
     Args:
-        ram: bytes for all engines.
         kv_disk_folder: where that of the whole is.
         dtype: what "auto" came to in another engine.
     """
@@ -25,7 +24,6 @@ def config_of(
     update: dict[str, Any] = {
         "engines": 1,
         "device": part.device,
-        "ram": max(1, ram // count),
         "endpoint": None,
         "key_file": None,
         "trace": None if config.trace is None else trace_of(config.trace, number),

@@ -12,15 +12,17 @@ from flexgen_lite.dispatch.engine_config import config_of, work_of
 from flexgen_lite.engine.kv_setup import kv_disk_folder
 from flexgen_lite.errors import EngineError
 from flexgen_lite.launcher.supervisor import EngineSupervisor
+from flexgen_lite.memory.arena import Arena
 from flexgen_lite.plan.engine_parts import EnginePart
 from flexgen_lite.plan.workload import Workload
+from flexgen_lite.wire.engine_share import EngineShare, SharedWeights
 
 
 class Engines:
     """Args:
     config: of all of them.
     parts: what each has of the machine.
-    ram: bytes of main memory for all of them.
+    ram: bytes of main memory for all of them, the weights that they share among these.
     run_dir: private, in which each has a directory of its own.
     expected: the work to come for all of them, where it is known.
     on_log: is given each log message, on any thread.
@@ -46,6 +48,7 @@ class Engines:
         self._config, self._parts, self._ram = config, parts, ram
         self._run_dir, self._expected = run_dir, work_of(expected, len(parts))
         self._on_log, self._on_change = on_log, on_change
+        self._arena = Arena("shared")  # of weights: the first engine fills it
         self._started: dict[int, EngineSupervisor] = {}
         self._closing = threading.Event()
 
@@ -64,6 +67,7 @@ class Engines:
             thread.start()
         for thread in stopping:
             thread.join()
+        self._arena.close()
 
     def _start_all(self) -> None:
         first, *others = self._parts
@@ -83,13 +87,23 @@ class Engines:
         """`decided`: by the first engine."""
         name = f"engine {part.number}"
         folder = kv_disk_folder(self._config)
-        config = config_of(self._config, part, len(self._parts), self._ram, folder, decided.get("dtype", ""))
+        config = config_of(self._config, part, len(self._parts), folder, decided.get("dtype", ""))
+        weights = decided.get("weights")
+        share = EngineShare(
+            part.number,
+            len(self._parts),
+            part.cpus,
+            self._ram,
+            self._arena.fd,
+            None if weights is None else SharedWeights.from_dict(weights),
+        )
         try:
             self._started[part.number] = EngineSupervisor(
                 config,
                 expected=self._expected,
                 on_log=lambda text: self._on_log(_said_by(name, text)),
                 outer=self._run_dir,
+                share=share,
             )
         except EngineError as error:
             self.failure = self.failure or EngineError(

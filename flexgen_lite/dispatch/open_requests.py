@@ -4,8 +4,9 @@ logic, but for the files of kept jobs."""
 from __future__ import annotations
 
 import random
+from array import array
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from flexgen_lite.client.streamed_answer import OTHERWISE, StreamedAnswer
@@ -30,7 +31,8 @@ class Dispatched:
 
     Attributes:
         owner: whose it is.
-        request: as engines are to have it.
+        request: as engines are to have it, but for its prompt.
+        prompt: a text, or token ids of four bytes each: thousands of prompts may wait.
         num_prompt_tokens: where the prompt is a text, by estimate.
         losses: engines that were lost while they had it.
         is_moving: it is to be taken back from an engine for another one, and the engine has not answered yet.
@@ -42,6 +44,7 @@ class Dispatched:
 
     owner: OpenRequest
     request: WireRequest
+    prompt: str | Sequence[int]
     num_prompt_tokens: int
     losses: int = 0
     is_moving: bool = False
@@ -64,6 +67,11 @@ class Dispatched:
 
     def make_sibling(self) -> None:
         """A request goes as a whole."""
+
+    @property
+    def asked(self) -> WireRequest:
+        """What an engine is sent."""
+        return replace(self.request, prompt=self.prompt if isinstance(self.prompt, str) else tuple(self.prompt))
 
     def begin_again(self) -> None:
         """Another engine tells it from the beginning."""
@@ -165,7 +173,7 @@ class OpenRequests:
     def _take(self, origin: Origin, request: WireRequest, priority: int) -> list[Answer]:
         owner = OpenRequest(origin, priority=priority)
         num_tokens = len(request.prompt) // (CHARACTERS_PER_TOKEN if isinstance(request.prompt, str) else 1)
-        one = Dispatched(owner, _with_seed(request), num_tokens)
+        one = Dispatched(owner, _with_seed(request), _compact(request.prompt), num_tokens)
         self._open.add(one)
         self._jobs.opened(origin)
         self._waiting.add(one)
@@ -261,7 +269,7 @@ class OpenRequests:
         self._num_sent += 1  # an engine takes no job twice
         job_id = str(self._num_sent)
         engine.add(job_id, one)
-        return Submit(job_id, (one.request,), False, one.owner.priority)
+        return Submit(job_id, (one.asked,), False, one.owner.priority)
 
     def even_out(self, waiting: Mapping[int, int]) -> list[Order]:
         """What engines are to give back for others that have nothing to do: nothing as long as something waits here.
@@ -351,12 +359,19 @@ def _cancelled(one: Dispatched) -> RequestDone:
     return RequestDone("", 0, one.num_prompt_tokens, (WireOutput("", (), "cancelled"),))
 
 
+def _compact(prompt: str | tuple[int, ...]) -> str | Sequence[int]:
+    try:
+        return prompt if isinstance(prompt, str) else array("i", prompt)
+    except OverflowError:  # no token id: the engine will say so
+        return prompt
+
+
 def _with_seed(request: WireRequest) -> WireRequest:
-    """If it is sent to another engine, that draws the same tokens."""
+    """Without its prompt. If it is sent to another engine, that draws the same tokens."""
     params = request.params
     if params.seed is not None or params.temperature == 0:
-        return replace(request, index=0)
-    return replace(request, index=0, params=replace(params, seed=random.randrange(MAX_SEED)))
+        return replace(request, index=0, prompt="")
+    return replace(request, index=0, prompt="", params=replace(params, seed=random.randrange(MAX_SEED)))
 
 
 def _merged(first: RequestDelta, then: RequestDelta) -> RequestDelta:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import shutil
 import sys
 import traceback
@@ -24,6 +25,7 @@ from flexgen_lite.engine.worker_supervisor import FINAL
 from flexgen_lite.plan.plan import PlanError
 from flexgen_lite.plan.workload import Workload
 from flexgen_lite.wire.access import KeyFileError
+from flexgen_lite.wire.engine_share import EngineShare
 
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -34,13 +36,17 @@ def main() -> int:
     order = read_order(sys.stdin.fileno())
     run_dir = Path(order["run_dir"])
     try:
+        share = None if order.get("share") is None else EngineShare.from_dict(order["share"])
+        if share is not None and share.cpus:
+            os.sched_setaffinity(0, share.cpus)  # before anything is started, which inherits it
         config = EngineConfig.from_json(json.dumps(order["config"]))
         if order.get("calibrate"):
             with Calibrator(config, run_dir) as calibrator:
                 emit("calibrated", **calibrator.run().to_dict())
             return 0
         expected = Workload.from_dict(order.get("expected"))
-        with Coordinator(config, run_dir, expected, Prediction.from_dict(order.get("predicted"))) as coordinator:
+        predicted = Prediction.from_dict(order.get("predicted"))
+        with Coordinator(config, run_dir, expected, predicted, share) as coordinator:
             coordinator.run()
     except Stopping:
         return 0

@@ -54,7 +54,12 @@ class Passes:
         self._answer = answer
         self.schedule: Schedule = setup.make_schedule()
         self.weights = WeightFlow(
-            workers, self.schedule, setup.packed_units, setup.plan.copy_head, self._compute_columns
+            workers,
+            self.schedule,
+            setup.packed_units,
+            setup.units_there,
+            setup.plan.copy_head,
+            self._compute_columns,
         )
         self.kv = KvFlow(workers, requests, stats, answer)
         self.begin_at: float | None = None

@@ -23,6 +23,7 @@ from flexgen_lite.plan.engine_parts import num_engines
 from flexgen_lite.plan.plan import PlanError
 from flexgen_lite.plan.topology import inspect_topology
 from flexgen_lite.plan.workload import Workload
+from flexgen_lite.wire.engine_share import EngineShare
 from flexgen_lite.wire.runtime_dir import RuntimeDir
 
 COMMAND = (sys.executable, "-m", "flexgen_lite.engine")
@@ -39,9 +40,9 @@ class EngineProcess:
     front of them, which is to others what a coordinator is.
 
     The coordinator gets one JSON object in one line on its standard input, {"config": ..., "run_dir": ...,
-    "expected": ..., "predicted": ..., "calibrate": ...}, and exits when that input ends, so it never outlives this
-    process. On its standard output it writes one JSON object a line: events "log", "plan", "ready", "calibrated" and
-    "failed". Its standard error is this process's own.
+    "expected": ..., "predicted": ..., "calibrate": ..., "share": ...}, and exits when that input ends, so it never
+    outlives this process. On its standard output it writes one JSON object a line: events "log", "plan", "ready",
+    "calibrated" and "failed". Its standard error is this process's own.
 
     Args:
         config: of the engine.
@@ -53,6 +54,7 @@ class EngineProcess:
         environment: variables beside this process's own.
         wait: until it is ready; else `wait_until_ready` does.
         calibrate: it serves nobody, but measures and ends; `wait_until_calibrated` has what it found.
+        share: its part, where it is one of several engines of the machine; it inherits the arena's descriptor.
         outer: the private directory of this process, where that is the child of an EngineProcess itself: what the
             engine has lies in it, and is ended with this process.
 
@@ -73,12 +75,14 @@ class EngineProcess:
         wait: bool = True,
         calibrate: bool = False,
         outer: Path | None = None,
+        share: EngineShare | None = None,
     ) -> None:
         config = config.model_copy(update={"engines": 1}) if calibrate else with_number_of_engines(config)
         run_directory = RuntimeDir(outer)
         own = COMMAND if config.engines == 1 else DISPATCH
         try:
-            child = _spawn(command or own, environment or {}, own_session=outer is None)
+            inherited = () if share is None else (share.arena_fd,)
+            child = _spawn(command or own, environment or {}, inherited, own_session=outer is None)
         except OSError as error:
             run_directory.remove()
             raise EngineError(f"the engine cannot be started: {error}") from None
@@ -96,6 +100,7 @@ class EngineProcess:
                 "expected": None if expected is None else expected.to_dict(),
                 "predicted": None if predicted is None else predicted.to_dict(),
                 "calibrate": calibrate,
+                "share": None if share is None else share.to_dict(),
             }
             _tell(child, order)
             if wait:
@@ -130,7 +135,8 @@ class EngineProcess:
     @property
     def decided(self) -> Mapping[str, Any]:
         """For an engine that is to take its place: "ram", "dtype" and "device" as this one has them, and "files", the
-        same as long as the model's files are."""
+        same as long as the model's files are. For who starts several: "max_sequences", that run at once, and "weights",
+        for SharedWeights.from_dict, where it shares any."""
         return self._news.decided
 
     @property
@@ -261,14 +267,18 @@ def with_number_of_engines(config: EngineConfig) -> EngineConfig:
         raise EngineError(str(error), user_error=True) from None
 
 
-def _spawn(command: Sequence[str], environment: Mapping[str, str], own_session: bool = True) -> subprocess.Popen[bytes]:
-    """In a session of its own, or in a group of its own of this one."""
+def _spawn(
+    command: Sequence[str], environment: Mapping[str, str], inherited: Sequence[int] = (), own_session: bool = True
+) -> subprocess.Popen[bytes]:
+    """In a session of its own, or in a group of its own of this one. `inherited`: descriptors that the child has under
+    the same numbers."""
     return subprocess.Popen(
         list(command),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         start_new_session=own_session,
         process_group=None if own_session else 0,
+        pass_fds=inherited,
         env={**os.environ, **environment},
     )
 

@@ -6,6 +6,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -18,6 +19,7 @@ from flexgen_lite.errors import EngineError, fresh
 from flexgen_lite.launcher.process import EngineProcess
 from flexgen_lite.model.files import OFFLINE
 from flexgen_lite.plan.workload import Workload
+from flexgen_lite.wire.engine_share import EngineShare, SharedWeights
 
 MOST_LOSSES = 3  # in a row, with no request finished in between
 BUSY_SECONDS = 300.0  # that an engine may take to answer a new client, as it may for one it has
@@ -46,7 +48,7 @@ class EngineSupervisor:
         predicted: what is foretold of it, for the trace.
         on_log: is given each log message, and warnings about losses, on other threads.
         on_plan: is given the first engine's plan.
-        outer: see EngineProcess.
+        outer, share: see EngineProcess. An engine that takes the place of another finds the weights that these share.
 
     Attributes:
         restarts: how often the engine was started again.
@@ -64,8 +66,9 @@ class EngineSupervisor:
         on_log: Callable[[str], None] | None = None,
         on_plan: Callable[[str], None] | None = None,
         outer: Path | None = None,
+        share: EngineShare | None = None,
     ) -> None:
-        self._expected, self._outer = expected, outer
+        self._expected, self._outer, self._share = expected, outer, share
         self._on_log = on_log or (lambda _: None)
         self._owner = os.getpid()
         self._closing = threading.Event()
@@ -78,7 +81,13 @@ class EngineSupervisor:
         self._starting: EngineProcess | None = None  # by that thread
         self._failure: EngineError | None = None  # there will be no other one
         self._engine = EngineProcess(
-            config, expected=expected, predicted=predicted, on_log=on_log, on_plan=on_plan, outer=outer
+            config,
+            expected=expected,
+            predicted=predicted,
+            on_log=on_log,
+            on_plan=on_plan,
+            outer=outer,
+            share=share,
         )
         self._config = _settled(config, self._engine)
         self._close_first()
@@ -252,7 +261,13 @@ class EngineSupervisor:
             self._on_log(f"its trace is {config.trace}")
         self.restarts += 1
         engine = EngineProcess(
-            config, expected=self._expected, on_log=self._on_log, environment=OFFLINE, wait=False, outer=self._outer
+            config,
+            expected=self._expected,
+            on_log=self._on_log,
+            environment=OFFLINE,
+            wait=False,
+            outer=self._outer,
+            share=self._share_of_the_next(),
         )
         self._close_first()
         try:
@@ -268,6 +283,13 @@ class EngineSupervisor:
             raise
         self._on_log(f"the engine (process {engine.pid}) is ready")
         return engine
+
+    def _share_of_the_next(self) -> EngineShare | None:
+        """The weights that engines share lie in their arena by now."""
+        weights = self._engine.decided.get("weights")
+        if self._share is None or weights is None:
+            return self._share
+        return replace(self._share, weights=SharedWeights.from_dict(weights))
 
     def _warn(self, text: str) -> None:
         self._on_log(f"warning: {text}")

@@ -48,6 +48,17 @@ def engine_parts(config: EngineConfig, topology: Topology, count: int) -> list[E
     return [EnginePart(number, cpus, f"cuda:{number}" if on_gpu else "cpu") for number, cpus in enumerate(parts)]
 
 
+def cpus_text(cpus: Sequence[int]) -> str:
+    """As the system lists them: "0-3, 8"."""
+    runs: list[list[int]] = []
+    for cpu in sorted(cpus):
+        if runs and cpu == runs[-1][1] + 1:
+            runs[-1][1] = cpu
+        else:
+            runs.append([cpu, cpu])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
 def _gpus(config: EngineConfig, topology: Topology) -> int | None:
     """How many there are for engines; None where products are computed on the CPU."""
     if config.device == "cpu" or (config.device == "auto" and not topology.gpus):

@@ -26,6 +26,16 @@ class Placement:
     on_device: tuple[int, ...] = ()  # layers that stay there, in RAM as well or not
 
 
+def place_decided(sizes: Sizes, available: int, slots: int, resident: tuple[int, ...], on_device: int) -> Placement:
+    """As `place`, where others have decided which layers are in RAM for good."""
+    staying = spread_evenly(on_device, sizes.num_layers)
+    ring = slots if len(resident) < sizes.num_layers else 0
+    whole = ring + len(set(resident) & set(staying))
+    available -= whole * sizes.layers.whole + len(set(resident) - set(staying)) * sizes.layers.without
+    available -= sizes.layers.projections * len(set(sizes.layers.split) - set(staying))
+    return Placement(resident, ring, min(sizes.most_pages, available // sizes.page_bytes), staying)
+
+
 def place(sizes: Sizes, available: int, slots: int, all_streamed: bool, on_device: int) -> Placement:
     """Places layers and KV pages in `available` bytes.
 

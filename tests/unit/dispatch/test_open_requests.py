@@ -205,6 +205,12 @@ def test_a_kept_job_over_its_clients_leaving(requests: OpenRequests) -> None:
     assert requests.done(0, done(again, 0))[0][0] == b"c"
 
 
+def test_token_ids_beyond_any_vocabulary_reach_the_engine_that_refuses_them(requests: OpenRequests) -> None:
+    with_engines(requests, 1, 1)
+    requests.submit(b"c", Submit("job", (WireRequest(0, (5, 1 << 40), PARAMS), WireRequest(1, "text", PARAMS)), False))
+    assert [m.requests[0].prompt for _, m in requests.share_out() if isinstance(m, Submit)] == [(5, 1 << 40), "text"]
+
+
 def test_a_client_that_is_gone(requests: OpenRequests) -> None:
     with_engines(requests, 1, 1)
     requests.submit(b"c", Submit("job", part(20), False))

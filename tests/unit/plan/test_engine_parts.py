@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.plan import topology
-from flexgen_lite.plan.engine_parts import engine_parts, num_engines
+from flexgen_lite.plan.engine_parts import cpus_text, engine_parts, num_engines
 from flexgen_lite.plan.plan import PlanError
 from flexgen_lite.plan.topology import Topology, inspect_topology, num_gpus
 
@@ -60,6 +60,10 @@ def test_nodes_and_cores_stay_whole() -> None:
     assert cpus(4) == [(0, 1, 8, 9), (2, 3, 10, 11), (4, 5, 12, 13), (6, 7, 14, 15)]
     assert cpus(3) == [(0, 1, 8, 9), (2, 3, 4, 10, 11, 12), (5, 6, 7, 13, 14, 15)]
     assert cpus(16)[:3] == [(0,), (8,), (1,)], "more than there are cores"
+
+
+def test_cpus_as_people_read_them() -> None:
+    assert cpus_text((0, 1, 2, 3, 8, 10, 11)) == "0-3, 8, 10-11"
 
 
 def test_gpus() -> None:
