@@ -35,9 +35,9 @@ class EngineProcess:
     """Starts the coordinator and waits until it is ready.
 
     The coordinator gets one JSON object in one line on its standard input, {"config": ..., "run_dir": ...,
-    "expected": ..., "predicted": ..., "calibrate": ..., "share": ...}, and exits when that input ends, so it never outlives this
-    process. On its standard output it writes one JSON object a line: events "log", "plan", "ready", "calibrated" and
-    "failed". Its standard error is this process's own.
+    "expected": ..., "predicted": ..., "calibrate": ..., "share": ...}, and exits when that input ends, so it never
+    outlives this process. On its standard output it writes one JSON object a line: events "log", "plan", "ready",
+    "calibrated" and "failed". Its standard error is this process's own.
 
     Args:
         config: of the engine.
