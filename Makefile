@@ -3,13 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types bench soak conformance clean
+.PHONY: demo test lint types bench soak conformance oldest clean
 
 demo: $(VENV)/installed
 	$(BIN)/flexgen-lite demo $(if $(QUANTIZATION),--quantization $(QUANTIZATION))
 
 # The tests start hundreds of processes that import the same modules: bytecode is kept, whatever the shell says.
-test conformance: export PYTHONDONTWRITEBYTECODE :=
+test conformance oldest: export PYTHONDONTWRITEBYTECODE :=
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=10
 
@@ -25,6 +25,11 @@ bench: $(VENV)/installed
 
 soak: $(VENV)/installed
 	$(BIN)/python -m tests.soak
+
+# The oldest Transformers that pyproject.toml allows, over what is installed.
+oldest: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/oldest transformers==5.17.0 tokenizers==0.23.2 huggingface-hub==1.33.0
+	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -n 2 --dist loadfile tests/e2e/test_families.py tests/e2e/test_gguf.py tests/unit/workers/model
 
 conformance: $(VENV)/installed
 	$(BIN)/python -m pytest -n 3 tests/conformance/text.py tests/conformance/models.py
