@@ -71,9 +71,11 @@ class Sharing:
     """What stays in main memory lies apart, up to a multiple of LARGE_PAGE, where other engines map it too.
 
     Attributes:
+        engines: how many.
         resident: layers that stay there, where that was decided before; None: it is open.
     """
 
+    engines: int
     resident: tuple[int, ...] | None = None
 
 
@@ -125,6 +127,11 @@ class Need:
         """RAM below which the engine cannot run with this block, so many layer slots, and KV pages."""
         kv = (pages or self.least_pages) * self.page
         return sum(self.fixed(tokens, count).values()) + self.least_weights(slots) + kv + self.state_bytes
+
+    @property
+    def engines(self) -> int:
+        """That map the layers that stay."""
+        return self.sharing.engines if self.sharing else 1
 
     def least_weights(self, slots: int) -> int:
         """Bytes of so many slots for layers, those that must stay beside them, and what is apart."""

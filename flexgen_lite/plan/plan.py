@@ -13,7 +13,7 @@ from flexgen_lite.memory.kv_layout import disk_slot_bytes
 from flexgen_lite.model.spec import ModelSpec
 from flexgen_lite.plan.machine import Machine
 from flexgen_lite.plan.need import DEVICE_RING, Measured, Need, Sharing, need_of
-from flexgen_lite.plan.placement import Placement, Sizes, place, place_decided
+from flexgen_lite.plan.placement import Placement, Sizes, leaves_enough, place, place_decided
 from flexgen_lite.plan.slots import lay_out
 from flexgen_lite.plan.workload import Workload
 from flexgen_lite.text.sizes import format_size
@@ -288,7 +288,7 @@ def _num_states(need: Need, available: int, tokens: int, slots: int) -> int:
     three quarters of it; else what streams them, for a pass takes as long whatever rides on it."""
     layers, ring = need.spec.num_layers * need.layers.whole, need.least_weights(slots)
     each = need.state_bytes + need.wanted_pages * need.page // need.max_sequences
-    weights = layers if layers * 4 <= available * 3 else ring
+    weights = layers if leaves_enough(layers, available, need.engines) else ring
     longest = need.longest_pages(tokens) * need.page
     return max(1, (available - weights - longest) // each)
 
@@ -303,7 +303,8 @@ def _place(need: Need, available: int, tokens: int, slots: int, device_slots: in
     layers, forced = need.spec.num_layers, need.config.layer_slots
     longest_pages = need.longest_pages(tokens)
     most_pages = max(need.most_pages, longest_pages)  # a prompt's rows have pages before its window passes them
-    sizes = Sizes(layers, need.layers, need.page, need.least_pages, longest_pages, need.wanted_pages, most_pages)
+    pages = need.least_pages, longest_pages, need.wanted_pages, most_pages
+    sizes = Sizes(layers, need.layers, need.page, *pages, need.engines)
     staying = layers if device_slots >= layers else max(0, device_slots - DEVICE_RING)
     if need.sharing is not None and need.sharing.resident is not None:
         return place_decided(sizes, available, slots, need.sharing.resident, staying)

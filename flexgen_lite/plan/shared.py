@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flexgen_lite.config.engine import EngineConfig
+from flexgen_lite.memory.arena import LARGE_PAGE
 from flexgen_lite.model.spec import ModelSpec
 from flexgen_lite.plan.machine import Machine
 from flexgen_lite.plan.need import Measured, Sharing, sizes_of_layers
@@ -51,10 +52,7 @@ class Planner:
         """
         if self.count == 1:
             return self._make(machine, self.ram, None)
-        if weights is None:
-            found = self._first(machine)
-            weights = SharedWeights(found.resident_layers, found.shared_bytes)
-        made = self._decided(machine, weights)
+        made = self._decided(machine, self._decide(machine) if weights is None else weights)
         assert self.total([made] * self.count) <= self.ram, "the engines take more than there is"
         return made
 
@@ -69,24 +67,45 @@ class Planner:
         """Bytes of main memory that engines with these plans take together."""
         return sum(plan.planned_bytes - plan.shared_bytes for plan in plans) + plans[0].shared_bytes
 
-    def _first(self, machine: Machine) -> Plan:
-        """A plan that decides which layers stay: all of them, or as many as there is room for. That there is more room
-        the more of the weights are shared is counted only as far as they are."""
-        everything = shared_bytes(self._weights(self.spec.num_layers))
+    def _decide(self, machine: Machine) -> SharedWeights:
+        """Which layers stay: as many as there is room for; all of them where the engines' rings would take more."""
+        everything = self._shared_bytes(self.spec.num_layers)
+        slots = self.config.layer_slots
+        all_may_stay = slots is None or slots >= self.spec.num_layers
+        try:
+            made = self._searched(machine, everything)
+            rings = self.count * made.layer_slots * made.layer_slot_bytes
+            if all_may_stay and rings and made.shared_bytes + rings >= everything:
+                made = self._all(machine, everything)
+        except RamError as refusal:
+            if not all_may_stay:
+                raise
+            try:
+                made = self._all(machine, everything)
+            except RamError as other:
+                raise min(refusal, other, key=lambda error: error.enough) from None
+        return SharedWeights(made.resident_layers, made.shared_bytes)
+
+    def _searched(self, machine: Machine, everything: int) -> Plan:
+        """That there is more room the more of the weights are shared is counted only as far as they are."""
         made = self._open(machine, everything)
         if made.shared_bytes >= everything:
             return made
-        made = self._open(machine, shared_bytes(self._weights(0)))
+        made = self._open(machine, self._shared_bytes(0))
         while (more := self._open(machine, made.shared_bytes)).shared_bytes > made.shared_bytes:
             made = more
         return made
 
+    def _all(self, machine: Machine, everything: int) -> Plan:
+        layers = tuple(range(self.spec.num_layers))
+        return self._make(machine, self._ram(everything), Sharing(self.count, layers))
+
     def _open(self, machine: Machine, shared: int) -> Plan:
         """If at least so many bytes are shared it is within the budget."""
-        return self._make(machine, self._ram(shared), Sharing())
+        return self._make(machine, self._ram(shared), Sharing(self.count))
 
     def _decided(self, machine: Machine, weights: SharedWeights) -> Plan:
-        made = self._make(machine, self._ram(weights.num_bytes), Sharing(weights.resident_layers))
+        made = self._make(machine, self._ram(weights.num_bytes), Sharing(self.count, weights.resident_layers))
         if made.shared_bytes != weights.num_bytes:
             raise PlanError(
                 f"the engines share {weights.num_bytes} bytes of weights, this one would have {made.shared_bytes}: "
@@ -109,13 +128,14 @@ class Planner:
                 raise
             raise self._refusal(error, sharing) from None
 
-    def _weights(self, num_layers: int) -> int:
-        """Bytes that are shared where so many layers stay."""
+    def _shared_bytes(self, num_layers: int) -> int:
+        """At least, where so many layers stay."""
         each = sizes_of_layers(self.config, self.spec, self.on_gpu).without
-        return num_layers * each + self.spec.units[-1].num_bytes
+        return shared_bytes(num_layers * each + self.spec.units[-1].num_bytes)
 
     def _refusal(self, error: RamError, sharing: Sharing) -> RamError:
-        shared = self._weights(len(sharing.resident or ()))
+        """Of the engines, for want of what one of them needs."""
+        shared = self._shared_bytes(len(sharing.resident or ())) - LARGE_PAGE
         return RamError(
             f"{self.spec.class_name} in {self.count} engines",
             self.count * (error.enough - shared) + shared,

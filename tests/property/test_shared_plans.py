@@ -109,21 +109,37 @@ def test_a_refusal_names_a_budget_that_does(spec: ModelSpec, options: dict[str, 
 
 
 def test_weights_that_fit_once_stay() -> None:
-    """5 GB of weights, and 8 GiB for three engines: each by itself would have to stream them."""
+    """5 GB of weights, and 14 GiB for three engines: each by itself would have to stream them."""
     spec = model(24, 200 * MIB, 400 * MIB, 2048, 2048)
-    plans = planner(spec, 3, 8 * GIB).plans([machine()] * 3)
+    plans = planner(spec, 3, 14 * GIB).plans([machine()] * 3)
+    assert make_plan(EngineConfig(model="m", ram=14 * GIB // 3), spec, machine(), MEASURED, False, 0).layer_slots == 2
     for made in plans:
         assert made.resident_layers == tuple(range(24)) and made.layer_slots == 0
         assert made.shared_bytes == made.weights_bytes == 24 * 200 * MIB + 400 * MIB
-    assert total(plans) > 7 * GIB, "what is left is of use"
+    assert total(plans) > 13 * GIB, "what is left is of use"
 
 
 def test_layers_stay_as_far_as_there_is_room_once() -> None:
     spec = model(24, 200 * MIB, 400 * MIB, 2048, 2048)
-    few, more = (planner(spec, 3, ram * GIB).plans([machine()] * 3)[0] for ram in (5, 6))
+    short = Workload(20, 150, 200, 300)
+    few, more = (planner(spec, 3, ram * GIB, short).plans([machine()] * 3)[0] for ram in (10, 12))
     assert 0 < len(few.resident_layers) < len(more.resident_layers) < 24
-    alone = make_plan(EngineConfig(model="m", ram=2 * GIB), spec, machine(), MEASURED, False, 0)
+    alone = make_plan(EngineConfig(model="m", ram=4 * GIB), spec, machine(), MEASURED, False, 0, short)
     assert len(alone.resident_layers) < len(more.resident_layers), "in a third of the budget"
+
+
+def test_rings_that_take_more_than_all_layers_are_none() -> None:
+    """Each of eight engines would have two slots for 12 layers."""
+    spec = model(12, 500 * MIB, 100 * MIB, 2048, 2048)
+    least = []
+    for options in ({}, {"layer_slots": 2}):
+        with pytest.raises(PlanError) as refusal:
+            planner(spec, 8, GIB, **options).plan(machine(), None)
+        match = re.search(r"in 8 engines needs at least ([\d.]+ \w+) of RAM", str(refusal.value))
+        assert match
+        least.append(parse_size(match[1].replace(" ", "")))
+    assert least[1] - least[0] == pytest.approx((8 * 2 - 12) * 500 * MIB, abs=100 * MIB)
+    assert planner(spec, 8, least[0] + 64 * MIB).plan(machine(), None).resident_layers == tuple(range(12))
 
 
 def test_an_engine_with_more_to_hold_does_with_fewer_pages() -> None:
@@ -145,13 +161,13 @@ def test_what_does_not_agree_is_refused() -> None:
 
 def test_engines_as_people_read_them() -> None:
     spec = model(24, 200 * MIB, 400 * MIB, 2048, 2048)
-    plans = planner(spec, 2, 8 * GIB, attention_workers=1).plans([machine(12)] * 2)
+    plans = planner(spec, 2, 12 * GIB, attention_workers=1).plans([machine(12)] * 2)
     text = describe_engines(plans, [12, 12], spec)
     assert re.search(
         r"\nengines   2, each with 12 CPUs and [\d.]+ GiB of its own; 5.1 GiB of weights are there once$", text
     )
     assert "shared    5.1 GiB of that are there once, for all engines" in describe(plans[1], spec)
-    text = describe_engines([plans[0], planner(spec, 2, 4 * GIB).plan(machine(), None)], [3, 1], spec)
+    text = describe_engines([plans[0], planner(spec, 2, 6 * GIB).plan(machine(), None)], [3, 1], spec)
     assert "each with 1 to 3 CPUs and " in text
     (alone,) = planner(spec, 1, 8 * GIB).plans([machine()])
     assert "shared " not in describe(alone, spec) and "once" not in describe_engines([alone], [1], spec)
@@ -160,9 +176,9 @@ def test_engines_as_people_read_them() -> None:
 def test_processes_that_take_more_in_another_engine() -> None:
     """As they were measured there: that engine's KV cache is smaller, the budget is kept."""
     spec = model(24, 200 * MIB, 400 * MIB, 2048, 2048)
-    first = planner(spec, 2, 8 * GIB).plan(machine(), None)
+    first = planner(spec, 2, 12 * GIB).plan(machine(), None)
     larger = Measured(MEASURED.compute + 30 * MIB, MEASURED.coordinator, MEASURED.attention)
-    other = Planner(EngineConfig(model="m"), spec, larger, False, 0, None, 2, 8 * GIB)
+    other = Planner(EngineConfig(model="m"), spec, larger, False, 0, None, 2, 12 * GIB)
     second = other.plan(machine(), SharedWeights(first.resident_layers, first.shared_bytes))
-    assert second.resident_layers == first.resident_layers
-    assert total([first, second]) <= 8 * GIB
+    assert second.resident_layers == first.resident_layers == tuple(range(24))
+    assert total([first, second]) <= 12 * GIB
