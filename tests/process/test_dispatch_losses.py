@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -31,7 +32,7 @@ supervisor.PAUSE_SECONDS = (0.01, 0.02)
 engine_link.ANSWER_SECONDS = 0.5
 raise SystemExit(program.main())
 """
-Start = Callable[[str], EngineProcess]
+Start = Callable[..., EngineProcess]
 
 
 @pytest.fixture
@@ -49,8 +50,8 @@ def start(monkeypatch: pytest.MonkeyPatch, logs: list[str]) -> Iterator[Start]:
         monkeypatch.setenv("XDG_RUNTIME_DIR", f"{folder}/r")
         monkeypatch.setenv("FAKE_COORDINATOR_STARTS", f"{folder}/starts")
 
-        def start(modes: str) -> EngineProcess:
-            engine = EngineProcess(CONFIG, command=[sys.executable, "-c", PROGRAM, modes], on_log=logs.append)
+        def start(modes: str, config: EngineConfig = CONFIG) -> EngineProcess:
+            engine = EngineProcess(config, command=[sys.executable, "-c", PROGRAM, modes], on_log=logs.append)
             started.append(engine)
             return engine
 
@@ -85,6 +86,21 @@ def test_all_of_them_serve(start: Start, logs: list[str]) -> None:
         assert engine.plan.count("kv: 2.0 GiB") == 1 and "engine 0, 1" in engine.plan
         assert engine.decided["ram"] == 4 << 30 and engine.decided["engines"] == 2
     assert num_starts(logs) == 2 and logs[0].startswith("engine 0: hello from")
+
+
+def test_what_engines_are_told(start: Start, logs: list[str], tmp_path: Path) -> None:
+    own = {"endpoint": f"ipc://{tmp_path}/socket", "trace": tmp_path / "t.json", "kv_disk": "3GiB"}
+    with start("serves", EngineConfig(model="m", engines=2, ram="4GiB", kv_disk_dir=tmp_path, **own)) as engine:
+        assert engine.endpoint == own["endpoint"]
+        orders = [json.loads(path.read_text()) for path in Path(os.environ["XDG_RUNTIME_DIR"]).rglob("order.json")]
+    orders.sort(key=lambda order: order["share"]["number"])
+    for number, (order, dtype) in enumerate(zip(orders, ("auto", "bfloat16"), strict=True)):
+        config, share = order["config"], order["share"]
+        assert (config["engines"], config["endpoint"], config["device"], config["dtype"]) == (1, None, "cpu", dtype)
+        assert config["trace"] == str(tmp_path / f"t-engine{number}.json")
+        assert (config["kv_disk"], config["kv_disk_dir"]) == (3 << 29, str(tmp_path / f"engine-{number}"))
+        assert share["ram"] == (4 << 30) - (128 << 20) and share["count"] == 2
+    assert not {*orders[0]["share"]["cpus"]} & {*orders[1]["share"]["cpus"]}
 
 
 def test_engines_that_die_on_the_way(start: Start, logs: list[str]) -> None:
