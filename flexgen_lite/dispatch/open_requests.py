@@ -241,11 +241,16 @@ class OpenRequests:
             elif one.losses >= MOST_LOSSES:
                 text = f"{one.losses} engines were lost while they had this request, which may be why; the last: {why}"
                 answers += self._close(one, RequestDone("", 0, 0, (), text))
-            elif _is_suspect(one):
-                self._suspects.appendleft(one)
             else:
-                self._waiting.put_back(one)
+                self._put_back(one)
         return answers
+
+    def _put_back(self, one: Dispatched) -> None:
+        """Before all that waits."""
+        if _is_suspect(one):
+            self._suspects.appendleft(one)
+        else:
+            self._waiting.put_back(one)
 
     def share_out(self) -> list[Order]:
         """What engines are to be sent now: the one that has least comes first."""
@@ -314,7 +319,7 @@ class OpenRequests:
         if one.is_moving and not one.is_cancelled and is_cancelled(message):
             one.begin_again()
             one.was_moved = True
-            self._waiting.put_back(one)
+            self._put_back(one)
             return []
         told = one.streams
         if not all(told[n].agrees_with(output) for n, output in enumerate(message.outputs) if n in told):

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from random import Random
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from flexgen_lite.dispatch.open_requests import MORE, MOST_LOSSES, OpenRequests, Order
@@ -102,6 +102,7 @@ class Clients:
                         assert len(output.token_ids) == TOKENS
 
 
+@example(num_engines=3, places=3, steps=101, losses=0.1, random=Random(85987))  # a suspect that is moved
 @given(
     num_engines=st.integers(1, 3),
     places=st.integers(1, 3),
