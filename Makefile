@@ -2,16 +2,20 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VENV_RAY := .venv-ray
 
-.PHONY: demo test lint types bench soak conformance oldest clean
+.PHONY: demo test test-ray lint types bench soak conformance oldest clean
 
 demo: $(VENV)/installed
 	$(BIN)/flexgen-lite demo $(if $(QUANTIZATION),--quantization $(QUANTIZATION))
 
 # The tests start hundreds of processes that import the same modules: bytecode is kept, whatever the shell says.
-test conformance oldest: export PYTHONDONTWRITEBYTECODE :=
+test test-ray conformance oldest: export PYTHONDONTWRITEBYTECODE :=
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=10
+
+test-ray: $(VENV_RAY)/installed
+	$(VENV_RAY)/bin/python -m pytest tests/ray --durations=10
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -40,5 +44,14 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# Ray is large: it has an environment of its own, which takes everything else from the ordinary one.
+$(VENV_RAY)/installed: $(VENV)/installed constraints-ray.txt
+	$(PYTHON) -m venv $(VENV_RAY)
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+		> `$(VENV_RAY)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"`/ordinary.pth
+	$(VENV_RAY)/bin/python -m pip install --quiet --constraint constraints.txt --constraint constraints-ray.txt \
+		--editable '.[ray]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VENV_RAY) build dist *.egg-info

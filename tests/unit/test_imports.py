@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FLOORS = (
     ("cli",),
-    ("lm_eval", "http"),
+    ("lm_eval", "http", "ray"),
     ("llm",),
     ("dispatch",),
     ("launcher", "report"),

@@ -1,0 +1,93 @@
+"""What a user decides about a processor, under the names of `ray.data.llm`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from flexgen_lite.config.engine import EngineConfig
+from flexgen_lite.config.problems import ConfigError
+from flexgen_lite.text.shown import shown
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlexGenLiteProcessorConfig:
+    """
+    Attributes:
+        model_source: model directory or hub id; a directory has to be there on every machine.
+        engine_kwargs: any key of EngineConfig but `model`.
+        concurrency: actors, each with one engine: a number, or (least, most) for a pool that grows.
+        batch_size: rows that come back together, and are given to another actor together.
+        max_concurrent_batches: of one actor. All their rows are in its engine's queue at once.
+        max_tasks_in_flight_per_actor: batches that Ray sends to one actor; None: as many as it takes at once.
+        num_cpus: processors of each actor, for Ray and for its engine; None: see docs/ray.md.
+        num_gpus: of each actor; None: 1 where the cluster has GPUs and the engine is not to do without.
+        accelerator_type: of the machines, as Ray names it.
+        runtime_env: of the actors, as Ray has it.
+        apply_chat_template: to rows that have `messages`; otherwise those are left alone.
+        chat_template: instead of the model's own, or the name of one of those.
+        should_continue_on_error: a row that fails comes back with `__inference_error__`; otherwise the job ends.
+        max_restarts: how often an actor that has died is started again, -1 without limit.
+        max_task_retries: how often a batch is given to an actor again, after one has died with it.
+
+    Raises:
+        ConfigError: a value that cannot be used; of engine_kwargs too, before any actor starts.
+    """
+
+    model_source: str
+    engine_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    concurrency: int | tuple[int, int] = 1
+    batch_size: int = 256
+    max_concurrent_batches: int = 16
+    max_tasks_in_flight_per_actor: int | None = None
+    num_cpus: float | None = None
+    num_gpus: float | None = None
+    accelerator_type: str | None = None
+    runtime_env: Mapping[str, Any] | None = None
+    apply_chat_template: bool = True
+    chat_template: str | None = None
+    should_continue_on_error: bool = True
+    max_restarts: int = -1
+    max_task_retries: int = 5
+
+    def __post_init__(self) -> None:
+        problems = {}
+        for name in ("batch_size", "max_concurrent_batches", "max_tasks_in_flight_per_actor"):
+            value = getattr(self, name)
+            if not (_is_count(value, 1) or (value is None and name == "max_tasks_in_flight_per_actor")):
+                problems[name] = f"{name}={shown(value)} is not allowed: give a whole number from 1 up"
+        for name in ("max_restarts", "max_task_retries"):
+            if not _is_count(value := getattr(self, name), -1):
+                problems[name] = f"{name}={shown(value)} is not allowed: give a whole number, or -1 for no limit"
+        for name in ("num_cpus", "num_gpus"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
+                problems[name] = f"{name}={shown(value)} is not allowed: give a number from 0 up"
+        if not _is_pool(self.concurrency):
+            given = shown(self.concurrency)
+            problems["concurrency"] = f"concurrency={given} is not allowed: give a number of actors, or (least, most)"
+        if "model" in self.engine_kwargs:
+            problems["model"] = "engine_kwargs has a model: give it as model_source"
+        if problems:
+            raise ConfigError(problems)
+        self.engine_config()
+
+    def engine_config(self, **more: Any) -> EngineConfig:
+        """Of each actor's engine."""
+        return EngineConfig(**{**more, **self.engine_kwargs, "model": self.model_source})
+
+    @property
+    def least_and_most(self) -> tuple[int, int]:
+        """Actors."""
+        return self.concurrency if isinstance(self.concurrency, tuple) else (self.concurrency, self.concurrency)
+
+
+def _is_count(value: object, least: int) -> bool:
+    return type(value) is int and value >= least
+
+
+def _is_pool(value: object) -> bool:
+    if isinstance(value, tuple):
+        return len(value) == 2 and all(_is_count(number, 1) for number in value) and value[0] <= value[1]
+    return _is_count(value, 1)
