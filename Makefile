@@ -15,7 +15,7 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=10
 
 test-ray: $(VENV_RAY)/installed
-	$(VENV_RAY)/bin/python -m pytest tests/ray --durations=10
+	$(VENV_RAY)/bin/python -m pytest tests/ray tests/unit/benchmarks --durations=10
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
