@@ -1,6 +1,6 @@
 """Ray Data beside `run-batch`, on the same rows: what the way through Ray costs, and what it costs if gone naively.
 
-    python -m benchmarks.ray_data --rows 4000 --times 3
+    python -m benchmarks.ray_data --rows 2000 --times 3
 
 Contestants, in turns:
 
@@ -119,7 +119,7 @@ def naive(rows: int, source: Path, folder: Path, model: str, options: dict[str, 
     dataset = ray.data.read_parquet(str(source / "parquet")).map_batches(
         NaiveEngine,
         fn_constructor_kwargs={"model": model, "options": options, "folder": folder},
-        batch_size=rows, concurrency=1, num_cpus=1,
+        batch_size=rows, compute=ray.data.ActorPoolStrategy(size=1), num_cpus=1,
     )  # fmt: skip
     dataset.write_parquet(str(folder / "out"))
     return _of_files(folder)
@@ -177,7 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(MODEL))
     parser.add_argument("--ram", default="2GiB")
-    parser.add_argument("--rows", type=int, default=4000)
+    parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--times", type=int, default=3)
     parser.add_argument("--naive", type=int, nargs="*", default=[64, 256], help="batch sizes")
     args = parser.parse_args()

@@ -16,8 +16,9 @@ from flexgen_lite.errors import EngineError
 from flexgen_lite.llm import FlexGenLite
 from flexgen_lite.plan.machine import inspect_machine
 from flexgen_lite.ray.answers import answers
-from flexgen_lite.ray.claimed_cpus import ClaimedCpus, bind_process
+from flexgen_lite.ray.claimed_cpus import ClaimedCpus
 from flexgen_lite.ray.config import FlexGenLiteProcessorConfig
+from flexgen_lite.ray.own_process import at_normal_priority, bind_process
 from flexgen_lite.ray.results import Outcome, error_of, with_results
 from flexgen_lite.ray.row_seed import RowSeeds
 from flexgen_lite.ray.rows import ASKED, ERROR, READ, RowReader, unpack
@@ -56,6 +57,10 @@ class FlexGenLiteEngine:
         self._keeps_asked = keeps_asked
         self._continues = config.should_continue_on_error
         self._claim = _claim(share)
+        at_normal_priority()  # where that is not allowed, `RAY_worker_niceness=0` is Ray's own setting
+        os.environ.pop(
+            "OMP_NUM_THREADS", None
+        )  # Ray's, of a worker that computes itself; the engine has its own numbers
         free = inspect_machine().available_ram * FREE_RAM
         ram = {} if share.ram is None else {"ram": int(min(share.ram, free))}
         self._model = FlexGenLite(config.model_source, config=config.engine_config(**ram))

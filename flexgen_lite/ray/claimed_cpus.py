@@ -56,13 +56,6 @@ def by_core(cpus: Sequence[int], folder: Path = CPUS) -> list[int]:
     return sorted(cpus, key=lambda cpu: (first_of_core(cpu), cpu))
 
 
-def bind_process(cpus: Sequence[int]) -> None:
-    """All threads of this process, and what it starts, run on these alone."""
-    for task in os.listdir("/proc/self/task"):
-        with contextlib.suppress(ProcessLookupError):  # the thread has ended
-            os.sched_setaffinity(int(task), cpus)
-
-
 def _lock(path: Path) -> int | None:
     """A descriptor that holds it; None where somebody else does."""
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)

@@ -28,8 +28,8 @@ class FlexGenLiteProcessorConfig:
         apply_chat_template: to rows that have `messages`; otherwise those are left alone.
         chat_template: instead of the model's own, or the name of one of those.
         should_continue_on_error: a row that fails comes back with `__inference_error__`; otherwise the job ends.
-        max_restarts: how often an actor that has died is started again, -1 without limit.
-        max_task_retries: how often a batch is given to an actor again, after one has died with it.
+        max_restarts: how often an actor that has died is started again; None: as Ray Data does, without limit.
+        max_task_retries: how often a batch is given to an actor again, after one has died with it; None: the same.
 
     Raises:
         ConfigError: a value that cannot be used; of engine_kwargs too, before any actor starts.
@@ -48,8 +48,8 @@ class FlexGenLiteProcessorConfig:
     apply_chat_template: bool = True
     chat_template: str | None = None
     should_continue_on_error: bool = True
-    max_restarts: int = -1
-    max_task_retries: int = 5
+    max_restarts: int | None = None
+    max_task_retries: int | None = None
 
     def __post_init__(self) -> None:
         problems = {}
@@ -58,7 +58,7 @@ class FlexGenLiteProcessorConfig:
             if not (_is_count(value, 1) or (value is None and name == "max_tasks_in_flight_per_actor")):
                 problems[name] = f"{name}={shown(value)} is not allowed: give a whole number from 1 up"
         for name in ("max_restarts", "max_task_retries"):
-            if not _is_count(value := getattr(self, name), -1):
+            if (value := getattr(self, name)) is not None and not _is_count(value, -1):
                 problems[name] = f"{name}={shown(value)} is not allowed: give a whole number, or -1 for no limit"
         for name in ("num_cpus", "num_gpus"):
             value = getattr(self, name)

@@ -93,7 +93,8 @@ class Processor:
         config = self.config
         least, most = config.least_and_most
         share = self._share(most)
-        given = {"accelerator_type": config.accelerator_type, "runtime_env": config.runtime_env}
+        optional = ("accelerator_type", "runtime_env", "max_restarts", "max_task_retries")
+        given = {name: getattr(config, name) for name in optional}
         return {
             "fn_constructor_kwargs": {
                 "config": config,
@@ -107,14 +108,11 @@ class Processor:
             "compute": ray.data.ActorPoolStrategy(
                 min_size=least,
                 max_size=most,
+                max_concurrent_calls_per_actor=config.max_concurrent_batches,
                 max_tasks_in_flight_per_actor=config.max_tasks_in_flight_per_actor or config.max_concurrent_batches,
             ),
             "num_cpus": share.ray_cpus,
             "num_gpus": share.ray_gpus,
-            "max_concurrency": config.max_concurrent_batches,
-            "max_restarts": config.max_restarts,
-            "max_task_retries": config.max_task_retries,
-            "scheduling_strategy": "SPREAD",
             **{name: value for name, value in given.items() if value is not None},
         }
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
-from flexgen_lite.ray.claimed_cpus import ClaimedCpus, bind_process, by_core
+from flexgen_lite.ray.claimed_cpus import ClaimedCpus, by_core
 
 
 def test_nobody_gets_what_another_has(tmp_path: Path) -> None:
@@ -47,25 +45,3 @@ def test_processors_of_a_core_go_together(tmp_path: Path) -> None:
         (folder / "thread_siblings_list").write_text(f"{siblings}\n")
     assert by_core([0, 1, 2, 3], tmp_path) == [0, 2, 1, 3]
     assert by_core([7, 5], tmp_path) == [5, 7], "where the system does not say"
-
-
-def test_all_threads_are_bound() -> None:
-    before = os.sched_getaffinity(0)
-    go, found = threading.Event(), []
-
-    def other_thread() -> None:
-        go.wait()
-        found.append(os.sched_getaffinity(0))
-
-    thread = threading.Thread(target=other_thread)
-    thread.start()
-    one = {min(before)}
-    try:
-        bind_process([*one])
-        go.set()
-        thread.join()
-        assert found == [one]
-        assert subprocess.run(["nproc"], capture_output=True, text=True, check=True).stdout.strip() == "1"
-    finally:
-        go.set()
-        bind_process([*before])
