@@ -23,7 +23,7 @@ SLOWEST = (
     "test_published_formats.py", "test_worker_loss.py", "test_bad_clients.py", "test_zygote.py", "test_storage.py",
     "test_serve_life.py", "test_lm_eval.py", "test_sampling_options.py", "test_resume.py", "test_bad_input.py",
     "test_scores.py", "test_budget.py", "test_engine_death.py", "test_prefix_sharing.py", "test_soak_short.py",
-    "test_many_lines.py", "test_published_engines.py", "test_kv_disk_loss.py", "test_kv_disk.py",
+    "test_dispatch.py", "test_many_lines.py", "test_published_engines.py", "test_kv_disk_loss.py", "test_kv_disk.py",
 )  # fmt: skip
 THREADS = len(os.sched_getaffinity(0))
 _cache = tempfile.mkdtemp(prefix="flexgen-lite-cache-")

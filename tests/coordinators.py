@@ -39,9 +39,16 @@ class Coordinators:
         self._circumstances = _circumstances()
         self._lock = threading.Lock()
 
-    def spawn(self, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-        if command != FRESH or SHARED not in os.environ or _circumstances() != self._circumstances:
-            return spawn_fresh(command, environment)
+    def spawn(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        inherited: Sequence[int] = (),
+        own_session: bool = True,
+    ) -> subprocess.Popen[bytes]:
+        as_ours = command == FRESH and SHARED in os.environ and not inherited and own_session
+        if not as_ours or _circumstances() != self._circumstances:
+            return spawn_fresh(command, environment, inherited, own_session)
         order = {
             "environment": {**os.environ, **environment},
             "directory": os.getcwd(),

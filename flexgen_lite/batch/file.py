@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flexgen_lite.batch.lines import is_blank, open_lines
+from flexgen_lite.batch.shard import WHOLE, Shard
 from flexgen_lite.chat.template import Chat
 from flexgen_lite.client.completion import Prompt
 from flexgen_lite.client.sampling_params import SamplingParams
@@ -113,8 +114,9 @@ class _Digests:
         return digest.hexdigest()
 
 
-def read_requests(lines: Iterator[bytes]) -> Iterator[BatchRequest | BadLine]:
-    """Read requests one by one; blank lines are passed over.
+def read_requests(lines: Iterator[bytes], shard: Shard = WHOLE) -> Iterator[BatchRequest | BadLine]:
+    """Read the shard's requests one by one; blank lines are passed over. Of other lines no more is read than what they
+    have in common with these: a custom_id is used once in the whole file.
 
     Memory: the line at hand and 12 to 24 bytes for each custom_id and bad line seen.
     """
@@ -122,20 +124,23 @@ def read_requests(lines: Iterator[bytes]) -> Iterator[BatchRequest | BadLine]:
     for number, line in enumerate(lines, start=1):
         if is_blank(line):
             continue
-        custom_id, is_repeat = None, False
+        custom_id, is_repeat, is_ours = None, False, shard.has(number - 1)
         try:
             row = _parse_line(line)
             custom_id = _custom_id(row)
             if not seen.add(custom_id):
                 is_repeat = True
                 raise BodyError(f"custom_id {shown(custom_id)} was used by an earlier line: give each its own")
-            yield _request(custom_id, row)
+            if is_ours:
+                yield _request(custom_id, row)
         except BodyError as error:
-            yield BadLine(custom_id, f"line {number}: {error}", digests.of(line), is_repeat)
+            digest = digests.of(line)
+            if is_ours:
+                yield BadLine(custom_id, f"line {number}: {error}", digest, is_repeat)
 
 
-def count_lines(path: Path) -> int | None:
-    """Lines of a file that are not blank, or None where counting takes long or reading would use it up.
+def count_lines(path: Path, shard: Shard = WHOLE) -> int | None:
+    """The shard's lines that are not blank, or None where counting takes long or reading would use the file up.
 
     Raises:
         BatchFileError: it is no batch file.
@@ -143,7 +148,7 @@ def count_lines(path: Path) -> int | None:
     if not path.is_file() or path.stat().st_size > _COUNT_UP_TO:
         return None
     with open_lines(path) as lines:
-        return sum(not is_blank(line) for line in lines)
+        return sum(shard.has(number) and not is_blank(line) for number, line in enumerate(lines))
 
 
 def _parse_line(line: bytes) -> dict[str, Any]:

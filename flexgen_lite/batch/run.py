@@ -13,6 +13,7 @@ from flexgen_lite.batch.file import BadLine, BatchRequest, count_lines, read_req
 from flexgen_lite.batch.lines import check_lines, open_lines
 from flexgen_lite.batch.result_file import ResultWriter
 from flexgen_lite.batch.result_row import request_id_of
+from flexgen_lite.batch.shard import WHOLE, Shard
 from flexgen_lite.chat.template import Chat, ChatError, brings_program
 from flexgen_lite.client.client import Client
 from flexgen_lite.client.completion import Completion
@@ -130,6 +131,7 @@ class BatchRun:
         own_templates: take chat templates from lines: they are programs.
         url: the only one that lines may ask for; None: any.
         model_name: what rows call the model; None: as the engine does.
+        shard: the lines that are its business.
 
     Attributes:
         num_earlier: lines that earlier runs have given a row.
@@ -152,6 +154,7 @@ class BatchRun:
         own_templates: bool = True,
         url: str | None = None,
         model_name: str | None = None,
+        shard: Shard = WHOLE,
     ) -> None:
         self._priority = priority
         self._url = url
@@ -160,11 +163,13 @@ class BatchRun:
         self._job: Job | None = None
         self._client = client
         self._input_file = input_file
-        self._total = count_lines(input_file)
+        self._shard = shard
+        self._total = count_lines(input_file, shard)
         self._model = model_name or client.welcome.model
         self._warn = warn
         if self._total == 0:
-            warn(f"{shown_path(input_file)} has no requests: give one JSON object a line")
+            part = "" if shard == WHOLE else f" of shard {shard}"
+            warn(f"{shown_path(input_file)} has no requests{part}: give one JSON object a line")
         self._results = results
         self._open: dict[int, tuple[BatchRequest, str]] = {}
         self._num_bad = self._num_earlier_failed = 0
@@ -220,7 +225,7 @@ class BatchRun:
         """Lines that have no row yet, with the `request_id` of the row to come; the others may be counted."""
         there, engine = self._results.there, self._client.welcome.fingerprint
         with open_lines(self._input_file) as lines:
-            for item in read_requests(lines):
+            for item in read_requests(lines, self._shard):
                 request_id = request_id_of(item, engine)
                 if there.has(item, request_id):
                     if count:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from flexgen_lite.batch.file import BatchRequest, read_requests
 from flexgen_lite.batch.lines import is_blank, open_lines
+from flexgen_lite.batch.shard import WHOLE, Shard
 from flexgen_lite.batch.survey import BYTES_PER_TOKEN
 from flexgen_lite.chat.template import Chat, ChatError, render
 from flexgen_lite.tokens.tokenizer import TextTokenizer
@@ -47,8 +48,11 @@ class Counted:
     copy: int = 0
 
 
-def count_tokens(path: Path, tokenizer_json: str, template: WireChatTemplate | None) -> Iterator[Counted]:
-    """Of each sequence of good lines, in their order. Lines behind the first MOST_COUNTED are taken to be as these.
+def count_tokens(
+    path: Path, tokenizer_json: str, template: WireChatTemplate | None, shard: Shard = WHOLE
+) -> Iterator[Counted]:
+    """Of each sequence of the shard's good lines, in their order. Lines behind the first MOST_COUNTED of the shard are
+    taken to be as these.
 
     Args:
         tokenizer_json: a tokenizer.json's text; where there is none, and of long texts, tokens are estimated.
@@ -57,8 +61,9 @@ def count_tokens(path: Path, tokenizer_json: str, template: WireChatTemplate | N
     draw = random.Random(0)
     found: list[tuple[Counted, tuple[bytes, ...]]] = []
     users: Counter[bytes] = Counter()
+    looked_at = MOST_COUNTED * shard.count
     with open_lines(path) as lines:
-        for item in read_requests(itertools.islice(lines, MOST_COUNTED)):
+        for item in read_requests(itertools.islice(lines, looked_at), shard):
             if isinstance(item, BatchRequest):
                 count, tokens = _prompt_tokens(item.prompt, tokenizer, template)
                 one = Counted(count, item.params.max_tokens, item.params.prompt_logprobs is not None)
@@ -68,8 +73,8 @@ def count_tokens(path: Path, tokenizer_json: str, template: WireChatTemplate | N
         counted = _with_shared(found, users)
         yield from counted
         place = copy = 0
-        for line in lines:
-            if counted and not is_blank(line):
+        for number, line in enumerate(lines, start=looked_at):
+            if counted and shard.has(number) and not is_blank(line):
                 if place % STRETCH == 0:  # neighbours may begin alike
                     place, copy = draw.randrange(-(-len(counted) // STRETCH)) * STRETCH, copy + 1
                 one = counted[place % len(counted)]

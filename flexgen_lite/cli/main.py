@@ -18,6 +18,7 @@ from flexgen_lite.cli.options import (
     Device,
     Dtype,
     Endpoint,
+    Engines,
     Gpu,
     KeyFile,
     KvDisk,
@@ -75,6 +76,9 @@ def run_batch(
     endpoint: Endpoint = None,
     key_file: KeyFile = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard results that are there, not resume.")] = False,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Only lines I, I + N, I + 2N, ..., the first line being 0.")
+    ] = None,
     allow: Allow = None,
     config: Config = None,
     dtype: Dtype = None,
@@ -85,6 +89,7 @@ def run_batch(
     ram: Ram = None,
     gpu: Gpu = None,
     kv_disk: KvDisk = None,
+    engines: Engines = None,
     attention_workers: AttentionWorkers = None,
     load_format: LoadFormat = None,
     trace: Trace = None,
@@ -98,20 +103,22 @@ def run_batch(
     Given the same arguments again, it goes on where it stopped.
     """
     from flexgen_lite.batch.run import check_files
+    from flexgen_lite.batch.shard import WHOLE, Shard
     from flexgen_lite.cli.console import errors_told, make_console
     from flexgen_lite.cli.run_batch import run_on_endpoint, run_on_own_engine
 
     flags = _engine_flags(locals())
     with make_console(quiet, as_json) as console, errors_told(console):
+        lines = WHOLE if shard is None else Shard.parse(shard)
         check_files(input_file, output_file, trace)
         if endpoint is None:
             if key_file is not None:
                 flags["key_file"] = str(key_file)
             engine = _engine_config(config, model, flags, settings)
-            run_on_own_engine(engine, input_file, output_file, overwrite, console, allow or ())
+            run_on_own_engine(engine, input_file, output_file, overwrite, console, allow or (), lines)
         else:
             _refuse_engine_flags({"config": config, "set": settings, "allow": allow, **flags})
-            run_on_endpoint(endpoint, key_file, model, input_file, output_file, overwrite, console)
+            run_on_endpoint(endpoint, key_file, model, input_file, output_file, overwrite, console, lines)
 
 
 @app.command()
@@ -126,6 +133,7 @@ def launch(
     ram: Ram = None,
     gpu: Gpu = None,
     kv_disk: KvDisk = None,
+    engines: Engines = None,
     attention_workers: AttentionWorkers = None,
     load_format: LoadFormat = None,
     trace: Trace = None,
@@ -168,6 +176,7 @@ def plan(
     ram: Ram = None,
     gpu: Gpu = None,
     kv_disk: KvDisk = None,
+    engines: Engines = None,
     attention_workers: AttentionWorkers = None,
     load_format: LoadFormat = None,
     max_model_len: MaxModelLen = None,
@@ -217,7 +226,7 @@ def calibrate(
     from flexgen_lite.cli.console import errors_told, make_console
     from flexgen_lite.cli.plan import run_calibration
 
-    flags = _engine_flags({**locals(), "trace": None})
+    flags = _engine_flags({**locals(), "engines": None, "trace": None})
     with make_console(quiet, as_json) as console, errors_told(console):
         run_calibration(_engine_config(config, model, flags, settings), output, console)
 
@@ -242,6 +251,7 @@ def serve(
     ram: Ram = None,
     gpu: Gpu = None,
     kv_disk: KvDisk = None,
+    engines: Engines = None,
     attention_workers: AttentionWorkers = None,
     load_format: LoadFormat = None,
     trace: Trace = None,

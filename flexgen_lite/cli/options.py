@@ -33,7 +33,7 @@ Endpoint = Annotated[str | None, typer.Option(help="Endpoint of a running engine
 KeyFile = Annotated[Path | None, typer.Option(help="Key file of the engine at --endpoint, where it has one.")]
 
 ENGINE_FLAGS = (
-    "dtype", "kv_dtype", "quantization", "activations", "device", "ram", "gpu", "kv_disk", "attention_workers",
-    "load_format", "trace", "max_model_len",
+    "dtype", "kv_dtype", "quantization", "activations", "device", "ram", "gpu", "kv_disk", "engines",
+    "attention_workers", "load_format", "trace", "max_model_len",
 )  # fmt: skip
 """Configuration keys with a flag of their own, in every command that starts an engine."""

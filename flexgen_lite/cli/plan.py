@@ -14,15 +14,24 @@ from flexgen_lite.cli.rates import clock
 from flexgen_lite.cli.terminal import signals_interrupt
 from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.cost.job import JobRequest, JobTime
+from flexgen_lite.dispatch.plans_ahead import plans_ahead
 from flexgen_lite.engine.calibration import Calibration
 from flexgen_lite.launcher import calibrate
-from flexgen_lite.launcher.alternatives import Alternative, alternative, alternatives, settings_text
+from flexgen_lite.launcher.alternatives import (
+    Alternative,
+    alternative,
+    alternatives,
+    refuse_allowed,
+    settings_text,
+)
 from flexgen_lite.launcher.answers import AnswerTokens
 from flexgen_lite.launcher.choice import Candidate, JobAhead, candidates, choose, prospects
 from flexgen_lite.launcher.forecast import SHORTER, Forecast, Forecaster, Variant
 from flexgen_lite.launcher.outlook import requests_of
+from flexgen_lite.launcher.process import with_number_of_engines
 from flexgen_lite.launcher.search import Policy
 from flexgen_lite.plan.machine import Machine, inspect_machine
+from flexgen_lite.plan.plan import Plan
 from flexgen_lite.plan.text import describe
 from flexgen_lite.plan.workload import Workload
 from flexgen_lite.text.shown import shown_path
@@ -61,6 +70,10 @@ def show_plan(
         ConfigError: of what is allowed.
         PlanError: the budget does not hold even the smallest plan.
     """
+    config = with_number_of_engines(config)
+    if config.engines != 1:
+        _show_plans(config, input_file, job, machine_file, allowed, console)
+        return
     choices = alternatives(config, allowed)
     if allowed and machine_file is not None:
         raise ValueError(
@@ -98,6 +111,32 @@ def show_plan(
     lines = [*policy_lines(policy), *_lines(found, variants, spread)]
     values = {"policy": policy.settings, "gain": policy.gain} | _values(found, variants)
     console.done("\n".join(lines), values | {"spread": {str(name): _numbers(one) for name, one in spread.items()}})
+
+
+def _show_plans(
+    config: EngineConfig,
+    input_file: Path | None,
+    job: Job | None,
+    machine_file: Path | None,
+    allowed: Sequence[str],
+    console: Console,
+) -> None:
+    """Of several engines; how long a job would take is not predicted. Raises as `show_plan` does."""
+    refuse_allowed(config, allowed)
+    if machine_file is not None:
+        raise ValueError(
+            f"--machine and engines={config.engines} exclude each other: the file does not say which CPUs of that "
+            "machine are together"
+        )
+    with signals_interrupt():
+        if input_file is not None:
+            check_lines(input_file)
+        calibration = calibrate.calibrated(config, console.log)
+        _, expected = _work(calibration, input_file, job)
+        plans, text = plans_ahead(config, calibration, expected)
+    console.plan(text)
+    values = {"engines": [_plan_values(plan, calibration.opened.spec.num_layers) for plan in plans]}
+    console.done("how long a job would take is predicted of one engine alone", values)
 
 
 def _measured(
@@ -245,17 +284,7 @@ def _verdict(job: JobTime, variants: Sequence[Variant]) -> str:
 
 
 def _values(found: Forecast, variants: Sequence[Variant]) -> dict[str, Any]:
-    plan = found.setup.plan
-    values: dict[str, Any] = {
-        "memory": dict(plan.parts),
-        "ram": plan.ram,
-        "resident_layers": len(plan.resident_layers),
-        "num_layers": found.setup.spec.num_layers,
-        "max_sequences": plan.max_sequences,
-        "micro_batches": plan.micro_batches,
-        "micro_batch_tokens": plan.micro_batch_tokens,
-        "disk_bytes_per_second": found.disk,
-    }
+    values = _plan_values(found.setup.plan, found.setup.spec.num_layers) | {"disk_bytes_per_second": found.disk}
     if found.job is not None:
         values["predicted"] = _numbers(found.job)
         values["with"] = [
@@ -263,6 +292,19 @@ def _values(found: Forecast, variants: Sequence[Variant]) -> dict[str, Any]:
             for one in variants
         ]
     return values
+
+
+def _plan_values(plan: Plan, num_layers: int) -> dict[str, Any]:
+    return {
+        "memory": dict(plan.parts),
+        "ram": plan.ram,
+        "shared_bytes": plan.shared_bytes,
+        "resident_layers": len(plan.resident_layers),
+        "num_layers": num_layers,
+        "max_sequences": plan.max_sequences,
+        "micro_batches": plan.micro_batches,
+        "micro_batch_tokens": plan.micro_batch_tokens,
+    }
 
 
 def _numbers(job: JobTime) -> dict[str, Any]:

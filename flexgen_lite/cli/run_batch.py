@@ -11,6 +11,7 @@ from pathlib import Path
 
 from flexgen_lite.batch.result_file import ResultWriter
 from flexgen_lite.batch.run import BatchRun, Progress
+from flexgen_lite.batch.shard import WHOLE, Shard
 from flexgen_lite.batch.survey import survey
 from flexgen_lite.cli.console import Console
 from flexgen_lite.cli.plan import policy_lines
@@ -20,9 +21,11 @@ from flexgen_lite.client.client import Client
 from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.cost.comparison import Prediction, where_they_part
 from flexgen_lite.errors import EngineError
-from flexgen_lite.launcher.alternatives import Alternative, alternatives
+from flexgen_lite.launcher.alternatives import Alternative, alternatives, refuse_allowed
 from flexgen_lite.launcher.outlook import Outlook, outlook, resumed
+from flexgen_lite.launcher.process import with_number_of_engines
 from flexgen_lite.launcher.supervisor import EngineSupervisor
+from flexgen_lite.plan.workload import Workload
 from flexgen_lite.report.bottleneck import verdict
 from flexgen_lite.text.shown import shown_path
 
@@ -34,37 +37,43 @@ def run_on_own_engine(
     overwrite: bool,
     console: Console,
     allowed: Sequence[str] = (),
+    shard: Shard = WHOLE,
 ) -> None:
     """Start an engine, run the file, stop the engine. One that dies on the way is started again.
 
     Args:
         allowed: settings that may be chosen, see launcher/alternatives.py.
+        shard: the lines of the file that are run.
     """
     _leave_to_rows(output_file, console)
+    config = with_number_of_engines(config)
     choices, found = alternatives(config, allowed), None
-    if overwrite or not output_file.exists():  # of a rest nothing is predicted
-        found = _outlook(choices, input_file, console)
+    if config.engines != 1:
+        refuse_allowed(config, allowed)
+        console.log(f"{config.engines} engines: nothing is predicted of them, and no settings are searched")
+    elif overwrite or not output_file.exists():  # of a rest nothing is predicted
+        found = _outlook(choices, input_file, shard, console)
     elif allowed:
-        config = _as_the_rows(choices, input_file, output_file, console)
+        config = _as_the_rows(choices, input_file, output_file, shard, console)
     with (
         signals_interrupt(),
         ResultWriter(output_file, overwrite=overwrite, warn=console.warn) as results,
         contextlib.ExitStack() as running,
     ):
-        engine, found = _engine(config, found, input_file, console)
+        engine, found = _engine(config, found, survey(input_file, shard), console)
         client = running.enter_context(running.enter_context(engine).connect())
-        _run(client, input_file, results, console, found)
+        _run(client, input_file, results, console, found, shard)
 
 
 def _engine(
-    config: EngineConfig, found: Outlook | None, input_file: Path, console: Console
+    config: EngineConfig, found: Outlook | None, expected: Workload | None, console: Console
 ) -> tuple[EngineSupervisor, Outlook | None]:
     """With settings that were found, or without them, and what was predicted of them, where they do not fit after
     all."""
 
     def start(config: EngineConfig, predicted: Prediction | None) -> EngineSupervisor:
         return EngineSupervisor(
-            config, expected=survey(input_file), predicted=predicted, on_log=console.log, on_plan=console.plan
+            config, expected=expected, predicted=predicted, on_log=console.log, on_plan=console.plan
         )
 
     if found is not None:
@@ -78,18 +87,20 @@ def _engine(
     return start(config, None), None
 
 
-def _as_the_rows(choices: Sequence[Alternative], input_file: Path, output_file: Path, console: Console) -> EngineConfig:
+def _as_the_rows(
+    choices: Sequence[Alternative], input_file: Path, output_file: Path, shard: Shard, console: Console
+) -> EngineConfig:
     """Of what is allowed, what the rows that are there were made with."""
-    found = resumed(choices, input_file, output_file, console.log)
+    found = resumed(choices, input_file, output_file, console.log, shard)
     if found.settings:
         console.log(f"going on with {found}")
     return found.config
 
 
-def _outlook(choices: Sequence[Alternative], input_file: Path, console: Console) -> Outlook | None:
+def _outlook(choices: Sequence[Alternative], input_file: Path, shard: Shard, console: Console) -> Outlook | None:
     """What was measured of this machine and the model, if it was, makes of the job."""
     try:
-        found = outlook(choices, input_file, console.log)
+        found = outlook(choices, input_file, console.log, shard)
     except Exception as error:  # of any kind: no prediction stops a run, and what ails its file or budget is told later
         logging.getLogger("flexgen_lite").debug("nothing is predicted", exc_info=error)
         if isinstance(error, EngineError):  # of a calibration
@@ -113,8 +124,9 @@ def run_on_endpoint(
     output_file: Path,
     overwrite: bool,
     console: Console,
+    shard: Shard = WHOLE,
 ) -> None:
-    """Run the file on a running engine.
+    """Run the file, or a part of its lines, on a running engine.
 
     Raises:
         EngineError: it serves another model than `model`.
@@ -128,7 +140,7 @@ def run_on_endpoint(
         served = client.welcome.model
         if model is not None and os.path.realpath(model) != os.path.realpath(served):
             raise EngineError(f"the engine at {endpoint} serves {served}, not {shown_path(model)}", user_error=True)
-        _run(client, input_file, results, console)
+        _run(client, input_file, results, console, shard=shard)
 
 
 def _leave_to_rows(output_file: Path, console: Console) -> None:
@@ -139,9 +151,14 @@ def _leave_to_rows(output_file: Path, console: Console) -> None:
 
 
 def _run(
-    client: Client, input_file: Path, results: ResultWriter, console: Console, found: Outlook | None = None
+    client: Client,
+    input_file: Path,
+    results: ResultWriter,
+    console: Console,
+    found: Outlook | None = None,
+    shard: Shard = WHOLE,
 ) -> None:
-    run = BatchRun(client, input_file, results, warn=console.warn)
+    run = BatchRun(client, input_file, results, warn=console.warn, shard=shard)
     if num_rows := results.there.num_rows:
         _tell_what_is_there(run, num_rows, console)
     try:

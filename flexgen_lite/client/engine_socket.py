@@ -8,7 +8,7 @@ import socket
 from collections import deque
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -27,13 +27,14 @@ _ENCODE, _DECODE = Codec(ToEngine).encode, Codec(ToClient).decode
 
 
 class EngineSocket:
-    """Connects at once. What is posted goes out in `wait`; what has come is read by `receive`.
+    """Connects at once. What is posted goes out in `wait`; what has come is read by `receive`. Who waits for several
+    engines waits for their `sources`, and calls `flush` and `look` instead.
 
     Args:
         context: of ZeroMQ.
         endpoint: of the engine.
         keys: of an engine that asks for them.
-        doorbell: another socket that ends a `wait` when there is something to read from it.
+        doorbell: another socket that ends a `wait` when there is something to read from it; None: nobody calls it.
 
     Attributes:
         is_closed: the engine has closed its end.
@@ -44,7 +45,7 @@ class EngineSocket:
     """
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, keys: Keys | None, doorbell: socket.socket
+        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, keys: Keys | None, doorbell: socket.socket | None
     ) -> None:
         self.is_closed = self.is_refused = False
         self._backlog: deque[bytes] = deque()
@@ -57,7 +58,8 @@ class EngineSocket:
         self._monitor = self._dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED | _REFUSED | _CUT_OFF)
         self._poller = zmq.Poller()
         self._poller.register(self._monitor, zmq.POLLIN)
-        self._poller.register(doorbell, zmq.POLLIN)
+        if doorbell is not None:
+            self._poller.register(doorbell, zmq.POLLIN)
         try:
             if keys is not None:
                 keys.identify(self._dealer)
@@ -76,16 +78,30 @@ class EngineSocket:
 
     def wait(self, seconds: float) -> None:
         """Send what can be sent; wait for what comes, for the doorbell, or for so many seconds."""
-        self._flush()
+        self.flush()
         self._poller.register(self._dealer, zmq.POLLIN | (zmq.POLLOUT if self._backlog else 0))
         ready = dict(self._poller.poll(int(1000 * seconds)))
-        if self._bell.fileno() in ready:
+        if self._bell is not None and self._bell.fileno() in ready:
             with contextlib.suppress(BlockingIOError):
                 self._bell.recv(4096)
         if self._monitor in ready:
-            event = recv_monitor_message(self._monitor)["event"]
-            self.is_closed = True
-            self.is_refused = bool(event & (_REFUSED | _CUT_OFF if self._has_keys else _REFUSED))
+            self.look()
+
+    @property
+    def sources(self) -> tuple[zmq.Socket[bytes], zmq.Socket[Any]]:
+        """What is readable when messages have come, and when something has become of the connection."""
+        return self._dealer, self._monitor
+
+    @property
+    def is_behind(self) -> bool:
+        """Something that was posted has not gone out."""
+        return bool(self._backlog)
+
+    def look(self) -> None:
+        """Read what has become of the connection, when there is something to read."""
+        event = recv_monitor_message(self._monitor)["event"]
+        self.is_closed = True
+        self.is_refused = bool(event & (_REFUSED | _CUT_OFF if self._has_keys else _REFUSED))
 
     def receive(self) -> Iterator[ToClient]:
         """What has come, also of an engine that has closed its end.
@@ -101,7 +117,7 @@ class EngineSocket:
     def linger(self) -> None:
         """What was posted may take a moment to go out when this is closed."""
         self._dealer.set(zmq.LINGER, _FAREWELL_MS)
-        self._flush()
+        self.flush()
 
     def close(self) -> None:
         self._dealer.disable_monitor()
@@ -116,7 +132,8 @@ class EngineSocket:
     ) -> None:
         self.close()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Send what can be sent now."""
         with contextlib.suppress(zmq.Again):
             while self._backlog:
                 self._dealer.send(self._backlog[0], zmq.NOBLOCK)

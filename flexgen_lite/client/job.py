@@ -11,15 +11,11 @@ from dataclasses import replace
 from flexgen_lite.client.completion import Completion, Delta, Prompt
 from flexgen_lite.client.completion_of import completion_of, delta_of, last_deltas
 from flexgen_lite.client.request import Request
-from flexgen_lite.client.streamed_answer import StreamedAnswer
+from flexgen_lite.client.streamed_answer import OTHERWISE, StreamedAnswer
 from flexgen_lite.errors import fresh
 from flexgen_lite.wire.client_messages import RequestDelta, RequestDone, WireRequest
 
 SEED_BITS = 63
-OTHERWISE = (
-    "the engine was lost when a part of the answer had been told, and another engine came to a different answer: "
-    "ask again"
-)
 PART_REQUESTS = 256
 PART_PROMPT_UNITS = 1 << 20  # characters or token ids in one part
 
@@ -196,7 +192,7 @@ class Job:
             if self._error is not None:
                 return True
             completion = completion_of(message, prompt, request.params)
-            if not all(told[n].agrees_with(output) for n, output in enumerate(completion.outputs) if n in told):
+            if not all(told[n].agrees_with(output) for n, output in enumerate(message.outputs) if n in told):
                 completion = replace(completion, outputs=[], error=OTHERWISE)
             if request.stream:
                 has = {number: (answer.characters, answer.num_tokens) for number, answer in told.items()}
@@ -216,10 +212,10 @@ class Job:
             if message.index not in self._in_flight or self._error is not None:
                 return
             answer = self._told.setdefault(message.index, {}).setdefault(message.number, StreamedAnswer())
-            delta = answer.rest_of(delta_of(message, self._in_flight[message.index][0].params))
-            if delta is None:
+            rest = answer.rest_of(message)
+            if rest is None:
                 return
-            self._finished.append(delta)
+            self._finished.append(delta_of(rest, self._in_flight[message.index][0].params))
             self._changed.notify_all()
         self._on_change()
 
@@ -285,7 +281,7 @@ class Job:
                 return
             request = item.to_wire(index)
             if not self.keep:  # of a kept job all that submit it have to say the same
-                request = _with_seed(request)
+                request = with_seed(request)
             with self._changed:
                 if self._cancelled:
                     return
@@ -313,7 +309,7 @@ class Job:
         return (self._exhausted or self._cancelled) and not self._outbox and not self._in_flight
 
 
-def _with_seed(request: WireRequest) -> WireRequest:
+def with_seed(request: WireRequest) -> WireRequest:
     """Drawn here and not by the engine: if that is lost, the next one draws the same tokens."""
     params = request.params
     if params.seed is not None or params.temperature == 0:

@@ -21,14 +21,15 @@ class StatusSum:
         self._process_peaks: dict[str, int] = {}
 
     def of(self, status: Status, restarts: int) -> Status:
-        """The status of the present engine, with what those before it did. `engine_restarts` is among the totals."""
+        """The status of the present engine, with what those before it did. `engine_restarts` is among the totals: of
+        engines behind one queue there were some before."""
         self._last = status
         totals = {name: value + self._totals[name] for name, value in status.totals.items()}
         peaks = {name: max(status.memory.get(name, 0), self._peaks[name]) for name in self._peaks}
         return replace(
             status,
             done=status.done + self._done,
-            totals={**self._totals, **totals, "engine_restarts": float(restarts)},
+            totals={**self._totals, **totals, "engine_restarts": restarts + totals.get("engine_restarts", 0.0)},
             memory={**status.memory, **peaks},
             processes={
                 name: {**sizes, "peak": max(sizes["peak"], self._process_peaks.get(name, 0))}

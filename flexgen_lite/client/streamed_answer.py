@@ -5,7 +5,12 @@ from __future__ import annotations
 from array import array
 from dataclasses import replace
 
-from flexgen_lite.client.completion import CompletionOutput, Delta
+from flexgen_lite.wire.client_messages import RequestDelta, WireOutput
+
+OTHERWISE = (
+    "the engine was lost when a part of the answer had been told, and another engine came to a different answer: "
+    "ask again"
+)
 
 
 class StreamedAnswer:
@@ -31,27 +36,30 @@ class StreamedAnswer:
         """The engine is lost: another one tells from the beginning."""
         self._again = 0, 0
 
-    def rest_of(self, delta: Delta) -> Delta | None:
+    def rest_of(self, delta: RequestDelta) -> RequestDelta | None:
         """What is new to the reader; None where nothing is."""
         if self._again is not None:
             characters, tokens = self._again
             self._again = characters + len(delta.text), tokens + len(delta.token_ids)
             known = min(len(delta.token_ids), max(0, self.num_tokens - tokens))
-            self._differs |= delta.token_ids[:known] != list(self._token_ids[tokens : tokens + known])
+            self._differs |= delta.token_ids[:known] != tuple(self._token_ids[tokens : tokens + known])
             text = delta.text[max(0, self.characters - characters) :]
             if self._differs or not (text or delta.token_ids[known:]):
                 return None
-            logprobs = None if delta.logprobs is None else delta.logprobs[known:]
-            offsets = None if delta.text_offsets is None else delta.text_offsets[known:]
-            tokens_left = delta.token_ids[known:]
-            delta = replace(delta, text=text, token_ids=tokens_left, logprobs=logprobs, text_offsets=offsets)
+            delta = replace(
+                delta,
+                text=text,
+                token_ids=delta.token_ids[known:],
+                logprobs=delta.logprobs[known:],
+                offsets=delta.offsets[known:],
+            )
         self.characters += len(delta.text)
         self._token_ids.extend(delta.token_ids)
         return delta
 
-    def agrees_with(self, output: CompletionOutput) -> bool:
+    def agrees_with(self, output: WireOutput) -> bool:
         """Whether the whole answer begins with what the reader has; one that was cancelled may not have come as far."""
         if self._again is None:
             return True
         last = len(output.token_ids) if output.finish_reason == "cancelled" else self.num_tokens
-        return not self._differs and output.token_ids[: self.num_tokens] == list(self._token_ids[:last])
+        return not self._differs and output.token_ids[: self.num_tokens] == tuple(self._token_ids[:last])

@@ -37,4 +37,23 @@ def conflicts(config: EngineConfig) -> dict[str, str]:
             f"kv_disk_dir={shown(str(config.kv_disk_dir))} has no effect without kv_disk: give kv_disk as well, such "
             "as 200GiB, or leave it out"
         )
+    if config.engines != 1:
+        found |= _of_several(config)
+    return found
+
+
+def _of_several(config: EngineConfig) -> dict[str, str]:
+    """Where there may be several engines."""
+    found = {}
+    for key in ("attention_cpus", "compute_cpus", "loader_cpus"):
+        if getattr(config, key) is not None:
+            found[key] = (
+                f"{key} would bind the workers of all of engines={config.engines} to the same CPUs: leave it out, each "
+                "engine has CPUs of its own"
+            )
+    if config.device.startswith("cuda:"):
+        found["device"] = (
+            f"device={config.device} is one GPU for engines={config.engines}: give cuda, and CUDA_VISIBLE_DEVICES for "
+            "some of them"
+        )
     return found

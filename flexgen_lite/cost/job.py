@@ -100,7 +100,7 @@ def predict(
     followed = [one for one in (_taken(request, longest) for request in chosen) if one is not None]
     if not followed:
         return None
-    waiting = WaitingQueue()
+    waiting = WaitingQueue[RunningRequest]()
     lengths = {}
     for number, one in enumerate(followed):
         lengths[number] = one.generated

@@ -19,12 +19,13 @@ from flexgen_lite.config.problems import ConfigError
 from flexgen_lite.cost.comparison import Prediction
 from flexgen_lite.engine.calibrator import Calibrator
 from flexgen_lite.engine.coordinator import Coordinator, Stopping
-from flexgen_lite.engine.events import emit
+from flexgen_lite.engine.events import emit, read_order
 from flexgen_lite.engine.worker_process import WorkerDied
 from flexgen_lite.engine.worker_supervisor import FINAL
 from flexgen_lite.plan.plan import PlanError
 from flexgen_lite.plan.workload import Workload
 from flexgen_lite.wire.access import KeyFileError
+from flexgen_lite.wire.engine_share import EngineShare
 
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -32,16 +33,20 @@ PR_SET_CHILD_SUBREAPER = 36
 def main() -> int:
     if sys.platform == "linux":  # a zygote whose parent is lost stays in this process's tree
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    order = json.loads(_first_line(sys.stdin.fileno()))
+    order = read_order(sys.stdin.fileno())
     run_dir = Path(order["run_dir"])
     try:
+        share = None if order.get("share") is None else EngineShare.from_dict(order["share"])
+        if share is not None and share.cpus:
+            os.sched_setaffinity(0, share.cpus)  # before anything is started, which inherits it
         config = EngineConfig.from_json(json.dumps(order["config"]))
         if order.get("calibrate"):
             with Calibrator(config, run_dir) as calibrator:
                 emit("calibrated", **calibrator.run().to_dict())
             return 0
         expected = Workload.from_dict(order.get("expected"))
-        with Coordinator(config, run_dir, expected, Prediction.from_dict(order.get("predicted"))) as coordinator:
+        predicted = Prediction.from_dict(order.get("predicted"))
+        with Coordinator(config, run_dir, expected, predicted, share) as coordinator:
             coordinator.run()
     except Stopping:
         return 0
@@ -59,17 +64,6 @@ def main() -> int:
     finally:
         shutil.rmtree(run_dir, ignore_errors=True)  # its owner may be gone
     return 0
-
-
-def _first_line(descriptor: int) -> bytes:
-    """Read unbuffered: what comes behind the line is watched for."""
-    line = b""
-    while not line.endswith(b"\n"):
-        byte = os.read(descriptor, 1)
-        if not byte:
-            raise EOFError("no order on standard input")
-        line += byte
-    return line
 
 
 if __name__ == "__main__":

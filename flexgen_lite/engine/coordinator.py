@@ -31,7 +31,7 @@ from flexgen_lite.engine.passes import Passes
 from flexgen_lite.engine.setup import Setup, open_tokenizer, order_to_open, set_up
 from flexgen_lite.engine.stats import EngineStats
 from flexgen_lite.engine.worker_process import WorkerDied, WorkerProcess
-from flexgen_lite.engine.worker_supervisor import WorkerSupervisor, overdue
+from flexgen_lite.engine.worker_supervisor import SHARED, WorkerSupervisor, overdue
 from flexgen_lite.memory.arena import Arena
 from flexgen_lite.memory.usage import MemoryUse, give_back_memory, resident_bytes
 from flexgen_lite.plan import plan
@@ -39,9 +39,11 @@ from flexgen_lite.plan.machine import inspect_machine
 from flexgen_lite.plan.need import Measured, num_attention_workers
 from flexgen_lite.plan.text import describe
 from flexgen_lite.plan.workload import Workload
-from flexgen_lite.queue.requests import MAX_OPEN, Answer, Requests
+from flexgen_lite.queue.client_jobs import MAX_OPEN, Answer
+from flexgen_lite.queue.requests import Requests
 from flexgen_lite.wire import client_messages, worker_messages
 from flexgen_lite.wire.access import read_key_file
+from flexgen_lite.wire.engine_share import EngineShare
 from flexgen_lite.wire.kv_on_disk import KvMoved, PrefixesOpened
 
 
@@ -63,20 +65,31 @@ class Coordinator:
     """`with Coordinator(config, run_dir, expected) as coordinator: coordinator.run()`; no process is left behind."""
 
     def __init__(
-        self, config: EngineConfig, run_dir: Path, expected: Workload | None, predicted: Prediction | None = None
+        self,
+        config: EngineConfig,
+        run_dir: Path,
+        expected: Workload | None,
+        predicted: Prediction | None = None,
+        share: EngineShare | None = None,
     ) -> None:
         self._config = config
+        self._share = share
         self._predicted = predicted
         self._run_dir = run_dir
         self._expected = expected
-        self._machine = inspect_machine()
+        self._machine = inspect_machine(engines=1 if share is None else share.count)
         try:
             lanes = Lanes(config.trace, lambda text: log(f"warning: {text}"))
         except OSError as error:
             raise plan.PlanError(f"trace={config.trace} cannot be written: {error.strerror}") from error
         self._arenas = {name: Arena(name) for name in ("weights", "kv", "exchange", "states")}
+        own = dict(self._arenas)
+        if share is not None:
+            self._arenas[SHARED] = Arena.inherited(SHARED, share.arena_fd)
         self._parked = open_park_file(config)
-        self._stats = EngineStats(lanes, MemoryUse(self._arenas.values()))
+        # What engines share is counted once, by the first.
+        counted = self._arenas if share is None or share.number == 0 else own
+        self._stats = EngineStats(lanes, MemoryUse(counted.values()))
         self._loop = EventLoop()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._workers = WorkerSupervisor(
@@ -231,7 +244,7 @@ class Coordinator:
         tokenizer = open_tokenizer(message.tokenizer_file)
         give_back_memory()  # reading a tokenizer takes twice what it takes when it is read
         processes = Measured(message.resident_bytes, resident_bytes()[0], max(self._warm.values()))
-        setup = set_up(message, self._config, self._machine, self._expected, processes)
+        setup = set_up(message, self._config, self._machine, self._expected, processes, self._share)
         emit("plan", text=describe(setup.plan, setup.spec), decided=setup.decided)
         self._stats.trace_about(self._config, setup, self._predicted)
         for warning in (*setup.spec.warnings, *setup.plan.warnings):
@@ -350,4 +363,4 @@ class Coordinator:
         totals = {**requests.totals, "restarts": self._workers.restarts, "sent_back": requests.num_preempted}
         totals |= dict.fromkeys(KV_DISK_TOTALS, 0) | (requests.disk.totals if requests.disk is not None else {})
         totals["shared_prompt_tokens"] = requests.num_shared
-        return self._stats.status(requests.num_running, requests.num_waiting, totals, self._served.setup.plan.ram)
+        return self._stats.status(requests.num_running, requests.num_waiting, totals, self._served.setup.ram)

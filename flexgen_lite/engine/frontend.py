@@ -13,14 +13,12 @@ import zmq
 
 from flexgen_lite.engine.event_loop import EventLoop
 from flexgen_lite.plan.plan import PlanError
-from flexgen_lite.queue.requests import MAX_OPEN, MAX_UNREAD_DELTAS
+from flexgen_lite.queue.client_jobs import MAX_OPEN, MAX_UNREAD_DELTAS
 from flexgen_lite.wire import client_messages
 from flexgen_lite.wire.access import ZAP_ENDPOINT, Keys
 from flexgen_lite.wire.codec import Codec, MessageError
 
 MAX_MESSAGE_BYTES = 64 << 20
-# Messages for a client that does not read them; beyond that it counts as gone.
-MAX_UNREAD = 3 * MAX_OPEN + MAX_UNREAD_DELTAS
 MAX_DROPPED = 1000  # clients that are remembered for it
 GARBAGE_LINES, GARBAGE_SECONDS = 5, 60.0  # so many lines of the log in so many seconds are about garbage
 
@@ -30,6 +28,7 @@ class Frontend:
     on_message: is given a client's identity and its message.
     on_garbage: is given what is wrong with what a client sent.
     on_gone: is given the identity of a client that could not be answered.
+    window: requests that a client may have open.
     """
 
     def __init__(
@@ -39,7 +38,10 @@ class Frontend:
         on_message: Callable[[bytes, Any], None],
         on_garbage: Callable[[str], None],
         on_gone: Callable[[bytes], None],
+        window: int = MAX_OPEN,
     ) -> None:
+        # Messages for a client that does not read them; beyond that it counts as gone.
+        self._most_unread = 3 * window + MAX_UNREAD_DELTAS
         self._loop = loop
         self._context = context
         self._on_message, self._on_garbage, self._on_gone = on_message, on_garbage, on_gone
@@ -60,7 +62,7 @@ class Frontend:
             _refuse_taken(path)
         clients = self._context.socket(zmq.ROUTER)
         clients.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        clients.setsockopt(zmq.SNDHWM, MAX_UNREAD)
+        clients.setsockopt(zmq.SNDHWM, self._most_unread)
         clients.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)  # who sends more is disconnected
         clients.linger = 0
         if keys is not None:
@@ -130,7 +132,7 @@ class Frontend:
             self._complain(str(error))
             return
         if frames[0] in self._dropped:
-            self.tell_the_end(frames[:1], f"{MAX_UNREAD} answers were waiting for this client: it was given up")
+            self.tell_the_end(frames[:1], f"{self._most_unread} answers were waiting for this client: it was given up")
         else:
             self._on_message(frames[0], message)
 

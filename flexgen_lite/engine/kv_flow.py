@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable
 from flexgen_lite.engine.events import log
 from flexgen_lite.engine.stats import EngineStats
 from flexgen_lite.engine.worker_supervisor import WorkerSupervisor
-from flexgen_lite.queue.requests import Answer, Requests
+from flexgen_lite.queue.client_jobs import Answer
+from flexgen_lite.queue.requests import Requests
 from flexgen_lite.wire.kv_on_disk import FetchBlocks, FetchKv, KvMoved, MoveKv, ParkKv, PrefixesOpened, StoreBlocks
 
 NAMES = {ParkKv: "park", FetchKv: "fetch", StoreBlocks: "store prefixes", FetchBlocks: "fetch prefixes"}

@@ -8,8 +8,9 @@ from flexgen_lite.engine.events import log
 from flexgen_lite.engine.passes import Passes
 from flexgen_lite.engine.worker_process import WorkerDied, WorkerProcess
 from flexgen_lite.engine.worker_supervisor import WorkerSupervisor
+from flexgen_lite.queue.client_jobs import Answer
 from flexgen_lite.queue.poison_requests import TRIES
-from flexgen_lite.queue.requests import Answer, Requests
+from flexgen_lite.queue.requests import Requests
 from flexgen_lite.wire import worker_messages
 
 MOST_GUILTY = 5  # requests in a row that make workers fail; that all do so is no fault of theirs

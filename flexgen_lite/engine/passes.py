@@ -12,9 +12,10 @@ from flexgen_lite.engine.stats import EngineStats
 from flexgen_lite.engine.weight_flow import WeightFlow
 from flexgen_lite.engine.worker_process import WorkerProcess
 from flexgen_lite.engine.worker_supervisor import WorkerSupervisor
+from flexgen_lite.queue.client_jobs import Answer
 from flexgen_lite.queue.micro_batch import MicroBatch, Result
 from flexgen_lite.queue.poison_requests import PoisonRequests
-from flexgen_lite.queue.requests import Answer, Requests
+from flexgen_lite.queue.requests import Requests
 from flexgen_lite.schedule.zigzag import RunColumns, Schedule
 from flexgen_lite.wire import worker_messages
 
@@ -53,7 +54,12 @@ class Passes:
         self._answer = answer
         self.schedule: Schedule = setup.make_schedule()
         self.weights = WeightFlow(
-            workers, self.schedule, setup.packed_units, setup.plan.copy_head, self._compute_columns
+            workers,
+            self.schedule,
+            setup.packed_units,
+            setup.units_there,
+            setup.plan.copy_head,
+            self._compute_columns,
         )
         self.kv = KvFlow(workers, requests, stats, answer)
         self.begin_at: float | None = None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.memory.kv_layout import kv_spec, token_bytes_by_window
@@ -14,6 +15,7 @@ from flexgen_lite.model.spec import ModelSpec
 from flexgen_lite.plan import plan
 from flexgen_lite.plan.machine import Machine
 from flexgen_lite.plan.need import Measured, shares_prefixes
+from flexgen_lite.plan.shared import Planner
 from flexgen_lite.plan.workload import Workload
 from flexgen_lite.queue.admission import Limits
 from flexgen_lite.queue.batching import Batcher
@@ -26,7 +28,8 @@ from flexgen_lite.schedule.zigzag import Schedule
 from flexgen_lite.text.shown import shown_path
 from flexgen_lite.tokens.tokenizer import TextTokenizer
 from flexgen_lite.wire import worker_messages
-from flexgen_lite.wire.arena_specs import ExchangeSpec, KvSpec
+from flexgen_lite.wire.arena_specs import ExchangeSpec, KvSpec, SharedPart
+from flexgen_lite.wire.engine_share import EngineShare, SharedWeights
 from flexgen_lite.wire.kv_on_disk import KvDiskSpec
 
 ROWS_OF_A_PASS = {"memory": 32, "disk": 256, "device": 4096}
@@ -42,15 +45,17 @@ class Setup:
     exchange: ExchangeSpec
     kv_bytes_by_window: dict[int, int]  # of a token
     kv_disk: KvDiskSpec | None = None
+    share: EngineShare | None = None  # None: there are no other engines
 
     @property
     def spec(self) -> ModelSpec:
         return self.opened.spec
 
     @property
-    def decided(self) -> dict[str, str | int]:
+    def decided(self) -> dict[str, Any]:
         """What "auto" came to where another start might come to something else, and a digest of the model's files: for
-        an engine that is to take this one's place."""
+        an engine that is to take this one's place. How many sequences run at once, and how weights lie that other
+        engines map: for those, and who starts them."""
         opened = self.opened
         files = repr((opened.fingerprint, opened.spec.files, opened.spec.stamps))
         return {
@@ -58,7 +63,31 @@ class Setup:
             "dtype": opened.spec.dtype,
             "device": "cuda" if opened.device_total_bytes else "cpu",
             "files": hashlib.blake2b(files.encode(), digest_size=8).hexdigest(),
+            "max_sequences": self.plan.max_sequences,
+            **({"weights": asdict(self.weights)} if self.plan.shares else {}),
         }
+
+    @property
+    def weights(self) -> SharedWeights:
+        """How those lie that other engines map."""
+        made, opened = self.plan, self.opened
+        offsets = [offset for offset in made.slot_offsets if offset < made.shared_bytes]
+        lie = repr((opened.fingerprint, opened.spec.files, opened.spec.stamps, offsets, made.projection_layers))
+        digest = hashlib.blake2b(lie.encode(), digest_size=8).hexdigest()
+        return SharedWeights(made.resident_layers, made.shared_bytes, digest)
+
+    @property
+    def units_there(self) -> frozenset[int]:
+        """Those that lie in the arena, loaded and packed by another engine, before this one starts."""
+        if self._fills_arena or not self.plan.shares:
+            return frozenset()
+        return frozenset({*self.plan.resident_layers, self.spec.num_layers})
+
+    @property
+    def ram(self) -> int:
+        """Bytes of the budget that are this engine's: what engines share is the first one's."""
+        other = self.share is not None and self.share.number > 0
+        return self.plan.ram - (self.plan.shared_bytes if other else 0)
 
     @property
     def fingerprint(self) -> str:
@@ -68,7 +97,26 @@ class Setup:
     def arena_bytes(self) -> dict[str, int]:
         exchange = self.exchange.num_regions * self.exchange.region_bytes
         states = self.plan.state_places * self.spec.state_bytes
-        return {"weights": self.plan.weights_bytes, "kv": self.kv.arena_bytes, "exchange": exchange, "states": states}
+        made = self.plan
+        return {
+            "weights": made.weights_bytes - made.shared_bytes,
+            "kv": self.kv.arena_bytes,
+            "exchange": exchange,
+            "states": states,
+            **({"shared": made.shared_bytes} if made.shares and self._fills_arena else {}),
+        }
+
+    @property
+    def _fills_arena(self) -> bool:
+        """Of the weights that engines share, if they do."""
+        return self.share is None or self.share.weights is None
+
+    @property
+    def _shared_part(self) -> SharedPart | None:
+        """Beside a GPU it is writable, or it could not be page-locked."""
+        if not self.plan.shares:
+            return None
+        return SharedPart(self.plan.shared_bytes, not self.units_there or self.opened.device_total_bytes > 0)
 
     @property
     def packed_units(self) -> frozenset[int]:
@@ -105,6 +153,7 @@ class Setup:
             made.loader_threads,
             made.loader_cpus,
             self.kv_disk,
+            self._shared_part,
         )
 
     def for_attention(self, index: int) -> worker_messages.AttachAttention:
@@ -137,6 +186,7 @@ class Setup:
             self.kv.dtype,
             made.state_places,
             made.projection_layers,
+            self._shared_part,
         )
 
     # ------------------------------------------------------------------------------------------------ for the passes
@@ -254,11 +304,20 @@ def set_up(
     machine: Machine,
     expected: Workload | None,
     processes: Measured,
+    share: EngineShare | None = None,
 ) -> Setup:
     """Raises PlanError where the budget does not hold even the smallest plan."""
     spec, device_bytes = opened.spec, opened.device_total_bytes
-    made = plan.make_plan(config, spec, machine, processes, device_bytes > 0, device_bytes, expected)
+    given = None if share is None else share.weights
+    if share is None:
+        made = plan.make_plan(config, spec, machine, processes, device_bytes > 0, device_bytes, expected)
+    else:
+        on_gpu, engines = device_bytes > 0, (share.count, share.ram)
+        made = Planner(config, spec, processes, on_gpu, device_bytes, expected, *engines).plan(machine, given)
     kv = kv_spec(spec.attention, spec.kv_columns, made.kv_groups, made.num_pages, made.kv_dtype)
     exchange = ExchangeSpec(made.micro_batches, made.region_bytes, made.micro_batch_tokens, spec.dtype)
     calls = [call for column, call in enumerate(spec.attention) if column not in spec.stops]
-    return Setup(opened, made, kv, exchange, token_bytes_by_window(calls, made.kv_dtype))
+    setup = Setup(opened, made, kv, exchange, token_bytes_by_window(calls, made.kv_dtype), share=share)
+    if given is not None and setup.units_there and given.layout not in ("", setup.weights.layout):
+        raise plan.PlanError(f"{config.model}, or how it is read, changed while engines were using it: start anew")
+    return setup

@@ -15,6 +15,7 @@ class WeightFlow:
 
     Args:
         packed: units that are packed once loaded.
+        there: units that another engine has loaded, and packed, where they lie.
         copy_head: see worker_messages.Pack.
         on_columns: is given the orders to compute.
     """
@@ -24,12 +25,14 @@ class WeightFlow:
         workers: WorkerSupervisor,
         schedule: Schedule,
         packed: frozenset[int],
+        there: frozenset[int],
         copy_head: bool,
         on_columns: Callable[[RunColumns], None],
     ) -> None:
         self._workers = workers
         self._schedule = schedule
         self._packed = packed
+        self._there = there
         self._copy_head = copy_head
         self._on_columns = on_columns
         self._loader_takes_orders = self._compute_takes_orders = False
@@ -37,12 +40,13 @@ class WeightFlow:
         self._to_pack: dict[int, int] = {}
         self._packing: dict[int, int] = {}
         self._in_order: dict[int, int] = {}
+        self._taking_over: set[int] = set()  # what is in order, and the compute worker has not said that it knows
         self._uploading: set[int] = set()
 
     @property
     def is_quiet(self) -> bool:
         """Nothing is on its way."""
-        return not (self._loading or self._to_pack or self._packing or self._uploading)
+        return not (self._loading or self._to_pack or self._packing or self._taking_over or self._uploading)
 
     def carry_out(self, orders: Iterable[Order]) -> None:
         for order in orders:
@@ -65,6 +69,7 @@ class WeightFlow:
             self.carry_out(self._schedule.loaded(message.unit))
 
     def was_packed(self, message: worker_messages.Packed) -> None:
+        self._taking_over.discard(message.unit)
         if message.unit in self._packing:  # else a new compute worker has taken over what was in order already
             self._in_order[message.unit] = self._packing.pop(message.unit)
             self.carry_out(self._schedule.loaded(message.unit))
@@ -88,7 +93,7 @@ class WeightFlow:
         """The compute worker has its arenas."""
         self._compute_takes_orders = True
         for unit, slot in self._in_order.items():
-            self._workers.compute.send(worker_messages.Pack(unit, slot, self._copy_head, in_order=True))
+            self._take_over(unit, slot)
         waiting, self._to_pack = self._to_pack, {}
         for unit, slot in waiting.items():
             self._pack(unit, slot)
@@ -97,6 +102,7 @@ class WeightFlow:
         """Weights that it was packing lie in no order: they are loaded again."""
         self._compute_takes_orders = False
         self._uploading.clear()
+        self._taking_over.clear()
         half_done, self._packing = self._packing, {}
         for unit, slot in half_done.items():
             self._load(unit, slot)
@@ -104,9 +110,24 @@ class WeightFlow:
     # ------------------------------------------------------------------------------------------------ inside
 
     def _load(self, unit: int, slot: int) -> None:
+        if unit in self._there:
+            self._use(unit, slot)
+            return
         self._loading[unit] = slot
         if self._loader_takes_orders:
             self._workers.loader.send(worker_messages.Load(unit, slot))
+
+    def _use(self, unit: int, slot: int) -> None:
+        """A unit that is there. What the compute worker is told of it comes before whatever needs it."""
+        if unit in self._packed:
+            self._in_order[unit] = slot
+            if self._compute_takes_orders:
+                self._take_over(unit, slot)
+        self.carry_out(self._schedule.loaded(unit))
+
+    def _take_over(self, unit: int, slot: int) -> None:
+        self._taking_over.add(unit)
+        self._workers.compute.send(worker_messages.Pack(unit, slot, self._copy_head, in_order=True))
 
     def _pack(self, unit: int, slot: int) -> None:
         if not self._compute_takes_orders:

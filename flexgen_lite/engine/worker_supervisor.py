@@ -25,6 +25,7 @@ from flexgen_lite.wire.zygote_messages import zygote_pair
 
 COMPUTE, LOADER = "compute worker", "disk loader"
 ARENAS = {"compute": ("weights", "exchange", "states"), "loader": ("weights",), "attention": ("kv", "exchange")}
+SHARED = "shared"  # the arena of weights that other engines map, too
 KV_ON_DISK = ("kv", "states", "parked")  # what the loader is given besides, where there is a file for it
 KEPT_PRODUCTS = 128  # a model has some six shapes of weights; a pass has one number of rows, or a few
 LEAVE_ZYGOTES = ("compute",)  # the others start in half a second
@@ -160,7 +161,8 @@ class WorkerSupervisor:
 
     def _start(self, kind: str, name: str, number: int) -> WorkerProcess:
         of_disk = KV_ON_DISK if kind == "loader" and "parked" in self._arenas else ()
-        arenas = {arena: self._arenas[arena].fd for arena in (*ARENAS[kind], *of_disk)}
+        of_all = (SHARED,) if "weights" in ARENAS[kind] and SHARED in self._arenas else ()
+        arenas = {arena: self._arenas[arena].fd for arena in (*ARENAS[kind], *of_all, *of_disk)}
         ends = {COMPUTE: {str(i): pair[0] for i, pair in enumerate(self._doorbells)}}
         ends |= {f"attention worker {i}": {"compute": pair[1]} for i, pair in enumerate(self._doorbells)}
         doorbells = {end: sock.fileno() for end, sock in ends.get(name, {}).items()}

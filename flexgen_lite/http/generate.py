@@ -13,8 +13,8 @@ from starlette.responses import Response, StreamingResponse
 from flexgen_lite.chat.template import Chat, ChatError, brings_program, has_template
 from flexgen_lite.client.client import Client
 from flexgen_lite.client.completion import Completion, Delta
-from flexgen_lite.client.job import OTHERWISE
 from flexgen_lite.client.request import Request
+from flexgen_lite.client.streamed_answer import OTHERWISE
 from flexgen_lite.http.errors import ApiError
 from flexgen_lite.http.job_events import job_events
 from flexgen_lite.http.json_body import read_json

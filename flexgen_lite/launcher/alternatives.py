@@ -74,6 +74,15 @@ def alternatives(config: EngineConfig, allowed: Sequence[str]) -> list[Alternati
     return found
 
 
+def refuse_allowed(config: EngineConfig, allowed: Sequence[str]) -> None:
+    """Where there are several engines. Raises ValueError."""
+    if allowed:
+        raise ValueError(
+            f"--allow and engines={config.engines} exclude each other, for one engine alone is measured: give what "
+            "`flexgen-lite plan` chooses without --engines as settings, or leave one of them out"
+        )
+
+
 def alternative(config: EngineConfig, changed: EngineConfig) -> Alternative:
     """`changed` beside what is configured."""
     keys = (key for key in EngineConfig.model_fields if getattr(changed, key) != getattr(config, key))

@@ -23,7 +23,7 @@ from flexgen_lite.text.shown import shown_path
 WITHOUT_EFFECT = {
     "model", "ram", "gpu", "trace", "endpoint", "key_file", "max_sequences", "micro_batches", "micro_batch_tokens",
     "layer_slots", "device_slots", "prefix_caching", "kv_disk", "kv_disk_dir", "start_timeout", "worker_timeout",
-    "verify_weights",
+    "verify_weights", "engines",
 }  # fmt: skip
 """Keys that change what is planned, not how fast its parts are."""
 DISK_SECONDS = 1.0

@@ -9,6 +9,7 @@ from pathlib import Path
 from flexgen_lite.batch.file import BadLine, read_requests
 from flexgen_lite.batch.lines import open_lines
 from flexgen_lite.batch.result_row import RowsThere, request_id_of
+from flexgen_lite.batch.shard import WHOLE, Shard
 from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.cost.job import JobRequest
 from flexgen_lite.engine.calibration import Calibration
@@ -177,7 +178,9 @@ def _row(one: Prospect) -> Variant:
     return Variant(str(one.alternative), job, "" if one.error is None else str(one.error))
 
 
-def of_the_rows(measured: Sequence[Candidate], input_file: Path, output_file: Path) -> list[Candidate]:
+def of_the_rows(
+    measured: Sequence[Candidate], input_file: Path, output_file: Path, shard: Shard = WHOLE
+) -> list[Candidate]:
     """Those that the rows of an earlier run can be of; all, where there is no row that tells.
 
     Raises:
@@ -187,16 +190,18 @@ def of_the_rows(measured: Sequence[Candidate], input_file: Path, output_file: Pa
     if output_file.is_file():
         with output_file.open("rb") as lines:
             there = RowsThere(output_file, lines)
-    for matching in _matching(measured, input_file, there):
+    for matching in _matching(measured, input_file, shard, there):
         if matching:
             return matching
     return list(measured)
 
 
-def _matching(measured: Sequence[Candidate], input_file: Path, there: RowsThere) -> Iterator[list[Candidate]]:
+def _matching(
+    measured: Sequence[Candidate], input_file: Path, shard: Shard, there: RowsThere
+) -> Iterator[list[Candidate]]:
     """By request of the input."""
     with open_lines(input_file) as lines:
-        for item in read_requests(lines):
+        for item in read_requests(lines, shard):
             if not isinstance(item, BadLine):
                 known = [(one, one.fingerprint) for one in measured]
                 yield [one for one, engine in known if engine and there.answers(item, request_id_of(item, engine))]

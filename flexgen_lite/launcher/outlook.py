@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from flexgen_lite.batch.shard import WHOLE, Shard
 from flexgen_lite.batch.survey import survey
 from flexgen_lite.batch.token_counts import Counted, count_tokens
 from flexgen_lite.config.engine import EngineConfig
@@ -40,29 +41,36 @@ class Outlook:
     predicted: Prediction
 
 
-def outlook(found: Sequence[Alternative], input_file: Path, on_log: Callable[[str], None]) -> Outlook | None:
+def outlook(
+    found: Sequence[Alternative], input_file: Path, on_log: Callable[[str], None], shard: Shard = WHOLE
+) -> Outlook | None:
     """None where the engine would take no line, or this machine was not calibrated with the model, which is done where
     the job is long, or where there is something to choose. Answers are taken to be as long as they may be.
 
     Args:
         found: what may be chosen, what is configured first.
+        shard: the lines that are the job.
 
     Raises:
         PlanError: the budget does not hold even the smallest plan.
         EngineError: it was to be calibrated, and could not.
         OSError, BatchFileError: of the file.
     """
-    expected = survey(input_file)
+    expected = survey(input_file, shard)
     if expected is None:
         return None
     config = found[0].config
     if len(found) == 1 and calibrate.known(config) is None and not _is_long(config, expected):
         return None
-    return _outlook(candidates(found, on_log), input_file, expected)
+    return _outlook(candidates(found, on_log), input_file, shard, expected)
 
 
 def resumed(
-    found: Sequence[Alternative], input_file: Path, output_file: Path, on_log: Callable[[str], None]
+    found: Sequence[Alternative],
+    input_file: Path,
+    output_file: Path,
+    on_log: Callable[[str], None],
+    shard: Shard = WHOLE,
 ) -> Alternative:
     """With which the rows that are there go on: what they were made with. Where that can be several, as none changes
     what is computed, the one that would be chosen for the whole file.
@@ -70,17 +78,17 @@ def resumed(
     Raises:
         FileExistsError: the output has lines that are no rows of a run.
     """
-    expected = survey(input_file)
+    expected = survey(input_file, shard)
     if expected is None:
         return found[0]
-    fitting = of_the_rows(candidates(found, on_log), input_file, output_file)
-    made = _outlook(fitting, input_file, expected) if len(fitting) > 1 else None
+    fitting = of_the_rows(candidates(found, on_log), input_file, output_file, shard)
+    made = _outlook(fitting, input_file, shard, expected) if len(fitting) > 1 else None
     return fitting[0].alternative if made is None else made.alternative
 
 
-def _outlook(measured: Sequence[Candidate], input_file: Path, expected: Workload) -> Outlook | None:
+def _outlook(measured: Sequence[Candidate], input_file: Path, shard: Shard, expected: Workload) -> Outlook | None:
     calibration = next(one.calibration for one in measured if one.calibration is not None)
-    requests = requests_of(calibration, input_file)
+    requests = requests_of(calibration, input_file, shard)
     if not requests:
         return None
     ahead = JobAhead(expected, requests, calibrate.disk_now(calibration.opened.spec), inspect_machine())
@@ -103,12 +111,12 @@ def _is_long(config: EngineConfig, expected: Workload) -> bool:
     return calibrate.looks_like_cpu(config) and tokens * weights * MET / FAST > LONG_SECONDS
 
 
-def requests_of(calibration: Calibration, input_file: Path) -> list[JobRequest]:
-    """Of its good lines, with answers as long as they may be. Those that are alike are one object: there may be
+def requests_of(calibration: Calibration, input_file: Path, shard: Shard = WHOLE) -> list[JobRequest]:
+    """Of the shard's good lines, with answers as long as they may be. Those that are alike are one object: there may be
     millions."""
     made: dict[Counted, JobRequest] = {}
     found = []
-    for one in count_tokens(input_file, calibration.tokenizer, calibration.opened.chat_template):
+    for one in count_tokens(input_file, calibration.tokenizer, calibration.opened.chat_template, shard):
         if one not in made:
             made[one] = JobRequest(
                 one.prompt, one.max_tokens, one.max_tokens, one.scored, one.shared, one.common, one.copy

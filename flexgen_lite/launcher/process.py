@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,10 +18,16 @@ from typing import IO, Any, Self
 from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.cost.comparison import Prediction
 from flexgen_lite.errors import EngineError
+from flexgen_lite.launcher.descendants import kill_all, wait_until_gone
+from flexgen_lite.plan.engine_parts import num_engines
+from flexgen_lite.plan.plan import PlanError
+from flexgen_lite.plan.topology import inspect_topology
 from flexgen_lite.plan.workload import Workload
+from flexgen_lite.wire.engine_share import EngineShare
 from flexgen_lite.wire.runtime_dir import RuntimeDir
 
 COMMAND = (sys.executable, "-m", "flexgen_lite.engine")
+DISPATCH = (sys.executable, "-m", "flexgen_lite.dispatch")  # of several engines, to whom it gives their orders
 
 _STOP_SECONDS = 10.0
 _START_GRACE = 15.0  # the coordinator's own deadline comes first: it knows what it waits for
@@ -31,12 +36,13 @@ _GONE_SECONDS = 60.0  # for its workers' memory to be given back, which may be h
 
 
 class EngineProcess:
-    """Starts the coordinator and waits until it is ready.
+    """Starts the coordinator and waits until it is ready. Where `config.engines` comes to several, it is the process in
+    front of them, which is to others what a coordinator is.
 
     The coordinator gets one JSON object in one line on its standard input, {"config": ..., "run_dir": ...,
-    "expected": ..., "predicted": ..., "calibrate": ...}, and exits when that input ends, so it never outlives this
-    process. On its standard output it writes one JSON object a line: events "log", "plan", "ready", "calibrated" and
-    "failed". Its standard error is this process's own.
+    "expected": ..., "predicted": ..., "calibrate": ..., "share": ...}, and exits when that input ends, so it never
+    outlives this process. On its standard output it writes one JSON object a line: events "log", "plan", "ready",
+    "calibrated" and "failed". Its standard error is this process's own.
 
     Args:
         config: of the engine.
@@ -48,9 +54,12 @@ class EngineProcess:
         environment: variables beside this process's own.
         wait: until it is ready; else `wait_until_ready` does.
         calibrate: it serves nobody, but measures and ends; `wait_until_calibrated` has what it found.
+        share: its part, where it is one of several engines of the machine; it inherits the arena's descriptor.
+        outer: the private directory of this process, where that is the child of an EngineProcess itself: what the
+            engine has lies in it, and is ended with this process.
 
     Raises:
-        EngineError: it did not become ready.
+        EngineError: it did not become ready, or there cannot be as many engines.
     """
 
     def __init__(
@@ -65,15 +74,21 @@ class EngineProcess:
         environment: Mapping[str, str] | None = None,
         wait: bool = True,
         calibrate: bool = False,
+        outer: Path | None = None,
+        share: EngineShare | None = None,
     ) -> None:
-        run_directory = RuntimeDir()
+        config = config.model_copy(update={"engines": 1}) if calibrate else with_number_of_engines(config)
+        run_directory = RuntimeDir(outer)
+        own = COMMAND if config.engines == 1 else DISPATCH
         try:
-            child = _spawn(command or COMMAND, environment or {})
+            inherited = () if share is None else (share.arena_fd,)
+            child = _spawn(command or own, environment or {}, inherited, own_session=outer is None)
         except OSError as error:
             run_directory.remove()
             raise EngineError(f"the engine cannot be started: {error}") from None
         self._child = child
-        self._ready_within = config.start_timeout + _START_GRACE
+        # Of several engines the first comes first, and then the others.
+        self._ready_within = config.start_timeout * (1 if config.engines == 1 else 2) + _START_GRACE
         self._news = _News(on_log, on_plan)
         self._finalizer = weakref.finalize(self, _stop, child, run_directory, os.getpid())
         reader = threading.Thread(target=self._news.read, args=(child,), name="flexgen-lite engine events", daemon=True)
@@ -85,6 +100,7 @@ class EngineProcess:
                 "expected": None if expected is None else expected.to_dict(),
                 "predicted": None if predicted is None else predicted.to_dict(),
                 "calibrate": calibrate,
+                "share": None if share is None else share.to_dict(),
             }
             _tell(child, order)
             if wait:
@@ -119,7 +135,8 @@ class EngineProcess:
     @property
     def decided(self) -> Mapping[str, Any]:
         """For an engine that is to take its place: "ram", "dtype" and "device" as this one has them, and "files", the
-        same as long as the model's files are."""
+        same as long as the model's files are. For who starts several: "max_sequences", that run at once, and "weights",
+        for SharedWeights.from_dict, where it shares any."""
         return self._news.decided
 
     @property
@@ -142,11 +159,10 @@ class EngineProcess:
         has_ended = self._news.wait_for_end(patience)
         failure = self._news.failure
         if not has_ended:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.pid, signal.SIGKILL)
+            kill_all(self.pid)
             if not self._news.wait_for_end(_KILL_SECONDS):
                 raise EngineError(f"the engine (process {self.pid}) cannot be killed: it waits for the system")
-        _wait_until_gone(self.pid, _GONE_SECONDS)
+        wait_until_gone(self.pid, _GONE_SECONDS)
         self.stop()
         return failure
 
@@ -241,12 +257,28 @@ class _News:
             return self._changed.wait_for(lambda: self._ended, patience)
 
 
-def _spawn(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def with_number_of_engines(config: EngineConfig) -> EngineConfig:
+    """What "auto" comes to on this machine. Raises EngineError where there cannot be as many as are asked for."""
+    if config.engines == 1:
+        return config
+    try:
+        return config.model_copy(update={"engines": num_engines(config, inspect_topology())})
+    except PlanError as error:
+        raise EngineError(str(error), user_error=True) from None
+
+
+def _spawn(
+    command: Sequence[str], environment: Mapping[str, str], inherited: Sequence[int] = (), own_session: bool = True
+) -> subprocess.Popen[bytes]:
+    """In a session of its own, or in a group of its own of this one. `inherited`: descriptors that the child has under
+    the same numbers."""
     return subprocess.Popen(
         list(command),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        start_new_session=True,
+        start_new_session=own_session,
+        process_group=None if own_session else 0,
+        pass_fds=inherited,
         env={**os.environ, **environment},
     )
 
@@ -272,29 +304,10 @@ def _parse(line: bytes) -> dict[str, Any]:
 def _reap(child: subprocess.Popen[bytes]) -> int:
     """Wait for its end; its exit code. Workers that it could not stop any more are killed, before its number, which is
     that of their group, is given up."""
-    with contextlib.suppress(ChildProcessError, ProcessLookupError):  # another thread has waited for it
+    with contextlib.suppress(ChildProcessError):  # another thread has waited for it
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-        os.killpg(child.pid, signal.SIGKILL)
+        kill_all(child.pid)
     return child.wait()
-
-
-def _wait_until_gone(group: int, seconds: float) -> None:
-    """Until no process of the group holds memory, or the time is over."""
-    deadline = time.monotonic() + seconds
-    while _is_there(group) and time.monotonic() < deadline:
-        time.sleep(0.02)
-
-
-def _is_there(group: int) -> bool:
-    """Whether a process of the group has not ended. One that nobody waits for holds nothing, once all its threads have
-    ended."""
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-            state, its_group, num_threads = fields[0], int(fields[2]), int(fields[17])
-            if its_group == group and (state not in "ZX" or num_threads > 1):
-                return True
-    return False
 
 
 def _cause(code: int) -> str:
@@ -317,7 +330,7 @@ def _stop(child: subprocess.Popen[bytes], run_directory: RuntimeDir, owner: int)
             try:
                 child.wait(_STOP_SECONDS)
             except subprocess.TimeoutExpired:
-                os.killpg(child.pid, signal.SIGKILL)  # its workers too
+                kill_all(child.pid)  # its workers too
         child.wait()
         if child.stdin is not None:
             with contextlib.suppress(OSError):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from flexgen_lite.client.client import Client
 from flexgen_lite.client.engine_owner import EngineLost
@@ -18,11 +19,20 @@ from flexgen_lite.errors import EngineError, fresh
 from flexgen_lite.launcher.process import EngineProcess
 from flexgen_lite.model.files import OFFLINE
 from flexgen_lite.plan.workload import Workload
+from flexgen_lite.wire.engine_share import EngineShare, SharedWeights
 
 MOST_LOSSES = 3  # in a row, with no request finished in between
 BUSY_SECONDS = 300.0  # that an engine may take to answer a new client, as it may for one it has
 PAUSE_SECONDS = (1.0, 2.0)  # before another start, by the losses in a row
 JOIN_SECONDS = 15.0  # for a start that is broken off
+
+
+class HasRequests(Protocol):
+    """A client, as far as it matters to those who start engines."""
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests that the engine has and has not answered, or had when it was lost."""
 
 
 class EngineSupervisor:
@@ -38,6 +48,7 @@ class EngineSupervisor:
         predicted: what is foretold of it, for the trace.
         on_log: is given each log message, and warnings about losses, on other threads.
         on_plan: is given the first engine's plan.
+        outer, share: see EngineProcess. An engine that takes the place of another finds the weights that these share.
 
     Attributes:
         restarts: how often the engine was started again.
@@ -54,20 +65,30 @@ class EngineSupervisor:
         predicted: Prediction | None = None,
         on_log: Callable[[str], None] | None = None,
         on_plan: Callable[[str], None] | None = None,
+        outer: Path | None = None,
+        share: EngineShare | None = None,
     ) -> None:
-        self._expected = expected
+        self._expected, self._outer, self._share = expected, outer, share
         self._on_log = on_log or (lambda _: None)
         self._owner = os.getpid()
         self._closing = threading.Event()
         self._changed = threading.Condition()  # guards what follows
-        self._clients: weakref.WeakSet[Client] = weakref.WeakSet()
+        self._clients: weakref.WeakSet[HasRequests] = weakref.WeakSet()
         self.restarts = 0
         self._number = 0  # of the engine: how many were ready before
         self._losses = 0  # in a row
         self._restart: threading.Thread | None = None  # while another one is started
         self._starting: EngineProcess | None = None  # by that thread
         self._failure: EngineError | None = None  # there will be no other one
-        self._engine = EngineProcess(config, expected=expected, predicted=predicted, on_log=on_log, on_plan=on_plan)
+        self._engine = EngineProcess(
+            config,
+            expected=expected,
+            predicted=predicted,
+            on_log=on_log,
+            on_plan=on_plan,
+            outer=outer,
+            share=share,
+        )
         self._config = _settled(config, self._engine)
         self._close_first()
 
@@ -81,6 +102,11 @@ class EngineSupervisor:
         return self._engine.plan
 
     @property
+    def decided(self) -> Mapping[str, Any]:
+        """As EngineProcess has it."""
+        return self._engine.decided
+
+    @property
     def pid(self) -> int:
         return self._engine.pid
 
@@ -90,13 +116,19 @@ class EngineSupervisor:
         Raises:
             EngineError: the engine is gone for good.
         """
-        follower = _Follower(self)
+        follower = Follower(self)
         endpoint = follower.endpoint(None)
         assert endpoint is not None, "without a limit it is there or fails"
         client = Client(endpoint, connect_timeout=BUSY_SECONDS, key_file=self._config.key_file, owner=follower)
         with self._changed:
             self._clients.add(client)
         return client
+
+    def follow(self, client: HasRequests) -> Follower:
+        """For a client of another kind, which connects to the engine, and to those that follow it, by itself."""
+        with self._changed:
+            self._clients.add(client)
+        return Follower(self)
 
     def stop(self) -> None:
         """Stop the engine in order, or a start of it. Safe to call twice."""
@@ -228,7 +260,15 @@ class EngineSupervisor:
             config = config.model_copy(update={"trace": _next_trace(config.trace)})
             self._on_log(f"its trace is {config.trace}")
         self.restarts += 1
-        engine = EngineProcess(config, expected=self._expected, on_log=self._on_log, environment=OFFLINE, wait=False)
+        engine = EngineProcess(
+            config,
+            expected=self._expected,
+            on_log=self._on_log,
+            environment=OFFLINE,
+            wait=False,
+            outer=self._outer,
+            share=self._share_of_the_next(),
+        )
         self._close_first()
         try:
             with self._changed:
@@ -244,11 +284,18 @@ class EngineSupervisor:
         self._on_log(f"the engine (process {engine.pid}) is ready")
         return engine
 
+    def _share_of_the_next(self) -> EngineShare | None:
+        """The weights that engines share lie in their arena by now."""
+        weights = self._engine.decided.get("weights")
+        if self._share is None or weights is None:
+            return self._share
+        return replace(self._share, weights=SharedWeights.from_dict(weights))
+
     def _warn(self, text: str) -> None:
         self._on_log(f"warning: {text}")
 
 
-class _Follower:
+class Follower:
     """The EngineOwner of one client: which engine it has."""
 
     def __init__(self, supervisor: EngineSupervisor) -> None:
@@ -280,7 +327,7 @@ class _Follower:
 def _settled(config: EngineConfig, engine: EngineProcess) -> EngineConfig:
     """What was left to "auto" and might come to something else the next time is as it was: the plan and the answers are
     the same, whatever else fills the memory."""
-    automatic = {key for key in ("ram", "dtype", "device") if getattr(config, key) in (None, "auto")}
+    automatic = {key for key in ("ram", "dtype", "device", "engines") if getattr(config, key) in (None, "auto")}
     update: dict[str, Any] = {key: value for key, value in engine.decided.items() if key in automatic}
     return config.model_copy(update=update)
 

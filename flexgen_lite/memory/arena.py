@@ -7,6 +7,12 @@ import mmap
 import os
 import sys
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Self
+
+from flexgen_lite.wire.arena_specs import SharedPart
 
 Memory = memoryview | mmap.mmap
 LARGE_PAGE = 2 << 20
@@ -35,6 +41,14 @@ class Arena:
             with tempfile.TemporaryFile() as file:
                 self.fd = os.dup(file.fileno())
 
+    @classmethod
+    def inherited(cls, name: str, fd: int) -> Self:
+        """That of another process, which sees to its size."""
+        arena = cls.__new__(cls)
+        arena.name, arena.size, arena.fd = name, os.fstat(fd).st_size, fd
+        os.set_inheritable(fd, False)
+        return arena
+
     def resize(self, size: int) -> None:
         os.ftruncate(self.fd, size)
         self.size = size
@@ -45,20 +59,55 @@ class Arena:
             self.fd = -1
 
 
+@dataclass(frozen=True, slots=True)
+class ArenaPart:
+    """`size` bytes of an inherited arena, from its beginning. Where it is not writable, a write ends the process."""
+
+    fd: int
+    size: int
+    writable: bool = True
+
+
 def map_arena(fd: int, size: int) -> memoryview:
     """Maps `size` bytes of an inherited arena, shared and writable; its pages are taken when they are first touched.
     It begins at a multiple of LARGE_PAGE where that can be had."""
+    if sys.platform != "linux" or size < LARGE_PAGE:
+        _check_size(fd, size)
+        return memoryview(mmap.mmap(fd, size or mmap.PAGESIZE, mmap.MAP_SHARED, _READ_WRITE))
+    return map_parts(ArenaPart(fd, size))
+
+
+def map_weights(arenas: Mapping[str, int], size: int, shared: SharedPart | None) -> memoryview:
+    """The weights, `size` bytes in all: what engines share, where there is such a part, and this engine's own behind
+    it. `arenas`: descriptors."""
+    if shared is None:
+        return map_arena(arenas["weights"], size)
+    first = ArenaPart(arenas["shared"], shared.num_bytes, shared.writable)
+    return map_parts(first, ArenaPart(arenas["weights"], size - shared.num_bytes))
+
+
+def map_parts(*parts: ArenaPart) -> memoryview:
+    """Maps arenas one behind the other, as one range that begins at a multiple of LARGE_PAGE. All but the last are
+    multiples of it; those of no bytes are left out. On Linux."""
+    *whole, _ = parts
+    assert not any(part.size % LARGE_PAGE for part in whole), f"parts that are no multiples of {LARGE_PAGE}: {whole}"
+    for part in parts:
+        _check_size(part.fd, part.size)
+    memory = _aligned(sum(part.size for part in parts), _MAP_NORESERVE)
+    begin = _address(memory)
+    for part, offset in zip(parts, accumulate((part.size for part in parts), initial=0), strict=False):
+        access = _READ_WRITE if part.writable else mmap.PROT_READ
+        place = begin + offset
+        if part.size and _libc.mmap(place, part.size, access, mmap.MAP_SHARED | _MAP_FIXED, part.fd, 0) != place:
+            code = ctypes.get_errno()
+            raise OSError(code, f"mapping {part.size} bytes of an arena: {os.strerror(code)}")
+    return memory
+
+
+def _check_size(fd: int, size: int) -> None:
     actual = os.fstat(fd).st_size
     if actual < size:
         raise ValueError(f"arena has {actual} bytes, {size} expected")
-    if sys.platform != "linux" or size < LARGE_PAGE:
-        return memoryview(mmap.mmap(fd, size or mmap.PAGESIZE, mmap.MAP_SHARED, _READ_WRITE))
-    memory = _aligned(size, _MAP_NORESERVE)
-    place = _address(memory)
-    if _libc.mmap(place, size, _READ_WRITE, mmap.MAP_SHARED | _MAP_FIXED, fd, 0) != place:
-        code = ctypes.get_errno()
-        raise OSError(code, f"mapping {size} bytes of an arena: {os.strerror(code)}")
-    return memory
 
 
 def make_buffer(num_bytes: int) -> memoryview:

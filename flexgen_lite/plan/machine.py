@@ -9,13 +9,14 @@ from pathlib import Path
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 CPUS = Path("/sys/devices/system/cpu")
+NODES = Path("/sys/devices/system/node")
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
     cpus: tuple[int, ...]  # that this process may use
     available_ram: int  # bytes that could be taken now without pushing others out
-    numa_nodes: int
+    numa_nodes: int  # that have some of `cpus`
     quota: int | None = None  # processors' worth of time that the cgroup allows
     cores: int | None = None  # physical ones that `cpus` belong to, where known
 
@@ -30,17 +31,43 @@ class Machine:
         return ", ".join(map(str, self.cpus))
 
 
-def inspect_machine() -> Machine:
-    cpus = (
-        tuple(sorted(os.sched_getaffinity(0)))
-        if hasattr(os, "sched_getaffinity")
-        else tuple(range(os.cpu_count() or 1))
-    )
-    nodes = sum(1 for _ in Path("/sys/devices/system/node").glob("node[0-9]*")) or 1
+def inspect_machine(cpus: Iterable[int] = (), engines: int = 1) -> Machine:
+    """
+    Args:
+        cpus: that count; none: all that this process may use.
+        engines: that share the time which the cgroup allows.
+    """
+    chosen = tuple(sorted(cpus)) or usable_cpus()
     free_in_cgroup = cgroup_free_bytes()
     available = _available_bytes()
     ram = available if free_in_cgroup is None else min(available, free_in_cgroup)
-    return Machine(cpus, ram, nodes, cpu_quota(), num_cores(cpus))
+    quota = cpu_quota()
+    share = None if quota is None else max(1, quota // engines)
+    return Machine(chosen, ram, num_nodes(chosen), share, num_cores(chosen))
+
+
+def usable_cpus() -> tuple[int, ...]:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return tuple(sorted(os.sched_getaffinity(0)))
+    return tuple(range(os.cpu_count() or 1))
+
+
+def num_nodes(cpus: Iterable[int], folder: Path = NODES) -> int:
+    """NUMA nodes that have some of `cpus`; 1 where the system does not say."""
+    wanted = set(cpus)
+    lists = (_read_text(path / "cpulist") for path in folder.glob("node[0-9]*"))
+    return sum(1 for text in lists if wanted & _cpus_of(text)) or 1
+
+
+def _cpus_of(text: str) -> set[int]:
+    """Of a list such as "0-3,8"."""
+    found: set[int] = set()
+    for part in text.strip().split(","):
+        first, _, last = part.partition("-")
+        if first.isdigit():
+            found |= set(range(int(first), int(last or first) + 1))
+    return found
 
 
 def num_cores(cpus: Iterable[int], folder: Path = CPUS) -> int | None:

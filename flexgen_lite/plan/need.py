@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flexgen_lite.config.engine import EngineConfig
+from flexgen_lite.memory.arena import LARGE_PAGE
 from flexgen_lite.memory.exchange import region_bytes
 from flexgen_lite.memory.kv_groups import kv_groups, pages_for
 from flexgen_lite.memory.kv_layout import BOUNCE_BYTES, disk_slot_bytes, largest_page
@@ -66,6 +67,19 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
+class Sharing:
+    """What stays in main memory lies apart, up to a multiple of LARGE_PAGE, where other engines map it too.
+
+    Attributes:
+        engines: how many.
+        resident: layers that stay there, where that was decided before; None: it is open.
+    """
+
+    engines: int
+    resident: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Need:
     """What the model and the settings ask for, before the block's shape is chosen."""
 
@@ -85,6 +99,7 @@ class Need:
     on_gpu: bool
     device_bytes: int  # of RAM, where the CPU plays the device's part
     compute_threads: int
+    sharing: Sharing | None = None  # with other engines of the machine; None: there are none
 
     @property
     def state_bytes(self) -> int:
@@ -100,7 +115,7 @@ class Need:
             "workspace": _workspace_bytes(self.spec, tokens, count, self.on_gpu),
             **({"products": _products_bytes(self.spec, self.compute_threads)} if computes_here else {}),
             "exchange": count * region,
-            "embeddings and head": self.spec.units[-1].num_bytes,
+            "embeddings and head": self.spec.units[-1].num_bytes + (LARGE_PAGE if self.sharing else 0),
             **({"device slots": self.device_bytes} if self.device_bytes else {}),
         }
 
@@ -111,8 +126,20 @@ class Need:
     def least(self, tokens: int, count: int, slots: int, pages: int | None = None) -> int:
         """RAM below which the engine cannot run with this block, so many layer slots, and KV pages."""
         kv = (pages or self.least_pages) * self.page
-        weights = slots * self.layers.whole + self.layers.apart
-        return sum(self.fixed(tokens, count).values()) + weights + kv + self.state_bytes
+        return sum(self.fixed(tokens, count).values()) + self.least_weights(slots) + kv + self.state_bytes
+
+    @property
+    def engines(self) -> int:
+        """That map the layers that stay."""
+        return self.sharing.engines if self.sharing else 1
+
+    def least_weights(self, slots: int) -> int:
+        """Bytes of so many slots for layers, those that must stay beside them, and what is apart."""
+        resident = None if self.sharing is None else self.sharing.resident
+        if resident is None:
+            return slots * self.layers.whole + self.layers.apart
+        ring = slots if len(resident) < self.spec.num_layers else 0
+        return len(resident) * self.layers.without + ring * self.layers.whole + self.layers.apart
 
 
 def num_attention_workers(config: EngineConfig, machine: Machine) -> int:
@@ -126,6 +153,15 @@ def num_compute_threads(config: EngineConfig, machine: Machine, on_gpu: bool) ->
     return config.compute_threads or (min(4, machine.num_threads) if on_gpu else machine.num_threads)
 
 
+def sizes_of_layers(config: EngineConfig, spec: ModelSpec, on_gpu: bool) -> LayerSizes:
+    return layer_sizes(spec, config.cpu_projections == "qkv" and (on_gpu or _on_cpu_slots(config, on_gpu)))
+
+
+def _on_cpu_slots(config: EngineConfig, on_gpu: bool) -> bool:
+    """The CPU plays the device's part."""
+    return config.stage_weights is True and not on_gpu
+
+
 def need_of(
     config: EngineConfig,
     spec: ModelSpec,
@@ -133,10 +169,11 @@ def need_of(
     processes: Measured,
     on_gpu: bool,
     expected: Workload | None,
+    sharing: Sharing | None = None,
 ) -> Need:
     workers = num_attention_workers(config, machine)
-    on_cpu_slots = config.stage_weights is True and not on_gpu
-    layers = layer_sizes(spec, config.cpu_projections == "qkv" and (on_gpu or on_cpu_slots))
+    on_cpu_slots = _on_cpu_slots(config, on_gpu)
+    layers = sizes_of_layers(config, spec, on_gpu)
     kv_dtype = config.stored_kv_dtype(spec.dtype)
     groups = kv_groups(spec.attention, spec.kv_columns, config.page_tokens or PAGE_TOKENS, kv_dtype, spec.max_length)
     max_sequences = config.max_sequences or min(MAX_SEQUENCES, expected.sequences if expected else MAX_SEQUENCES)
@@ -176,6 +213,7 @@ def need_of(
             else 0
         ),
         compute_threads=num_compute_threads(config, machine, on_gpu),
+        sharing=sharing,
     )
 
 

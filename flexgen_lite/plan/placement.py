@@ -16,6 +16,7 @@ class Sizes:
     longest_pages: int  # for the longest sequence that should be served
     wanted_pages: int  # that weights should leave room for
     most_pages: int  # that can ever be of use
+    engines: int = 1  # that have the layers together
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,16 @@ class Placement:
     ring: int  # slots in RAM through which the others come
     num_pages: int
     on_device: tuple[int, ...] = ()  # layers that stay there, in RAM as well or not
+
+
+def place_decided(sizes: Sizes, available: int, slots: int, resident: tuple[int, ...], on_device: int) -> Placement:
+    """As `place`, where others have decided which layers are in RAM for good."""
+    staying = spread_evenly(on_device, sizes.num_layers)
+    ring = slots if len(resident) < sizes.num_layers else 0
+    whole = ring + len(set(resident) & set(staying))
+    available -= whole * sizes.layers.whole + len(set(resident) - set(staying)) * sizes.layers.without
+    available -= sizes.layers.projections * len(set(sizes.layers.split) - set(staying))
+    return Placement(resident, ring, min(sizes.most_pages, available // sizes.page_bytes), staying)
 
 
 def place(sizes: Sizes, available: int, slots: int, all_streamed: bool, on_device: int) -> Placement:
@@ -49,8 +60,8 @@ def place(sizes: Sizes, available: int, slots: int, all_streamed: bool, on_devic
 def _place_in_ram(sizes: Sizes, available: int, slots: int, all_streamed: bool, layers: tuple[int, ...]) -> Placement:
     """Places these layers; there is a ring if there are other ones, or if not all of these find room.
 
-    All of them stay if they leave room for the sequences that are wanted, or fill at most three quarters; and if they
-    leave room for the longest sequence, where there is any way to serve that. Otherwise room for sequences comes first,
+    All of them stay if they leave room for the sequences that are wanted, or enough (leaves_enough); and if they leave
+    room for the longest sequence, where there is any way to serve that. Otherwise room for sequences comes first,
     since every pass costs one load of the streamed layers whatever rides on it; layers stay as far as there is room
     beyond that. Projections that are computed on the CPU stay in any case.
     """
@@ -61,7 +72,8 @@ def _place_in_ram(sizes: Sizes, available: int, slots: int, all_streamed: bool, 
     whole = len(layers) * each + ring * of_ring
     longest = sizes.longest_pages * sizes.page_bytes
     served = whole + longest <= available or slots * of_ring + longest > available
-    roomy = served and (whole + sizes.page_bytes * sizes.wanted_pages <= available or whole <= available * 3 // 4)
+    wanted = sizes.page_bytes * sizes.wanted_pages
+    roomy = served and (whole + wanted <= available or leaves_enough(whole, available, sizes.engines))
     resident = layers
     if all_streamed or not roomy or whole + sizes.page_bytes * sizes.least_pages > available:
         ring = slots
@@ -73,6 +85,12 @@ def _place_in_ram(sizes: Sizes, available: int, slots: int, all_streamed: bool, 
         resident = tuple(layers[index] for index in chosen)
     left = available - len(resident) * each - ring * of_ring
     return Placement(resident, ring, min(sizes.most_pages, left // sizes.page_bytes))
+
+
+def leaves_enough(weights: int, available: int, engines: int) -> bool:
+    """Whether weights are at most three quarters of what all engines that map them have. `available`: bytes that each
+    has, with the weights among them."""
+    return weights * 4 <= (engines * available - (engines - 1) * weights) * 3
 
 
 def spread_evenly(count: int, total: int) -> tuple[int, ...]:

@@ -6,15 +6,15 @@ Everything the engine takes of main memory is in `Plan.parts`; what does not fit
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
 from math import ceil, floor
 
 from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.memory.kv_layout import disk_slot_bytes
 from flexgen_lite.model.spec import ModelSpec
 from flexgen_lite.plan.machine import Machine
-from flexgen_lite.plan.need import DEVICE_RING, Measured, Need, need_of
-from flexgen_lite.plan.placement import Placement, Sizes, place
+from flexgen_lite.plan.need import DEVICE_RING, Measured, Need, Sharing, need_of
+from flexgen_lite.plan.placement import Placement, Sizes, leaves_enough, place, place_decided
+from flexgen_lite.plan.slots import lay_out
 from flexgen_lite.plan.workload import Workload
 from flexgen_lite.text.sizes import format_size
 from flexgen_lite.wire.arena_specs import KvGroup
@@ -34,9 +34,27 @@ class PlanError(ValueError):
     """A budget or a setting that cannot be met; names what is needed and what would lower it."""
 
 
+class RamError(PlanError):
+    """`ram` is too small.
+
+    Args:
+        who: needs it.
+        enough: bytes that would do.
+        allowed: bytes.
+        remedies: beside more of it: ", or lower this".
+    """
+
+    def __init__(self, who: str, enough: int, allowed: int, remedies: str) -> None:
+        super().__init__(
+            f"{who} needs at least {format_size(enough, ceil)} of RAM, {format_size(allowed, floor)} allowed: "
+            f"raise ram{remedies}"
+        )
+        self.enough, self.remedies = enough, remedies
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Slots are numbered by `slot_offsets`; the last holds everything outside the layers."""
+    """Slots are numbered by `slot_offsets`; the last holds everything outside the layers. How they lie: slots.py."""
 
     ram: int
     gpu: int
@@ -71,10 +89,16 @@ class Plan:
     parts: dict[str, int]  # bytes of main memory per part
     warnings: tuple[str, ...]
     kv_disk: int = 0  # bytes on disk, for KV of sequences that wait and of beginnings of prompts
+    shared_bytes: int = 0  # of the weights, from the first on, that all engines of the machine map; 0: there is but one
 
     @property
     def planned_bytes(self) -> int:
         return sum(self.parts.values())
+
+    @property
+    def shares(self) -> bool:
+        """Weights with other engines."""
+        return self.shared_bytes > 0
 
     @property
     def process_bytes(self) -> dict[str, int]:
@@ -106,6 +130,7 @@ def make_plan(
     on_gpu: bool,
     gpu_total: int,
     expected: Workload | None = None,
+    sharing: Sharing | None = None,
 ) -> Plan:
     """Raises PlanError where the budget does not hold even the smallest plan.
 
@@ -113,10 +138,11 @@ def make_plan(
         processes: what they take at the start.
         gpu_total: memory of the GPU, 0 where there is none.
         expected: the work to come, where it is known.
+        sharing: with other engines (shared.py), whose part of the weights is in the budget as a whole.
     """
     ram = config.ram or auto_ram(machine)
     _check_cpus(config, machine)
-    need = need_of(config, spec, machine, processes, on_gpu, expected)
+    need = need_of(config, spec, machine, processes, on_gpu, expected, sharing)
     _check_kv_disk(need)
     tokens, count, slots = _choose_block(need, ram)
     fixed = need.fixed(tokens, count)
@@ -126,7 +152,7 @@ def make_plan(
         max_sequences = min(max_sequences, _num_states(need, ram - sum(fixed.values()), tokens, slots))
         fixed = fixed | {"states": max_sequences * need.state_bytes}
         fewer = config.model_copy(update={"max_sequences": max_sequences})  # KV pages are wanted for no more
-        need = need_of(fewer, spec, machine, processes, on_gpu, expected)
+        need = need_of(fewer, spec, machine, processes, on_gpu, expected, sharing)
     staged = on_gpu if config.stage_weights is None else config.stage_weights
     if on_gpu and not staged:
         raise PlanError("stage_weights=false is not possible on a GPU: its layers are used from device slots")
@@ -139,8 +165,9 @@ def make_plan(
         copy_head = placed.ring == 0 and placed.num_pages >= need.least_pages
         fixed = with_copy if copy_head else fixed
     placed = _place(need, ram - sum(fixed.values()), tokens, slots, device_slots)
-    slot_offsets, projections = _slot_offsets(need, placed), _on_cpu(need, placed)
-    apart, end = len(projections) * need.layers.projections, slot_offsets[-1] + spec.units[-1].num_bytes
+    projections = _on_cpu(need, placed)
+    lie = lay_out(need.layers, placed, spec.units[-1].num_bytes, len(projections), sharing is not None)
+    apart = len(projections) * need.layers.projections
     threads = _attention_threads(config, machine, need.workers, on_gpu)
     return Plan(
         ram=ram,
@@ -148,11 +175,11 @@ def make_plan(
         staged=staged,
         resident_layers=placed.resident,
         layer_slots=placed.ring,
-        slot_offsets=slot_offsets,
+        slot_offsets=lie.offsets,
         projection_layers=projections,
-        projection_offsets=tuple(range(end, end + apart, need.layers.projections)) if apart else (),
+        projection_offsets=lie.projections,
         layer_slot_bytes=need.layers.whole,
-        weights_bytes=end + apart,
+        weights_bytes=lie.num_bytes,
         device_slots=device_slots,
         device_layers=placed.on_device,
         device_alone=tuple(layer for layer in placed.on_device if layer not in placed.resident),
@@ -175,12 +202,13 @@ def make_plan(
         loader_cpus=config.loader_cpus or (),
         parts={
             **fixed,
-            "layers": slot_offsets[-1],
+            "layers": lie.layer_bytes,
             **({"projections": apart} if apart else {}),
             "KV cache": placed.num_pages * need.page,
         },
         warnings=_warnings(config, on_gpu, asked, tokens * count, bool(projections)),
         kv_disk=config.kv_disk or 0,
+        shared_bytes=lie.shared_bytes,
     )
 
 
@@ -234,16 +262,17 @@ def _choose_block(need: Need, ram: int) -> tuple[int, int, int]:
     if not fitting:
         tokens, count, slots = min(candidates, key=lambda candidate: need.least(*candidate))
         enough = need.least(tokens, count, slots, need.longest_pages(tokens)) + MIB
-        raise PlanError(
-            f"{need.spec.class_name} needs at least {format_size(enough, ceil)} of RAM, "
-            f"{format_size(ram, floor)} allowed: raise ram"
-            + (f", or lower attention_workers ({need.workers})" if need.workers > 1 else "")
+        raise RamError(
+            need.spec.class_name,
+            enough,
+            ram,
+            (f", or lower attention_workers ({need.workers})" if need.workers > 1 else "")
             + (f", micro_batch_tokens ({tokens})" if config.micro_batch_tokens else "")
             + (f", micro_batches ({count})" if config.micro_batches else "")
             + (f", layer_slots ({slots})" if config.layer_slots else "")
             + (", or use dtype bfloat16" if need.spec.dtype == "float32" else "")
             + (", or kv_dtype int8" if _int8_would_help(need, tokens, enough) else "")
-            + (", or cpu_projections none" if need.layers.split else "")
+            + (", or cpu_projections none" if need.layers.split else ""),
         )
     holding = [candidate for candidate in fitting if need.least(*candidate, need.longest_pages(candidate[0])) <= ram]
     for tokens, count, slots in holding or fitting:
@@ -257,9 +286,9 @@ def _choose_block(need: Need, ram: int) -> tuple[int, int, int]:
 def _num_states(need: Need, available: int, tokens: int, slots: int) -> int:
     """Sequences whose states there is room for beside weights and KV cache: all layers, where they are no more than
     three quarters of it; else what streams them, for a pass takes as long whatever rides on it."""
-    layers, ring = need.spec.num_layers * need.layers.whole, slots * need.layers.whole + need.layers.apart
+    layers, ring = need.spec.num_layers * need.layers.whole, need.least_weights(slots)
     each = need.state_bytes + need.wanted_pages * need.page // need.max_sequences
-    weights = layers if layers * 4 <= available * 3 else ring
+    weights = layers if leaves_enough(layers, available, need.engines) else ring
     longest = need.longest_pages(tokens) * need.page
     return max(1, (available - weights - longest) // each)
 
@@ -274,17 +303,12 @@ def _place(need: Need, available: int, tokens: int, slots: int, device_slots: in
     layers, forced = need.spec.num_layers, need.config.layer_slots
     longest_pages = need.longest_pages(tokens)
     most_pages = max(need.most_pages, longest_pages)  # a prompt's rows have pages before its window passes them
-    sizes = Sizes(layers, need.layers, need.page, need.least_pages, longest_pages, need.wanted_pages, most_pages)
+    pages = need.least_pages, longest_pages, need.wanted_pages, most_pages
+    sizes = Sizes(layers, need.layers, need.page, *pages, need.engines)
     staying = layers if device_slots >= layers else max(0, device_slots - DEVICE_RING)
+    if need.sharing is not None and need.sharing.resident is not None:
+        return place_decided(sizes, available, slots, need.sharing.resident, staying)
     return place(sizes, available, slots, forced is not None and forced < layers, staying)
-
-
-def _slot_offsets(need: Need, placed: Placement) -> tuple[int, ...]:
-    """Of the resident layers, the ring, and what is outside the layers. Layers that stay on the device too have a place
-    for all of them, others for what goes there in every pass."""
-    sizes, staying = need.layers, set(placed.on_device)
-    of_resident = [sizes.whole if layer in staying else sizes.without for layer in placed.resident]
-    return tuple(accumulate([*of_resident, *[sizes.whole] * placed.ring], initial=0))
 
 
 def _on_cpu(need: Need, placed: Placement) -> tuple[int, ...]:

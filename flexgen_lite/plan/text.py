@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from flexgen_lite.memory.kv_groups import pages_for
 from flexgen_lite.model.spec import ModelSpec
 from flexgen_lite.plan.plan import Plan
@@ -41,8 +43,22 @@ def describe(plan: Plan, spec: ModelSpec) -> str:
         f"({plan.attention_threads} threads each), 1 compute ({plan.compute_threads} threads)",
         f"memory    {format_size(plan.planned_bytes)} of {format_size(plan.ram)} RAM: "
         + ", ".join(f"{name} {format_size(size)}" for name, size in plan.parts.items()),
+        *([f"shared    {format_size(plan.shared_bytes)} of that are there once, for all engines"] * plan.shares),
     ]
     return "\n".join(lines)
+
+
+def describe_engines(plans: Sequence[Plan], cpus: Sequence[int], spec: ModelSpec) -> str:
+    """The plans of all engines of a machine: the first one's, and what they have. `cpus`: how many each."""
+    own = [plan.planned_bytes - plan.shared_bytes for plan in plans]
+    least, most = format_size(min(own)), format_size(max(own))
+    memory = most if least == most else f"{least} to {most}"
+    few, many = min(cpus), max(cpus)
+    number = f"{many} CPU{'s' * (many > 1)}" if few == many else f"{few} to {many} CPUs"
+    line = f"engines   {len(plans)}, each with {number} and {memory} of its own"
+    if plans[0].shares:
+        line += f"; {format_size(plans[0].shared_bytes)} of weights are there once"
+    return f"{describe(plans[0], spec)}\n{line}"
 
 
 def _kv_cache(plan: Plan, spec: ModelSpec) -> str:

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 from flexgen_lite.queue.admission import Admission, Limits, RequestError
 from flexgen_lite.queue.batching import Batcher
-from flexgen_lite.queue.kept_jobs import KeptJob
+from flexgen_lite.queue.client_jobs import Answer, ClientJobs
 from flexgen_lite.queue.kv_on_disk import KvOnDisk
 from flexgen_lite.queue.micro_batch import MicroBatch, Result
-from flexgen_lite.queue.open_request import NOBODY, OpenRequest, Origin
+from flexgen_lite.queue.open_request import OpenRequest, Origin
 from flexgen_lite.queue.responses import Responses, refusal
 from flexgen_lite.queue.running_request import RunningRequest
 from flexgen_lite.queue.waiting_queue import WaitingQueue
@@ -20,13 +20,7 @@ from flexgen_lite.wire.client_messages import RequestDelta, RequestDone, Submit,
 from flexgen_lite.wire.kv_on_disk import KvMoved
 from flexgen_lite.wire.sampling import NO_TOKEN
 
-MAX_OPEN = 4096  # requests of a client, or a kept job, that wait or run
-MAX_UNREAD_DELTAS = 4096  # for a client that does not read them; what they would tell comes with later ones
-MAX_JOBS = 10_000  # that are remembered, so that nothing of them is done twice
-MAX_KEPT_JOBS = 200  # each has a file
 OVERFLOW = "the model's logits are not finite: its numbers overflow in this dtype, use bfloat16 or float32"
-
-Answer = tuple[bytes, RequestDone | RequestDelta]
 
 
 class Requests:
@@ -38,15 +32,12 @@ class Requests:
         self._batcher = batcher
         self._admission = Admission(limits, tokenizer)
         self._responses = Responses(tokenizer)
-        self._waiting = WaitingQueue()
+        self._waiting = WaitingQueue[RunningRequest]()
         self._open: set[OpenRequest] = set()
-        self._next_index: dict[tuple[bytes, str], int] = {}
-        self._num_open: Counter[bytes] = Counter()  # requests per client, those of kept jobs left out
-        self._kept: dict[str, KeptJob] = {}
         self._cancelled: set[int] = set()
-        self._unread: Counter[bytes] = Counter()  # deltas, by client
         self._set_aside: dict[int, RunningRequest] = {}
         self.totals: Counter[str] = Counter()
+        self._jobs = ClientJobs(self.totals)
 
     @property
     def num_waiting(self) -> int:
@@ -81,51 +72,12 @@ class Requests:
     def submit(self, client: bytes, message: Submit) -> list[Answer]:
         """Queue the requests; answers at once for those that cannot be served. Repeated ones are ignored; of a kept job
         they are answered again, if they are done."""
-        if message.keep:
-            return self._submit_kept(client, message)
-        answers: list[Answer] = []
-        key = (client, message.job_id)
-        for request in message.requests:
-            if request.index < self._next_index.get(key, 0):
-                continue
-            if key not in self._next_index:
-                self._forget_old_jobs()
-            self._next_index[key] = request.index + 1
-            origin = Origin(client, message.job_id, request.index)
-            answers += self._take(origin, request, message.priority, self._num_open[client])
-        return answers
-
-    def _submit_kept(self, client: bytes, message: Submit) -> list[Answer]:
-        job = self._kept.get(message.job_id)
-        if job is None:
-            if len(self._kept) >= MAX_KEPT_JOBS:
-                text = f"the engine keeps {MAX_KEPT_JOBS} jobs already: cancel one that is not needed any more"
-                return _refuse_all(client, message, text)
-            try:
-                job = KeptJob()
-            except OSError as error:
-                text = f"the engine cannot keep another job: {error.strerror}"
-                return _refuse_all(client, message, text)
-            self._kept[message.job_id] = job
-        job.client = client
-        answers: list[Answer] = []
-        for request in message.requests:
-            origin = Origin(client, message.job_id, request.index)
-            is_new = request.index == job.num_submitted
-            wrong = job.submit(request)
-            if wrong is not None:
-                answers.append((client, refusal(origin, wrong)))
-            elif is_new:
-                kept = Origin(None, message.job_id, request.index)
-                answers += self._take(kept, request, message.priority, job.num_open - 1)
-            elif (done := job.result(request.index)) is not None:
-                answers.append((client, done))
-        return answers
+        return self._jobs.submit(client, message, self._take)
 
     def cancel(self, client: bytes, job_id: str | None) -> list[Answer]:
         """Drop a client's job, or all of its jobs, or a kept one: waiting requests now, running ones at the end of the
         pass. The id of a kept one is free at once."""
-        is_kept = job_id in self._kept
+        is_kept = self._jobs.is_kept(job_id)
         wanted = {
             owner
             for owner in self._open
@@ -139,33 +91,25 @@ class Requests:
         if is_kept:  # answered at once; their pages are free with the end of the pass
             over += running
         answers = [answer for sequence in over for answer in self._finish(sequence, "cancelled")]
-        if job_id is not None and (job := self._kept.pop(job_id, None)) is not None:
-            self._disown(wanted & self._open, NOBODY if job.client is None else job.client)
-            job.close()
+        if is_kept and job_id is not None:
+            told = self._jobs.drop(job_id)
+            for owner in wanted & self._open:
+                owner.origin = replace(owner.origin, client=told)
+                self._jobs.opened(owner.origin)
         return answers
-
-    def _disown(self, owners: set[OpenRequest], client: bytes) -> None:
-        """They are no kept job's any more: only the client is to be told."""
-        for owner in owners:
-            owner.origin = replace(owner.origin, client=client)
-            self._num_open[client] += 1
 
     def deltas_read(self, client: bytes, count: int) -> None:
         """The client has read so many more."""
-        left = self._unread[client] - max(0, count)
-        if left > 0:
-            self._unread[client] = left
-        else:
-            self._unread.pop(client, None)
+        self._jobs.deltas_read(client, count)
 
     def forget(self, client: bytes) -> None:
         """The client is gone: nobody is to be told. Its kept jobs go on."""
         self.cancel(client, None)
-        self._unread.pop(client, None)
-        for job in self._kept.values():
-            job.client = None if job.client == client else job.client
-        for key in [key for key in self._next_index if key[0] == client]:
-            del self._next_index[key]
+        self._jobs.forget(client)
+
+    def clients(self) -> set[bytes]:
+        """Those that have ever submitted a job and are not known to be gone."""
+        return self._jobs.clients()
 
     # ------------------------------------------------------------------------------------------------ passes
 
@@ -232,32 +176,23 @@ class Requests:
             if not sequence.is_streamed or sequence.id not in self._batcher.running or sequence.num_generated == 0:
                 continue
             client = owner.origin.client if owner is not None and not owner.answered else None
-            if client not in (None, NOBODY) and self._unread[client] < MAX_UNREAD_DELTAS:
+            if client is not None and self._jobs.may_tell(client):
                 delta = self._responses.delta(sequence)
                 if delta is not None:
-                    self._unread[client] += 1
+                    self._jobs.told(client)
                     yield client, delta
-
-    def clients(self) -> set[bytes]:
-        """Those that have ever submitted a job and are not known to be gone."""
-        keeping = {job.client for job in self._kept.values() if job.client is not None}
-        return keeping | {client for client, _ in self._next_index}
 
     # ------------------------------------------------------------------------------------------------ inside
 
-    def _take(self, origin: Origin, request: WireRequest, priority: int, num_open: int) -> list[Answer]:
-        """Into the queue, or refused. `num_open`: requests of the same client, or kept job, that are open already."""
+    def _take(self, origin: Origin, request: WireRequest, priority: int) -> list[Answer]:
+        """Into the queue, or refused."""
         owner = OpenRequest(origin, max(1, request.params.n), request.echo, priority)
         try:
-            if num_open >= MAX_OPEN:
-                raise RequestError(f"{num_open} requests are open already, {MAX_OPEN} allowed: wait for results first")
             sequence = self._admission.accept(request, owner)
         except RequestError as error:
-            self.totals["requests_failed"] += 1
-            return self._address(origin, refusal(origin, str(error)))
+            return self._jobs.refuse(origin, str(error))
         self._open.add(owner)
-        if origin.client is not None:
-            self._num_open[origin.client] += 1
+        self._jobs.opened(origin)
         if sequence.finish_reason is not None:  # a prompt of one token, which has no logprob
             owner.give_up_the_rest()
             owner.outputs = {number: self._responses.output(sequence, "length") for number in range(request.params.n)}
@@ -272,33 +207,11 @@ class Requests:
             self._batcher.forget(sequence)
         return over
 
-    def _forget_old_jobs(self) -> None:
-        """Of clients that have left without a word, the longest ago: they would add up under an engine that runs on."""
-        if len(self._next_index) > MAX_JOBS:
-            open_jobs = {(owner.origin.client, owner.origin.job_id) for owner in self._open}
-            old = list(self._next_index)[: MAX_JOBS // 2]
-            for key in [key for key in old if key not in open_jobs]:
-                del self._next_index[key]
-
-    def _address(self, origin: Origin, done: RequestDone) -> list[Answer]:
-        """To whom it goes, if anyone is there; what is to be kept is kept."""
-        if origin.client is not None:
-            return [] if origin.client == NOBODY else [(origin.client, done)]
-        job = self._kept[origin.job_id]
-        job.add(done)
-        return [] if job.client is None else [(job.client, done)]
-
     def _close(self, owner: OpenRequest, done: RequestDone) -> list[Answer]:
         """The request has its answer."""
         owner.answered = True
         self._open.discard(owner)
-        client = owner.origin.client
-        if client is not None:
-            self._num_open[client] -= 1
-            if not self._num_open[client]:
-                del self._num_open[client]
-                self._unread.pop(client, None)
-        return self._address(owner.origin, done)
+        return self._jobs.close(owner.origin, done)
 
     def _fail(self, sequence: RunningRequest, error: str) -> list[Answer]:
         """A sequence cannot go on: nor does any other of the same request."""
@@ -329,7 +242,3 @@ class Requests:
 
 def _is_new_prompt(request: RunningRequest) -> bool:
     return request.stored < request.num_prompt_tokens and not request.times_preempted
-
-
-def _refuse_all(client: bytes, message: Submit, error: str) -> list[Answer]:
-    return [(client, refusal(Origin(client, message.job_id, request.index), error)) for request in message.requests]

@@ -58,9 +58,7 @@ class FlexGenLiteEngine:
         self._continues = config.should_continue_on_error
         self._claim = _claim(share)
         at_normal_priority()  # where that is not allowed, `RAY_worker_niceness=0` is Ray's own setting
-        os.environ.pop(
-            "OMP_NUM_THREADS", None
-        )  # Ray's, of a worker that computes itself; the engine has its own numbers
+        os.environ.pop("OMP_NUM_THREADS", None)  # Ray's, of a worker that computes itself; the engine has its own
         free = inspect_machine().available_ram * FREE_RAM
         ram = {} if share.ram is None else {"ram": int(min(share.ram, free))}
         self._model = FlexGenLite(config.model_source, config=config.engine_config(**ram))

@@ -8,6 +8,18 @@ from flexgen_lite.model.spec import first_seen
 
 
 @dataclass(frozen=True, slots=True)
+class SharedPart:
+    """The first bytes of the weights are those of an arena that all engines of the machine map.
+
+    Attributes:
+        writable: else a write ends the process.
+    """
+
+    num_bytes: int
+    writable: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ExchangeSpec:
     """The exchange arena: `num_regions` regions of `region_bytes`, each for up to `max_tokens` rows."""
 

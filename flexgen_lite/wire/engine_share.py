@@ -14,10 +14,16 @@ class SharedWeights:
     Attributes:
         resident_layers: layers in main memory for good.
         num_bytes: of the arena that holds them, and what is outside the layers.
+        layout: the same as long as the same bytes lie at the same places; "": nobody knows.
     """
 
     resident_layers: tuple[int, ...]
     num_bytes: int
+    layout: str = ""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        return cls(**{**values, "resident_layers": tuple(values["resident_layers"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,5 +51,5 @@ class EngineShare:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         weights = values["weights"]
-        shared = None if weights is None else SharedWeights(tuple(weights["resident_layers"]), weights["num_bytes"])
+        shared = None if weights is None else SharedWeights.from_dict(weights)
         return cls(**{**values, "cpus": tuple(values["cpus"]), "weights": shared})

@@ -21,12 +21,18 @@ class RuntimeDir:
 
     Its owner holds a lock on the file `lock` in it. A directory is a dead one's if no process has the number in its
     name and nobody holds its lock (a process of another container may not be seen, its lock is).
+
+    Args:
+        outer: a directory of this kind that it is to lie in, and to be gone with.
     """
 
-    def __init__(self) -> None:
-        base = _base()
-        _remove_stale(base)
-        self.path = base / f"flexgen-lite-{os.getpid()}-{secrets.token_hex(4)}"
+    def __init__(self, outer: Path | None = None) -> None:
+        if outer is None:
+            base = _base()
+            _remove_stale(base)
+            self.path = base / f"flexgen-lite-{os.getpid()}-{secrets.token_hex(4)}"
+        else:
+            self.path = outer / secrets.token_hex(3)
         self.path.mkdir(mode=0o700)
         self._lock = os.open(self.path / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)

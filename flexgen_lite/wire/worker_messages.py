@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from flexgen_lite.model.quantization import Quantization
 from flexgen_lite.model.spec import AttentionSpec, FileStamp, ModelSpec, UnitSpec
-from flexgen_lite.wire.arena_specs import ExchangeSpec, KvSpec, PageRun
+from flexgen_lite.wire.arena_specs import ExchangeSpec, KvSpec, PageRun, SharedPart
 from flexgen_lite.wire.kv_on_disk import FetchBlocks, FetchKv, KvDiskSpec, KvMoved, ParkKv, PrefixesOpened, StoreBlocks
 from flexgen_lite.wire.sampling import Sample, Scored, TokenLogprobs
 
@@ -76,6 +76,7 @@ class AttachLoader:
     threads: int
     cpus: tuple[int, ...]  # empty: no affinity
     kv_disk: KvDiskSpec | None = None  # None: no KV goes to disk
+    shared: SharedPart | None = None  # None: all weights are this engine's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +233,8 @@ class ModelOpened:
 
 @dataclass(frozen=True, slots=True)
 class AttachCompute:
-    """`slot_offsets`: host slots in the weights arena. `device_slots`: 0 means layers are used where they lie."""
+    """`slot_offsets`: host slots in the weights arena, in any order; each ends where the next one behind it begins.
+    `device_slots`: 0 means layers are used where they lie."""
 
     slot_offsets: tuple[int, ...]
     arena_bytes: int
@@ -248,6 +250,7 @@ class AttachCompute:
     kv_dtype: str
     state_places: int = 0  # in the arena of states, two for each sequence
     projection_layers: tuple[int, ...] = ()  # see memory/projection_units.py; the last host slots have the projections
+    shared: SharedPart | None = None  # as the loader's
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,8 +314,8 @@ class Uploaded:
 @dataclass(frozen=True, slots=True)
 class Pack:
     """Pack the weights of `unit`, which stays in host slot `slot`, in place for this processor's products;
-    `copy_shared`: take a copy of those that must stay as they are. `in_order`: a compute worker before this one has
-    packed them."""
+    `copy_shared`: take a copy of those that must stay as they are. `in_order`: another compute worker, of this
+    engine or another, has packed them."""
 
     unit: int
     slot: int

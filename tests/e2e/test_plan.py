@@ -99,6 +99,23 @@ def test_a_file_is_predicted_and_run_with_what_was_found(model: Path, cache: Pat
     assert "s predicted</td>" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
+def test_several_engines_are_planned_together(model: Path, cache: Path, kept: Path) -> None:
+    flags = ("--model", model, "--ram", "1900MiB", "--engines", "2", "--json")
+    told = events(flexgen(cache, "plan", *flags))
+    assert not any("measuring" in event.get("message", "") for event in told), "one engine is measured"
+    (text,) = [event["text"] for event in told if event["event"] == "plan"]
+    assert "engines   2, each with" in text and "of weights are there once" in text
+    first, second = told[-1]["engines"]
+    assert first["resident_layers"] == second["resident_layers"] == first["num_layers"]
+    assert 0 < first["shared_bytes"] == second["shared_bytes"]
+    planned = [sum(one["memory"].values()) for one in (first, second)]
+    assert sum(planned) - first["shared_bytes"] <= (1900 - 128) << 20
+    refused = flexgen(cache, "plan", *flags, "--machine", cache / "copy.json")
+    assert refused.returncode == 2 and "--machine and engines=2 exclude each other" in refused.stdout
+    small = flexgen(cache, "plan", "--model", model, "--ram", "200MiB", "--engines", "2")
+    assert small.returncode == 2 and "2 engines" in small.stderr
+
+
 def test_beginnings_in_common_are_predicted(model: Path, cache: Path, kept: Path, tmp_path: Path) -> None:
     requests = tmp_path / "in.jsonl"
     beginning = [9, 4, 7, 5] * 24

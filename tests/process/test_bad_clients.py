@@ -16,7 +16,7 @@ import zmq
 
 from flexgen_lite import Client, EngineError, FlexGenLite, SamplingParams
 from flexgen_lite.engine.frontend import MAX_MESSAGE_BYTES
-from flexgen_lite.queue.requests import MAX_OPEN
+from flexgen_lite.queue.client_jobs import MAX_OPEN
 from flexgen_lite.wire.client_messages import (
     Cancel,
     Connect,

@@ -22,6 +22,8 @@ from flexgen_lite.errors import EngineError
 from flexgen_lite.launcher import process
 from flexgen_lite.launcher.process import EngineProcess
 from flexgen_lite.llm import FlexGenLite
+from flexgen_lite.memory.arena import Arena
+from flexgen_lite.wire.engine_share import EngineShare, SharedWeights
 from tests import fake_coordinator
 
 pytestmark = pytest.mark.timeout(60)
@@ -68,6 +70,16 @@ def test_start_and_stop(runtime_base: Path) -> None:
     assert list(runtime_base.iterdir()) == []
     with pytest.raises(ProcessLookupError):
         os.kill(engine.pid, 0)
+
+
+def test_one_of_several_engines_inherits_the_arena(runtime_base: Path) -> None:
+    arena = Arena("shared")
+    share = EngineShare(1, 2, (0, 1), 1 << 30, arena.fd, SharedWeights((0, 3), 1 << 21, "abc"))
+    with EngineProcess(CONFIG, command=command("ready"), share=share) as engine:
+        order = json.loads((run_dir(runtime_base) / "order.json").read_text())
+        assert EngineShare.from_dict(order["share"]) == share
+        assert os.readlink(f"/proc/{engine.pid}/fd/{arena.fd}") == os.readlink(f"/proc/self/fd/{arena.fd}")
+    arena.close()
 
 
 @pytest.mark.parametrize(

@@ -331,3 +331,33 @@ def test_a_full_disk_can_be_interrupted(tmp_path: Path, small_disk: Path) -> Non
         program.communicate(timeout=30)
         assert program.returncode == 143
         assert answers(output), "whole rows only"
+
+
+def test_shards_are_put_together(tmp_path: Path) -> None:
+    """Their outputs one behind the other are the output of the whole file, and a run of that has nothing to do."""
+    requests, count = write_requests(tmp_path / "in", 200), 3
+    outputs = [tmp_path / f"out-{number}" for number in range(count)]
+    with FakeEngine(tmp_path / "e", window=32) as engine:
+        assert run(requests, tmp_path / "whole", engine)[0] == 0
+        submitted(engine)
+        before = num_lines(outputs[1])
+        program = start(requests, outputs[1], engine, "--shard", "1/3")
+        while num_lines(outputs[1]) < before + 20 and program.poll() is None:
+            time.sleep(0.001)
+        program.kill()
+        program.communicate()
+        for number, output in enumerate(outputs):
+            code, text, errors = run(requests, output, engine, "--shard", f"{number}/{count}")
+            assert code == 0, errors
+            expected = len(range(number, 202, count))
+            assert f"done: {expected} requests" in text
+            assert num_lines(output) == expected
+        together = tmp_path / "together"
+        together.write_bytes(b"".join(output.read_bytes() for output in outputs))
+        assert answers(together) == answers(tmp_path / "whole")
+        submitted(engine)
+        code, _, errors = run(requests, together, engine)
+        assert code == 0 and "nothing to do: every line of the input has its row" in errors
+        assert submitted(engine) == 0
+        code, _, errors = run(requests, tmp_path / "none", engine, "--shard", "3/3")
+        assert code == 2 and "the shards of 3 are 0/3 to 2/3" in errors

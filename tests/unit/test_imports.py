@@ -12,6 +12,7 @@ FLOORS = (
     ("cli",),
     ("lm_eval", "http", "ray"),
     ("llm",),
+    ("dispatch",),
     ("launcher", "report"),
     ("batch",),
     ("openai", "demo"),
@@ -34,12 +35,18 @@ WORKER_FLOORS = (
     ("zygote",),
 )
 OF_USE_TO_WORKERS = ("memory", "wire", "model", "text", "chat.environment", "schedule.segment_queue")
-NOT_PURE = ("plan.machine", "plan.disk_rate", "queue.kept_jobs")  # read what the machine has; keeps a file
+NOT_PURE = (
+    "plan.machine",
+    "plan.topology",
+    "plan.disk_rate",
+    "queue.kept_jobs",
+)  # read what the machine has; keeps a file
 PURE_ELSEWHERE = (
     "model.spec", "model.packing", "model.quantization", "memory.exchange", "memory.kv_layout", "memory.kv_groups",
     "wire.arena_specs", "wire.kv_on_disk",
     "wire.worker_messages", "wire.client_messages",
     "wire.sampling", "tokens.stop_strings", "tokens.detokenizer", "tokens.stream", "client.status_sum",
+    "client.streamed_answer", "dispatch.status_of_all",
 )  # fmt: skip
 OF_PURE_ALONE = (
     "schedule.slot_ring", "schedule.zigzag", "queue.batching", "queue.micro_batch", "queue.running_request",
@@ -118,7 +125,8 @@ def test_imports_of_workers_run_down(name: str) -> None:
 
 
 DECIDE = [name for name in sorted(PACKAGE) if name.split(".")[1] in ("queue", "schedule", "plan", "cost")]
-PURE = [name for name in DECIDE if not name.endswith(NOT_PURE)] + [f"flexgen_lite.{name}" for name in PURE_ELSEWHERE]
+PURE = [name for name in DECIDE if not name.endswith(NOT_PURE)]
+PURE += [f"flexgen_lite.{name}" for name in (*PURE_ELSEWHERE, "dispatch.open_requests")]
 
 
 @pytest.mark.parametrize("name", PURE)

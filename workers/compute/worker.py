@@ -6,11 +6,12 @@ import collections
 import os
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flexgen_lite.memory.arena import map_arena, take_large_pages
+from flexgen_lite.memory.arena import map_arena, map_weights, take_large_pages
 from flexgen_lite.memory.projection_units import units_of
 from flexgen_lite.memory.usage import give_back_memory, resident_bytes
 from flexgen_lite.model.spec import UnitSpec
@@ -97,14 +98,14 @@ class ComputeWorker(serve.Worker):
         assert self._device is not None and self._opened is not None
         serve.set_affinity(order.cpus)
         torch.set_num_threads(order.threads)
-        weights = self._map("weights", order.arena_bytes)
-        bounds = [*order.slot_offsets, order.arena_bytes]
+        weights = self._tensor_of(map_weights(self._context.arenas, order.arena_bytes, order.shared))
+        ends = dict(pairwise(sorted({*order.slot_offsets, order.arena_bytes})))
         self._streaming = order.streaming
         self._kv_in_int8 = order.kv_dtype == "int8"
         if self._kv_in_int8:
             int8_rows.prepare(self._device.torch_device, getattr(torch, self._opened.spec.dtype))
         self._device.limit_memory(order.device_budget)
-        self._slots = [weights[bounds[i] : bounds[i + 1]] for i in range(len(order.slot_offsets))]
+        self._slots = [weights[offset : ends[offset]] for offset in order.slot_offsets]
         self._units = units_of(self._opened.spec, order.projection_layers)
         if order.projection_layers:
             self._keep_projections(order.projection_layers)
@@ -137,10 +138,13 @@ class ComputeWorker(serve.Worker):
         )
 
     def _map(self, name: str, size: int) -> torch.Tensor:
+        return self._tensor_of(map_arena(self._context.arenas[name], size))
+
+    def _tensor_of(self, memory: memoryview) -> torch.Tensor:
+        """Beside a GPU it is page-locked."""
         assert self._device is not None
-        memory = map_arena(self._context.arenas[name], size)
         if self._device.total_bytes:
-            take_large_pages(memory, 0, size)  # what is locked can no longer be moved into them
+            take_large_pages(memory, 0, len(memory))  # what is locked can no longer be moved into them
         arena = torch.frombuffer(memory, dtype=torch.uint8)
         warning = self._device.page_lock(arena)
         if warning:

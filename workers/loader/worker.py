@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from flexgen_lite.memory.arena import map_arena
+from flexgen_lite.memory.arena import map_arena, map_weights
 from flexgen_lite.memory.usage import resident_bytes
 from flexgen_lite.wire import worker_messages
 from flexgen_lite.wire.kv_on_disk import KvDiskSpec, MoveKv
@@ -22,7 +22,7 @@ class Loader(serve.Worker):
     def handle(self, message: worker_messages.AttachLoader | worker_messages.Load | MoveKv) -> None:
         if isinstance(message, worker_messages.AttachLoader):
             serve.set_affinity(message.cpus)
-            arena = map_arena(self._context.arenas["weights"], message.arena_bytes)
+            arena = map_weights(self._context.arenas, message.arena_bytes, message.shared)
             self._state = LoaderState(message, arena)
             self._context.post(worker_messages.Ready(sum(resident_bytes())))
             if message.kv_disk is not None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, PreTrainedConfig, TokenizersBackend
 from transformers.integrations.gguf import gguf_tokenizer_mapping
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
@@ -31,7 +32,8 @@ _WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken
 """Ways of splitting text whose tokenizers put BOS before it, and look for a whole word before they merge its parts.
 Source: llama.cpp's llama-vocab.cpp."""
 _LIKE_GPT2 = ("default", "gpt-2", "gpt2", "mpt", "olmo", "jais", "trillion")  # likewise
-_KNOWN_SPLITS = (*_LIKE_GPT2, *getattr(gguf_tokenizer_mapping, "GGUF_PRE_TOKENIZER_SPLITS", ()))  # 5.17 has none
+SPLITS = tuple(getattr(gguf_tokenizer_mapping, "GGUF_PRE_TOKENIZER_SPLITS", ()))  # that Transformers knows
+_SPLITS_VERSION = "5.18"  # of Transformers, which split all texts as GPT-2's before
 _LARGEST = {"gemma2": 46, "gemma3": 62}  # layers of the models whose attention is scaled by hidden_size / heads
 
 
@@ -53,11 +55,17 @@ def config_of_gguf(path: Path) -> PreTrainedConfig:
 
 
 def tokenizer_of_gguf(path: Path, config: PreTrainedConfig) -> Any:
-    """Transformers' tokenizer; None where the file has none. Raises whatever Transformers raises."""
+    """Transformers' tokenizer; None where the file has none. Raises whatever Transformers raises, and UserError where
+    that would split text otherwise."""
     first = open_gguf(path).headers[0]
-    kind, split = (first.values.get(f"tokenizer.ggml.{key}", "none") for key in ("model", "pre"))
+    kind, split = first.values.get("tokenizer.ggml.model", "none"), first.values.get("tokenizer.ggml.pre", "default")
     if kind == "none" or not first.values.get("tokenizer.ggml.tokens"):
         return None
+    if kind == "gpt2" and split not in _LIKE_GPT2 and not SPLITS:
+        raise UserError(
+            f"to split text as {shown(split)} takes Transformers {_SPLITS_VERSION} or newer, here is "
+            f"{transformers.__version__}"
+        )
     begins = {"add_bos_token": True} if kind == "gpt2" and split in _WHOLE_WORDS else {}  # if the file does not say
     cls = TOKENIZER_MAPPING.get(type(config), None) or TokenizersBackend
     with tempfile.TemporaryDirectory() as alone:  # Transformers would take a tokenizer.json that lies beside it
@@ -72,7 +80,7 @@ def warning_of_gguf(path: Path) -> str | None:
     """Where Transformers splits text otherwise than the file wants."""
     values = open_gguf(path).headers[0].values
     split = values.get("tokenizer.ggml.pre", "default")
-    if values.get("tokenizer.ggml.model") != "gpt2" or split in _KNOWN_SPLITS:
+    if values.get("tokenizer.ggml.model") != "gpt2" or split in (*_LIKE_GPT2, *SPLITS):
         return None
     return (
         f"{path}: how its tokenizer splits text ({shown(split)}) is not known, so it is done as GPT-2's does: some "

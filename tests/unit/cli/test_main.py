@@ -84,6 +84,13 @@ def test_flags_win_over_settings_and_file(tmp_path: Path, launched: list[EngineC
     ]
 
 
+def test_several_engines(launched: list[EngineConfig]) -> None:
+    for number in ("2", "auto"):
+        assert run("launch", "--model", "m", "--engines", number) == (0, "")
+    assert launched == [EngineConfig(model="m", engines=2), EngineConfig(model="m", engines="auto")]
+    assert run("launch", "--model", "m", "--engines", "0")[0] == 2
+
+
 def test_the_model_may_come_from_the_file(tmp_path: Path, launched: list[EngineConfig]) -> None:
     (tmp_path / "c.yaml").write_text("model: from-file\n")
     assert run("launch", "--config", tmp_path / "c.yaml", "--attention-workers", "auto")[0] == 0

@@ -41,3 +41,11 @@ def test_the_peak_of_a_gpu() -> None:
     sum_.of(Status(0, 0, 0, {}, {}, {**one.memory, "gpu_peak": 8}), 0)
     sum_.engine_lost()
     assert sum_.of(one, 1).memory["gpu_peak"] == 8
+
+
+def test_engines_behind_one_queue_have_restarts_of_their_own() -> None:
+    total = StatusSum()
+    some = status(0, 0.0, 10, engine_restarts=2.0)
+    assert total.of(some, 0).totals["engine_restarts"] == 2
+    total.engine_lost()
+    assert total.of(status(0, 0.0, 10, engine_restarts=1.0), 1).totals["engine_restarts"] == 2 + 1 + 1

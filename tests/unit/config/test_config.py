@@ -216,3 +216,17 @@ def test_what_is_no_setting(text: str, message: str) -> None:
 def test_the_reference_page_is_what_the_definitions_say() -> None:
     page = Path(__file__).parents[3] / "docs" / "configuration.md"
     assert page.read_text(encoding="utf-8") == reference()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"attention_cpus": [[0], [1]]}, "attention_cpus would bind the workers of all of engines=2 to the same CPUs"),
+        ({"loader_cpus": "0-1"}, "loader_cpus would bind"),
+        ({"device": "cuda:1"}, "device=cuda:1 is one GPU for engines=2: give cuda"),
+    ],
+)
+def test_what_is_one_engines_alone(values: dict[str, Any], message: str) -> None:
+    EngineConfig(model="m", **values)
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig(model="m", engines=2, **values)

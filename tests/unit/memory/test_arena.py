@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,17 @@ from pathlib import Path
 import pytest
 
 from flexgen_lite.memory import arena as arenas
-from flexgen_lite.memory.arena import LARGE_PAGE, Arena, map_arena, take_large_pages, take_pages
+from flexgen_lite.memory.arena import (
+    LARGE_PAGE,
+    Arena,
+    ArenaPart,
+    map_arena,
+    map_parts,
+    map_weights,
+    take_large_pages,
+    take_pages,
+)
+from flexgen_lite.wire.arena_specs import SharedPart
 
 SIZE = 3 * LARGE_PAGE + 5 * mmap.PAGESIZE
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="large pages are asked for as Linux has it")
@@ -126,3 +138,77 @@ def test_pages_are_large_where_the_system_has_any(arena: Arena) -> None:
     lines = Path("/proc/self/smaps").read_text(encoding="ascii").split("memfd:flexgen-lite-test")[1].splitlines()
     large = next(int(line.split()[1]) for line in lines if line.startswith("ShmemPmdMapped"))
     assert large << 10 == 3 * LARGE_PAGE
+
+
+@pytest.fixture
+def other() -> Iterator[Arena]:
+    made = Arena("other")
+    made.resize(SIZE)
+    yield made
+    made.close()
+
+
+@on_linux
+@pytest.mark.parametrize("own", [0, mmap.PAGESIZE, SIZE])
+def test_what_engines_share_and_what_is_ones_own_are_one_range(arena: Arena, other: Arena, own: int) -> None:
+    shared = SharedPart(2 * LARGE_PAGE, True)
+    arenas = {"shared": arena.fd, "weights": other.fd}
+    memory = map_weights(arenas, shared.num_bytes + own, shared)
+    assert len(memory) == shared.num_bytes + own and address(memory) % LARGE_PAGE == 0
+    in_own = [0, own - 1] if own else []
+    for file, begin, offsets in ((arena, 0, [0, shared.num_bytes - 1]), (other, shared.num_bytes, in_own)):
+        for offset in offsets:
+            memory[begin + offset] = 1 + offset % 250
+            assert os.pread(file.fd, 1, offset) == bytes([1 + offset % 250])
+    begin, end = address(memory), address(memory) + len(memory)
+
+    def files() -> list[str]:
+        """In the range."""
+        lines = [line.split() for line in Path("/proc/self/maps").read_text(encoding="ascii").splitlines()]
+        return [line[5] for line in lines if begin <= int(line[0].split("-")[0], 16) < end and len(line) > 5]
+
+    assert files() == ["/memfd:flexgen-lite-test", "/memfd:flexgen-lite-other"][: 1 + (own > 0)]
+    del memory
+    assert files() == []
+
+
+def test_without_a_shared_part_weights_are_an_arena_like_others(arena: Arena) -> None:
+    memory = map_weights({"weights": arena.fd}, SIZE, None)
+    memory[SIZE - 1] = 3
+    assert os.pread(arena.fd, 1, SIZE - 1) == b"\3"
+
+
+@on_linux
+def test_a_part_that_is_too_small_is_told_of(arena: Arena, other: Arena) -> None:
+    with pytest.raises(ValueError, match=f"arena has {SIZE} bytes, {4 * LARGE_PAGE} expected"):
+        map_parts(ArenaPart(arena.fd, 4 * LARGE_PAGE), ArenaPart(other.fd, SIZE))
+
+
+WRITES = """
+import sys
+from flexgen_lite.memory.arena import LARGE_PAGE, map_weights
+from flexgen_lite.wire.arena_specs import SharedPart
+arenas = {"shared": int(sys.argv[1]), "weights": int(sys.argv[2])}
+memory = map_weights(arenas, 2 * LARGE_PAGE, SharedPart(LARGE_PAGE, writable=sys.argv[3] == "writable"))
+assert memory[7] == 5
+memory[LARGE_PAGE] = 1
+print("its own", flush=True)
+memory[7] = 6
+print("of all", flush=True)
+"""
+
+
+@on_linux
+@pytest.mark.parametrize("access", ["writable", "read-only"])
+def test_who_writes_to_a_part_that_is_not_writable_ends(arena: Arena, other: Arena, access: str) -> None:
+    os.pwrite(arena.fd, b"\5", 7)
+    command = [sys.executable, "-c", WRITES, str(arena.fd), str(other.fd), access]
+    found = subprocess.run(
+        command, pass_fds=(arena.fd, other.fd), stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3]
+    )
+    if access == "writable":
+        assert (found.returncode, found.stdout) == (0, "its own\nof all\n")
+    else:
+        assert (found.returncode, found.stdout) == (-signal.SIGSEGV, "its own\n")
+    assert os.pread(arena.fd, 1, 7) == (b"\6" if access == "writable" else b"\5")
+    assert os.pread(other.fd, 1, 0) == b"\1"

@@ -277,7 +277,7 @@ def test_several_answers_without_a_token(requests: Requests) -> None:
 def test_a_reader_who_stands_still_gets_the_rest_at_the_end(
     requests: Requests, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flexgen_lite.queue.requests.MAX_UNREAD_DELTAS", 2)
+    monkeypatch.setattr("flexgen_lite.queue.client_jobs.MAX_UNREAD_DELTAS", 2)
     params = replace(PARAMS, max_tokens=6, stop=())
     requests.submit(b"client", Submit("job", (WireRequest(0, (5, 6, 7), params, stream=True),), False))
     told = []
@@ -291,7 +291,7 @@ def test_a_reader_who_stands_still_gets_the_rest_at_the_end(
     assert told[4][0].token_ids == (12, 13, 14), "all that has come since"
     assert told[5][0].outputs[0].token_ids == tuple(range(10, 16))
     requests.deltas_read(b"client", 100)
-    assert not requests._unread
+    assert not requests._jobs._unread
 
 
 @pytest.mark.parametrize("is_gone", [False, True])
@@ -308,7 +308,7 @@ def test_the_id_of_a_kept_job_that_is_cancelled_while_it_runs_is_free(requests: 
     ((client, done),) = requests.end_pass(requests.next_pass(), [Result((8,))])
     assert (client, done.outputs[0].token_ids) == (b"b", (8,))
     assert requests.submit(b"c", another) == [(b"c", done)], "and kept"
-    assert not requests._num_open and not requests.num_running
+    assert not requests._jobs._num_open and not requests.num_running
 
 
 def test_scores_say_nothing_of_how_long_answers_are(requests: Requests) -> None:

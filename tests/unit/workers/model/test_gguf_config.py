@@ -12,12 +12,14 @@ from tokenizers import Tokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from flexgen_lite.model.files import CheckpointError
+from flexgen_lite.workers.model import gguf_config
 from flexgen_lite.workers.model.builder import eos_token_ids
-from flexgen_lite.workers.model.gguf_config import config_of_gguf
+from flexgen_lite.workers.model.gguf_config import SPLITS, config_of_gguf
 from flexgen_lite.workers.model.tokenizer import open_tokenizer
 from tests.gguf_file import BF16, F16, F32, GgufFile, tokenizer_values
 from tests.tiny_tokenizers import SPECIAL, TEXT, make_tokenizer
 
+splits_text = pytest.mark.skipif(not SPLITS, reason="this Transformers is too old to split text as GGUF files want")
 SIZES: dict[str, Any] = {
     "block_count": 2, "embedding_length": 64, "attention.head_count": 4, "attention.head_count_kv": 2,
     "feed_forward_length": 96, "context_length": 128, "attention.layer_norm_rms_epsilon": 1e-6,
@@ -129,6 +131,7 @@ def test_tokens_that_end_an_answer(tmp_path: Path) -> None:
             assert eos_token_ids(path, config) == wanted
 
 
+@splits_text
 def test_tokenizer(tmp_path: Path) -> None:
     """Byte-level, with tokens for control and a chat template."""
     make_tokenizer("bytes", "nothing", tmp_path)
@@ -147,6 +150,28 @@ def test_tokenizer(tmp_path: Path) -> None:
         assert read.encode(text, add_special_tokens=False).ids == own.encode(text, add_special_tokens=False).ids
 
 
+@pytest.mark.parametrize("split", ["qwen2", "default", None])
+def test_text_that_would_be_split_otherwise_is_not_read(
+    split: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with Transformers 5.17."""
+    monkeypatch.setattr(gguf_config, "SPLITS", ())
+    make_tokenizer("bytes", "nothing", tmp_path)
+    values = tokenizer_values(tmp_path, SPECIAL, "")
+    del values["tokenizer.ggml.pre"]
+    values |= {} if split is None else {"tokenizer.ggml.pre": split}
+    path = gguf("qwen2", {}, **values).write(tmp_path / "m.gguf")
+    found = open_tokenizer(path, str(tmp_path), config_of_gguf(path))
+    if split != "qwen2":
+        assert found.file is not None
+    else:
+        assert found.file is None and found.chat_template is None
+        (warning,) = found.warnings
+        assert "to split text as 'qwen2' takes Transformers 5.18 or newer" in warning
+        assert "give prompts as token ids" in warning
+
+
+@splits_text
 @pytest.mark.parametrize("split", ["llama-bpe", "tekken", "qwen2", "smollm"])
 def test_what_a_way_of_splitting_text_means(split: str, tmp_path: Path) -> None:
     """Llama 3 and Tekken put BOS before text where the file does not say otherwise, and look for whole words first."""
