@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import os
 import tempfile
@@ -20,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %} =>{% endif %}"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """Four processors by Ray's count, whatever the machine has: two actors and what reads and writes have room."""
     import ray
@@ -41,11 +40,10 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture
 def no_engines(cluster: None) -> None:
-    """Those of an earlier test are gone: a job that has failed holds its actors as long as its traceback is there."""
-    from tests.ray.pipelines import coordinators, until
+    """Those of an earlier test are gone."""
+    from tests.ray.pipelines import until_engines_are_gone
 
-    gc.collect()
-    until(lambda: not coordinators(), "end of earlier engines")
+    until_engines_are_gone()
 
 
 @pytest.fixture(scope="session")

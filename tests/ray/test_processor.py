@@ -74,13 +74,6 @@ def test_bad_rows_come_back_with_their_errors_and_the_others_with_their_answers(
     assert all(found[number]["length"] == 3 for number in good)
 
 
-def test_one_bad_row_ends_the_job_where_that_is_wanted(text_model: Path) -> None:
-    dataset = ray.data.from_items([{"prompt": "fine"}, {"prompt": ""}, {"prompt": None}])
-    config = config_of(text_model, should_continue_on_error=False)
-    with pytest.raises(Exception, match="row 2 of a batch of 3 failed: ValueError: the row has no prompt"):
-        build_processor(config)(dataset).take_all()
-
-
 def test_chats_go_through_the_models_template(text_model: Path) -> None:
     words = [f"word{number}" for number in range(10)]
     dataset = ray.data.from_items([{"id": number, "word": word} for number, word in enumerate(words)])
@@ -106,3 +99,10 @@ def test_a_broken_configuration_ends_the_job_with_the_engines_words(tmp_path: Pa
     dataset = ray.data.from_items([{"prompt": "a"}])
     with pytest.raises(Exception, match="there-is-no-model"):
         build_processor(config_of(tmp_path / "there-is-no-model"))(dataset).take_all()
+
+
+def test_one_bad_row_ends_the_job_where_that_is_wanted(text_model: Path) -> None:
+    dataset = ray.data.from_items([{"prompt": "fine"}, {"prompt": ""}, {"prompt": None}])
+    config = config_of(text_model, should_continue_on_error=False)
+    with pytest.raises(Exception, match="row 2 of a batch of 3 failed: ValueError: the row has no prompt"):
+        build_processor(config)(dataset).take_all()
