@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import os
 import tempfile
@@ -41,11 +40,10 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture
 def no_engines(cluster: None) -> None:
-    """Those of an earlier test are gone: a job that has failed holds its actors as long as its traceback is there."""
-    from tests.ray.pipelines import coordinators, until
+    """Those of an earlier test are gone."""
+    from tests.ray.pipelines import until_engines_are_gone
 
-    gc.collect()
-    until(lambda: not coordinators(), "end of earlier engines")
+    until_engines_are_gone()
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -54,6 +55,16 @@ def until(find: Callable[[], Found], what: str) -> Found:
         assert time.monotonic() < deadline, f"no {what} within {PATIENCE_SECONDS:g} s"
         time.sleep(0.02)
     return found
+
+
+def until_engines_are_gone() -> None:
+    """A job that has failed holds its actors as long as its traceback is there, and so does what looks at that."""
+
+    def are_gone() -> bool:
+        gc.collect()
+        return not coordinators()
+
+    until(are_gone, "end of the engines")
 
 
 def by_id(rows: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:

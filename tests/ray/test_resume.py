@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import ray.data
 from ray.data.checkpoint import CheckpointConfig
 
 from flexgen_lite.ray.processor import build_processor
-from tests.ray.pipelines import by_id, config_of
+from tests.ray.pipelines import by_id, config_of, until_engines_are_gone
 from tests.tiny_models import ragged_prompts
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("no_engines")]
@@ -43,7 +42,7 @@ def label(model: Path, dataset: ray.data.Dataset, run: str, fails_on: int, targe
         return {"id": row["id"], "tokens": row["generated_tokens"], "run": run}
 
     config = config_of(model, should_continue_on_error=False)
-    gc.collect()  # what has failed before holds its actors as long as its traceback is there
+    until_engines_are_gone()
     build_processor(config, prepare, finish)(dataset).write_parquet(str(target))
 
 
