@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from flexgen_lite.ray.processor import FlexGenLiteProcessorConfig
 from tests.tiny_models import SMALL_PASSES
@@ -74,3 +76,12 @@ def by_id(rows: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
         assert row["id"] not in found, f"row {row['id']} is there twice"
         found[row["id"]] = row
     return found
+
+
+def written(folder: Path) -> dict[int, dict[str, Any]]:
+    """The rows of its files, but for those that are being written."""
+    rows: list[dict[str, Any]] = []
+    for path in folder.glob("*.parquet"):
+        with contextlib.suppress(pa.ArrowInvalid):
+            rows += pq.read_table(path).to_pylist()
+    return by_id(rows)

@@ -6,14 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
 
-from tests.ray.pipelines import by_id
+from tests.ray.pipelines import written
 from tests.tiny_models import ragged_prompts
 
 ROOT = Path(__file__).parents[2]
@@ -39,10 +38,6 @@ def label(*arguments: object) -> str:
     environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     return done.stderr if done.returncode else ""
-
-
-def written(target: Path) -> dict[int, dict[str, Any]]:
-    return by_id(row for path in target.glob("*.parquet") for row in pq.read_table(path).to_pylist())
 
 
 @pytest.mark.parametrize("way", ["checkpoint", "leaves-out"])
