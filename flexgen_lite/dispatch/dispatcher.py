@@ -17,7 +17,7 @@ from typing import Any, Self
 import zmq
 
 from flexgen_lite.config.engine import EngineConfig
-from flexgen_lite.dispatch.engine_config import OWN_BYTES, own_ram
+from flexgen_lite.dispatch.engine_config import own_ram
 from flexgen_lite.dispatch.engine_link import EngineLink
 from flexgen_lite.dispatch.engines import Engines
 from flexgen_lite.dispatch.open_requests import OpenRequests, Order
@@ -28,6 +28,7 @@ from flexgen_lite.engine.frontend import Frontend
 from flexgen_lite.errors import EngineError
 from flexgen_lite.plan.engine_parts import cpus_text, engine_parts
 from flexgen_lite.plan.machine import inspect_machine
+from flexgen_lite.plan.shared import IN_FRONT_BYTES
 from flexgen_lite.plan.topology import inspect_topology
 from flexgen_lite.plan.workload import Workload
 from flexgen_lite.queue.client_jobs import MAX_OPEN, Answer
@@ -50,7 +51,7 @@ class Dispatcher:
     def __init__(self, config: EngineConfig, run_dir: Path, expected: Workload | None) -> None:
         self._config, self._run_dir = config, run_dir
         count = int(config.engines)
-        self._ram = own_ram(config, inspect_machine()) + OWN_BYTES
+        self._ram = own_ram(config, inspect_machine()) + IN_FRONT_BYTES
         self._loop = EventLoop()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._requests = OpenRequests(MAX_OPEN * count)
@@ -65,10 +66,10 @@ class Dispatcher:
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._bell_read, self._bell_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._parts = engine_parts(config, inspect_topology(), count)
-        self._engines = Engines(config, self._parts, self._ram - OWN_BYTES, run_dir, expected, log, self._ring)
+        self._engines = Engines(config, self._parts, self._ram - IN_FRONT_BYTES, run_dir, expected, log, self._ring)
         self._links: list[EngineLink] = []
         self._welcomes: dict[int, Welcome] = {}
-        self._status = StatusRound(self._requests, count, self._ram, OWN_BYTES, self._answer_status)
+        self._status = StatusRound(self._requests, count, self._ram, IN_FRONT_BYTES, self._answer_status)
         self._last_error: EngineError | None = None
 
     # ------------------------------------------------------------------------------------------------ life

@@ -10,14 +10,13 @@ from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.plan.engine_parts import EnginePart
 from flexgen_lite.plan.machine import Machine
 from flexgen_lite.plan.plan import auto_ram
+from flexgen_lite.plan.shared import IN_FRONT_BYTES
 from flexgen_lite.plan.workload import Workload
-
-OWN_BYTES = 128 << 20  # of main memory, for the process in front of the engines and the requests that it has
 
 
 def own_ram(config: EngineConfig, machine: Machine) -> int:
-    """Bytes of main memory that all engines together may take."""
-    return max(1, (config.ram or auto_ram(machine)) - OWN_BYTES)
+    """Bytes of main memory that all engines together may take; none or fewer where there is too little."""
+    return (config.ram or auto_ram(machine)) - IN_FRONT_BYTES
 
 
 def config_of(

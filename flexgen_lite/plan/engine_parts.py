@@ -42,10 +42,11 @@ def num_engines(config: EngineConfig, topology: Topology) -> int:
 
 
 def engine_parts(config: EngineConfig, topology: Topology, count: int) -> list[EnginePart]:
-    """The CPUs in as many parts, and a GPU for each where there are any."""
-    on_gpu = _gpus(config, topology) is not None
+    """The CPUs in as many parts, and a GPU for each where there are any: one of its own node, as far as there are."""
     parts = _cpu_sets(topology, count)
-    return [EnginePart(number, cpus, f"cuda:{number}" if on_gpu else "cpu") for number, cpus in enumerate(parts)]
+    on_gpu = _gpus(config, topology) is not None
+    devices = [f"cuda:{gpu}" for gpu in _gpu_of_each(parts, topology)] if on_gpu else ["cpu"] * count
+    return [EnginePart(number, cpus, devices[number]) for number, cpus in enumerate(parts)]
 
 
 def cpus_text(cpus: Sequence[int]) -> str:
@@ -63,7 +64,20 @@ def _gpus(config: EngineConfig, topology: Topology) -> int | None:
     """How many there are for engines; None where products are computed on the CPU."""
     if config.device == "cpu" or (config.device == "auto" and not topology.gpus):
         return None
-    return topology.gpus
+    return len(topology.gpus)
+
+
+def _gpu_of_each(parts: Sequence[Sequence[int]], topology: Topology) -> list[int]:
+    """Its number, for each part."""
+    nodes = [{cpu for core in node for cpu in core} for node in topology.nodes]
+    near = [{place for place, node in enumerate(nodes) if node & set(part)} for part in parts]
+    free, found = dict(enumerate(topology.gpus)), dict[int, int]()
+    for part in sorted(range(len(parts)), key=lambda part: len(near[part])):  # those with little choice first
+        if (gpu := next((gpu for gpu, node in free.items() if node in near[part]), None)) is not None:
+            found[part] = gpu
+            del free[gpu]
+    others = iter(free)
+    return [found[part] if part in found else next(others) for part in range(len(parts))]
 
 
 def _cpu_sets(topology: Topology, count: int) -> list[tuple[int, ...]]:

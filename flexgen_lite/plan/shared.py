@@ -23,6 +23,8 @@ from flexgen_lite.plan.slots import shared_bytes
 from flexgen_lite.plan.workload import Workload
 from flexgen_lite.wire.engine_share import SharedWeights
 
+IN_FRONT_BYTES = 128 << 20  # of the process in front of the engines, with the requests that it has
+
 
 @dataclass(frozen=True, slots=True)
 class Planner:
@@ -30,7 +32,7 @@ class Planner:
 
     Attributes:
         count: engines.
-        ram: bytes that all of them together may take.
+        ram: bytes that all of them together may take; IN_FRONT_BYTES are beside them.
         others: see `make_plan`.
     """
 
@@ -134,11 +136,11 @@ class Planner:
         return shared_bytes(num_layers * each + self.spec.units[-1].num_bytes)
 
     def _refusal(self, error: RamError, sharing: Sharing) -> RamError:
-        """Of the engines, for want of what one of them needs."""
+        """Of the engines and the process in front, for want of what one of them needs."""
         shared = self._shared_bytes(len(sharing.resident or ())) - LARGE_PAGE
         return RamError(
             f"{self.spec.class_name} in {self.count} engines",
-            self.count * (error.enough - shared) + shared,
-            self.ram,
+            self.count * (error.enough - shared) + shared + IN_FRONT_BYTES,
+            self.ram + IN_FRONT_BYTES,
             f", or lower engines ({self.count}){error.remedies}",
         )

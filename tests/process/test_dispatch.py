@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 
 from flexgen_lite import Client, FlexGenLite, SamplingParams
 from flexgen_lite.client.completion import Completion
+from flexgen_lite.text.sizes import parse_size
 from tests.chat_model import make_quick_model
 from tests.engine_processes import own_children, survivors
 from tests.http_server import TEMPLATE, server
@@ -250,6 +252,20 @@ def test_a_batch_that_is_interrupted(model: Path, engine: FlexGenLite, runtime: 
     refused = run_batch(model, requests, output, "--allow", "dtype=bfloat16")
     assert "--allow and engines=2 exclude each other" in refused.communicate(timeout=60)[0]
     assert refused.returncode == 2
+
+
+def test_too_little_ram(model: Path, tmp_path: Path) -> None:
+    """What is allowed is what was given, and what is named is enough."""
+    requests, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    requests.write_text('{"prompt": "one", "max_tokens": 2}\n')
+    for given in ("100MiB", "200MiB"):
+        refusal, _ = run_batch(model, requests, output, "--ram", given).communicate(timeout=120)
+        found = re.search(r"in 2 engines needs at least (\S+ \w+) of RAM, (\S+ \w+) allowed: raise ram", refusal)
+        assert found, refusal
+        assert found[2] == f"{given[:3]}.0 MiB"
+    enough = run_batch(model, requests, output, "--ram", str(parse_size(found[1].replace(" ", "")) + (1 << 20)))
+    _, errors = enough.communicate(timeout=120)
+    assert enough.returncode == 0, errors
 
 
 def is_of(process: psutil.Process, ancestor: int) -> bool:

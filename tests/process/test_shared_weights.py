@@ -17,6 +17,7 @@ from flexgen_lite.client.job import Job
 from flexgen_lite.launcher.process import EngineProcess
 from flexgen_lite.memory.arena import Arena
 from flexgen_lite.model.quantization import Quantization
+from flexgen_lite.plan.shared import IN_FRONT_BYTES
 from flexgen_lite.plan.workload import Workload
 from flexgen_lite.text.sizes import parse_size
 from flexgen_lite.wire.engine_share import EngineShare, SharedWeights
@@ -176,30 +177,30 @@ def test_weights_in_8_bits(family: str, runtime: Path, tmp_path: Path) -> None:
 
 
 def test_some_layers_stay_and_the_others_stream_in_each(runtime: Path, tmp_path: Path) -> None:
-    """Layers of 13 MB, in a budget with room for some of them."""
-    model = make_model("llama", tmp_path, intermediate_size=1 << 14, num_hidden_layers=10)
+    """Layers of 25 MB, in a budget with room for some of them. The one told is rounded, to up to 100 MiB more."""
+    model = make_model("llama", tmp_path, intermediate_size=1 << 15, num_hidden_layers=14)
     expected = reference_tokens(model, PROMPTS, MAX_TOKENS)
     with Engines(model, ram=MIB) as engines:
         with pytest.raises(EngineError) as refusal:
             engines.start(0)
         match = re.search(
-            r"LlamaForCausalLM in 2 engines needs at least (\S+ \w+) of RAM, 1.0 MiB allowed: "
+            r"LlamaForCausalLM in 2 engines needs at least (\S+ \w+) of RAM, 129.0 MiB allowed: "
             r"raise ram, or lower engines",
             str(refusal.value),
         )
         assert match, refusal.value
-        engines.ram = parse_size(match[1].replace(" ", "")) + 45 * MIB
+        engines.ram = parse_size(match[1].replace(" ", "")) - IN_FRONT_BYTES + 80 * MIB
         engines.start(0)
         engines.start(1)
         weights = engines.weights
-        assert weights is not None and 2 <= len(weights.resident_layers) <= 8
+        assert weights is not None and 0 < len(weights.resident_layers) < 10, weights
         assert engines.tokens() == [expected] * 2
         budgets = [engines.client(number).status().memory["budget"] for number in (0, 1)]
         assert sum(budgets) <= engines.ram and budgets[0] - budgets[1] > weights.num_bytes - MIB
         engines.kill(1, "disk loader")
         engines.kill(0, "compute worker")
         assert engines.tokens() == [expected] * 2
-        assert f"{len(weights.resident_layers)} of 10 layers in RAM" in engines.engine(1).plan
+        assert f"{len(weights.resident_layers)} of 14 layers in RAM" in engines.engine(1).plan
         assert "are there once, for all engines" in engines.engine(1).plan
 
 

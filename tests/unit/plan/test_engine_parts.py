@@ -14,9 +14,11 @@ from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.plan import topology
 from flexgen_lite.plan.engine_parts import cpus_text, engine_parts, num_engines
 from flexgen_lite.plan.plan import PlanError
-from flexgen_lite.plan.topology import Topology, inspect_topology, num_gpus
+from flexgen_lite.plan.topology import Topology, inspect_topology, visible_gpus
 
 TWO_NODES = Topology((((0, 8), (1, 9), (2, 10), (3, 11)), ((4, 12), (5, 13), (6, 14), (7, 15))))
+
+GPUS = {"0000:01:00.0": 1, "0000:8a:00.0": 0, "0001:01:00.0": -1}  # the node of each
 
 
 def config(**values: Any) -> EngineConfig:
@@ -35,7 +37,7 @@ def config(**values: Any) -> EngineConfig:
     ],
 )
 def test_how_many(values: dict[str, Any], gpus: int, count: int) -> None:
-    assert num_engines(config(**values), Topology(TWO_NODES.nodes, gpus)) == count
+    assert num_engines(config(**values), Topology(TWO_NODES.nodes, (None,) * gpus)) == count
 
 
 @pytest.mark.parametrize(
@@ -48,7 +50,7 @@ def test_how_many(values: dict[str, Any], gpus: int, count: int) -> None:
 )
 def test_too_many(values: dict[str, Any], gpus: int, message: str) -> None:
     with pytest.raises(PlanError, match=message):
-        num_engines(config(**values), Topology(TWO_NODES.nodes, gpus))
+        num_engines(config(**values), Topology(TWO_NODES.nodes, (None,) * gpus))
 
 
 def test_nodes_and_cores_stay_whole() -> None:
@@ -66,10 +68,36 @@ def test_cpus_as_people_read_them() -> None:
     assert cpus_text((0, 1, 2, 3, 8, 10, 11)) == "0-3, 8, 10-11"
 
 
-def test_gpus() -> None:
-    devices = [part.device for part in engine_parts(config(), Topology(TWO_NODES.nodes, 2), 2)]
-    assert devices == ["cuda:0", "cuda:1"]
-    assert {part.device for part in engine_parts(config(device="cpu"), Topology(TWO_NODES.nodes, 2), 2)} == {"cpu"}
+@pytest.mark.parametrize(
+    ("gpus", "devices"),
+    [
+        ((None, None), [0, 1]),
+        ((0, 1), [0, 1]),
+        ((1, 0), [1, 0]),
+        ((0, 0, 1, 1), [0, 2]),  # as many engines as parts, not as GPUs
+        ((0, 0), [0, 1]),
+        ((1, 1), [1, 0]),
+        ((None, 0), [1, 0]),
+    ],
+)
+def test_a_gpu_is_of_the_same_node(gpus: tuple[int | None, ...], devices: list[int]) -> None:
+    there = Topology(TWO_NODES.nodes, gpus)
+    assert [part.device for part in engine_parts(config(), there, 2)] == [f"cuda:{gpu}" for gpu in devices]
+    assert {part.device for part in engine_parts(config(device="cpu"), there, 2)} == {"cpu"}
+
+
+def test_a_part_over_nodes_leaves_the_others_theirs() -> None:
+    """Of three parts the one in the middle is of both nodes."""
+    parts = engine_parts(config(), Topology(TWO_NODES.nodes, (0, 1, 1)), 3)
+    assert [part.device for part in parts] == ["cuda:0", "cuda:2", "cuda:1"]
+
+
+@given(gpus=st.lists(st.none() | st.integers(0, 2), min_size=1, max_size=8), data=st.data())
+def test_each_gpu_is_one_engines(gpus: list[int | None], data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, len(gpus)))
+    parts = engine_parts(config(), Topology(TWO_NODES.nodes, tuple(gpus)), count)
+    devices = {part.device for part in parts}
+    assert len(devices) == count and devices <= {f"cuda:{gpu}" for gpu in range(len(gpus))}
 
 
 @given(
@@ -99,19 +127,39 @@ def test_what_the_system_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for node, cpus in enumerate(("0-1,4-5\n", "2-3,6-7\n", "8-11\n", "\n")):
         (tmp_path / "node" / f"node{node}").mkdir(parents=True)
         (tmp_path / "node" / f"node{node}" / "cpulist").write_text(cpus)
-    found = inspect_topology(tmp_path / "cpu", tmp_path / "node", tmp_path / "none")
-    assert found == Topology((((0, 4), (1,)), ((2, 6),)))
-    assert inspect_topology(tmp_path, tmp_path, tmp_path / "none").nodes == (((0,), (1,), (2,), (4,), (6,)),)
+    for name, node in GPUS.items():
+        (tmp_path / "gpus" / name).mkdir(parents=True)
+        (tmp_path / "devices" / name).mkdir(parents=True)
+        (tmp_path / "devices" / name / "numa_node").write_text(f"{node}\n")
+    monkeypatch.setattr(topology, "_torch_has_cuda", lambda: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    found = inspect_topology(tmp_path / "cpu", tmp_path / "node", tmp_path / "gpus", tmp_path / "devices")
+    assert found == Topology((((0, 4), (1,)), ((2, 6),)), (1, 0, None))
+    nothing = inspect_topology(tmp_path, tmp_path, tmp_path / "gpus", tmp_path)
+    assert nothing == Topology((((0,), (1,), (2,), (4,), (6,)),), (None, None, None))
 
 
 @pytest.mark.parametrize(
-    ("visible", "count"), [(None, 3), ("", 0), ("0", 1), ("1,2", 2), ("0,-1,2", 1), ("GPU-1a,GPU-2b,GPU-3c,GPU-4d", 3)]
+    ("visible", "places"),
+    [
+        (None, [0, 1, 2]),
+        ("", []),
+        ("0", [0]),
+        ("2,1", [2, 1]),
+        ("0,-1,2", [0]),
+        ("7", [None]),
+        ("GPU-3c,GPU-1,GPU-4d,GPU-2b", [2, 0, None]),
+    ],
 )
-def test_visible_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, count: int) -> None:
-    for name in ("0000:01:00.0", "0000:02:00.0", "0000:03:00.0"):
+def test_visible_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, places: list[int | None]
+) -> None:
+    for name, uuid in zip(GPUS, ("GPU-1a", "GPU-2b", "GPU-3c"), strict=True):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "information").write_text(f"Model: \t\t NVIDIA H200\nGPU UUID: \t {uuid}\n")
     environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     monkeypatch.setattr(topology, "_torch_has_cuda", lambda: True)
-    assert num_gpus(tmp_path, environment) == count
+    expected = [None if place is None else [*GPUS][place] for place in places]
+    assert visible_gpus(tmp_path, environment) == expected
     monkeypatch.setattr(topology, "_torch_has_cuda", lambda: False)
-    assert num_gpus(tmp_path, environment) == 0
+    assert visible_gpus(tmp_path, environment) == []
