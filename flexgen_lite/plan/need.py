@@ -32,7 +32,7 @@ UNPACKED_ITEM_BYTES = (
 PREFIX_TABLE_BYTES = 12 * MIB  # what is known of the file of stored prefixes, in each process
 NUMBA_BYTES = 95 * MIB
 SPANS_BYTES = 20 * MIB  # what an attention worker takes beyond what it has at the start: a pass's spans, partial sums
-ZYGOTE_BYTES = 48 * MIB  # what it does not share with the compute worker
+ZYGOTE_BYTES = {"cpu": 48 * MIB, "gpu": 64 * MIB}  # what it does not share with the compute worker
 ALLOCATOR_SLACK = 1.25  # what the allocator keeps beyond what is in use
 PRODUCTS_BYTES = 80 * MIB  # on a CPU: programs that oneDNN keeps (KEPT_PRODUCTS), results on their way
 PRODUCTS_OTHER_BYTES = 32 * MIB  # of them, beside what the threads have of their own
@@ -194,7 +194,7 @@ def need_of(
             "loader": loader,
             "attention workers": (NUMBA_BYTES if on_gpu else 0) + (processes.attention + SPANS_BYTES) * workers,
             "compute worker": processes.compute + (NUMBA_BYTES if on_gpu and layers.split else 0),
-            "zygote": ZYGOTE_BYTES,
+            "zygote": ZYGOTE_BYTES["gpu" if on_gpu else "cpu"],
         },
         workers=workers,
         kv_dtype=kv_dtype,
