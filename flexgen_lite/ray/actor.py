@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from flexgen_lite.client.completion import Completion
 from flexgen_lite.client.request import Request
+from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.errors import EngineError
 from flexgen_lite.llm import FlexGenLite
 from flexgen_lite.plan.machine import inspect_machine
@@ -21,9 +22,10 @@ from flexgen_lite.ray.config import FlexGenLiteProcessorConfig
 from flexgen_lite.ray.own_process import at_normal_priority, bind_process
 from flexgen_lite.ray.results import Outcome, error_of, with_results
 from flexgen_lite.ray.row_seed import RowSeeds
-from flexgen_lite.ray.rows import ASKED, ERROR, READ, RowReader, unpack
+from flexgen_lite.ray.rows import ASKED, ERROR, READ, RowReader, error_in, unpack
 from flexgen_lite.ray.shares import Share
 
+MOST_STARTS = 3  # of an engine, before the first that is there
 FREE_RAM = 0.85  # of what is free at the start, as an engine takes by itself
 
 _LOOKED_AT = (*READ, ASKED, ERROR)
@@ -61,7 +63,7 @@ class FlexGenLiteEngine:
         os.environ.pop("OMP_NUM_THREADS", None)  # Ray's, of a worker that computes itself; the engine has its own
         free = inspect_machine().available_ram * FREE_RAM
         ram = {} if share.ram is None else {"ram": int(min(share.ram, free))}
-        self._model = FlexGenLite(config.model_source, config=config.engine_config(**ram))
+        self._model = _started(config.engine_config(**ram))
         self._client = self._model.connect()
         self._reader = RowReader(
             self._client.request_of, config.apply_chat_template, config.chat_template, template_kwargs
@@ -96,8 +98,8 @@ class FlexGenLiteEngine:
         requests: dict[int, Request] = {}
         outcomes: list[Outcome] = [""] * len(rows)
         for number, row in enumerate(rows):
-            if row.get(ERROR):  # its preparation has failed
-                outcomes[number] = row[ERROR]
+            if error := error_in(row):  # its preparation has failed, or what came before that
+                outcomes[number] = error
                 continue
             try:
                 requests[number] = self._reader.request(row, partial(seed_of, number))
@@ -114,6 +116,18 @@ class FlexGenLiteEngine:
                     f"row {number} of a batch of {table.num_rows} failed: {why}; with should_continue_on_error=True it "
                     f"comes back with {ERROR}, and the others with their answers"
                 )
+
+
+def _started(config: EngineConfig) -> FlexGenLite:
+    """An actor that does not start ends the job: an engine that is lost on its way is started again before."""
+    for tries in range(MOST_STARTS, 0, -1):
+        try:
+            return FlexGenLite(config.model, config=config)
+        except EngineError as error:
+            if error.comes_again or tries == 1:
+                raise
+            _log.warning("warning: the engine did not start, and is started again: %s", error)
+    raise AssertionError
 
 
 def _seeds(table: pa.Table) -> Callable[[int], int]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeGuard
 
 from flexgen_lite.config.engine import EngineConfig
 from flexgen_lite.config.problems import ConfigError
@@ -35,7 +37,7 @@ class FlexGenLiteProcessorConfig:
         ConfigError: a value that cannot be used; of engine_kwargs too, before any actor starts.
     """
 
-    model_source: str
+    model_source: str | os.PathLike[str]
     engine_kwargs: Mapping[str, Any] = field(default_factory=dict)
     concurrency: int | tuple[int, int] = 1
     batch_size: int = 256
@@ -52,22 +54,14 @@ class FlexGenLiteProcessorConfig:
     max_task_retries: int | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.model_source, os.PathLike):
+            object.__setattr__(self, "model_source", os.fspath(self.model_source))
         problems = {}
-        for name in ("batch_size", "max_concurrent_batches", "max_tasks_in_flight_per_actor"):
+        for name, (is_allowed, wanted) in _ALLOWED.items():
             value = getattr(self, name)
-            if not (_is_count(value, 1) or (value is None and name == "max_tasks_in_flight_per_actor")):
-                problems[name] = f"{name}={shown(value)} is not allowed: give a whole number from 1 up"
-        for name in ("max_restarts", "max_task_retries"):
-            if (value := getattr(self, name)) is not None and not _is_count(value, -1):
-                problems[name] = f"{name}={shown(value)} is not allowed: give a whole number, or -1 for no limit"
-        for name in ("num_cpus", "num_gpus"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
-                problems[name] = f"{name}={shown(value)} is not allowed: give a number from 0 up"
-        if not _is_pool(self.concurrency):
-            given = shown(self.concurrency)
-            problems["concurrency"] = f"concurrency={given} is not allowed: give a number of actors, or (least, most)"
-        if "model" in self.engine_kwargs:
+            if not (is_allowed(value) or (value is None and name in _OPTIONAL)):
+                problems[name] = f"{name}={shown(value)} is not allowed: give {wanted}"
+        if "engine_kwargs" not in problems and "model" in self.engine_kwargs:
             problems["model"] = "engine_kwargs has a model: give it as model_source"
         if problems:
             raise ConfigError(problems)
@@ -75,7 +69,11 @@ class FlexGenLiteProcessorConfig:
 
     def engine_config(self, **more: Any) -> EngineConfig:
         """Of each actor's engine."""
-        return EngineConfig(**{**more, **self.engine_kwargs, "model": self.model_source})
+        return EngineConfig(**{**more, **self.engine_kwargs, "model": self.model})
+
+    @property
+    def model(self) -> str:
+        return os.fspath(self.model_source)
 
     @property
     def least_and_most(self) -> tuple[int, int]:
@@ -91,3 +89,40 @@ def _is_pool(value: object) -> bool:
     if isinstance(value, tuple):
         return len(value) == 2 and all(_is_count(number, 1) for number in value) and value[0] <= value[1]
     return _is_count(value, 1)
+
+
+def _is_amount(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+def is_keywords(value: object) -> TypeGuard[Mapping[str, Any]]:
+    return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+
+
+_COUNT: tuple[Callable[[Any], bool], str] = (lambda value: _is_count(value, 1), "a whole number from 1 up")
+_TIMES: tuple[Callable[[Any], bool], str] = (
+    lambda value: _is_count(value, -1),
+    "a whole number, or -1 for no limit",
+)
+_AMOUNT: tuple[Callable[[Any], bool], str] = (_is_amount, "a number from 0 up")
+_FLAG: tuple[Callable[[Any], bool], str] = (lambda value: isinstance(value, bool), "True or False")
+_KEYWORDS: tuple[Callable[[Any], bool], str] = (is_keywords, "a dict with names as keys")
+_TEXT: tuple[Callable[[Any], bool], str] = (lambda value: isinstance(value, str), "a text")
+_ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "model_source": (lambda value: isinstance(value, str) and value != "", "a model directory or a hub id"),
+    "engine_kwargs": _KEYWORDS,
+    "concurrency": (_is_pool, "a number of actors, or (least, most)"),
+    "batch_size": _COUNT,
+    "max_concurrent_batches": _COUNT,
+    "max_tasks_in_flight_per_actor": _COUNT,
+    "num_cpus": _AMOUNT,
+    "num_gpus": _AMOUNT,
+    "accelerator_type": _TEXT,
+    "runtime_env": _KEYWORDS,
+    "apply_chat_template": _FLAG,
+    "chat_template": _TEXT,
+    "should_continue_on_error": _FLAG,
+    "max_restarts": _TIMES,
+    "max_task_retries": _TIMES,
+}
+_OPTIONAL = {field.name for field in fields(FlexGenLiteProcessorConfig) if field.default is None}

@@ -22,10 +22,7 @@ _PLACES = pa.list_(pa.list_(_LOGPROB))
 
 
 def with_results(table: pa.Table, outcomes: Sequence[Outcome]) -> pa.Table:
-    """The table with what came of its rows, in their order; a column that has the name of a new one gives way.
-
-    Logprobs have columns where a row of the batch asked for them.
-    """
+    """The table with what came of its rows, in their order; a column that has the name of a new one gives way."""
     done = [outcome if isinstance(outcome, Completion) else None for outcome in outcomes]
     columns = {
         "generated_text": pa.array([completion.text if completion else "" for completion in done], pa.string()),
@@ -37,8 +34,7 @@ def with_results(table: pa.Table, outcomes: Sequence[Outcome]) -> pa.Table:
     }
     for name in ("logprobs", "prompt_logprobs"):
         found = [None if completion is None else getattr(completion, name) for completion in done]
-        if any(places is not None for places in found):
-            columns[name] = pa.array([None if places is None else _rows(places) for places in found], _PLACES)
+        columns[name] = pa.array([None if places is None else _rows(places) for places in found], _PLACES)
     for name, column in columns.items():
         table = _put(table, name, column)
     return table

@@ -51,7 +51,10 @@ class RowReader:
         asked = self._asked(row)
         params = (CHAT_PARAMS if isinstance(asked, Chat) else GREEDY) if given is None else params_of(given)
         if params.n != 1:
-            raise ValueError(f"{PARAMS}: n={params.n}: a row has room for one answer; give the row as often as wanted")
+            raise ValueError(
+                f"{PARAMS}: n={params.n}: a row has room for one answer; give the row as often as wanted, each with a "
+                "seed or a number of its own in a column"
+            )
         if params.temperature > 0 and params.seed is None:
             params = dataclasses.replace(params, seed=seed())
         request = self.request_of(asked, params)
@@ -62,6 +65,8 @@ class RowReader:
         messages, tokens, prompt = (row.get(name) for name in (MESSAGES, TOKENS, PROMPT))
         if messages is not None and self.applies_template:
             return self._chat(messages)
+        if isinstance(tokens, str):
+            raise TypeError(f"{TOKENS} is a text: give token ids, or the text as {PROMPT}")
         found = prompt if tokens is None else tokens
         if found is None:
             wanted = f"{PROMPT}, {TOKENS} or {MESSAGES}" if self.applies_template else f"{PROMPT} or {TOKENS}"
@@ -70,8 +75,11 @@ class RowReader:
 
     def _chat(self, messages: Any) -> Chat:
         """As in `ray.data.llm`, what the assistant has begun is gone on with; otherwise an answer follows."""
-        if not isinstance(messages, list | tuple) or not messages:
+        messages = plain(messages)
+        if not isinstance(messages, list | tuple):
             raise TypeError(f"{MESSAGES} is {shown_kind(messages)}: give a list of messages with a role and content")
+        if not messages:
+            raise ValueError(f"{MESSAGES} is empty: give at least one message with a role and content")
         last = messages[-1]
         answers = not isinstance(last, Mapping) or last.get("role") != "assistant"
         return Chat(
@@ -82,6 +90,12 @@ class RowReader:
             continue_final_message=not answers,
             join_parts=True,
         )
+
+
+def error_in(row: Mapping[str, Any]) -> str:
+    """Why the row has failed already; empty where it has not."""
+    error = row.get(ERROR)
+    return error if isinstance(error, str) else ""  # a table of pandas has NaN for nothing
 
 
 def pack(asked: Mapping[str, Any]) -> bytes:
@@ -104,12 +118,21 @@ def params_of(given: object) -> SamplingParams:
         return given
     if not isinstance(given, Mapping):
         raise TypeError(f"{PARAMS} is {shown_kind(given)}: give a dict, such as {{'max_tokens': 64, 'temperature': 0}}")
-    values = {str(key): value for key, value in given.items() if value is not None}
+    values = {str(key): plain(value) for key, value in given.items() if value is not None}
     if unknown := sorted(values.keys() - _PARAMS):
         raise ValueError(f"{PARAMS}: {shown_names(unknown)}: not supported; supported are {', '.join(sorted(_PARAMS))}")
     if isinstance(bias := values.get("logit_bias"), Mapping):
         values["logit_bias"] = {_token_id(key): value for key, value in bias.items() if value is not None}
     return SamplingParams(**values)
+
+
+def plain(value: Any) -> Any:
+    """With lists for arrays, which Ray makes of lists in batches."""
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return {key: plain(item) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
 def _token_id(key: Any) -> Any:

@@ -122,6 +122,14 @@ def test_a_loss_costs_no_row_and_changes_no_token(
     assert tokens_after(loss, frozen, model, {"temperature": 0.0}, concurrency=actors) == expected
 
 
+def test_an_engine_that_is_killed_as_it_starts(model: Path, expected: list[list[int]]) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(tokens_of, model, {"temperature": 0.0})
+        first = until(coordinators, "engine")[0]
+        first.kill()
+        assert job.result() == expected
+
+
 def test_what_is_drawn_is_drawn_again_when_an_actor_has_died(frozen: Frozen, model: Path) -> None:
     params = {"temperature": 1.0}
     drawn = tokens_after(actor_killed, frozen, model, params)

@@ -10,6 +10,7 @@ import pytest
 import ray
 import ray.data
 
+from flexgen_lite.config.problems import ConfigError
 from flexgen_lite.ray.processor import build_processor
 from tests.ray.pipelines import by_id, config_of, coordinators
 from tests.tiny_models import ragged_prompts, reference_tokens
@@ -93,6 +94,48 @@ def test_chats_go_through_the_models_template(text_model: Path) -> None:
     assert [chats[number]["num_input_tokens"] for number in range(10)] == [
         texts[number]["num_input_tokens"] - 1 for number in range(10)
     ]
+
+
+def test_one_processor_behind_another(text_model: Path) -> None:
+    """A row that has failed in the first one keeps its error, and is not asked again."""
+    params = {"max_tokens": 3, "temperature": 0.0}
+
+    def first(row: dict[str, Any]) -> dict[str, Any]:
+        return {"prompt": None if row["id"] == 3 else "a", "sampling_params": params}
+
+    def second(row: dict[str, Any]) -> dict[str, Any]:
+        return {"prompt": f"{row['first']}b", "sampling_params": params | ({"logprobs": 1} if row["id"] == 2 else {})}
+
+    one = build_processor(
+        config_of(text_model, num_cpus=1), first, lambda row: {"id": row["id"], "first": row["generated_text"]}
+    )
+    other = build_processor(
+        config_of(text_model, num_cpus=1),
+        second,
+        lambda row: {"id": row["id"], "second": row["generated_text"], "logprobs": row["logprobs"]},
+    )
+    found = by_id(other(one(ray.data.range(20))).take_all())
+    assert "has no prompt" in found[3]["__inference_error__"] and found[3]["second"] is None
+    good = [row for number, row in found.items() if number != 3]
+    assert len(good) == 19 and {row["__inference_error__"] for row in good} == {""}
+    assert [row["id"] for row in good if row["logprobs"] is not None] == [2], "the column is there in all batches"
+
+
+def test_two_that_would_wait_for_each_other_are_refused(text_model: Path) -> None:
+    one, other = (build_processor(config_of(text_model), lambda row: {"prompt": "a"}) for _ in range(2))
+    between = one(ray.data.range(20)).map(lambda row: row)
+    with pytest.raises(ConfigError, match="give num_cpus to both, and ram in engine_kwargs, or materialize"):
+        other(between)
+    assert len(other(one(ray.data.range(4)).materialize()).take_all()) == 4
+
+
+def test_messages_in_arrays(text_model: Path) -> None:
+    """As steps on batches make them."""
+    chats = [[{"role": "user", "content": "word"}] * (number % 2 + 1) for number in range(8)]
+    dataset = ray.data.from_items([{"id": number, "messages": chat} for number, chat in enumerate(chats)])
+    found = by_id(build_processor(config_of(text_model))(dataset.map_batches(lambda batch: batch)).take_all())
+    assert {row["__inference_error__"] for row in found.values()} == {""}
+    assert found[1]["num_input_tokens"] > found[0]["num_input_tokens"] > 0
 
 
 def test_a_broken_configuration_ends_the_job_with_the_engines_words(tmp_path: Path) -> None:

@@ -19,9 +19,28 @@ def test_a_row_that_preprocess_fails_on_is_told() -> None:
     made = preprocessing(lambda row: {"prompt": row["missing"]}, True)({"id": 1})
     assert unpack(made.pop(ASKED)) == {}
     assert made == {"id": 1, "__inference_error__": "preprocess: KeyError: 'missing'"}
-    assert "TypeError" in preprocessing(lambda row: None, True)({"id": 1})["__inference_error__"]
+    nothing = preprocessing(lambda row: None, True)({"id": 1})  # type: ignore[arg-type, return-value]
+    assert nothing["__inference_error__"] == (
+        "preprocess: TypeError: what it returned is None: return a dict of columns"
+    )
     with pytest.raises(KeyError):
         preprocessing(lambda row: {"prompt": row["missing"]}, False)({"id": 1})
+
+
+def test_a_prompt_that_is_made_goes_before_one_that_was_there() -> None:
+    row = {"messages": [1], "tokenized_prompt": [2], "sampling_params": {"seed": 1}}
+    made = preprocessing(lambda row: {"prompt": "a"}, True)(row)
+    assert unpack(made[ASKED]) == {"prompt": "a", "sampling_params": {"seed": 1}}
+    made = preprocessing(lambda row: {"prompt": None}, True)(row)
+    assert unpack(made[ASKED]) == {**row, "prompt": None}
+
+
+def test_a_row_that_has_failed_before_stays_as_it_is() -> None:
+    failed = {"id": 1, "first": None, "__inference_error__": "too long"}
+    made = preprocessing(lambda row: {"prompt": f"{row['first']}"}, True)(failed)
+    assert unpack(made.pop(ASKED)) == {} and made == failed
+    asked = preprocessing(lambda row: {"prompt": "a"}, True)({"id": 1, "__inference_error__": float("nan")})
+    assert asked["__inference_error__"] == "", "pandas has it for nothing"
 
 
 def test_postprocess_sees_what_was_asked() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from flexgen_lite.chat.template import Chat
@@ -71,7 +72,9 @@ def test_only_what_is_drawn_without_a_seed_gets_one() -> None:
         ({"prompt": 3.5}, "a float: give a text or a list of token ids"),
         ({"prompt": [1, -2]}, "has -2 among its token ids"),
         ({"messages": "hello"}, "messages is a str: give a list"),
-        ({"messages": []}, "messages is a list: give a list of messages"),
+        ({"messages": []}, "messages is empty: give at least one message"),
+        ({"messages": np.array([])}, "messages is empty: give at least one message"),
+        ({"tokenized_prompt": "abc"}, "tokenized_prompt is a text: give token ids, or the text as prompt"),
         ({"prompt": "a", "sampling_params": 7}, "sampling_params is an int: give a dict"),
         ({"prompt": "a", "sampling_params": {"best_of": 2}}, "best_of: not supported; supported are"),
         ({"prompt": "a", "sampling_params": {"max_tokens": -1}}, "max_tokens=-1 is not allowed"),
@@ -83,3 +86,22 @@ def test_only_what_is_drawn_without_a_seed_gets_one() -> None:
 def test_a_row_that_asks_for_nothing(row: dict[str, Any], told: str) -> None:
     with pytest.raises((ValueError, TypeError), match=told.replace("(", r"\(")):
         read(row)
+
+
+def test_arrays_are_lists() -> None:
+    parts = np.array([{"type": "text", "text": "hello"}], dtype=object)
+    messages = np.array([USER, {"role": "user", "content": parts}], dtype=object)
+    seen = []
+    RowReader(lambda asked, params: seen.append((asked, params)) or Request("p", params)).request(  # type: ignore[func-returns-value, arg-type]
+        {
+            "messages": messages,
+            "sampling_params": {"stop": np.array(["e"]), "stop_token_ids": np.array([5]), "top_k": np.int64(2)},
+        },
+        lambda: 1,
+    )
+    ((chat, params),) = seen
+    assert isinstance(chat, Chat) and chat.messages == [
+        USER,
+        {"role": "user", "content": [{"type": "text", "text": "hello"}]},
+    ]
+    assert (params.stop, params.stop_token_ids, params.top_k) == (("e",), (5,), 2)
