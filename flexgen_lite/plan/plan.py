@@ -45,9 +45,9 @@ class RamError(PlanError):
     """
 
     def __init__(self, who: str, enough: int, allowed: int, remedies: str) -> None:
+        given = format_size(allowed + 1, floor)  # of "1.2GiB" a part of a byte was cut off
         super().__init__(
-            f"{who} needs at least {format_size(enough, ceil)} of RAM, {format_size(allowed, floor)} allowed: "
-            f"raise ram{remedies}"
+            f"{who} needs at least {format_size(enough, ceil)} of RAM, {given} allowed: raise ram{remedies}"
         )
         self.enough, self.remedies = enough, remedies
 

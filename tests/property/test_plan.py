@@ -15,7 +15,7 @@ from flexgen_lite.memory.projection_units import units_of
 from flexgen_lite.model.spec import AttentionSpec, ModelSpec, StateSpec, TensorSpec, UnitSpec
 from flexgen_lite.plan.machine import Machine
 from flexgen_lite.plan.need import MODEST_LENGTH, Measured
-from flexgen_lite.plan.plan import SHAPES, Plan, PlanError, make_plan
+from flexgen_lite.plan.plan import SHAPES, Plan, PlanError, RamError, make_plan
 from flexgen_lite.plan.text import describe
 from flexgen_lite.plan.workload import Workload
 from flexgen_lite.queue.page_table import PageTable
@@ -156,6 +156,12 @@ def test_a_refusal_names_a_budget_that_does(spec: ModelSpec, options: dict[str, 
     named = parse_size(match[1].replace(" ", ""))
     named += 64 * MIB if named < 10 * GIB else GIB  # it is rounded for people
     assert most_tokens(plan_for(spec, **{**options, "ram": named})) >= min(spec.max_length, MODEST_LENGTH)
+
+
+@pytest.mark.parametrize("given", ["1.1 GiB", "1.2 GiB", "3.0 GiB", "700.3 MiB"])
+def test_a_refusal_names_the_budget_as_it_was_given(given: str) -> None:
+    error = RamError("a model", 9 * GIB, parse_size(given), "")
+    assert f"needs at least 9.0 GiB of RAM, {given} allowed" in str(error)
 
 
 def test_int8_has_room_for_nearly_four_times_what_float32_has() -> None:
