@@ -74,8 +74,8 @@ class FlexGenLite:
 
     @property
     def engine_restarts(self) -> int:
-        """How often the engine was started again."""
-        return self._engine.restarts
+        """How often the engine, or one of several, was started again."""
+        return self._engine.all_restarts
 
     @property
     def plan(self) -> str:

@@ -77,5 +77,9 @@ class FakeOwner:
     def restarts(self) -> int:
         return self._num_engines - 1
 
+    @property
+    def outage(self) -> str | None:
+        return None
+
     def has_finished_one(self) -> None:
         self.num_finished += 1

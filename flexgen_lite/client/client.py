@@ -85,8 +85,8 @@ class Client:
 
     @property
     def outage(self) -> str | None:
-        """Why the engine is not there now, while its owner starts it again; None while it is."""
-        return self._connection.outage
+        """Why the engine, or any of several, is not there now, while its owner starts it again; None while it is."""
+        return self._connection.outage or self._connection.outage_behind
 
     @property
     def num_in_flight(self) -> int:

@@ -101,6 +101,11 @@ class Connection:
             self.close()
             raise
 
+    @property
+    def outage_behind(self) -> str | None:
+        """As EngineOwner has it."""
+        return None if self._owner is None else self._owner.outage
+
     def add(self, job: Job) -> None:
         with self._lock:
             self._check()

@@ -40,5 +40,9 @@ class EngineOwner(Protocol):
     def restarts(self) -> int:
         """How often the engine was started again since the client has known it; starts that failed are counted too."""
 
+    @property
+    def outage(self) -> str | None:
+        """Why none of the engines behind one queue is open, while the queue is there; None while one is."""
+
     def has_finished_one(self) -> None:
         """The engine has answered a request."""

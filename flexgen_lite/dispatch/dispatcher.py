@@ -70,7 +70,9 @@ class Dispatcher:
         self._links: list[EngineLink] = []
         self._welcomes: dict[int, Welcome] = {}
         self._status = StatusRound(self._requests, count, self._ram, IN_FRONT_BYTES, self._answer_status)
-        self._last_error: EngineError | None = None
+        self._given_up: list[tuple[EngineLink, EngineError]] = []  # and nobody was told
+        self._outage: str | None = None  # why no engine is open
+        self._told: tuple[str | None, int] = (None, 0)  # of them to who started this process
 
     # ------------------------------------------------------------------------------------------------ life
 
@@ -126,6 +128,8 @@ class Dispatcher:
         for link in self._links:
             link.look()
             link.flush()
+        self._give_up()
+        self._tell_of_engines()
         self._post(self._requests.share_out())
 
     def _stop(self) -> None:
@@ -205,6 +209,7 @@ class Dispatcher:
                 "start",
                 user_error=True,
             )
+        self._outage = None
         self._welcomes[link.number] = welcome
         decided = self._engines.supervisors[link.number].decided
         self._requests.engine_ready(link.number, int(decided.get("max_sequences", PLACES)))
@@ -224,10 +229,28 @@ class Dispatcher:
             self._post(self._requests.even_out(waiting))
 
     def lost(self, link: EngineLink, why: str) -> None:
+        self._note_outage(why)
         self._answer(self._requests.engine_lost(link.number, why))
 
     def gone(self, link: EngineLink, error: EngineError) -> None:
-        """The others go on. Without any, nothing does, and it would be so again."""
-        if all(one.is_gone for one in self._links):
-            raise EngineError(str(error), user_error=error.user_error, details=error.details, comes_again=True)
-        log(f"warning: engine {link.number} is given up: {error}; the others go on")
+        self._note_outage(str(error))
+        self._given_up.append((link, error))
+
+    def _give_up(self) -> None:
+        """Once all were looked at: the others go on. Without any, nothing does, and it would be so again."""
+        is_end = all(one.is_gone for one in self._links)
+        while self._given_up:
+            link, error = self._given_up.pop(0)
+            if is_end and not self._given_up:
+                raise EngineError(str(error), user_error=error.user_error, details=error.details, comes_again=True)
+            log(f"warning: engine {link.number} is given up: {error}" + ("" if is_end else "; the others go on"))
+
+    def _note_outage(self, why: str) -> None:
+        if not any(link.is_open for link in self._links):
+            self._outage = f"{why}; no other engine is open, and one is being started again"
+
+    def _tell_of_engines(self) -> None:
+        news = (self._outage, sum(link.restarts for link in self._links))
+        if news != self._told:
+            self._told = news
+            emit("engines", outage=news[0], restarts=news[1])

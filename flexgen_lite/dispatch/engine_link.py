@@ -98,6 +98,11 @@ class EngineLink:
         return self._engine
 
     @property
+    def restarts(self) -> int:
+        """How often the engine was started again, whatever became of that."""
+        return self._follower.restarts
+
+    @property
     def num_in_flight(self) -> int:
         return self._num_sent() if self.is_open else self._num_lost
 

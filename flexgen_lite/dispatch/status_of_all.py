@@ -21,7 +21,7 @@ def status_of_all(
         statuses: of engines, by their numbers, as they were last heard.
         count: engines that there are.
         waiting: requests that no engine has.
-        totals: of requests, as those in front of the engines count them.
+        totals: of requests and of engines started again, as those in front of the engines count them.
         own: memory of the process in front of them: bytes "planned", "used", "peak".
         budget: bytes of all of it.
     """

@@ -75,7 +75,8 @@ class StatusRound:
         own = {"planned": self._planned, "used": used, "peak": self._own_peak}
         statuses = {link.number: link.status for link in links if link.status is not None}
         requests = self._requests
-        status = status_of_all(statuses, self._count, requests.num_waiting, requests.totals, own, self._budget)
+        totals = {**requests.totals, "engine_restarts": sum(link.restarts for link in links)}
+        status = status_of_all(statuses, self._count, requests.num_waiting, totals, own, self._budget)
         self._peak = max(self._peak, status.memory["used"])
         status.memory["peak"] = self._peak
         return status

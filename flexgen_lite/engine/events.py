@@ -26,7 +26,7 @@ def read_order(descriptor: int) -> dict[str, Any]:
 
 
 def emit(event: str, **values: object) -> None:
-    """Events are log, plan, ready, calibrated and failed. On any thread."""
+    """Events are log, plan, ready, calibrated, engines (of those behind one queue) and failed. On any thread."""
     with _one_line, contextlib.suppress(BrokenPipeError, OSError):
         sys.stdout.write(json.dumps({"event": event, **values}) + "\n")
         sys.stdout.flush()

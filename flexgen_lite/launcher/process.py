@@ -140,6 +140,16 @@ class EngineProcess:
         return self._news.decided
 
     @property
+    def outage(self) -> str | None:
+        """Of several engines: why none of them is open, while one is being started again; None while one is."""
+        return self._news.outage
+
+    @property
+    def restarts(self) -> int:
+        """Of several engines: how often one of them was started again."""
+        return self._news.restarts
+
+    @property
     def pid(self) -> int:
         return self._child.pid
 
@@ -188,6 +198,8 @@ class _News:
         self.endpoint: str | None = None
         self.plan = ""
         self.decided: dict[str, Any] = {}
+        self.outage: str | None = None
+        self.restarts = 0
         self.calibrated: dict[str, Any] | None = None
         self.failure: EngineError | None = None  # as it told it; once it has ended, in any case
         self._ended = False
@@ -217,6 +229,8 @@ class _News:
             with self._changed:
                 self.endpoint = str(event.get("endpoint"))
                 self._changed.notify_all()
+        elif kind == "engines":
+            self.outage, self.restarts = event.get("outage"), int(event.get("restarts") or 0)
         elif kind == "calibrated":
             with self._changed:
                 self.calibrated = event

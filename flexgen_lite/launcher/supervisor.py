@@ -51,7 +51,7 @@ class EngineSupervisor:
         outer, share: see EngineProcess. An engine that takes the place of another finds the weights that these share.
 
     Attributes:
-        restarts: how often the engine was started again.
+        restarts: how often the engine was started again; of several, the process in front of them.
 
     Raises:
         EngineError: the first one did not become ready.
@@ -75,6 +75,7 @@ class EngineSupervisor:
         self._changed = threading.Condition()  # guards what follows
         self._clients: weakref.WeakSet[HasRequests] = weakref.WeakSet()
         self.restarts = 0
+        self._restarts_behind = 0  # of engines behind those before this one
         self._number = 0  # of the engine: how many were ready before
         self._losses = 0  # in a row
         self._restart: threading.Thread | None = None  # while another one is started
@@ -109,6 +110,17 @@ class EngineSupervisor:
     @property
     def pid(self) -> int:
         return self._engine.pid
+
+    @property
+    def outage(self) -> str | None:
+        """As EngineProcess has it."""
+        return self._engine.outage
+
+    @property
+    def all_restarts(self) -> int:
+        """With those of several engines, which the process in front of them starts again."""
+        with self._changed:
+            return self.restarts + self._restarts_behind + self._engine.restarts
 
     def connect(self) -> Client:
         """A client whose jobs go on with the next engine. Waits for one that is being started.
@@ -219,6 +231,7 @@ class EngineSupervisor:
         with self._changed:
             self._restart = self._starting = None
             if engine is not None:
+                self._restarts_behind += self._engine.restarts
                 self._engine = engine
                 self._number += 1
             self._failure = self._failure or failure
@@ -319,6 +332,10 @@ class Follower:
     @property
     def restarts(self) -> int:
         return self._supervisor.restarts - self._restarts_before
+
+    @property
+    def outage(self) -> str | None:
+        return self._supervisor.outage
 
     def has_finished_one(self) -> None:
         self._supervisor.has_finished_one()

@@ -7,19 +7,25 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+import zmq
 
 from flexgen_lite import Client
 from flexgen_lite.config.engine import EngineConfig
+from flexgen_lite.dispatch.dispatcher import Dispatcher
+from flexgen_lite.dispatch.engine_link import EngineLink
+from flexgen_lite.engine.event_loop import EventLoop
 from flexgen_lite.errors import EngineError
 from flexgen_lite.launcher.process import EngineProcess
 from flexgen_lite.launcher.supervisor import MOST_LOSSES
 from tests import fake_coordinator
 from tests.engine_processes import survivors
+from tests.fake_owner import FakeOwner
 
 pytestmark = pytest.mark.timeout(60)
 CONFIG = EngineConfig(model="m", engines=2, ram="4GiB")
@@ -71,6 +77,13 @@ def expected(count: int) -> list[str]:
 
 def warnings(logs: list[str]) -> list[str]:
     return [line for line in logs if line.startswith("warning: ")]
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
 
 
 def num_starts(logs: list[str]) -> int:
@@ -129,7 +142,38 @@ def test_one_that_cannot_come_back_is_done_without(start: Start, logs: list[str]
         while not any("is given up" in line for line in logs):
             assert answers(client, 100) == expected(100)
         assert answers(client, 100) == expected(100)
+        assert client.status().totals["engine_restarts"] == num_starts(logs) - 2 >= 1
+        assert engine.outage is None
     assert warnings(logs)[-1] == ("warning: engine 1 is given up: model has no config.json; the others go on")
+
+
+def test_none_is_open(start: Start, logs: list[str]) -> None:
+    """Of engines that are started again and do not come."""
+    with start("serves,serves,never ready") as engine, Client(engine.endpoint) as client:
+        for number, child in enumerate(psutil.Process(engine.pid).children()):
+            assert engine.outage is None
+            child.kill()
+            wait_until(lambda starts=3 + number: num_starts(logs) == starts)  # type: ignore[misc]
+            assert client.status().totals["engine_restarts"] == 1 + number, "before they are there"
+        wait_until(lambda: engine.restarts == 2)
+        assert engine.outage is not None and "no other engine is open, and one is being started again" in engine.outage
+
+
+def test_given_up_at_the_same_moment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dispatcher, owners = Dispatcher(CONFIG, tmp_path, None), [FakeOwner(tmp_path), FakeOwner(tmp_path)]
+    with zmq.Context() as context:
+        for number, owner in enumerate(owners):
+            link = EngineLink(number, dispatcher, EventLoop(), context, lambda: 0)
+            dispatcher._links.append(link)
+            link.follow(owner)
+        for owner in owners:
+            owner.give_up(EngineError("the model is gone"))
+        with pytest.raises(EngineError, match="the model is gone") as caught:
+            dispatcher._step()
+    dispatcher.__exit__(None, None, None)
+    told = [json.loads(line)["message"] for line in capsys.readouterr().out.splitlines()]
+    assert told == ["warning: engine 0 is given up: the model is gone"], "and no others go on"
+    assert caught.value.comes_again
 
 
 def test_when_all_are_given_up_it_ends(start: Start, logs: list[str]) -> None:
