@@ -42,7 +42,7 @@ class EngineProcess:
     The coordinator gets one JSON object in one line on its standard input, {"config": ..., "run_dir": ...,
     "expected": ..., "predicted": ..., "calibrate": ..., "share": ...}, and exits when that input ends, so it never
     outlives this process. On its standard output it writes one JSON object a line: events "log", "plan", "ready",
-    "calibrated" and "failed". Its standard error is this process's own.
+    "calibrated", "engines" and "failed". Its standard error is this process's own.
 
     Args:
         config: of the engine.
