@@ -69,11 +69,7 @@ class FlexGenLiteProcessorConfig:
 
     def engine_config(self, **more: Any) -> EngineConfig:
         """Of each actor's engine."""
-        return EngineConfig(**{**more, **self.engine_kwargs, "model": self.model})
-
-    @property
-    def model(self) -> str:
-        return os.fspath(self.model_source)
+        return EngineConfig(**{**more, **self.engine_kwargs, "model": str(self.model_source)})
 
     @property
     def least_and_most(self) -> tuple[int, int]:
@@ -99,16 +95,14 @@ def is_keywords(value: object) -> TypeGuard[Mapping[str, Any]]:
     return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
 
 
-_COUNT: tuple[Callable[[Any], bool], str] = (lambda value: _is_count(value, 1), "a whole number from 1 up")
-_TIMES: tuple[Callable[[Any], bool], str] = (
-    lambda value: _is_count(value, -1),
-    "a whole number, or -1 for no limit",
-)
-_AMOUNT: tuple[Callable[[Any], bool], str] = (_is_amount, "a number from 0 up")
-_FLAG: tuple[Callable[[Any], bool], str] = (lambda value: isinstance(value, bool), "True or False")
-_KEYWORDS: tuple[Callable[[Any], bool], str] = (is_keywords, "a dict with names as keys")
-_TEXT: tuple[Callable[[Any], bool], str] = (lambda value: isinstance(value, str), "a text")
-_ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
+_Rule = tuple[Callable[[Any], bool], str]  # whether a value is allowed, and what is
+_COUNT: _Rule = (lambda value: _is_count(value, 1), "a whole number from 1 up")
+_TIMES: _Rule = (lambda value: _is_count(value, -1), "a whole number, or -1 for no limit")
+_AMOUNT: _Rule = (_is_amount, "a number from 0 up")
+_FLAG: _Rule = (lambda value: isinstance(value, bool), "True or False")
+_KEYWORDS: _Rule = (is_keywords, "a dict with names as keys")
+_TEXT: _Rule = (lambda value: isinstance(value, str), "a text")
+_ALLOWED: dict[str, _Rule] = {
     "model_source": (lambda value: isinstance(value, str) and value != "", "a model directory or a hub id"),
     "engine_kwargs": _KEYWORDS,
     "concurrency": (_is_pool, "a number of actors, or (least, most)"),
