@@ -40,6 +40,7 @@ from flexgen_lite.demo.records import END_OF_LINE, generate
 from flexgen_lite.launcher.supervisor import EngineSupervisor
 from flexgen_lite.ray.actor import FlexGenLiteEngine
 from flexgen_lite.ray.processor import FlexGenLiteProcessorConfig, Processor
+from flexgen_lite.ray.shares import Share
 
 BEGUN = "begun"  # a file that has the time at which the first row was given to an engine
 PARAMS = {"max_tokens": 96, "temperature": 0.0}
@@ -69,8 +70,8 @@ class TimedProcessor(Processor):
     engine = TimedEngine
     folder: Path
 
-    def _map_batches_kwargs(self) -> dict[str, Any]:
-        kwargs = super()._map_batches_kwargs()
+    def _map_batches_kwargs(self, share: Share) -> dict[str, Any]:
+        kwargs = super()._map_batches_kwargs(share)
         kwargs["fn_constructor_kwargs"]["folder"] = self.folder
         return kwargs
 
